@@ -1,0 +1,122 @@
+"""The shape of a model as the planner and the runtime see it: parameters laid out in units, units used by stages.
+
+Pure data. A unit is one flat vector of elements; every plane of the unit (`hi`, `lo`, `m`, `v`, `g`) has the same
+layout, so that a chunk ``[a, b)`` of elements means the same parameters in each plane.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+from ratel.units import align_up
+
+PARAM_ALIGN = 128
+"""Elements. A bf16 view then starts at a multiple of 256 bytes, which every GEMM kernel accepts."""
+
+UNIT_ALIGN = 2048
+"""Elements. A bf16 plane is then a multiple of 4 KiB, the block of O_DIRECT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """One parameter. ``aliases`` are its other names in the module (tied weights), ``offset`` its first element."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool = True
+    decay: bool = True
+    aliases: tuple[str, ...] = ()
+    offset: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitSpec:
+    """Parameters gathered, used and released together, in one flat layout.
+
+    ``[0, num_decay)`` is trained with weight decay, ``[num_decay, num_trainable)`` without, ``[num_trainable,
+    num_elements)`` is frozen (it has `hi` only). All three are in elements, padding included; padding holds zeros.
+    """
+
+    index: int
+    name: str
+    kind: str
+    """``pre``, ``block``, ``post`` or ``shared``."""
+    params: tuple[ParamSpec, ...]
+    num_decay: int
+    num_trainable: int
+    num_elements: int
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.num_elements for p in self.params)
+
+    @property
+    def num_trainable_params(self) -> int:
+        return sum(p.num_elements for p in self.params if p.trainable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """A part of the forward pass that runs between gathers: before the blocks, one block, after the blocks."""
+
+    index: int
+    name: str
+    kind: str
+    """``pre``, ``block`` or ``post``."""
+    units: tuple[int, ...]
+    """Indices of the units whose parameters it uses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Units by index, and stages in forward order."""
+
+    name: str
+    units: tuple[UnitSpec, ...]
+    stages: tuple[StageSpec, ...]
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    max_seq_len: int | None = None
+
+    @property
+    def num_params(self) -> int:
+        return sum(u.num_params for u in self.units)
+
+    @property
+    def num_trainable_params(self) -> int:
+        return sum(u.num_trainable_params for u in self.units)
+
+
+def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec]) -> UnitSpec:
+    """Order parameters (decayed, not decayed, frozen), give each its offset, and close the unit."""
+    params = list(params)
+    groups = (
+        [p for p in params if p.trainable and p.decay],
+        [p for p in params if p.trainable and not p.decay],
+        [p for p in params if not p.trainable],
+    )
+    placed: list[ParamSpec] = []
+    ends: list[int] = []
+    cursor = 0
+    for group in groups:
+        for param in group:
+            placed.append(replace(param, offset=cursor))
+            cursor = align_up(cursor + param.num_elements, PARAM_ALIGN)
+        ends.append(cursor)
+    num_trainable = align_up(ends[1], UNIT_ALIGN) if groups[2] or ends[1] else 0
+    if groups[2]:
+        # Frozen parameters start on a unit boundary of their own, so that a trainable plane is a whole prefix.
+        shift = num_trainable - ends[1]
+        first = len(groups[0]) + len(groups[1])
+        placed[first:] = [replace(p, offset=p.offset + shift) for p in placed[first:]]
+        ends[2] += shift
+    return UnitSpec(index=index, name=name, kind=kind, params=tuple(placed), num_decay=ends[0],
+                    num_trainable=num_trainable, num_elements=max(align_up(ends[2], UNIT_ALIGN), num_trainable))

@@ -1,0 +1,54 @@
+"""Quantities as people write them: ``24GiB``, ``3.2GB/s``, ``90s``."""
+
+import re
+
+from ratel.errors import RatelError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_BYTE_UNITS = {
+    "": 1, "b": 1,
+    "k": KIB, "kib": KIB, "kb": 10**3,
+    "m": MIB, "mib": MIB, "mb": 10**6,
+    "g": GIB, "gib": GIB, "gb": 10**9,
+    "t": TIB, "tib": TIB, "tb": 10**12,
+}
+_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int | float, *, field: str = "size") -> int:
+    """Bytes of ``"24GiB"``, ``"1.5 TB"``, ``"512M"`` (binary) or a plain number of bytes."""
+    if isinstance(text, (int, float)):
+        if text < 0:
+            raise RatelError("a size cannot be negative", field=field, value=text)
+        return int(text)
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        raise RatelError("not a size", field=field, value=repr(text), remedy="Write it like 24GiB, 500GB or 1.5TiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+
+
+def parse_rate(text: str | int | float, *, field: str = "rate") -> float:
+    """Bytes per second of ``"3.2GB/s"`` or a plain number of bytes per second."""
+    if isinstance(text, str):
+        text = text.strip().removesuffix("/s")
+    return float(parse_bytes(text, field=field))
+
+
+def format_bytes(num_bytes: float) -> str:
+    for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{int(num_bytes)} B"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
+    if seconds >= 60:
+        return f"{int(seconds // 60)}m {int(seconds % 60):02d}s"
+    return f"{seconds:.2f}s" if seconds >= 1 else f"{seconds * 1e3:.1f}ms"
+
+
+def align_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
