@@ -1,0 +1,104 @@
+"""Packaging. The native libraries are plain shared objects without torch, so building takes seconds, not minutes."""
+
+import importlib.util
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+from setuptools.command.build import build
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = ("nvme_ds", "op_ds")
+
+
+def native_builder(package: str):
+    """The package's ``build`` function, loaded by path: its ``__init__`` may need the library that is not there yet."""
+    spec = importlib.util.spec_from_file_location(f"_{package}_build", ROOT / package / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build
+
+
+class BuildNative(Command):
+    """Compile ``<package>/csrc`` into ``<package>/_lib``; in place for an editable install."""
+
+    user_options: list = []
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def out_dir(self, package: str) -> Path:
+        base = ROOT if self.editable_mode else Path(self.build_lib)
+        return base / package / "_lib"
+
+    def run(self) -> None:
+        for package in NATIVE:
+            out_dir = self.out_dir(package)
+            out_dir.mkdir(parents=True, exist_ok=True)
+            native_builder(package)(out_dir)
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for package in NATIVE for path in sorted((ROOT / package / "csrc").rglob("*"))
+                if path.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        return [str(self.out_dir(package) / f"lib{package}.so") for package in NATIVE]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+
+class PlatformWheel(bdist_wheel):
+    """``py3-none-<platform>``: the libraries are loaded with ctypes and so fit every Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = self.plat_name or sysconfig.get_platform()
+        return "py3", "none", platform.replace("-", "_").replace(".", "_")
+
+
+setup(
+    name="ratel",
+    version="0.1.0",
+    description="Full fine-tuning of large language models on one GPU, with states in GPU memory, DRAM and on NVMe SSDs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ratel", "ratel.*", "nvme_ds", "nvme_ds.*", "op_ds", "op_ds.*"]),
+    package_data={"ratel": ["**/*.txt", "**/*.json", "**/*.jsonl"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "psutil",
+        "transformers>=5",
+        "safetensors",
+        "tokenizers",
+        "rich",
+        "aiofiles",
+        "tomli; python_version < '3.11'",
+    ],
+    extras_require={
+        "flash": ["flash-attn"],
+        "deepspeed": ["deepspeed"],
+        "test": ["pytest>=8", "pytest-timeout"],
+    },
+    entry_points={"console_scripts": ["ratel = ratel.cli:main"]},
+    cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": PlatformWheel},
+    zip_safe=False,
+)

@@ -1,0 +1,50 @@
+"""What every test shares: one tier marker each, one thread, a real SSD directory, and no GPU test without a GPU.
+
+Tiers are registered in pyproject.toml. ``RATEL_REQUIRE_GPU=1`` turns the missing device from a skip into a failure;
+``RATEL_TEST_SSD`` puts the test files on a file system of choice (``/tmp`` may be memory).
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported anywhere: tests run beside each other on few cores, and subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+TIERS = {"unit", "native", "numerics", "gpu", "e2e"}
+
+
+def _cuda_is_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    untiered = [item.nodeid for item in items if not TIERS & {mark.name for mark in item.iter_markers()}]
+    if untiered:
+        raise pytest.UsageError(f"tests without a tier marker ({', '.join(sorted(TIERS))}): {', '.join(untiered[:10])}")
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and os.environ.get("RATEL_REQUIRE_GPU") != "1" and not _cuda_is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def ssd_dir() -> Iterator[Path]:
+    """An empty directory for store files, under ``RATEL_TEST_SSD`` where that is set."""
+    with tempfile.TemporaryDirectory(prefix="ratel-test-", dir=os.environ.get("RATEL_TEST_SSD")) as path:
+        yield Path(path)
