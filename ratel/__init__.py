@@ -1,0 +1,27 @@
+"""Ratel: fine-tune every parameter of a model far larger than GPU memory, on one GPU.
+
+Importing this is instant: the faces below load PyTorch when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from ratel.errors import RatelError
+
+__version__ = "0.1.0"
+__all__ = ["RatelError", "Session", "TrainResult", "__version__", "train"]
+
+_FACES = {"Session": "ratel.runtime.session", "TrainResult": "ratel.train.run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        # The package `ratel.train` is itself the function: a module and a function cannot share a name otherwise.
+        return import_module("ratel.train")
+    if name in _FACES:
+        return getattr(import_module(_FACES[name]), name)
+    raise AttributeError(f"module 'ratel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

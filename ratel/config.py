@@ -1,0 +1,253 @@
+"""Every option of a training run, once: the table below gives the flags, the TOML keys, the defaults and the help.
+
+Values arrive as flag text, as TOML or as Python objects; the option's reader makes one kind of them and refuses the rest.
+"""
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ratel.errors import RatelError
+from ratel.units import parse_bytes, parse_rate
+
+Reader = Callable[[Any, str], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """How one field of the configuration is spelled, explained and read."""
+
+    read: Reader
+    help: str
+    group: str
+    metavar: str | None = None
+    is_switch: bool = False
+
+
+def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Reader:
+    """A reader of an int or float in ``[low, high]``; ``above``/``below`` exclude that end."""
+
+    def read(value: Any, flag: str) -> Any:
+        try:
+            number = kind(str(value).replace("_", "")) if not isinstance(value, bool) else None
+        except ValueError:
+            number = None
+        if number is None or not math.isfinite(number):
+            raise RatelError("not a whole number" if kind is int else "not a number", field=flag, value=repr(value))
+        if number < low or (above and number == low):
+            raise RatelError(f"must be {'above' if above else 'at least'} {low:g}", field=flag, value=number)
+        if number > high or (below and number == high):
+            raise RatelError(f"must be {'below' if below else 'at most'} {high:g}", field=flag, value=number)
+        return number
+
+    return read
+
+
+def _choice(*choices: str) -> Reader:
+    def read(value: Any, flag: str) -> str:
+        if value not in choices:
+            raise RatelError("not one of the choices", field=flag, value=value, remedy=f"Use {' or '.join(choices)}")
+        return str(value)
+
+    return read
+
+
+def _auto_or(reader: Reader) -> Reader:
+    return lambda value, flag: "auto" if value == "auto" else reader(value, flag)
+
+
+def _optional(reader: Reader) -> Reader:
+    return lambda value, flag: None if value is None else reader(value, flag)
+
+
+def _read_text(value: Any, flag: str) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise RatelError("must be a name or a path", field=flag, value=repr(value))
+    return os.fspath(value)
+
+
+def _read_switch(value: Any, flag: str) -> bool:
+    if not isinstance(value, bool):
+        raise RatelError("must be true or false", field=flag, value=repr(value))
+    return value
+
+
+def _read_dirs(value: Any, flag: str) -> tuple[str, ...]:
+    """Directories from ``"/mnt/a,/mnt/b"`` or a list; the same one twice would be two stripes on one device."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    dirs = tuple(_read_text(part.strip() if isinstance(part, str) else part, flag) for part in parts)
+    if len({os.path.realpath(path) for path in dirs}) < len(dirs):
+        raise RatelError("names the same directory twice", field=flag, value=",".join(dirs))
+    return dirs
+
+
+def _read_betas(value: Any, flag: str) -> tuple[float, float]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
+        raise RatelError("must be two numbers", field=flag, value=repr(value), remedy="Write it like 0.9,0.999")
+    read = _number(float, 0, 1, below=True)
+    return read(parts[0], flag), read(parts[1], flag)
+
+
+def _bytes(value: Any, flag: str) -> int:
+    num_bytes = parse_bytes(value, field=flag)
+    if num_bytes == 0:
+        raise RatelError("must be above 0", field=flag, value=value, remedy="Leave it out to take it from the machine")
+    return num_bytes
+
+
+def _rate(value: Any, flag: str) -> float:
+    rate_bps = parse_rate(value, field=flag)
+    if rate_bps == 0:
+        raise RatelError("must be above 0", field=flag, value=value, remedy="Leave it out for no cap")
+    return rate_bps
+
+
+MODEL, TRAINING, MEMORY, REPORT = "model and data", "training", "memory and devices", "output"
+
+
+def _option(default: Any, read: Reader, group: str, metavar: str | None, text: str) -> Any:
+    option = Option(read=read, help=text, group=group, metavar=metavar, is_switch=read is _read_switch)
+    return field(default=default, metadata={"option": option})
+
+
+_COUNT, _AMOUNT = _number(int, 1), _number(int, 0)
+_SHARE = _number(float, 0, 1, below=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What ``ratel train`` does, complete and checked. Sizes are bytes, rates bytes per second."""
+
+    model: str | None = _option(None, _optional(_read_text), MODEL, "DIR|PRESET",
+                                "Hugging Face directory, or the name of a preset to start from scratch")
+    data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR",
+                               ".txt or .jsonl file, or a directory of them (default: the bundled example text)")
+    tokenizer: str | None = _option(None, _optional(_read_text), MODEL, "DIR",
+                                    "directory with a tokenizer (default: the model's own; bytes where it has none)")
+    eval_data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR", "held-out text to evaluate on")
+    eval_fraction: float = _option(0.0, _SHARE, MODEL, "F", "hold out this fraction of the data's documents instead")
+    eval_every: int = _option(0, _AMOUNT, MODEL, "N", "evaluate every N steps (0: at the end only)")
+    eval_batches: int = _option(20, _AMOUNT, MODEL, "N", "batches of one evaluation (0: all)")
+    seed: int = _option(0, _AMOUNT, MODEL, "N", "seed of initialisation, shuffling and dropout")
+
+    steps: int = _option(100, _COUNT, TRAINING, "N", "optimizer steps")
+    batch_size: int = _option(32, _COUNT, TRAINING, "N", "sequences per step")
+    micro_batch: int | str = _option("auto", _auto_or(_COUNT), TRAINING, "auto|N", "sequences in a block at once")
+    seq_len: int = _option(1024, _number(int, 2), TRAINING, "N", "tokens per sequence")
+    lr: float = _option(1e-5, _number(float, 0, above=True), TRAINING, "X", "peak learning rate")
+    min_lr: float = _option(0.0, _number(float, 0), TRAINING, "X", "learning rate at the end of a decaying schedule")
+    schedule: str = _option("cosine", _choice("constant", "linear", "cosine"), TRAINING, "constant|linear|cosine",
+                            "course of the learning rate after the warm-up")
+    warmup_steps: int | str = _option("auto", _auto_or(_AMOUNT), TRAINING, "auto|N",
+                                      "steps of linear warm-up (auto: 10, but at most a tenth of the steps)")
+    optimizer: str = _option("auto", _choice("auto", "eager", "deferred"), TRAINING, "auto|eager|deferred",
+                             "when updates run: under backward, or under the next forward; the result is the same")
+    betas: tuple[float, float] = _option((0.9, 0.999), _read_betas, TRAINING, "B1,B2", "AdamW's decay rates")
+    eps: float = _option(1e-8, _number(float, 0, above=True), TRAINING, "X", "AdamW's epsilon")
+    weight_decay: float = _option(0.0, _number(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
+    max_grad_norm: float = _option(1.0, _number(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
+    dtype: str = _option("bf16", _choice("bf16", "fp32"), TRAINING, "bf16|fp32", "type of the computation")
+
+    device: str = _option("auto", _choice("auto", "cuda", "cpu"), MEMORY, "auto|cuda|cpu", "where the model computes")
+    gpu_memory: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE", "GPU memory to use (default: what is free)")
+    dram: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE", "host memory to use (default: what is free)")
+    ssd: tuple[str, ...] = _option((), _read_dirs, MEMORY, "DIR[,DIR]", "directories for states, striped over all")
+    ssd_bandwidth: float | None = _option(None, _optional(_rate), MEMORY, "RATE",
+                                          "slow each SSD directory down to this, to see what another disk would do")
+    tier: str = _option("auto", _choice("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",
+                        "force all model states into one tier")
+    checkpoint_tier: str = _option("auto", _choice("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",
+                                   "force the blocks' saved inputs into one tier")
+    io_backend: str = _option("auto", _choice("auto", "io_uring", "threads"), MEMORY, "auto|io_uring|threads",
+                              "how files are read and written; a forced one never falls back")
+    direct: str = _option("auto", _choice("auto", "on", "off"), MEMORY, "auto|on|off", "bypass the page cache")
+    optimizer_threads: int | str = _option("auto", _auto_or(_COUNT), MEMORY, "auto|N", "threads of the CPU optimizer")
+
+    out: str | None = _option(None, _optional(_read_text), REPORT, "DIR",
+                              "where results go (default: a new directory runs/MODEL or runs/MODEL-2, ...)")
+    overwrite: bool = _option(False, _read_switch, REPORT, None, "replace the results of an earlier run in --out")
+    export: bool = _option(True, _read_switch, REPORT, None, "write the trained model to OUT/model")
+    log_every: int = _option(10, _COUNT, REPORT, "N", "steps between progress lines where there is no terminal")
+    quiet: bool = _option(False, _read_switch, REPORT, None, "show no progress")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = option_of(spec).read(getattr(self, spec.name), flag_of(spec.name))
+            object.__setattr__(self, spec.name, value)
+        self._check_training()
+        self._check_places()
+
+    def _check_training(self) -> None:
+        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
+            raise RatelError(f"does not divide --batch-size {self.batch_size}", field="--micro-batch",
+                             value=self.micro_batch, remedy="Give a divisor, or auto")
+        if self.min_lr > self.lr:
+            raise RatelError(f"is above --lr {self.lr:g}", field="--min-lr", value=self.min_lr)
+        if self.warmup_steps != "auto" and self.warmup_steps > self.steps:
+            raise RatelError(f"is more than --steps {self.steps}", field="--warmup-steps", value=self.warmup_steps)
+        if self.eval_data and self.eval_fraction:
+            raise RatelError("cannot be combined with --eval-data", field="--eval-fraction", value=self.eval_fraction,
+                             remedy="Give one of the two")
+        if self.eval_every and not (self.eval_data or self.eval_fraction):
+            raise RatelError("there is nothing to evaluate on", field="--eval-every", value=self.eval_every,
+                             remedy="Give --eval-data FILE or --eval-fraction 0.05 as well")
+
+    def _check_places(self) -> None:
+        for flag, tier in (("--tier", self.tier), ("--checkpoint-tier", self.checkpoint_tier)):
+            if tier == "ssd" and not self.ssd:
+                raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        return min(10, self.steps // 10) if self.warmup_steps == "auto" else int(self.warmup_steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved configuration; feeding it back gives the same run."""
+        return json.loads(json.dumps({spec.name: getattr(self, spec.name) for spec in fields(self)}))
+
+
+def option_of(spec: Field) -> Option:
+    return spec.metadata["option"]
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def resolve(values: Mapping[str, Any], file: str | os.PathLike[str] | None = None) -> TrainConfig:
+    """Defaults, overridden by the TOML ``file``, overridden by ``values`` (flags or keyword arguments)."""
+    merged = read_file(Path(file)) if file is not None else {}
+    for name, value in values.items():
+        merged[_known(name, "")] = value
+    return TrainConfig(**merged)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The options in a TOML file; keys are spelled as the flags, with ``-`` or ``_``."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RatelError(f"cannot be read: {error.strerror}", field="--config", value=path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RatelError(f"is not TOML: {error}", field="--config", value=path) from error
+    return {_known(key, f" in {path}"): value for key, value in table.items()}
+
+
+def _known(key: str, where: str) -> str:
+    names = [spec.name for spec in fields(TrainConfig)]
+    name = key.replace("-", "_")
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=1)
+    remedy = f"Did you mean {close[0]}?" if close else "See `ratel train --help` for the options"
+    raise RatelError(f"is not an option{where}", field=key, remedy=remedy)
