@@ -1,0 +1,102 @@
+"""One lock, one failure, one end for all threads of a session.
+
+Every blocking wait in the runtime goes through an Exchange, so that the first error of any thread, or the close of the
+session, wakes every waiter with that error instead of leaving it asleep.
+"""
+
+import threading
+from collections.abc import Callable
+
+from ratel.errors import WorkerError
+
+
+class Closed(RuntimeError):
+    """The session was closed while a thread waited; ends that thread, never reaches the user."""
+
+
+class Exchange:
+    """Conditions that share a lock; a failure or a close wakes all of them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._conditions: list[threading.Condition] = []
+        self._failure: BaseException | None = None
+        self._failed_in = ""
+        self.closed = False
+
+    def condition(self) -> threading.Condition:
+        condition = threading.Condition(self.lock)
+        with self.lock:
+            self._conditions.append(condition)
+        return condition
+
+    def wait_for(self, condition: threading.Condition, ready: Callable[[], bool]) -> None:
+        """Block until ``ready()``; raises if a thread has failed or the session was closed. The lock is held."""
+        while not ready():
+            self.check()
+            condition.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a background thread failed with, as a new error whose cause is the original."""
+        if self._failure is not None:
+            raise WorkerError(f"{self._failed_in} failed: {self._failure}") from self._failure
+        if self.closed:
+            raise Closed("the session is closed")
+
+    def fail(self, error: BaseException, where: str) -> None:
+        with self.lock:
+            if self._failure is None and not self.closed:
+                self._failure, self._failed_in = error, where
+            self._wake_all()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            self._wake_all()
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def _wake_all(self) -> None:
+        for condition in self._conditions:
+            condition.notify_all()
+
+
+class Worker(threading.Thread):
+    """A background thread whose error becomes the session's error."""
+
+    def __init__(self, name: str, exchange: Exchange, body: Callable[[], None]) -> None:
+        super().__init__(name=f"ratel-{name}", daemon=True)
+        self._exchange, self._body, self._label = exchange, body, name
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._body()
+        except Closed:
+            pass
+        except WorkerError:
+            pass  # another thread failed first; its error is already the session's
+        except BaseException as error:  # noqa: BLE001 - the session must learn of anything, or its waiters hang
+            self._exchange.fail(error, f"the {self._label} thread")
+
+
+class Mailbox:
+    """A queue between two threads of one session; ``take`` blocks until there is something or the session ends."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._filled = exchange.condition()
+        self._items: list = []
+
+    def put(self, *items: object) -> None:
+        with self._exchange.lock:
+            self._items.extend(items)
+            self._filled.notify_all()
+
+    def take(self):
+        with self._exchange.lock:
+            self._exchange.wait_for(self._filled, lambda: bool(self._items))
+            return self._items.pop(0)

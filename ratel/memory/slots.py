@@ -1,0 +1,39 @@
+"""Preallocated device buffers that planes occupy for a while, and the threads that wait for one."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ratel.memory.exchange import Exchange
+from ratel.memory.lanes import Event
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """``buffer`` may be overwritten once ``last_use`` is reached; ``uses`` counts the releases still to come."""
+
+    pool: "SlotPool"
+    buffer: torch.Tensor
+    last_use: Event = field(default_factory=Event)
+    uses: int = 0
+
+
+class SlotPool:
+    """Equal buffers. A slot is given back as soon as its last user is *enqueued*; ``last_use`` orders the device."""
+
+    def __init__(self, exchange: Exchange, buffers: list[torch.Tensor]) -> None:
+        self._exchange = exchange
+        self._freed = exchange.condition()
+        self._free = [Slot(self, buffer) for buffer in buffers]
+        self.num_slots = len(buffers)
+
+    def acquire(self) -> Slot:
+        with self._exchange.lock:
+            self._exchange.wait_for(self._freed, lambda: bool(self._free))
+            return self._free.pop(0)
+
+    def release(self, slot: Slot, last_use: Event) -> None:
+        with self._exchange.lock:
+            slot.last_use = last_use
+            self._free.append(slot)
+            self._freed.notify_all()
