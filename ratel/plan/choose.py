@@ -1,0 +1,137 @@
+"""The simple rule: fill GPU memory, then DRAM, then SSD, hottest planes first; refuse what fits nowhere."""
+
+from dataclasses import dataclass, replace
+
+from ratel.errors import RatelError
+from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, forced_placements, plane_bytes,
+                                  weight_class)
+from ratel.plan.plan import Buffers, Plan, Work
+from ratel.plan.shape import ModelSpec
+from ratel.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to plan for. Budgets are bytes; ``None`` means: no limit, and nothing is put there unasked (GPU)."""
+
+    spec: ModelSpec
+    fp32: bool
+    optimizer: str
+    work: Work
+    gpu_budget: int | None
+    dram_budget: int
+    ssd_budget: int | None
+    """``None``: no SSD directory was given."""
+    process_bytes: int = 0
+    workspace_bytes: int = 0
+    accumulate_fp32: bool = False
+    buffers: Buffers = Buffers()
+    forced: Forced | None = None
+    checkpoint_tier: str = "auto"
+
+
+def choose(request: Request) -> Plan:
+    """Place everything, or raise a RatelError that says which budget is short, by how much, and what would fit."""
+    _check_tiers(request)
+    if request.forced is not None:
+        placements = forced_placements(request.spec, request.forced)
+    else:
+        placements = _fill(request)
+    plan = _plan(request, placements)
+    _check_budgets(request, plan)
+    return plan
+
+
+def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: tuple[str, ...] | None = None) -> Plan:
+    return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
+                checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
+                workspace_bytes=request.workspace_bytes, accumulate_fp32=request.accumulate_fp32,
+                gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes)
+
+
+def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
+    """The last block's input is still on the GPU when backward needs it; the others go to one tier.
+
+    ``auto`` keeps them on the GPU where nothing limits it or they take less than a tenth of it, else moves them to
+    DRAM, or to SSD where they would take more than half of the DRAM budget.
+    """
+    num_blocks = sum(s.kind == "block" for s in request.spec.stages)
+    tier = request.checkpoint_tier
+    if tier == "auto":
+        total = num_blocks * request.work.num_micro * request.work.hidden_bytes
+        if request.gpu_budget is None or total <= request.gpu_budget / 10:
+            tier = GPU
+        else:
+            tier = SSD if request.ssd_budget is not None and total > request.dram_budget / 2 else DRAM
+    return (tier,) * (num_blocks - 1) + (GPU,)
+
+
+def _fill(request: Request) -> tuple[UnitPlacement, ...]:
+    placements = [UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD) for _ in request.spec.units]
+    if request.gpu_budget is not None:
+        _fill_gpu(request, placements)
+    if request.ssd_budget is not None:
+        _fill_dram(request, placements)
+    return tuple(placements)
+
+
+def _fill_gpu(request: Request, placements: list[UnitPlacement]) -> None:
+    """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
+    order = sorted(request.spec.units, key=lambda u: (u.kind != "shared", u.index))
+    for unit in order:
+        before = placements[unit.index]
+        placements[unit.index] = UnitPlacement.all_on(GPU)
+        if _plan(request, tuple(placements)).gpu_bytes > request.gpu_budget:
+            placements[unit.index] = before
+            if weight_class(unit) == "block":
+                break
+
+
+def _fill_dram(request: Request, placements: list[UnitPlacement]) -> None:
+    """One kind of plane after the other, by SSD traffic saved per byte held: `hi` is read twice and written once."""
+    for plane in ("hi", "g", "lo", "m", "v"):
+        for unit in request.spec.units:
+            place = placements[unit.index]
+            if place.on_gpu:
+                continue
+            placements[unit.index] = replace(place, **{plane: DRAM})
+            if _plan(request, tuple(placements)).dram_bytes > request.dram_budget:
+                placements[unit.index] = place
+
+
+def _check_tiers(request: Request) -> None:
+    if request.ssd_budget is None and (request.checkpoint_tier == SSD or _forces_ssd(request.forced)):
+        raise RatelError("something was placed on SSD but no directory was given", field="ssd",
+                         remedy="Give --ssd DIR on a fast drive")
+
+
+def _forces_ssd(forced: Forced | None) -> bool:
+    if forced is None or isinstance(forced, str):
+        return forced == SSD
+    return any(SSD in (choice if isinstance(choice, str) else choice.values()) for choice in forced.values())
+
+
+def _check_budgets(request: Request, plan: Plan) -> None:
+    if request.gpu_budget is not None and plan.gpu_bytes > request.gpu_budget:
+        raise _short("gpu_memory", "GPU memory", request.gpu_budget, plan.gpu_bytes, plan.gpu_items,
+                     "Give a larger --gpu-memory, a smaller --micro-batch or --seq-len, or --checkpoint-tier dram")
+    if plan.dram_bytes > request.dram_budget:
+        items = {**plan.dram_items, "this process": plan.process_bytes, "import of one unit": plan.import_bytes}
+        remedy = "Give a larger --dram" if request.ssd_budget is not None else "Give a larger --dram, or --ssd DIR"
+        raise _short("dram", "DRAM", request.dram_budget, plan.dram_bytes, items, remedy)
+    if plan.ssd_bytes > (request.ssd_budget or 0):
+        raise _short("ssd", "SSD space", request.ssd_budget or 0, plan.ssd_bytes, plan.ssd_items,
+                     "Free space, or add a directory to --ssd")
+
+
+def _short(field: str, what: str, budget: int, needed: int, items: dict[str, int], remedy: str) -> RatelError:
+    largest = sorted(items.items(), key=lambda pair: -pair[1])[:3]
+    parts = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in largest)
+    return RatelError(f"{what} is short by {format_bytes(needed - budget)}: {format_bytes(needed)} needed, "
+                      f"{format_bytes(budget)} allowed; the largest parts are {parts}", field=field,
+                      value=format_bytes(budget), remedy=remedy)
+
+
+def minimum_state_bytes(spec: ModelSpec) -> int:
+    """Bytes of all states, wherever they go: 12 per trained parameter, 2 per frozen one."""
+    return sum(plane_bytes(u, p, fp32=False) for u in spec.units for p in ELEMENT_BYTES)

@@ -1,0 +1,243 @@
+"""The frozen result of planning: placement of every plane, checkpoints, buffer counts, and the bytes they take."""
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
+from ratel.plan.shape import ModelSpec, UnitSpec
+from ratel.units import align_up, format_bytes
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Counts of preallocated buffers. None of them changes a result; more of them hide more latency."""
+
+    weight_slots: int = 3
+    """GPU slots for blocks: one in use, the others ahead of it."""
+    grad_slots: int = 2
+    """GPU slots for block gradients: one fills while the other leaves."""
+    host_weight_slots: int = 5
+    """DRAM slots for the weights of blocks that live on SSD."""
+    host_grad_slots: int = 3
+    """DRAM slots for block gradients that do not stay there (eager updates, or `g` on SSD)."""
+    ring_slots: int = 4
+    """Chunks of optimizer state in flight between SSD and the CPU optimizer."""
+    chunk_elements: int = 1 << 22
+    checkpoint_slots: int = 3
+    """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from SSD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step processes."""
+
+    rows: int
+    seq_len: int
+    micro_rows: int
+    hidden_bytes: int
+    """Of one micro-batch's checkpoint: rows x positions x hidden size x bytes per element."""
+
+    @property
+    def num_micro(self) -> int:
+        return -(-self.rows // self.micro_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    spec: ModelSpec = field(repr=False)
+    fp32: bool
+    optimizer: str
+    """``eager`` or ``deferred``."""
+    placements: tuple[UnitPlacement, ...] = field(repr=False)
+    checkpoint_tiers: tuple[str, ...]
+    """By block."""
+    work: Work
+    buffers: Buffers = Buffers()
+    workspace_bytes: int = 0
+    """GPU memory left to PyTorch's allocator for activations inside a stage."""
+    accumulate_fp32: bool = False
+    gpu_budget: int | None = None
+    dram_budget: int | None = None
+    process_bytes: int = 0
+    """Host memory that the process held before anything of the plan was reserved."""
+
+    @property
+    def deferred(self) -> bool:
+        return self.optimizer == "deferred"
+
+    @property
+    def grad_bytes(self) -> int:
+        return 4 if self.fp32 else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 if self.fp32 else 2
+
+    def placement(self, unit: UnitSpec) -> UnitPlacement:
+        return self.placements[unit.index]
+
+    def chunk_of(self, unit: UnitSpec) -> int:
+        return min(self.buffers.chunk_elements, unit.num_trainable)
+
+    def streamed(self, cls: str) -> list[UnitSpec]:
+        """Units of a class whose weights come to the GPU and go again."""
+        return [u for u in self.spec.units if weight_class(u) == cls and not self.placement(u).on_gpu]
+
+    def weights_from_ssd(self, unit: UnitSpec) -> tuple[str, ...]:
+        return tuple(p for p in weight_planes(self.fp32) if self.placement(unit).tier(p) == SSD)
+
+    def ring_planes(self, unit: UnitSpec) -> tuple[str, ...]:
+        """Planes that the optimizer fetches from SSD chunk by chunk: all on SSD but the weights."""
+        place = self.placement(unit)
+        planes = [p for p in PLANES if p not in weight_planes(self.fp32) and place.tier(p) == SSD]
+        if self.deferred and place.g == SSD:
+            planes.append("g")
+        return tuple(planes)
+
+    def weight_slot_count(self, cls: str) -> int:
+        streamed = len(self.streamed(cls))
+        return min(streamed, self.buffers.weight_slots if cls == "block" else 1)
+
+    def host_weight_slot_count(self, cls: str) -> int:
+        from_ssd = sum(bool(self.weights_from_ssd(u)) for u in self.streamed(cls))
+        return min(from_ssd, self.buffers.host_weight_slots if cls == "block" else 1)
+
+    def host_weight_slot_bytes(self, cls: str) -> int:
+        return max((self.host_weight_bytes(u) for u in self.streamed(cls)), default=0)
+
+    def host_weight_bytes(self, unit: UnitSpec) -> int:
+        return sum(plane_bytes(unit, p, fp32=self.fp32) for p in self.weights_from_ssd(unit))
+
+    def grads_pass_through(self, unit: UnitSpec) -> bool:
+        """The gradient occupies a DRAM slot for a while, not a plane of its own."""
+        place = self.placement(unit)
+        return not place.on_gpu and unit.num_trainable > 0 and (not self.deferred or place.g == SSD)
+
+    def host_grad_slot_count(self, cls: str) -> int:
+        passing = sum(self.grads_pass_through(u) for u in self.streamed(cls))
+        return min(passing, self.buffers.host_grad_slots if cls == "block" else 1)
+
+    def max_bytes(self, cls: str, of: str) -> int:
+        """Largest unit of the class: ``weights``, ``grads`` or ``acc`` (fp32 accumulator)."""
+        units = [u for u in self.spec.units if weight_class(u) == cls]
+        sizes = {"weights": [u.num_elements * self.weight_bytes for u in self.streamed(cls)],
+                 "grads": [u.num_trainable * self.grad_bytes for u in units],
+                 "acc": [u.num_trainable * 4 for u in units]}[of]
+        return max(sizes, default=0)
+
+    def grad_slot_count(self, cls: str) -> int:
+        trained = sum(u.num_trainable > 0 for u in self.spec.units if weight_class(u) == cls)
+        return min(trained, self.buffers.grad_slots if cls == "block" else 1)
+
+    @property
+    def offloads_checkpoints(self) -> bool:
+        return any(tier != GPU for tier in self.checkpoint_tiers)
+
+    @cached_property
+    def gpu_items(self) -> dict[str, int]:
+        """Bytes on the GPU by purpose."""
+        work, buffers = self.work, self.buffers
+        items = {"resident planes": sum(self._resident_bytes(u, GPU) for u in self.spec.units)}
+        for cls in ("block", "ends", "shared"):
+            items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
+            items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
+            if self.accumulate_fp32:
+                items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
+        if self.fp32:
+            items["merge staging"] = max((u.num_elements * 4 for u in self.spec.units), default=0)
+        kept = sum(tier == GPU for tier in self.checkpoint_tiers)
+        items["checkpoints kept"] = kept * work.num_micro * work.hidden_bytes
+        items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
+        if self.offloads_checkpoints:
+            items["checkpoint slots"] = buffers.checkpoint_slots * work.hidden_bytes
+        items["workspace"] = self.workspace_bytes
+        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+    @cached_property
+    def dram_items(self) -> dict[str, int]:
+        """Bytes of the arena by purpose, each part rounded to pages as the arena does."""
+        items = {"resident planes": sum(self._resident_bytes(u, DRAM) for u in self.spec.units)}
+        for cls in ("block", "ends", "shared"):
+            items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
+            items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
+        items["optimizer ring"] = self.buffers.ring_slots * _paged(self.ring_slot_bytes)
+        on_dram = sum(tier == DRAM for tier in self.checkpoint_tiers)
+        items["checkpoints"] = on_dram * self.work.num_micro * _paged(self.work.hidden_bytes)
+        if SSD in self.checkpoint_tiers:
+            items["checkpoint slots"] = 2 * self.buffers.checkpoint_slots * _paged(self.work.hidden_bytes)
+        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+    @cached_property
+    def ssd_items(self) -> dict[str, int]:
+        """Bytes of the volumes by purpose."""
+        items = {"planes": sum(self._resident_bytes(u, SSD) for u in self.spec.units)}
+        on_ssd = sum(tier == SSD for tier in self.checkpoint_tiers)
+        items["checkpoints"] = on_ssd * self.work.num_micro * _paged(self.work.hidden_bytes)
+        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+    @cached_property
+    def ring_slot_bytes(self) -> int:
+        return max((self._ring_bytes(u) for u in self.spec.units), default=0)
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu_items.values())
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(self.dram_items.values())
+
+    @property
+    def dram_bytes(self) -> int:
+        return self.arena_bytes + self.process_bytes + self.import_bytes
+
+    @property
+    def import_bytes(self) -> int:
+        """One unit in fp32, while weights are imported or exported."""
+        return max((u.num_elements * 4 for u in self.spec.units), default=0)
+
+    @property
+    def ssd_bytes(self) -> int:
+        return sum(self.ssd_items.values())
+
+    def _ring_bytes(self, unit: UnitSpec) -> int:
+        chunk = self.chunk_of(unit)
+        return sum(_paged(plane_bytes(unit, p, fp32=self.fp32) // max(unit.num_trainable, 1) * chunk)
+                   if p != "lo" or not self.fp32 else 0 for p in self.ring_planes(unit))
+
+    def _resident_bytes(self, unit: UnitSpec, tier: str) -> int:
+        place = self.placement(unit)
+        planes = [p for p in PLANES if place.tier(p) == tier]
+        if self.deferred and place.g == tier:
+            planes.append("g")
+        return sum(_paged(plane_bytes(unit, p, fp32=self.fp32)) for p in planes)
+
+    def to_json(self) -> dict:
+        units = [{"name": u.name, "parameters": u.num_params, "trained": u.num_trainable_params,
+                  "planes": asdict(self.placement(u))} for u in self.spec.units]
+        return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
+                "optimizer": self.optimizer, "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
+                "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers), "units": units,
+                "gpu_bytes": self.gpu_items, "dram_bytes": {**self.dram_items, "process": self.process_bytes,
+                "import": self.import_bytes}, "ssd_bytes": self.ssd_items, "gpu_budget": self.gpu_budget,
+                "dram_budget": self.dram_budget}
+
+    def describe(self) -> str:
+        """A few lines a person understands."""
+        by_tier = {GPU: 0, DRAM: 0, SSD: 0}
+        for unit in self.spec.units:
+            for plane in PLANES:
+                by_tier[self.placement(unit).tier(plane)] += plane_bytes(unit, plane, fp32=self.fp32)
+        states = ", ".join(f"{format_bytes(b)} on {t.upper()}" for t, b in by_tier.items() if b)
+        work = self.work
+        return (f"{self.spec.name}: {self.spec.num_params / 1e6:,.1f} M parameters; states {states}\n"
+                f"{work.rows} x {work.seq_len} tokens a step in {work.num_micro} micro-batch"
+                f"{'es' if work.num_micro > 1 else ''}; {self.optimizer} optimizer; "
+                f"GPU {format_bytes(self.gpu_bytes)}, DRAM {format_bytes(self.dram_bytes)}, "
+                f"SSD {format_bytes(self.ssd_bytes)}")
+
+
+def _paged(num_bytes: int) -> int:
+    return align_up(num_bytes, PAGE_BYTES)

@@ -1,0 +1,85 @@
+"""DRAM slots for the weights of units that live on SSD: the copy that uploads and updates share.
+
+A slot holds one unit from the first ``acquire`` to the last ``release``; its bytes are the truth for that unit while it
+does. Nothing is kept after the last release, so traffic does not depend on timing.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from ratel import native
+from ratel.memory import jitter
+from ratel.memory.arena import Arena
+from ratel.memory.exchange import Exchange
+from ratel.plan.placement import weight_class
+from ratel.plan.plan import Plan
+from ratel.store.planes import Store
+
+
+@dataclass(slots=True, eq=False)
+class HostSlot:
+    buffer: torch.Tensor
+    unit: int = -1
+    refs: int = 0
+    tickets: list[int] = field(default_factory=list)
+    reading: threading.Lock = field(default_factory=threading.Lock)
+
+
+class HostCache:
+    """Reference-counted slots, by weight class."""
+
+    def __init__(self, plan: Plan, store: Store, arena: Arena, engine: "native.nvme_ds.Engine | None",
+                 exchange: Exchange) -> None:
+        self._plan, self._store, self._engine, self._exchange = plan, store, engine, exchange
+        self._freed = exchange.condition()
+        self._by_unit: dict[int, HostSlot] = {}
+        self._free: dict[str, list[HostSlot]] = {}
+        for cls in ("block", "ends", "shared"):
+            size = plan.host_weight_slot_bytes(cls)
+            self._free[cls] = [HostSlot(arena.take(size)) for _ in range(plan.host_weight_slot_count(cls))]
+
+    def acquire(self, unit: int, refs: int = 1) -> HostSlot:
+        """The slot that holds the unit, read from SSD if no slot does; blocks while all slots are in use."""
+        cls = weight_class(self._plan.spec.units[unit])
+        with self._exchange.lock:
+            self._exchange.wait_for(self._freed, lambda: unit in self._by_unit or bool(self._free[cls]))
+            slot = self._by_unit.get(unit)
+            if slot is None:
+                slot = self._by_unit[unit] = self._free[cls].pop(0)
+                slot.unit = unit
+                slot.tickets = self._submit_reads(slot)
+            slot.refs += refs
+            return slot
+
+    def ready(self, slot: HostSlot) -> None:
+        """Block until the slot's bytes have come from SSD."""
+        with slot.reading:
+            while slot.tickets:
+                self._engine.wait(slot.tickets[0])
+                slot.tickets.pop(0)
+        jitter.pause()
+
+    def release(self, slot: HostSlot) -> None:
+        with self._exchange.lock:
+            slot.refs -= 1
+            assert slot.refs >= 0, "a weight slot was released more often than acquired"
+            if slot.refs == 0:
+                del self._by_unit[slot.unit]
+                self._free[weight_class(self._plan.spec.units[slot.unit])].append(slot)
+                self._freed.notify_all()
+
+    def views(self, slot: HostSlot) -> dict[str, torch.Tensor]:
+        """The planes inside the slot, by name."""
+        views, cursor = {}, 0
+        for name in self._plan.weights_from_ssd(self._plan.spec.units[slot.unit]):
+            plane = self._store.plane(slot.unit, name)
+            views[name] = slot.buffer[cursor : cursor + plane.num_bytes].view(plane.dtype)
+            cursor += plane.num_bytes
+        return views
+
+    def _submit_reads(self, slot: HostSlot) -> list[int]:
+        return [self._engine.submit_read(self._store.volume, self._store.plane(slot.unit, name).offset, view.data_ptr(),
+                                         view.numel() * view.element_size(), native.nvme_ds.WEIGHT)
+                for name, view in self.views(slot).items()]
