@@ -1,0 +1,10 @@
+"""Native CPU optimizer on fp32 masters stored as two 16-bit planes. Stands alone: no torch, no other package.
+
+The library is loaded by the first ``Pool``, so that ``python -m op_ds.build`` can make it.
+"""
+
+from op_ds.coefficients import AdamCoefficients, adam_coefficients, decay_factor
+from op_ds.library import LibraryError
+from op_ds.pool import Pool
+
+__all__ = ["AdamCoefficients", "LibraryError", "Pool", "adam_coefficients", "decay_factor"]

@@ -1,0 +1,63 @@
+// What each instruction set provides, and the element rules all of them share.
+#pragma once
+
+#include <cstdint>
+
+namespace op_ds {
+
+// Unit of dynamic claiming: 16 Ki elements are 416 KiB of Adam traffic, some 50 us of one core. Small enough that
+// sixteen threads finish together on a chunk of a few million elements, large enough that the claim costs nothing.
+constexpr int64_t kBlockElements = int64_t{1} << 14;
+
+// sum_squares is defined by these two numbers (see docs/optimizer.md), not by the vector width that computes it.
+constexpr int kSumLanes = 32;
+constexpr int64_t kSumElements = 1024;
+
+enum class GradType : int32_t { kBf16 = 0, kFp32 = 1 };
+
+// Scalars of one Adam step, rounded to fp32 on the caller's side from doubles, as torch does. C ABI: ctypes mirrors it.
+struct AdamScalars {
+  float grad_scale;
+  float lerp_weight;  // 1 - beta1
+  float beta2;
+  float one_minus_beta2;
+  float bias_correction2_sqrt;
+  float eps;
+  float neg_step_size;  // -lr / bias_correction1
+  int32_t coupled;      // 1: L2 decay added to the gradient (Adam); 0: decoupled (AdamW)
+};
+
+struct AdamPlanes {
+  uint16_t* hi;
+  int16_t* lo;
+  float* m;
+  float* v;
+  const void* grad;
+  GradType grad_type;
+};
+
+// `decay` is what multiplies the master (AdamW: 1 - lr * weight_decay) or weighs it into the gradient (Adam).
+using AdamFn = void (*)(const AdamPlanes&, const AdamScalars&, int64_t begin, int64_t end, float decay);
+using SplitFn = void (*)(const float* source, uint16_t* hi, int16_t* lo, int64_t n);
+using MergeFn = void (*)(const uint16_t* hi, const int16_t* lo, float* target, int64_t n);
+// Sums squares of kSumElements values into kSumLanes lanes: lane l takes elements l, l + 32, l + 64, ... in order.
+using SumLanesFn = void (*)(const void* values, GradType type, double* lanes);
+
+struct KernelTable {
+  const char* name;
+  AdamFn adam;
+  SplitFn split;
+  MergeFn merge;
+  SumLanesFn sum_lanes;
+};
+
+const KernelTable* scalar_kernels() noexcept;
+const KernelTable* avx2_kernels() noexcept;    // nullptr where the compiler does not target x86
+const KernelTable* avx512_kernels() noexcept;  // the same
+
+enum class Isa : int32_t { kAuto = 0, kScalar = 1, kAvx2 = 2, kAvx512 = 3 };
+
+// The table for `isa`, or nullptr when this processor or this build cannot run it.
+const KernelTable* find_kernels(Isa isa) noexcept;
+
+}  // namespace op_ds

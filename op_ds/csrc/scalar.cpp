@@ -1,0 +1,65 @@
+// Plain C++: the reference of the vector paths, and the only path off x86.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "kernels_inl.h"
+
+namespace op_ds {
+namespace {
+
+struct Scalar {
+  using Floats = float;
+  struct Lanes {
+    double sum[kSumLanes];
+  };
+  static constexpr int64_t kWidth = 1;
+
+  static float set1(float x) { return x; }
+  static float load(const float* p) { return *p; }
+  static float load_bf16(const uint16_t* p) { return from_bits(static_cast<uint32_t>(*p) << 16); }
+  static float load_master(const uint16_t* hi, const int16_t* lo) {
+    return from_bits((static_cast<uint32_t>(*hi) << 16) + static_cast<uint32_t>(static_cast<int32_t>(*lo)));
+  }
+  static void store(float* p, float x) { *p = x; }
+  static void store_master(uint16_t* hi, int16_t* lo, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+    *lo = static_cast<int16_t>(bits);
+  }
+  static float add(float a, float b) { return a + b; }
+  static float sub(float a, float b) { return a - b; }
+  static float mul(float a, float b) { return a * b; }
+  static float div(float a, float b) { return a / b; }
+  static float sqrt(float a) { return std::sqrt(a); }
+  static float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+  static Lanes zero_lanes() { return {}; }
+  template <bool kBf16>
+  static void add_squares(Lanes& lanes, const void* values, int64_t i) {
+    for (int lane = 0; lane < kSumLanes; ++lane) {
+      const double x = load_grad<Scalar, kBf16>(values, i + lane);
+      lanes.sum[lane] += x * x;  // the product of two floats is exact in double
+    }
+  }
+  static void store_lanes(double* target, const Lanes& lanes) { std::memcpy(target, lanes.sum, sizeof lanes.sum); }
+
+ private:
+  static float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+}  // namespace
+
+const KernelTable* scalar_kernels() noexcept {
+  static constexpr KernelTable table = make_table<Scalar>("scalar");
+  return &table;
+}
+
+}  // namespace op_ds
