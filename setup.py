@@ -1,11 +1,13 @@
 """Packaging. The native libraries are plain shared objects without torch, so building takes seconds, not minutes."""
 
-import importlib.util
+import importlib
+import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
+from setuptools.errors import BaseError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -16,12 +18,15 @@ ROOT = Path(__file__).resolve().parent
 NATIVE = ("nvme_ds", "op_ds")
 
 
-def native_builder(package: str):
-    """The package's ``build`` function, loaded by path: its ``__init__`` may need the library that is not there yet."""
-    spec = importlib.util.spec_from_file_location(f"_{package}_build", ROOT / package / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build
+def compile_native(package: str, out_dir: Path) -> None:
+    """Call the package's own ``build``. Its imports are standard library only, and from this tree, not an older install."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        importlib.import_module(f"{package}.build").build(out_dir)
+    except RuntimeError as error:
+        raise BaseError(str(error)) from error  # setuptools prints these as one message, without a traceback
+    finally:
+        sys.path.remove(str(ROOT))
 
 
 class BuildNative(Command):
@@ -42,9 +47,7 @@ class BuildNative(Command):
 
     def run(self) -> None:
         for package in NATIVE:
-            out_dir = self.out_dir(package)
-            out_dir.mkdir(parents=True, exist_ok=True)
-            native_builder(package)(out_dir)
+            compile_native(package, self.out_dir(package))
 
     def get_source_files(self) -> list[str]:
         return [str(path.relative_to(ROOT)) for package in NATIVE for path in sorted((ROOT / package / "csrc").rglob("*"))

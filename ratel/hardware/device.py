@@ -1,0 +1,41 @@
+"""Which device computes."""
+
+import torch
+
+from ratel.errors import RatelError
+
+
+def require_device(device: "str | torch.device" = "auto") -> torch.device:
+    """The device asked for, or why it cannot be had. ``auto`` takes a CUDA device where there is one."""
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise RatelError("not a device", field="--device", value=device, remedy="Use auto, cuda or cpu") from error
+    if wanted.type == "cpu":
+        return torch.device("cpu")
+    if wanted.type != "cuda":
+        raise RatelError("not supported", field="--device", value=device, remedy="Use auto, cuda or cpu")
+    return _require_cuda(wanted)
+
+
+def _require_cuda(wanted: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        why = why_no_cuda() or "PyTorch finds no usable device"
+        raise RatelError(f"there is no CUDA device: {why}", field="--device", value=wanted,
+                         remedy="Use --device cpu, or see `ratel doctor`")
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if index >= torch.cuda.device_count():
+        raise RatelError(f"this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0",
+                         field="--device", value=wanted)
+    return torch.device("cuda", index)
+
+
+def why_no_cuda() -> str | None:
+    """None where CUDA works."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    return f"this PyTorch is built for CUDA {torch.version.cuda} but finds no device or no driver"

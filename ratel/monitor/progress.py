@@ -1,0 +1,61 @@
+"""What the user watches: a live line on a terminal, plain lines anywhere else, nothing when quiet."""
+
+from collections import deque
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ratel.units import format_seconds
+
+_RECENT_STEPS = 20
+
+
+class ProgressDisplay:
+    """Shows the records that go to metrics.jsonl. ``note`` prints a line beside them."""
+
+    def __init__(self, total_steps: int, *, log_every: int = 10, quiet: bool = False, first_step: int = 0,
+                 console: Console | None = None) -> None:
+        self._console = console or Console(quiet=quiet, highlight=False)
+        self._total, self._log_every = total_steps, log_every
+        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._live = self._start(first_step) if self._console.is_terminal and not quiet else None
+
+    def _start(self, first_step: int) -> Progress:
+        live = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
+                        console=self._console, transient=False)
+        self._task = live.add_task("preparing the first step", total=self._total, completed=first_step)
+        live.start()
+        return live
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._recent_s.append(record["step_s"])
+        left = self._total - record["step"]
+        text = describe_step(record, eta_s=left * median(self._recent_s))
+        if self._live is not None:
+            self._live.update(self._task, completed=record["step"], description=text)
+        elif record["step"] % self._log_every == 0 or record["step"] in (1, self._total) or "eval_loss" in record:
+            self.note(f"step {record['step']}/{self._total}  {text}")
+
+    def note(self, text: str) -> None:
+        # No markup: paths and messages contain brackets; no wrapping: a log line is one line.
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def describe_step(record: dict[str, Any], *, eta_s: float) -> str:
+    parts = [f"loss {record['loss']:.4f}"]
+    if "eval_loss" in record:
+        parts.append(f"eval {record['eval_loss']:.4f}")
+    parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    if record["bound_by"]:
+        parts.append(f"{record['bound_by']} binds ({record['bound_s'] / record['step_s']:.0%} of bound)")
+    if record["skipped"]:
+        parts.append("skipped: not finite")
+    parts.append(f"ETA {format_seconds(eta_s)}")
+    return "  ".join(parts)

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM between two steps: the first asks, the second insists."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to stop. What it completed is written; ``result`` says how far it got."""
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class StopRequest:
+    """A flag that a signal sets. A step half done would leave states that belong to no step, so the loop finishes it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Only the main thread may install handlers; a run in another thread is stopped by whoever owns it.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print(): the interrupted code may hold its lock.
+        os.write(2, b"\nStopping after this step (once more: stop at once, without writing the model)\n")

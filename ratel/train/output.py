@@ -1,0 +1,65 @@
+"""The run's directory: what it holds, when it may be used again, how a file appears in it."""
+
+import json
+import os
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from ratel.errors import RatelError
+
+RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model")
+
+
+class RunDirectory:
+    """``OUT``. Only the files of a run are ever replaced or removed; anything else in it is the user's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics, self.model = path / "metrics.jsonl", path / "model"
+
+    def earlier_results(self) -> list[str]:
+        return [name for name in RESULTS if (self.path / name).exists()]
+
+    def open(self) -> None:
+        """Make the directory and remove an earlier run's results, so that none is mistaken for this run's."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in self.earlier_results():
+                _remove(self.path / name)
+        except OSError as error:
+            raise RatelError(f"cannot be used: {error.strerror}", field="--out", value=self.path) from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Whole or not at all: a reader never sees half a file."""
+        target = self.path / f"{name}.json"
+        partial = target.with_suffix(".json.partial")
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+
+
+def choose(out: str | None, model_name: str, *, overwrite: bool) -> RunDirectory:
+    """The directory for a new run: ``out``, or without one the first free ``runs/MODEL``, ``runs/MODEL-2``, ...
+
+    Nothing is touched yet: `RunDirectory.open` does that once the run is known to start.
+    """
+    path = Path(out) if out is not None else _first_free(Path("runs"), model_name)
+    if path.exists() and not path.is_dir():
+        raise RatelError("is not a directory", field="--out", value=path)
+    directory = RunDirectory(path)
+    if directory.earlier_results() and not overwrite:
+        raise RatelError(f"already holds a run ({', '.join(directory.earlier_results())})", field="--out", value=path,
+                         remedy="Give another directory, or --overwrite to replace that run")
+    return directory
+
+
+def _first_free(parent: Path, name: str) -> Path:
+    number, path = 1, parent / name
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def _remove(path: Path) -> None:
+    rmtree(path) if path.is_dir() else path.unlink()

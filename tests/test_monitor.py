@@ -1,0 +1,130 @@
+"""Metrics reach the file, errors reach the caller, and nobody waits for ever; progress says what it should."""
+
+import io
+import json
+import os
+import threading
+
+import pytest
+from rich.console import Console
+
+from ratel.errors import WorkerError
+from ratel.monitor.metrics import MetricsWriter
+from ratel.monitor.progress import ProgressDisplay, describe_step
+
+pytestmark = pytest.mark.unit
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_record_is_one_line_in_order(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, max_pending=4) as writer:
+        for step in range(500):
+            writer.write({"step": step, "text": "ö\n"})
+    assert [record["step"] for record in read_lines(path)] == list(range(500))
+    assert read_lines(path)[7]["text"] == "ö\n"
+
+
+def test_flush_makes_records_readable(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1})
+        writer.flush()
+        assert read_lines(path) == [{"step": 1}]
+
+
+def test_a_new_run_replaces_and_a_resumed_one_appends(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for append, expected in ((False, [1]), (True, [1, 1]), (False, [1])):
+        with MetricsWriter(path, append=append) as writer:
+            writer.write({"step": 1})
+        assert [record["step"] for record in read_lines(path)] == expected
+
+
+def test_numbers_json_does_not_know_become_null(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    assert read_lines(path) == [{"loss": None, "grad_norm": None, "lr": 0.5}]
+
+
+def test_an_unwritable_file_is_reported_by_the_next_call(tmp_path) -> None:
+    writer = MetricsWriter(tmp_path / "missing" / "metrics.jsonl")
+    writer.write({"step": 1})
+    with pytest.raises(WorkerError, match="metrics.jsonl could not be written") as info:
+        writer.flush()
+    assert isinstance(info.value.__cause__, FileNotFoundError)
+    with pytest.raises(WorkerError):
+        writer.write({"step": 2})
+    with pytest.raises(WorkerError):
+        writer.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk_is_reported_and_the_writer_never_blocks() -> None:
+    writer = MetricsWriter("/dev/full", max_pending=2)
+
+    def write_until_refused() -> None:
+        with pytest.raises(WorkerError, match="No space left"):
+            for step in range(100_000):
+                writer.write({"step": step})
+
+    thread = threading.Thread(target=write_until_refused, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "write() hangs after the disk is full"
+    with pytest.raises(WorkerError):
+        writer.close()
+
+
+def test_the_error_that_ended_the_run_is_not_hidden(tmp_path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        with MetricsWriter(tmp_path / "missing" / "metrics.jsonl") as writer:
+            writer.write({"step": 1})
+            raise ZeroDivisionError
+
+
+def record_of(step: int, **changes: object) -> dict:
+    return {"step": step, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 1000, "step_s": 0.5, "tokens_per_s": 2000.0,
+            "bound_s": 0.4, "bound_by": "ssd", "skipped": False, **changes}
+
+
+def test_a_step_is_described_with_what_binds() -> None:
+    text = describe_step(record_of(3, eval_loss=2.25), eta_s=75)
+    assert text == "loss 2.5000  eval 2.2500  2,000 tok/s  ssd binds (80% of bound)  ETA 1m 15s"
+    assert "skipped" in describe_step(record_of(3, skipped=True), eta_s=0)
+    assert "binds" not in describe_step(record_of(3, bound_by=None, bound_s=None), eta_s=0)
+
+
+def shown(**options: object) -> str:
+    out = io.StringIO()
+    display = ProgressDisplay(25, console=Console(file=out, width=200, **options), log_every=10)
+    display.note("[/mnt/a] is used")
+    for step in range(1, 26):
+        display.step(record_of(step, **({"eval_loss": 2.0} if step == 7 else {})))
+    display.close()
+    return out.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    lines = shown().splitlines()
+    assert lines[0] == "[/mnt/a] is used"
+    assert [line.split()[1] for line in lines[1:]] == ["1/25", "7/25", "10/25", "20/25", "25/25"]
+    assert lines[3].endswith("ETA 7.50s")  # 15 steps of 0.5 s
+
+
+def test_a_live_line_on_a_terminal() -> None:
+    text = shown(force_terminal=True)
+    assert "25/25" in text and "ssd binds" in text
+    assert text.count("step 1/25") == 0
+
+
+def test_quiet_says_nothing(capsys) -> None:
+    display = ProgressDisplay(2, quiet=True)
+    display.note("text")
+    display.step(record_of(1))
+    display.close()
+    assert capsys.readouterr().out == ""
