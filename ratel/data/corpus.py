@@ -1,0 +1,122 @@
+"""Documents by number: an index of byte offsets, built in one pass, over files that need not fit in memory."""
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ratel.data.records import Chat, Record, RecordError, Text, decode, parse_line
+from ratel.data.sources import MAX_LINE_BYTES, MIN_TEXT_BYTES, LineError, Source, scan_jsonl, scan_text
+from ratel.errors import RatelError
+from ratel.units import GIB, format_bytes
+
+CHECKED_BYTES = GIB
+"""How much of a corpus is checked record by record before training starts (some seconds). What lies beyond is checked
+as it is read, with the same message; checking all of a terabyte first would cost an hour."""
+
+
+class Corpus:
+    """Documents of some files, read by number in any order.
+
+    Holds 8 bytes per document. Raises RatelError, naming file and line, for anything that is not as documented.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, text_bytes: int = MIN_TEXT_BYTES, field: str = "data") -> None:
+        """``text_bytes``: size that documents of plain text are gathered to (see ``scan_text``)."""
+        self.field = field
+        self.sources = tuple(sources)
+        self.has_chat = False
+        self._text_bytes = text_bytes
+        self._checked_bytes = 0
+        offsets = array("Q")
+        self._first = [0]
+        for source in self.sources:
+            self._index(source, offsets)
+            self._first.append(len(offsets))
+        self._offsets = np.frombuffer(offsets, dtype=np.uint64) if offsets else np.zeros(0, dtype=np.uint64)
+        if not len(self):
+            raise RatelError("there is no text in it", field=field, value=self._names(),
+                             remedy="Give files that have at least one document that is not blank")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(source.num_bytes for source in self.sources)
+
+    def read(self, number: int) -> Record | None:
+        """The record of a document; None where it turns out to be blank."""
+        source, start = self._locate(number)
+        try:
+            with source.open() as file:
+                file.seek(start)
+                if source.suffix == ".jsonl":
+                    return parse_line(file.readline(MAX_LINE_BYTES + 1))
+                # Documents end well within this; the rest of a longer stretch is blank lines.
+                return _plain(file.read(min(self._end(number) - start, 6 * self._text_bytes)))
+        except RecordError as error:
+            raise self.error(number, error) from error
+        except OSError as error:
+            raise RatelError(f"cannot be read: {error.strerror}", field=self.field, value=source.name,
+                             remedy="Keep the files in place while training reads them") from error
+
+    def error(self, number: int, error: RecordError) -> RatelError:
+        """What is wrong with a document as a RatelError, with its line (counted now, not stored for each)."""
+        source, start = self._locate(number)
+        line = 1 + error.line
+        with source.open() as file:
+            while start > 0 and (block := file.read(min(start, 1 << 20))):
+                line += block.count(b"\n")
+                start -= len(block)
+        return self._line_error(source, LineError(line, error))
+
+    def describe(self) -> str:
+        files = self._names() if len(self.sources) <= 2 else f"{len(self.sources)} files"
+        return f"{len(self):,} documents ({format_bytes(self.num_bytes)}) in {files}"
+
+    def _names(self) -> str:
+        names = [source.name for source in self.sources[:3]]
+        return ", ".join(names) + (f" and {len(self.sources) - 3} more" if len(self.sources) > 3 else "")
+
+    def _index(self, source: Source, offsets: array) -> None:
+        check_until = max(0, CHECKED_BYTES - self._checked_bytes)
+        try:
+            with source.open() as file:
+                if source.suffix == ".jsonl":
+                    self._index_jsonl(scan_jsonl(file), check_until, offsets)
+                else:
+                    offsets.extend(scan_text(file, self._text_bytes, check_until))
+        except LineError as error:
+            raise self._line_error(source, error) from None
+        self._checked_bytes += source.num_bytes
+
+    def _index_jsonl(self, lines: Iterator[tuple[int, int, bytes]], check_until: int, offsets: array) -> None:
+        for offset, number, line in lines:
+            if offset < check_until:
+                try:
+                    record = parse_line(line)
+                except RecordError as error:
+                    raise LineError(number, error) from None
+                if record is None:
+                    continue
+                self.has_chat |= isinstance(record, Chat)
+            offsets.append(offset)
+
+    def _locate(self, number: int) -> tuple[Source, int]:
+        assert 0 <= number < len(self)
+        return self.sources[bisect_right(self._first, number) - 1], int(self._offsets[number])
+
+    def _end(self, number: int) -> int:
+        which = bisect_right(self._first, number) - 1
+        return int(self._offsets[number + 1]) if number + 1 < self._first[which + 1] else self.sources[which].num_bytes
+
+    def _line_error(self, source: Source, error: LineError) -> RatelError:
+        return RatelError(f"{source.name}, line {error.number}: {error.error}", field=self.field,
+                          remedy=error.error.expected)
+
+
+def _plain(data: bytes) -> Text | None:
+    text = decode(data).replace("\r\n", "\n").strip("\n")
+    return Text(text=text) if text.strip() else None

@@ -1,0 +1,212 @@
+"""Text to batches: the face of this package."""
+
+import copy
+import zlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ratel.data.bundled import bundled_sources
+from ratel.data.corpus import Corpus
+from ratel.data.encode import Document, Encoder
+from ratel.data.order import Permutation
+from ratel.data.packing import Packer, Row
+from ratel.data.prefetch import Prefetcher
+from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, find_sources
+from ratel.data.stream import Position, Reader, RowStream
+from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab, pad_id
+from ratel.errors import RatelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, torch.Tensor]
+MIN_SEQ_LEN = 8
+_PREFETCHED_BATCHES = 4
+_HELD_OUT_KEY = -1
+"""In place of an epoch, in the key of the permutation that picks held-out documents."""
+
+
+def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
+                 seed: int, eval_fraction: float = 0.01, eval_data: DataArgument | None = None,
+                 eval_max_sequences: int | None = 64, vocab_size: int | None = None) -> "Dataset":
+    """Index the text, hold some of it out, and stand before the first batch.
+
+    ``data``: a .txt or .jsonl file, a directory of them, a list of these, or None for the bundled text.
+    ``eval_fraction``: share of the documents held out for evaluation, at least one; no more than fill
+    ``eval_max_sequences`` (None: no limit). 0, or a single document, holds out none. ``eval_data``: evaluate on this
+    instead, and hold out nothing. ``vocab_size``: of the model; ids beyond it are then refused.
+    If there are conversations and the tokenizer has no chat template, it is given DEFAULT_CHAT_TEMPLATE.
+    Raises RatelError for anything wrong with an option, a file or a line.
+    """
+    _check_options(seq_len, batch_size, eval_fraction, eval_max_sequences)
+    if vocab_size is not None:
+        check_vocab(tokenizer, vocab_size)
+    text_bytes = max(MIN_TEXT_BYTES, 4 * seq_len)  # About a sequence at four bytes a token.
+    corpus = Corpus(bundled_sources() if data is None else find_sources(data), text_bytes=text_bytes)
+    eval_corpus = None
+    if eval_data is not None:
+        eval_corpus = Corpus(find_sources(eval_data, field="eval_data"), text_bytes=text_bytes, field="eval_data")
+    if not tokenizer.chat_template and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
+    return Dataset(corpus, tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed, vocab_size=vocab_size,
+                   eval_fraction=eval_fraction, eval_corpus=eval_corpus, eval_max_sequences=eval_max_sequences)
+
+
+class Dataset:
+    """Batches of int64 tensors ``[batch_size, seq_len]``: input_ids, labels (-100: no loss; not shifted), position_ids
+    (from 0 in each document).
+
+    It has one position. ``batches`` moves it on, ``state_dict`` writes it down, ``load_state_dict`` goes to it.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int, seed: int,
+                 vocab_size: int | None, eval_fraction: float, eval_corpus: Corpus | None,
+                 eval_max_sequences: int | None) -> None:
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
+        own = copy.deepcopy(tokenizer)
+        encoder = Encoder(own, vocab_size=vocab_size)
+        self._pad_id = pad_id(own)
+        self._seed = seed
+        self._reader = Reader(corpus, encoder)
+        self._eval_corpus = eval_corpus
+        self._held_out: frozenset[int] = frozenset()
+        max_tokens = None if eval_max_sequences is None else eval_max_sequences * seq_len
+        if eval_corpus is not None:
+            picked = _pick(Reader(eval_corpus, encoder), (0, _HELD_OUT_KEY), len(eval_corpus), max_tokens)
+        else:
+            count = min(len(corpus) - 1, max(1, round(len(corpus) * eval_fraction))) if eval_fraction > 0 else 0
+            picked = _pick(self._reader, (seed, _HELD_OUT_KEY), count, max_tokens)
+            self._held_out = frozenset(number for number, _ in picked)
+        self._num_eval_documents = len(picked)
+        self._eval_rows = self._pack_eval(picked)[:eval_max_sequences]
+        self._fingerprint = {"seed": seed, "seq_len": seq_len, "documents": len(corpus), "bytes": corpus.num_bytes,
+                             "held_out": zlib.crc32(repr(sorted(self._held_out)).encode()), "vocabulary": len(own)}
+        self._position = Position()
+        self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """Documents trained on in an epoch."""
+        return len(self._reader) - len(self._held_out)
+
+    @property
+    def num_eval_documents(self) -> int:
+        return self._num_eval_documents
+
+    @property
+    def epoch(self) -> int:
+        """Epochs through which the documents of the batches so far have gone completely."""
+        return self._position.epoch
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches without end, from the present position on, prepared ahead in a thread. A new call ends an earlier
+        iterator. Each ``next`` moves the dataset's position."""
+        self.close()
+        stream = self._stream(self._position)
+        size = self.batch_size
+
+        def produce() -> tuple[Batch, Position]:
+            return _collate([stream.next_row() for _ in range(size)]), stream.position
+
+        prefetcher = self._prefetcher = Prefetcher(produce, depth=_PREFETCHED_BATCHES, name="ratel-data")
+        weakref.finalize(self, prefetcher.close)
+        return _BatchIterator(self, prefetcher)
+
+    def eval_batches(self, batch_size: int | None = None) -> list[Batch]:
+        """All held-out sequences, the same at every call; the last batch may have fewer rows. May be empty."""
+        size = batch_size or self.batch_size
+        return [_collate(self._eval_rows[at:at + size]) for at in range(0, len(self._eval_rows), size)]
+
+    def describe(self) -> str:
+        text = self._reader.corpus.describe()
+        if self._eval_corpus is not None:
+            return f"{text}; evaluation: {len(self._eval_rows)} sequences of {self._eval_corpus.describe()}"
+        if not self._eval_rows:
+            return f"{text}; nothing held out for evaluation"
+        return f"{text}; {self.num_eval_documents} documents ({len(self._eval_rows)} sequences) held out for evaluation"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out, as JSON values; small, whatever the corpus."""
+        return {"data": dict(self._fingerprint), **self._position.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position: the next batches are those that would have come there, bit for bit. Another batch_size is
+        allowed, anything else that changes the sequences is a RatelError."""
+        differing = [name for name, value in self._fingerprint.items() if state["data"].get(name) != value]
+        if differing:
+            raise RatelError(f"not what the run was started with; different: {', '.join(differing)}", field="data",
+                             remedy="Resume with the same data, tokenizer, seed and sequence length")
+        self.close()
+        self._position = Position.from_dict(state)
+        self._stream(self._position)  # Raises here, not in the thread, if the documents are not there.
+
+    def close(self) -> None:
+        """End the thread. ``batches`` may be called again afterwards."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def __enter__(self) -> "Dataset":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stream(self, position: Position) -> RowStream:
+        return RowStream(self._reader, held_out=self._held_out, seed=self._seed, seq_len=self.seq_len,
+                         pad_id=self._pad_id, position=position)
+
+    def _pack_eval(self, picked: list[tuple[int, Document]]) -> list[Row]:
+        documents = iter(picked)
+        packer = Packer(lambda: next(documents, None), seq_len=self.seq_len, pad_id=self._pad_id)
+        return [row for row in iter(packer.next_row, None) if row.num_targets]
+
+
+class _BatchIterator(Iterator[Batch]):
+    def __init__(self, dataset: Dataset, prefetcher: Prefetcher[tuple[Batch, Position]]) -> None:
+        self._dataset, self._prefetcher = dataset, prefetcher
+
+    def __next__(self) -> Batch:
+        batch, self._dataset._position = self._prefetcher.get()
+        return batch
+
+
+def _pick(reader: Reader, key: tuple[int, ...], count: int, max_tokens: int | None) -> list[tuple[int, Document]]:
+    """Documents in the order of a permutation of their own, until there are enough of them or of their tokens."""
+    picked: list[tuple[int, Document]] = []
+    num_tokens = 0
+    order = Permutation(len(reader), key)
+    for index in range(count):
+        if max_tokens is not None and num_tokens >= max_tokens:
+            break
+        document = reader.load(order[index])
+        if document is not None:
+            picked.append((order[index], document))
+            num_tokens += len(document)
+    return picked
+
+
+def _collate(rows: list[Row]) -> Batch:
+    return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+            for name in ("input_ids", "labels", "position_ids")}
+
+
+def _check_options(seq_len: int, batch_size: int, eval_fraction: float, eval_max_sequences: int | None) -> None:
+    if seq_len < MIN_SEQ_LEN:
+        raise RatelError("a sequence that short teaches nothing", field="seq_len", value=seq_len,
+                         remedy=f"Use at least {MIN_SEQ_LEN} tokens")
+    if batch_size < 1:
+        raise RatelError("a batch has at least one sequence", field="batch_size", value=batch_size,
+                         remedy="Use 1 or more")
+    if not 0 <= eval_fraction < 1:
+        raise RatelError("not a share of the documents", field="eval_fraction", value=eval_fraction,
+                         remedy="Use 0 (no held-out split) or a number below 1, such as 0.01")
+    if eval_max_sequences is not None and eval_max_sequences < 1:
+        raise RatelError("there must be at least one", field="eval_max_sequences", value=eval_max_sequences,
+                         remedy="Use eval_fraction=0 for no evaluation")

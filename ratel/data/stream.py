@@ -1,0 +1,111 @@
+"""The endless stream of training sequences, and a position in it that can be written down and taken up again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ratel.data.corpus import Corpus
+from ratel.data.encode import Document, Encoder
+from ratel.data.order import Permutation
+from ratel.data.packing import Packer, Piece, Row
+from ratel.data.records import RecordError
+from ratel.errors import RatelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Before which sequence the stream stands: next document of the epoch, and the pieces drawn but not yet packed."""
+
+    epoch: int = 0
+    cursor: int = 0
+    waiting: tuple[tuple[int, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "cursor": self.cursor, "waiting": [list(piece) for piece in self.waiting]}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "Position":
+        return cls(epoch=state["epoch"], cursor=state["cursor"],
+                   waiting=tuple((number, start) for number, start in state["waiting"]))
+
+
+class Reader:
+    """Documents of a corpus by number, as tokens."""
+
+    def __init__(self, corpus: Corpus, encoder: Encoder) -> None:
+        self.corpus = corpus
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def load(self, number: int) -> Document | None:
+        record = self.corpus.read(number)
+        try:
+            return None if record is None else self._encoder.encode(record)
+        except RecordError as error:
+            raise self.corpus.error(number, error) from error
+
+
+class RowStream:
+    """Sequences over epochs without end, each epoch in an order of its own that the seed fixes."""
+
+    def __init__(self, reader: Reader, *, held_out: frozenset[int], seed: int, seq_len: int, pad_id: int,
+                 position: Position = Position()) -> None:
+        assert len(held_out) < len(reader)
+        self._reader = reader
+        self._held_out = held_out
+        self._seed = seed
+        self._epoch, self._cursor = position.epoch, position.cursor
+        self._order = self._permutation()
+        self._packer = Packer(self._draw, seq_len=seq_len, pad_id=pad_id,
+                              pool=[self._piece(number, start) for number, start in position.waiting])
+
+    @property
+    def position(self) -> Position:
+        return Position(epoch=self._epoch, cursor=self._cursor, waiting=tuple(self._packer.waiting))
+
+    def next_row(self) -> Row:
+        """The next sequence that has a target; others (all prompt, say) would be computed for nothing."""
+        first_epoch = self._epoch
+        while True:
+            row = self._packer.next_row()
+            assert row is not None
+            if row.num_targets:
+                return row
+            if self._epoch > first_epoch + 1:
+                raise self._nothing_to_learn()
+
+    def next_number(self) -> int:
+        """The next document of the order, those held out passed over."""
+        while True:
+            if self._cursor == len(self._reader):
+                self._epoch, self._cursor = self._epoch + 1, 0
+                self._order = self._permutation()
+            number = self._order[self._cursor]
+            self._cursor += 1
+            if number not in self._held_out:
+                return number
+
+    def _draw(self) -> tuple[int, Document]:
+        first_epoch = self._epoch
+        while self._epoch <= first_epoch + 1:
+            number = self.next_number()
+            document = self._reader.load(number)
+            if document is not None:
+                return number, document
+        raise self._nothing_to_learn()
+
+    def _permutation(self) -> Permutation:
+        return Permutation(len(self._reader), (self._seed, self._epoch))
+
+    def _piece(self, number: int, start: int) -> Piece:
+        document = self._reader.load(number)
+        if document is None or start >= len(document):
+            raise RatelError("the position to resume from does not lie in this data", field="data",
+                             remedy="Resume with the files that the run was started with")
+        return Piece(number=number, start=start, document=document)
+
+    def _nothing_to_learn(self) -> RatelError:
+        return RatelError("no sequence has a token to learn", field=self._reader.corpus.field,
+                          remedy="Give documents of more than one token")

@@ -1,0 +1,109 @@
+"""The tokenizer of a model's directory, or a byte-level one where there is none."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ratel.errors import RatelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+                    "spiece.model", "tekken.json")
+_BOS, _EOS, _PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""For tokenizers that bring none: ``<|role|>``, the content on the next lines, and EOS after each answer."""
+
+
+def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that belongs to a model.
+
+    A directory with tokenizer files, or a model instance that was loaded from one, gives that tokenizer. Everything else
+    (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens.
+    """
+    directory = _directory_of(model)
+    if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return byte_level_tokenizer()
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # transformers raises whatever the broken file made its many parsers raise
+        raise RatelError(f"its tokenizer cannot be loaded ({type(error).__name__}: {error})", field="model",
+                         value=directory, remedy="Repair the tokenizer's files, or remove them to train on plain bytes"
+                         ) from error
+
+
+def byte_level_tokenizer() -> "PreTrainedTokenizerBase":
+    """Ids 0 to 255 are the bytes of UTF-8, then BOS, EOS and PAD. Saved, it loads with AutoTokenizer anywhere."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
+    # use_regex off: splitting into words first is for merges, and there are none.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (_BOS, _EOS, _PAD)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_BOS, eos_token=_EOS, pad_token=_PAD,
+                                   clean_up_tokenization_spaces=False, chat_template=DEFAULT_CHAT_TEMPLATE)
+
+
+def check_vocab(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """Refuse a tokenizer that makes ids the model has no embedding for.
+
+    Added tokens beyond the model's vocabulary are let pass, because published text-only models carry them (image
+    markers, say); the encoder refuses a document in which one appears.
+    """
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    added = set(tokenizer.get_added_vocab().values()) - used
+    largest = max(id_ for id_ in tokenizer.get_vocab().values() if id_ not in added)
+    if largest >= vocab_size:
+        raise RatelError(f"the tokenizer makes ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}",
+                         field="model", remedy=f"Use a model with vocab_size of at least {largest + 1} (the byte-level "
+                                               "tokenizer needs 259), or the tokenizer that belongs to the model")
+
+
+def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The special tokens that the tokenizer puts before a text (BOS, if any)."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    full = tokenizer("x")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start:start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    if tokenizer.eos_token_id is None:
+        raise RatelError("the tokenizer has no end-of-text token, which must close every document", field="model",
+                         remedy='Set "eos_token" in its tokenizer_config.json')
+    return tokenizer.eos_token_id
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """PAD, or EOS where there is none; nothing is ever learned from either."""
+    return eos_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _directory_of(model: object) -> Path | None:
+    if not isinstance(model, (str, os.PathLike)):
+        model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(model) if isinstance(model, (str, os.PathLike)) and model != "" and Path(model).is_dir() else None
+
+
+def _byte_symbols() -> list[str]:
+    """The character by which the ByteLevel pre-tokenizer stands for each byte: itself where it prints, else 256 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
