@@ -1,0 +1,10 @@
+"""Native NVMe I/O: asynchronous, O_DIRECT, striped over directories, with priorities. Standard library only.
+
+The shared library is loaded when the first Engine is made; ``python -m nvme_ds.build`` compiles it.
+"""
+
+from nvme_ds.engine import ACTIVATION, ALIGNMENT, OPTIMIZER, WEIGHT, WRITEBACK, Engine
+from nvme_ds.errors import BuildError, IoError, NoSpaceError
+from nvme_ds.volume import Volume
+
+__all__ = ["ACTIVATION", "ALIGNMENT", "OPTIMIZER", "WEIGHT", "WRITEBACK", "BuildError", "Engine", "IoError", "NoSpaceError", "Volume"]

@@ -1,0 +1,74 @@
+#include "ticket.h"
+
+#include <utility>
+
+#include "clock.h"
+
+namespace nvme_ds {
+
+void Ticket::start(std::shared_ptr<Ticket> self) {
+    if (parts.empty()) {
+        done_ = true;
+        volume_.reset();
+        return;
+    }
+    remaining_.store(parts.size());
+    self_ = std::move(self);
+}
+
+void Ticket::record_error(const Part& part, int error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_.error) return;
+    failure_ = {error, part.op, part.file_offset + part.done_bytes, part.remaining(), volume_->files()[part.file].path};
+}
+
+void Ticket::part_finished() {
+    if (remaining_.fetch_sub(1) != 1) return;
+    // The volume goes before anyone is told: a waiter may close it next and expect its files and their locks to be free.
+    volume_.reset();
+    std::shared_ptr<Ticket> self = std::move(self_);
+    std::lock_guard<std::mutex> lock(mutex_);
+    done_ = true;
+    finished_.notify_all();
+}
+
+bool Ticket::done() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return done_;
+}
+
+bool Ticket::wait_until(int64_t deadline_ns) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return finished_.wait_until(lock, time_point_of(deadline_ns), [this] { return done_; });
+}
+
+int Ticket::failure(nds_failure& out) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_.error)
+        fill_failure(out, failure_.error, static_cast<int>(failure_.op), failure_.offset, failure_.num_bytes, failure_.path);
+    return -failure_.error;
+}
+
+int64_t TicketTable::insert(std::shared_ptr<Ticket> ticket) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    tickets_.emplace(next_id_, std::move(ticket));
+    return next_id_++;
+}
+
+std::shared_ptr<Ticket> TicketTable::find(int64_t id) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = tickets_.find(id);
+    return found == tickets_.end() ? nullptr : found->second;
+}
+
+void TicketTable::forget(int64_t id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    tickets_.erase(id);
+}
+
+size_t TicketTable::size() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return tickets_.size();
+}
+
+}  // namespace nvme_ds

@@ -1,0 +1,28 @@
+#include "volume.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace nvme_ds {
+
+Volume::Volume(std::vector<VolumeFile> files, Layout layout, uint64_t num_bytes, bool direct)
+    : files_(std::move(files)), layout_(std::move(layout)), num_bytes_(num_bytes), direct_(direct) {}
+
+Volume::~Volume() {
+    for (const VolumeFile& file : files_) ::close(file.fd);
+}
+
+void fill_failure(nds_failure& failure, int error, int op, uint64_t offset, uint64_t num_bytes, const std::string& path) {
+    failure.error = error;
+    failure.op = op;
+    failure.offset = offset;
+    failure.num_bytes = num_bytes;
+    const size_t length = std::min(path.size(), sizeof(failure.path) - 1);
+    std::memcpy(failure.path, path.data(), length);
+    failure.path[length] = '\0';
+}
+
+}  // namespace nvme_ds

@@ -1,0 +1,324 @@
+"""The engine's Python face: argument checks, waiting that Ctrl-C can end, errors with their place. Transfers never pass through
+Python."""
+
+from __future__ import annotations
+
+import ctypes
+import errno as errno_module
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+
+from nvme_ds import files, native
+from nvme_ds.errors import IoError
+from nvme_ds.layout import file_sizes, stripe_pattern
+from nvme_ds.options import BACKENDS, caps_by_directory, check_layout, check_options
+from nvme_ds.volume import Volume
+
+logger = logging.getLogger("nvme_ds")
+
+WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK = range(4)
+ALIGNMENT = files.ALIGNMENT
+
+_OPS = ("read", "write", "sync")
+_FAULT_BITS = {None: 0, "read": 1, "write": 2, "sync": 4}
+_SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
+_EXIT_PATIENCE_S = 5.0
+
+
+class Engine:
+    """Asynchronous reads and writes between memory and striped volumes, with one queue per directory.
+
+    backend: ``auto`` takes io_uring where the kernel allows it, else threads; a forced choice that is impossible raises OSError.
+    queue_depth: requests the kernel holds per directory. num_threads: per directory, of the ``threads`` backend.
+    request_bytes: longest single request. bandwidth_bps: cap per directory on reads and writes together, one number or
+    ``{directory: bytes per second}``.
+    """
+
+    def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 4, request_bytes: int = 1 << 20,
+                 bandwidth_bps: float | Mapping[str, float] | None = None) -> None:
+        check_options(backend, queue_depth, num_threads, request_bytes)
+        self._native = native.library()
+        self.backend = _choose_backend(self._native, backend, queue_depth)
+        self.request_bytes = request_bytes
+        self._caps = caps_by_directory(bandwidth_bps)
+        options = native.EngineOptions(BACKENDS[self.backend], queue_depth, num_threads, request_bytes)
+        self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
+        self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle)
+        self._devices: dict[str, int] = {}
+        self._volumes: dict[int, Volume] = {}
+        self._buffers: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._thread_local = threading.local()
+        self._closed = False
+        self._no_direct = False
+
+    # Volumes
+
+    def create_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int, stripe_bytes: int = 1 << 20,
+                      weights: Sequence[float] | None = None, direct: str = "auto", keep: bool = False) -> Volume:
+        """New files ``<directory>/<name>.<index>``, allocated in full (contents undefined), replacing any of these names.
+
+        weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall back to
+        buffered I/O with a warning, see ``Volume.direct``), ``on`` (raise instead) or ``off``. keep: leave the files at close.
+        Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable.
+        """
+        return self._make_volume(files.create_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+
+    def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int, stripe_bytes: int = 1 << 20,
+                    weights: Sequence[float] | None = None, direct: str = "auto", keep: bool = True) -> Volume:
+        """Files made by ``create_volume`` with the same arguments. Files of another size raise OSError (EINVAL)."""
+        return self._make_volume(files.open_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+
+    def _make_volume(self, make_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep) -> Volume:
+        self._require_open()
+        folders = [os.path.realpath(directory) for directory in directories]
+        weights = [1] * len(folders) if weights is None else list(weights)
+        check_layout(folders, name, num_bytes, stripe_bytes, weights, direct)
+        num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        pattern = stripe_pattern(weights)
+        paths = files.volume_paths(folders, name)
+        fds = make_files(paths, file_sizes(num_bytes, stripe_bytes, pattern))
+        try:
+            is_direct = files.bypass_page_cache(fds, paths, direct, refuse=self._no_direct)
+            handle = self._add_volume(folders, fds, paths, pattern, stripe_bytes, num_bytes, is_direct)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            if make_files is files.create_files:
+                for path in paths:
+                    os.unlink(path)
+            raise
+        volume = Volume(self, handle, paths, num_bytes, is_direct, keep)
+        with self._lock:
+            self._volumes[handle] = volume
+        return volume
+
+    def _add_volume(self, folders, fds, paths, pattern, stripe_bytes, num_bytes, is_direct) -> int:
+        count = len(fds)
+        devices = [self._device(folder) for folder in folders]
+        spec = native.VolumeSpec(
+            num_files=count, devices=(ctypes.c_int32 * count)(*devices), fds=(ctypes.c_int32 * count)(*fds),
+            paths=(ctypes.c_char_p * count)(*map(os.fsencode, paths)), pattern_length=len(pattern),
+            pattern=(ctypes.c_uint32 * len(pattern))(*pattern), stripe_bytes=stripe_bytes, num_bytes=num_bytes, direct=is_direct)
+        return _checked(self._native.volume_add(self._handle, ctypes.byref(spec)), "adding a volume")
+
+    def _device(self, folder: str) -> int:
+        with self._lock:
+            if folder not in self._devices:
+                cap_bps = self._caps.get(folder, self._caps.get(None, 0.0))
+                self._devices[folder] = _checked(self._native.device_add(self._handle, cap_bps), f"a queue for {folder}")
+            return self._devices[folder]
+
+    def _sync_volume(self, volume: Volume) -> None:
+        failure = self._failure()
+        failure.error = 0
+        self._raise_for(self._native.volume_sync(self._handle, volume.handle, failure), failure)
+
+    def _close_volume(self, volume: Volume) -> None:
+        with self._lock:
+            self._volumes.pop(volume.handle, None)
+        self._native.volume_close(self._handle, volume.handle)
+
+    # Memory
+
+    def register_buffer(self, address: int, num_bytes: int) -> None:
+        """Let the kernel keep this memory mapped (io_uring fixed buffers). Only speed depends on it: where it is impossible
+        (RLIMIT_MEMLOCK, the threads backend) plain requests are used, and ``stats()["fixed_buffers"]`` says why. Unregister before
+        the memory is freed: its pages stay in use until then."""
+        _checked(self._native.buffer_register(self._handle, address, num_bytes), "registering a buffer")
+        self._buffers[address] = num_bytes
+
+    def unregister_buffer(self, address: int) -> None:
+        _checked(self._native.buffer_unregister(self._handle, address), "unregistering a buffer")
+        del self._buffers[address]
+
+    # Transfers
+
+    def submit_read(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
+        """Start ``memory[address:] = volume[offset:offset + num_bytes]``; returns a ticket. Everything in multiples of 4096.
+        The memory must stay valid until the ticket is done."""
+        ticket = self._native.submit(self._handle, volume.handle, 0, offset, address, num_bytes, priority)
+        return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
+
+    def submit_write(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
+        """Start ``volume[offset:offset + num_bytes] = memory[address:]``; otherwise as ``submit_read``. Transfers in flight at the
+        same time are not ordered: wait for one before submitting another that overlaps it."""
+        ticket = self._native.submit(self._handle, volume.handle, 1, offset, address, num_bytes, priority)
+        return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
+
+    def done(self, ticket: int) -> bool:
+        """Whether ``wait`` would return (or raise) at once."""
+        status = self._native.done(self._handle, ticket)
+        if status < 0:
+            self._raise_for(status, None)
+        return bool(status)
+
+    def wait(self, ticket: int, timeout_s: float | None = None) -> None:
+        """Block until the transfer is over, without the GIL. Once per ticket, from any thread. IoError if it failed;
+        TimeoutError if it is still running, then the ticket can be waited for again. Ctrl-C gets through."""
+        if self._closed:
+            raise _canceled()
+        failure = self._failure()
+        status = self._native.poll(self._handle, ticket, 0, failure)
+        if status == -errno_module.EINPROGRESS:
+            status = self._wait_in_slices(ticket, timeout_s, failure)
+        if status:
+            self._raise_for(status, failure)
+
+    def wait_all(self, tickets: Iterable[int]) -> None:
+        """Wait for every ticket, then raise the first error among them, if any: all of the memory is free to reuse either way."""
+        first_error: OSError | None = None
+        for ticket in tickets:
+            try:
+                self.wait(ticket)
+            except OSError as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+
+    def _wait_in_slices(self, ticket: int, timeout_s: float | None, failure) -> int:
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_us = _SLICE_US if deadline_s is None else int((deadline_s - time.monotonic()) * 1e6)
+            if left_us <= 0:
+                raise TimeoutError(f"ticket {ticket} is not done after {timeout_s} s")
+            status = self._native.wait(self._handle, ticket, min(left_us, _SLICE_US), failure)
+            if status != -errno_module.EINPROGRESS:
+                return status
+
+    # Observation and faults
+
+    def stats(self) -> dict:
+        """Counters since the start or ``reset_stats``. Bytes are those the kernel reported as transferred; ``busy_s`` is the time
+        with at least one request in flight; ``directories`` holds the same per directory."""
+        with self._lock:
+            devices = dict(self._devices)
+        directories = {folder: self._device_stats(index) for folder, index in devices.items()}
+        totals = {key: sum(entry[key] for entry in directories.values())
+                  for key in ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_ops", "queued", "in_flight")}
+        totals["busy_s"] = max(0, self._native.busy_ns(self._handle)) / 1e9
+        totals["tickets"] = max(0, self._native.num_tickets(self._handle))
+        return {"backend": self.backend, **totals, "fixed_buffers": self._fixed_buffers_state(), "directories": directories}
+
+    def _device_stats(self, index: int) -> dict:
+        counters = native.Counters()
+        self._native.device_counters(self._handle, index, ctypes.byref(counters))
+        entry = {name: getattr(counters, name) for name, _ in counters._fields_}
+        entry["busy_s"] = entry.pop("busy_ns") / 1e9
+        return entry
+
+    def _fixed_buffers_state(self) -> str:
+        if not self._buffers:
+            return "none registered"
+        error = -self._native.buffer_error(self._handle)
+        return "on" if error == 0 else f"off: {os.strerror(error)}"
+
+    def reset_stats(self) -> None:
+        self._native.counters_reset(self._handle)
+
+    def inject(self, *, max_delay_us: int = 0, seed: int = 0, fail_op: str | None = None, fail_after_n: int = 0, fail_count: int = 1,
+               errno: int = errno_module.EIO, short_transfers: bool = False, no_direct: bool = False) -> None:
+        """Test hook; each call replaces the last, so a call without arguments turns everything off.
+
+        max_delay_us: finished requests are held back at random. fail_op: ``read``, ``write``, ``sync`` or ``any``; after
+        fail_after_n of them, the next fail_count fail with ``errno``. short_transfers: about half of the requests are cut short.
+        no_direct: volumes made from now on find no O_DIRECT.
+        """
+        bits = 7 if fail_op == "any" else _FAULT_BITS[fail_op]
+        faults = native.Faults(seed=seed, max_delay_us=max_delay_us, fail_after_n=fail_after_n, fail_count=fail_count if bits else 0,
+                               fail_op=bits, fail_errno=errno, short_transfers=short_transfers)
+        self._native.inject(self._handle, ctypes.byref(faults))
+        self._no_direct = no_direct
+
+    # The end
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Cancel what waits, let the kernel finish what it has (it writes into the caller's memory), end the threads, close the
+        volumes. Waiters of cancelled tickets get IoError(ECANCELED). TimeoutError when the device keeps requests for longer."""
+        self._closed = True
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._native.engine_close(self._handle, _SLICE_US) == -errno_module.EINPROGRESS:
+            if deadline_s is not None and time.monotonic() >= deadline_s:
+                raise TimeoutError(f"requests are still in flight after {timeout_s} s")
+        self._finalizer.detach()
+        self._native.engine_destroy(self._handle)
+        for volume in list(self._volumes.values()):
+            volume.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _failure(self):
+        """This thread's own structure for reports from native code, made once."""
+        try:
+            return self._thread_local.failure
+        except AttributeError:
+            self._thread_local.failure = native.Failure()
+            return self._thread_local.failure
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _canceled()
+
+    def _raise_for(self, status: int, failure) -> None:
+        if status == 0:
+            return
+        if failure is not None and failure.error:
+            raise IoError(failure.error, os.fsdecode(failure.path), op=_OPS[failure.op], offset=failure.offset,
+                          num_bytes=failure.num_bytes)
+        if self._closed:
+            raise _canceled()
+        if status == -errno_module.ESRCH:
+            raise ValueError("no such ticket: it was never given out, or was waited for before")
+        raise OSError(-status, os.strerror(-status))
+
+    def _refuse(self, error: int, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
+        if self._closed:
+            raise _canceled()
+        if error == errno_module.EBADF:
+            raise ValueError(f"the volume {volume.paths[0]} is closed or belongs to another engine")
+        if error == errno_module.ERANGE:
+            raise ValueError(f"{num_bytes} bytes at offset {offset} reach past the end of a volume of {volume.num_bytes} bytes")
+        if error == errno_module.EINVAL:
+            raise ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of {ALIGNMENT} and the "
+                             f"priority {priority} one of 0..3")
+        raise OSError(error, os.strerror(error))
+
+
+def _canceled() -> IoError:
+    return IoError(errno_module.ECANCELED, "", op="wait", offset=0, num_bytes=0)
+
+
+def _checked(status: int, what: str) -> int:
+    if status < 0:
+        raise OSError(-status, f"{what}: {os.strerror(-status)}")
+    return status
+
+
+def _choose_backend(functions, backend: str, queue_depth: int) -> str:
+    if backend == "threads":
+        return backend
+    error = -functions.uring_probe(queue_depth)
+    if error == 0:
+        return "io_uring"
+    reason = "built without it" if error == errno_module.ENOSYS else os.strerror(error)
+    if backend == "io_uring":
+        raise OSError(error, f"io_uring is not available here ({reason}): containers and sysctl kernel.io_uring_disabled may forbid it")
+    logger.warning("io_uring is not available here (%s); using threads", reason)
+    return "threads"
+
+
+def _shut_down(functions, handle: int) -> None:
+    """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the process."""
+    deadline_s = time.monotonic() + _EXIT_PATIENCE_S
+    while functions.engine_close(handle, _SLICE_US) == -errno_module.EINPROGRESS:
+        if time.monotonic() >= deadline_s:
+            return
+    functions.engine_destroy(handle)

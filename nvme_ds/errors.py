@@ -1,0 +1,28 @@
+"""What the engine raises."""
+
+from __future__ import annotations
+
+import os
+
+
+class BuildError(RuntimeError):
+    """The native library cannot be compiled here; the message names what to install."""
+
+
+class IoError(OSError):
+    """A transfer failed. ``errno`` and ``filename`` as in OSError; ``offset`` and ``num_bytes`` are the range of that file
+    that did not make it; ``op`` is ``"read"``, ``"write"`` or ``"sync"``."""
+
+    def __init__(self, errno: int, path: str, *, op: str, offset: int, num_bytes: int) -> None:
+        where = f"{op} of {num_bytes} bytes at offset {offset}" if num_bytes else op
+        super().__init__(errno, f"{where} failed: {os.strerror(errno)}", path)
+        self.op, self.offset, self.num_bytes = op, offset, num_bytes
+
+
+class NoSpaceError(OSError):
+    """A directory cannot hold its share of a volume. Raised when the volume is created, before anything is written."""
+
+    def __init__(self, errno: int, directory: str, *, needed_bytes: int, free_bytes: int) -> None:
+        text = f"{needed_bytes} bytes are needed and {free_bytes} are free. Free some space or give another directory"
+        super().__init__(errno, text, directory)
+        self.directory, self.needed_bytes, self.free_bytes = directory, needed_bytes, free_bytes

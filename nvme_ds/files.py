@@ -1,0 +1,114 @@
+"""The files of a volume: made at full size, locked, and opened past the page cache where the file system can."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from nvme_ds.errors import NoSpaceError
+
+logger = logging.getLogger("nvme_ds")
+ALIGNMENT = 4096
+
+
+def volume_paths(directories: Sequence[str], name: str) -> list[str]:
+    return [os.path.join(directory, f"{name}.{index}") for index, directory in enumerate(directories)]
+
+
+def create_files(paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    """Descriptors of new files, fully allocated; none is left behind when one fails."""
+    with ExitStack() as undo:
+        return _keep(undo, [_create(path, num_bytes, undo) for path, num_bytes in zip(paths, sizes)])
+
+
+def open_files(paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    with ExitStack() as undo:
+        return _keep(undo, [_open(path, num_bytes, undo) for path, num_bytes in zip(paths, sizes)])
+
+
+def _keep(undo: ExitStack, fds: list[int]) -> list[int]:
+    undo.pop_all()
+    return fds
+
+
+def _create(path: str, num_bytes: int, undo: ExitStack) -> int:
+    fd = _open_locked(path, os.O_CREAT, undo)
+    undo.callback(os.unlink, path)
+    os.ftruncate(fd, 0)
+    _allocate(fd, path, num_bytes)
+    return fd
+
+
+def _open(path: str, num_bytes: int, undo: ExitStack) -> int:
+    fd = _open_locked(path, 0, undo)
+    found = os.fstat(fd).st_size
+    if found != num_bytes:
+        raise OSError(errno.EINVAL, f"the file has {found} bytes, this layout needs {num_bytes}: it was made with another one", path)
+    return fd
+
+
+def _open_locked(path: str, flags: int, undo: ExitStack) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    undo.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Two runs on the same files would destroy each other's state without any error.
+        raise OSError(errno.EBUSY, "the file is in use by another volume or process", path) from error
+    return fd
+
+
+def _allocate(fd: int, path: str, num_bytes: int) -> None:
+    if num_bytes == 0:
+        return
+    directory = os.path.dirname(path)
+    stat = os.fstatvfs(fd)
+    free_bytes = stat.f_bavail * stat.f_frsize
+    # Asked first: an allocation that cannot succeed may fill the disk for everybody else before it fails.
+    if num_bytes > free_bytes:
+        raise NoSpaceError(errno.ENOSPC, directory, needed_bytes=num_bytes, free_bytes=free_bytes)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise NoSpaceError(error.errno, directory, needed_bytes=num_bytes, free_bytes=free_bytes) from error
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def bypass_page_cache(fds: Sequence[int], paths: Sequence[str], mode: str, *, refuse: bool = False) -> bool:
+    """Turn on O_DIRECT for all files or none. ``mode`` is auto, on or off; ``refuse`` acts as a file system without it."""
+    if mode == "off":
+        return False
+    for fd, path in zip(fds, paths):
+        reason = "refused for a test" if refuse else _direct_refusal(fd)
+        if reason is None:
+            continue
+        if mode == "on":
+            raise OSError(errno.EINVAL, f"no O_DIRECT on this file system ({reason}): use direct='auto' or another directory", path)
+        logger.warning("%s: no O_DIRECT here (%s); going through the page cache, slower and at the cost of DRAM", path, reason)
+        for other in fds:
+            _set_direct(other, False)
+        return False
+    return True
+
+
+def _set_direct(fd: int, on: bool) -> None:
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+
+
+def _direct_refusal(fd: int) -> str | None:
+    """Why O_DIRECT does not work here; some file systems take the flag and then refuse the transfer."""
+    try:
+        _set_direct(fd, True)
+        if os.fstat(fd).st_size >= ALIGNMENT:
+            with mmap.mmap(-1, ALIGNMENT) as page:
+                os.preadv(fd, [page], 0)
+    except OSError as error:
+        return error.strerror
+    return None

@@ -1,0 +1,40 @@
+"""A volume: one range of bytes striped over the files of several directories."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nvme_ds.engine import Engine
+
+
+class Volume:
+    """Made by ``Engine.create_volume`` or ``Engine.open_volume``.
+
+    ``num_bytes`` is the usable size (rounded up to 4096), ``paths`` the files, ``direct`` whether they bypass the page cache.
+    """
+
+    def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool) -> None:
+        self.handle, self.paths, self.num_bytes, self.direct, self.keep = handle, paths, num_bytes, direct, keep
+        self._engine = engine
+        self._closed = False
+
+    def sync(self) -> None:
+        """Make every completed write durable (fdatasync of each file). Wait for the writes' tickets first. IoError on failure."""
+        self._engine._sync_volume(self)
+
+    def close(self, unlink: bool | None = None) -> None:
+        """Take no more transfers; those under way finish. ``unlink`` removes the files, by default unless made with keep=True."""
+        if self._closed:
+            return
+        self._closed = True
+        self._engine._close_volume(self)
+        self._remove_files(not self.keep if unlink is None else unlink)
+
+    def _remove_files(self, unlink: bool) -> None:
+        for path in self.paths if unlink else []:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass  # removed by someone else: what was wanted
