@@ -131,9 +131,10 @@ class TrainConfig:
     tokenizer: str | None = _option(None, _optional(_read_text), MODEL, "DIR",
                                     "directory with a tokenizer (default: the model's own; bytes where it has none)")
     eval_data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR", "held-out text to evaluate on")
-    eval_fraction: float = _option(0.0, _SHARE, MODEL, "F", "hold out this fraction of the data's documents instead")
+    eval_fraction: float = _option(0.01, _SHARE, MODEL, "F",
+                                   "without --eval-data, hold out this share of the documents (0: none)")
     eval_every: int = _option(0, _AMOUNT, MODEL, "N", "evaluate every N steps (0: at the end only)")
-    eval_batches: int = _option(20, _AMOUNT, MODEL, "N", "batches of one evaluation (0: all)")
+    eval_sequences: int = _option(64, _AMOUNT, MODEL, "N", "sequences of one evaluation at most (0: no limit)")
     seed: int = _option(0, _AMOUNT, MODEL, "N", "seed of initialisation, shuffling and dropout")
 
     steps: int = _option(100, _COUNT, TRAINING, "N", "optimizer steps")
@@ -191,12 +192,9 @@ class TrainConfig:
             raise RatelError(f"is above --lr {self.lr:g}", field="--min-lr", value=self.min_lr)
         if self.warmup_steps != "auto" and self.warmup_steps > self.steps:
             raise RatelError(f"is more than --steps {self.steps}", field="--warmup-steps", value=self.warmup_steps)
-        if self.eval_data and self.eval_fraction:
-            raise RatelError("cannot be combined with --eval-data", field="--eval-fraction", value=self.eval_fraction,
-                             remedy="Give one of the two")
         if self.eval_every and not (self.eval_data or self.eval_fraction):
             raise RatelError("there is nothing to evaluate on", field="--eval-every", value=self.eval_every,
-                             remedy="Give --eval-data FILE or --eval-fraction 0.05 as well")
+                             remedy="Give --eval-data FILE or --eval-fraction 0.01 as well")
 
     def _check_places(self) -> None:
         for flag, tier in (("--tier", self.tier), ("--checkpoint-tier", self.checkpoint_tier)):

@@ -103,6 +103,7 @@ def shown(**options: object) -> str:
     out = io.StringIO()
     display = ProgressDisplay(25, console=Console(file=out, width=200, **options), log_every=10)
     display.note("[/mnt/a] is used")
+    display.start()
     for step in range(1, 26):
         display.step(record_of(step, **({"eval_loss": 2.0} if step == 7 else {})))
     display.close()
@@ -125,6 +126,7 @@ def test_a_live_line_on_a_terminal() -> None:
 def test_quiet_says_nothing(capsys) -> None:
     display = ProgressDisplay(2, quiet=True)
     display.note("text")
+    display.start()
     display.step(record_of(1))
     display.close()
     assert capsys.readouterr().out == ""

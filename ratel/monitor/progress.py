@@ -15,19 +15,18 @@ _RECENT_STEPS = 20
 class ProgressDisplay:
     """Shows the records that go to metrics.jsonl. ``note`` prints a line beside them."""
 
-    def __init__(self, total_steps: int, *, log_every: int = 10, quiet: bool = False, first_step: int = 0,
-                 console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, *, log_every: int = 10, quiet: bool = False, console: Console | None = None) -> None:
         self._console = console or Console(quiet=quiet, highlight=False)
         self._total, self._log_every = total_steps, log_every
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._live = self._start(first_step) if self._console.is_terminal and not quiet else None
+        self._live: Progress | None = None
 
-    def _start(self, first_step: int) -> Progress:
-        live = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
-                        console=self._console, transient=False)
-        self._task = live.add_task("preparing the first step", total=self._total, completed=first_step)
-        live.start()
-        return live
+    def start(self, first_step: int = 0) -> None:
+        if self._console.is_terminal and not self._console.quiet:
+            self._live = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
+                                  TextColumn("{task.description}"), console=self._console)
+            self._task = self._live.add_task("the first one takes longer", total=self._total, completed=first_step)
+            self._live.start()
 
     def step(self, record: dict[str, Any]) -> None:
         self._recent_s.append(record["step_s"])
@@ -46,6 +45,12 @@ class ProgressDisplay:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def __enter__(self) -> "ProgressDisplay":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def describe_step(record: dict[str, Any], *, eta_s: float) -> str:

@@ -1,0 +1,78 @@
+"""What a run learns from: text files made into batches, or batches that the user made."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ratel.config import TrainConfig
+from ratel.errors import RatelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """``evaluation`` gives the held-out batches anew at each call; None where there are none."""
+
+    batches: Iterator[Any]
+    evaluation: Callable[[], Iterable[Any]] | None
+    description: str
+    tokenizer: Any = None
+
+
+def is_text(data: Any) -> bool:
+    """Whether ``data`` names files (None: the bundled ones) instead of being batches."""
+    if isinstance(data, (list, tuple)):
+        return len(data) > 0 and all(isinstance(item, (str, os.PathLike)) for item in data)
+    return data is None or isinstance(data, (str, os.PathLike))
+
+
+@contextmanager
+def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tokenizer: Any,
+                vocab_size: int | None) -> Iterator[Inputs]:
+    if not is_text(data):
+        yield _from_batches(data, eval_data)
+        return
+    from ratel.data import load_tokenizer, open_dataset
+
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_tokenizer(_tokenizer_source(tokenizer, model))
+    eval_text, eval_batches = (eval_data, None) if is_text(eval_data) else (None, eval_data)
+    with open_dataset(data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
+                      eval_fraction=0.0 if eval_batches is not None else config.eval_fraction, eval_data=eval_text,
+                      eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size) as dataset:
+        evaluation = (lambda: eval_batches) if eval_batches is not None else dataset.eval_batches
+        yield Inputs(batches=dataset.batches(), description=dataset.describe(), tokenizer=tokenizer,
+                     evaluation=evaluation if eval_batches is not None or dataset.eval_batches() else None)
+
+
+def _tokenizer_source(tokenizer: Any, model: Any) -> Any:
+    if tokenizer is not None and not os.path.isdir(tokenizer):
+        raise RatelError("is not a directory", field="--tokenizer", value=tokenizer)
+    return model if tokenizer is None else tokenizer
+
+
+def _from_batches(data: Any, eval_data: Any) -> Inputs:
+    if not isinstance(data, Iterable):
+        raise RatelError("is neither a path nor an iterable of batches", field="data", value=type(data).__name__)
+    if eval_data is not None and (is_text(eval_data) or not isinstance(eval_data, Iterable)):
+        raise RatelError("must be batches when data is", field="eval_data", value=type(eval_data).__name__)
+    if eval_data is not None and iter(eval_data) is eval_data:
+        raise RatelError("can be gone through only once", field="eval_data", value=type(eval_data).__name__,
+                         remedy="Give a list or a data loader")
+    return Inputs(batches=endless(data), evaluation=None if eval_data is None else lambda: eval_data,
+                  description=f"batches from {type(data).__name__}")
+
+
+def endless(batches: Iterable[Any]) -> Iterator[Any]:
+    """Pass after pass over ``batches``; once only over what cannot be started again, as a generator."""
+    if iter(batches) is batches:
+        yield from batches
+        return
+    while True:
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise RatelError("there is no batch in it", field="data", value=type(batches).__name__)

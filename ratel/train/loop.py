@@ -1,0 +1,124 @@
+"""The training loop: one step after another, each recorded, until the steps, the data or the user's patience end."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ratel.errors import NonFiniteError, RatelError
+from ratel.train.interrupt import StopRequest
+from ratel.train.schedule import Schedule
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Trainer(Protocol):
+    """What the loop needs of a `ratel.Session`."""
+
+    def step(self, batch: Any, lr: float | None = None) -> Any: ...
+
+    def evaluate(self, batches: Iterable[Any]) -> float: ...
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What has been done so far; complete at any moment between two steps."""
+
+    losses: list[float] = field(default_factory=list)
+    eval_losses: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
+    train_s: float = 0.0
+    bound_s: float = 0.0
+    bound_by: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """``evaluation`` gives the held-out batches anew at each call; ``record`` takes one metrics object per step."""
+
+    session: Trainer
+    steps: int
+    schedule: Schedule
+    record: Callable[[dict[str, Any]], None]
+    stop: StopRequest
+    evaluation: Callable[[], Iterable[Any]] | None = None
+    eval_every: int = 0
+
+    def run(self, batches: Iterator[Any], progress: Progress) -> None:
+        """Fill ``progress``. Ends early when ``batches`` does or when a stop was requested."""
+        skipped_in_a_row = 0
+        for batch in batches:
+            out = self._step(batch, progress)
+            skipped_in_a_row = skipped_in_a_row + 1 if out.skipped else 0
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise _diverged(skipped_in_a_row, progress.steps)
+            if progress.steps == self.steps or self.stop.requested:
+                return
+
+    def _step(self, batch: Any, progress: Progress) -> Any:
+        number = progress.steps + 1
+        try:
+            out = self.session.step(batch, lr=self.schedule(number - 1))
+        except NonFiniteError as error:
+            raise RatelError(f"step {number} has a gradient that is not finite, and part of the update was made",
+                             field="--optimizer", value="eager", remedy=_ADVICE) from error
+        record = describe_step(number, out)
+        _add(progress, record)
+        if self._evaluates_after(number):
+            self._evaluate(number, record, progress)
+        self.record(record)
+        return out
+
+    def _evaluates_after(self, number: int) -> bool:
+        if self.evaluation is None or self.stop.requested:
+            return False
+        return number == self.steps or (self.eval_every > 0 and number % self.eval_every == 0)
+
+    def _evaluate(self, number: int, record: dict[str, Any], progress: Progress) -> None:
+        loss = self.session.evaluate(self._until_stopped(self.evaluation()))
+        if not self.stop.requested:  # a mean over a part of the batches is not comparable
+            record["eval_loss"] = progress.eval_losses[number] = loss
+
+    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """At least one batch, so that there is a mean to take."""
+        for batch in batches:
+            yield batch
+            if self.stop.requested:
+                return
+
+
+_ADVICE = ("Lower --lr, lengthen --warmup-steps or clip with --max-grad-norm 1.0; --optimizer deferred skips such a step; "
+           "if it happens at the first step, look at the data and the imported weights, and try --dtype fp32")
+
+
+def _diverged(count: int, step: int) -> RatelError:
+    return RatelError(f"the loss or the gradients were not finite for {count} steps in a row, up to step {step}; "
+                      "these steps changed nothing", field="training", remedy=_ADVICE)
+
+
+def describe_step(number: int, out: Any) -> dict[str, Any]:
+    """One object of metrics.jsonl."""
+    return {
+        "step": number,
+        "loss": out.loss,
+        "grad_norm": out.grad_norm,
+        "lr": out.lr,
+        "tokens": out.tokens,
+        "step_s": out.seconds,
+        "tokens_per_s": out.tokens / out.seconds if out.seconds else 0.0,
+        "bound_s": out.bound_s,
+        "bound_by": out.bound_by,
+        "skipped": out.skipped,
+    }
+
+
+def _add(progress: Progress, record: dict[str, Any]) -> None:
+    progress.losses.append(record["loss"])
+    progress.tokens += record["tokens"]
+    progress.train_s += record["step_s"]
+    progress.bound_s += record["bound_s"] or 0.0
+    if record["bound_by"]:
+        progress.bound_by[record["bound_by"]] = progress.bound_by.get(record["bound_by"], 0) + 1

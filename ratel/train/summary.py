@@ -1,0 +1,32 @@
+"""The last lines of a run."""
+
+import math
+from collections.abc import Iterator
+
+from ratel.train.loop import Progress
+from ratel.train.output import RunDirectory
+from ratel.units import format_seconds
+
+
+def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported: bool) -> Iterator[str]:
+    yield (f"{progress.steps} steps, {progress.tokens:,} tokens in {format_seconds(seconds)} "
+           f"({progress.tokens / max(progress.train_s, 1e-9):,.0f} tok/s in training)")
+    yield _losses(progress)
+    if progress.bound_by and progress.steps:
+        step_s, bound_s = progress.train_s / progress.steps, progress.bound_s / progress.steps
+        often = max(progress.bound_by, key=lambda name: progress.bound_by[name])
+        yield (f"a step took {format_seconds(step_s)}; {often} alone needs {format_seconds(bound_s)} "
+               f"({bound_s / step_s:.0%} of bound)")
+    model = ", model/ (loads with transformers)" if exported else ""
+    yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json"
+
+
+def _losses(progress: Progress) -> str:
+    finite = [loss for loss in progress.losses if math.isfinite(loss)]
+    parts = [f"loss {finite[0]:.4f} -> {finite[-1]:.4f}" if finite else "no loss was finite"]
+    if progress.eval_losses:
+        step, loss = max(progress.eval_losses.items())
+        parts.append(f"evaluation {loss:.4f} after step {step}")
+    if len(finite) < progress.steps:
+        parts.append(f"{progress.steps - len(finite)} steps skipped")
+    return ", ".join(parts)

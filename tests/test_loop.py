@@ -1,0 +1,258 @@
+"""The loop and the run around it, over a stand-in for the session: what is recorded, when it ends, what is left behind."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ratel.errors import NonFiniteError, RatelError
+from ratel.train.inputs import endless
+from ratel.train.interrupt import Interrupted, StopRequest
+from ratel.train.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
+from ratel.train.output import choose
+from ratel.train.schedule import make_schedule
+
+pytestmark = pytest.mark.unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeResult:
+    step: int
+    loss: float
+    lr: float
+    skipped: bool = False
+    grad_norm: float = 1.0
+    tokens: int = 100
+    seconds: float = 0.5
+    bound_s: float = 0.25
+    bound_by: str = "ssd"
+
+
+class FakeSession:
+    """Losses are the batches themselves; ``act`` is called in each step with its number."""
+
+    def __init__(self, act: Any = lambda number: None) -> None:
+        self.act = act
+        self.calls: list[str] = []
+        self.rates: list[float] = []
+        self.hardware = {"device": "fake"}
+        self.parts = SimpleNamespace(spec=SimpleNamespace(vocab_size=None))
+        self.plan = SimpleNamespace(to_json=lambda: {"plan": 1}, describe=lambda: "the plan")
+
+    def step(self, batch: float, lr: float | None = None) -> FakeResult:
+        assert lr is not None
+        self.rates.append(lr)
+        self.act(len(self.rates))
+        return FakeResult(step=len(self.rates), loss=batch, lr=lr, skipped=not math.isfinite(batch))
+
+    def evaluate(self, batches: Iterable[float]) -> float:
+        losses = list(batches)
+        self.calls.append("evaluate")
+        return sum(losses) / len(losses)
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+
+    def export(self, path: Path) -> None:
+        self.calls.append("export")
+        Path(path).mkdir()
+
+    def __enter__(self) -> "FakeSession":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.calls.append("close")
+
+
+def run_loop(session: FakeSession, batches: Iterable[float], *, steps: int, **options: Any) -> tuple[Progress, list[dict]]:
+    progress, records = Progress(), []
+    schedule = make_schedule("linear", lr=1.0, steps=steps)
+    with StopRequest() as stop:
+        Loop(session=session, steps=steps, schedule=schedule, record=records.append, stop=stop, **options
+             ).run(iter(batches), progress)
+    return progress, records
+
+
+def test_each_step_is_recorded_with_its_rate() -> None:
+    session = FakeSession()
+    progress, records = run_loop(session, [3.0, 2.0, 1.0, 0.0, 9.0], steps=4)
+    assert progress.losses == [3.0, 2.0, 1.0, 0.0] and progress.tokens == 400
+    assert session.rates == [1.0, 0.75, 0.5, 0.25]
+    assert records[1] == {"step": 2, "loss": 2.0, "grad_norm": 1.0, "lr": 0.75, "tokens": 100, "step_s": 0.5,
+                          "tokens_per_s": 200.0, "bound_s": 0.25, "bound_by": "ssd", "skipped": False}
+
+
+def test_it_ends_with_the_data() -> None:
+    progress, records = run_loop(FakeSession(), [1.0, 2.0], steps=10)
+    assert progress.steps == len(records) == 2
+
+
+def test_evaluation_comes_at_intervals_and_at_the_end() -> None:
+    progress, records = run_loop(FakeSession(), [1.0] * 5, steps=5, evaluation=lambda: [2.0, 4.0], eval_every=2)
+    assert progress.eval_losses == {2: 3.0, 4: 3.0, 5: 3.0}
+    assert [record["step"] for record in records if "eval_loss" in record] == [2, 4, 5]
+
+
+def test_the_end_is_not_evaluated_twice() -> None:
+    session = FakeSession()
+    run_loop(session, [1.0] * 4, steps=4, evaluation=lambda: [1.0], eval_every=2)
+    assert session.calls == ["evaluate", "evaluate"]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
+    losses = [1.0, *[math.nan] * (MAX_SKIPPED_IN_A_ROW + 5)]
+    records: list[dict] = []
+    with pytest.raises(RatelError, match=r"not finite for 10 steps in a row, up to step 11.*Lower --lr"):
+        Loop(session=FakeSession(), steps=50, schedule=lambda step: 0.1, record=records.append, stop=StopRequest()
+             ).run(iter(losses), Progress())
+    assert len(records) == 1 + MAX_SKIPPED_IN_A_ROW and records[-1]["skipped"]
+
+
+def test_skipped_steps_with_good_ones_between_do_not() -> None:
+    losses = [math.nan] * (MAX_SKIPPED_IN_A_ROW - 1) + [1.0]
+    progress, _ = run_loop(FakeSession(), losses * 2, steps=2 * len(losses))
+    assert progress.steps == 2 * len(losses)
+
+
+def test_an_eager_update_that_cannot_be_taken_back_is_explained() -> None:
+    def act(number: int) -> None:
+        if number == 2:
+            raise NonFiniteError("inf in block.3")
+
+    with pytest.raises(RatelError, match="step 2 has a gradient that is not finite.*--optimizer deferred skips"):
+        run_loop(FakeSession(act), [1.0] * 3, steps=3)
+
+
+def interrupt_at(step: int, times: int = 1) -> Any:
+    def act(number: int) -> None:
+        if number == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    return act
+
+
+def test_ctrl_c_lets_the_step_finish() -> None:
+    progress, records = run_loop(FakeSession(interrupt_at(2)), [1.0] * 9, steps=9, evaluation=lambda: [1.0], eval_every=1)
+    assert progress.steps == 2 and "eval_loss" not in records[1]
+
+
+def test_ctrl_c_twice_does_not() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(FakeSession(interrupt_at(2, times=2)), [1.0] * 9, steps=9)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_batches_are_gone_through_again_and_generators_once() -> None:
+    again = endless([1, 2])
+    assert [next(again) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert list(endless(number for number in (1, 2))) == [1, 2]
+    with pytest.raises(RatelError, match="there is no batch in it"):
+        next(endless([]))
+
+
+@pytest.fixture
+def fake_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """``train`` on a fake session that acts as told; returns the session for a look at its calls."""
+    import ratel.train.run as module
+
+    def start(act: Any = lambda number: None, **options: Any) -> tuple[FakeSession, Any]:
+        session = FakeSession(act)
+        monkeypatch.setattr(module, "open_session", lambda *args: session)
+        options = {"steps": 3, "quiet": True, "out": tmp_path / "out", **options}
+        return session, lambda: module.train("demo", [3.0, 2.0], **options)
+
+    return start
+
+
+def test_a_run_leaves_its_results(fake_run: Any, tmp_path: Path) -> None:
+    session, start = fake_run(eval_data=[1.5, 2.5])
+    result = start()
+    assert result.losses == [3.0, 2.0, 3.0] and result.eval_losses == {3: 2.0} and result.steps == 3
+    assert session.calls == ["evaluate", "flush", "export", "close"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "plan.json", "hardware.json",
+                                                                     "metrics.jsonl", "model"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["steps"], config["model"], config["data"]) == (3, "demo", "list")
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_interrupted_run_is_complete_up_to_its_last_step(fake_run: Any, tmp_path: Path) -> None:
+    session, start = fake_run(interrupt_at(2))
+    with pytest.raises(Interrupted, match="stopped after step 2 of 3") as info:
+        start()
+    assert info.value.result.steps == 2
+    assert session.calls == ["flush", "export", "close"]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_impatiently_interrupted_run_writes_no_model(fake_run: Any, tmp_path: Path) -> None:
+    session, start = fake_run(interrupt_at(2, times=2))
+    with pytest.raises(Interrupted, match="stopped in step 2 of 3; the model was not written"):
+        start()
+    assert session.calls == ["close"]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_failed_run_keeps_its_metrics_and_closes(fake_run: Any, tmp_path: Path) -> None:
+    def act(number: int) -> None:
+        if number == 3:
+            raise OSError("disk on fire")
+
+    session, start = fake_run(act)
+    with pytest.raises(OSError, match="on fire"):
+        start()
+    assert session.calls == ["close"]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_earlier_run_is_not_overwritten_unless_told(fake_run: Any, tmp_path: Path) -> None:
+    _, start = fake_run()
+    start()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(RatelError, match="--out: already holds a run.*--overwrite"):
+        start()
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    _, again = fake_run(overwrite=True, steps=1)
+    again()
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_without_out_each_run_gets_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        directory = choose(None, "demo", overwrite=False)
+        directory.open()
+        names.append(str(directory.path))
+    assert names == ["runs/demo", "runs/demo-2", "runs/demo-3"]
+
+
+def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RatelError, match="--out: is not a directory"):
+        choose(str(tmp_path / "file"), "demo", overwrite=False)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"data": 5}, "data: is neither a path nor an iterable"),
+    ({"data": [1.0], "eval_data": "text.txt"}, "eval_data: must be batches when data is"),
+    ({"data": [1.0], "eval_data": (number for number in [1.0])}, "eval_data: can be gone through only once"),
+    ({"data": [1.0], "learning_rat": 1}, "learning_rat: is not an option"),
+])
+def test_mistakes_touch_nothing(fake_run: Any, tmp_path: Path, arguments: dict, message: str) -> None:
+    import ratel.train.run as module
+
+    fake_run()
+    with pytest.raises(RatelError, match=message):
+        module.train("demo", out=tmp_path / "new", quiet=True, **arguments)
+    assert not (tmp_path / "new").exists()
