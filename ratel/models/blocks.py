@@ -1,0 +1,83 @@
+"""Finding the repeated blocks of a module, and refusing what cannot be trained one block at a time."""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from ratel.errors import RatelError
+
+MIN_BLOCK_SHARE = 0.1
+"""Of all parameters. Below it a list of layers is an accident (a head of two linears), not the body of a model."""
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be stored in. All of them fit the fp32 master exactly."""
+
+
+def count_elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def find_blocks(root: nn.Module) -> list[nn.Module]:
+    """The children of the outermost list that holds the most parameters, each object once, in list order."""
+    total = count_elements(root)
+    stacks = [s for s in _stacks(root) if total and _elements(s) >= MIN_BLOCK_SHARE * total]
+    if not stacks:
+        raise RatelError(
+            "no repeated blocks found: no nn.ModuleList or nn.Sequential of two or more like layers holds "
+            f"{MIN_BLOCK_SHARE:.0%} of the {total:,} parameters", field="model", value=type(root).__name__,
+            remedy="Keep the repeated layers of the model in one nn.ModuleList")
+    return max(stacks, key=_elements)
+
+
+def _stacks(root: nn.Module) -> list[list[nn.Module]]:
+    found: list[list[nn.Module]] = []
+    pending = [root]
+    while pending:
+        module = pending.pop(0)
+        stack = _as_stack(module)
+        if stack:
+            found.append(stack)
+        else:
+            pending.extend(module.children())
+    return found
+
+
+def _as_stack(module: nn.Module) -> list[nn.Module]:
+    """The blocks in this container, or nothing."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+        return []
+    layers = [child for child in module._modules.values() if child is not None and count_elements(child)]
+    if isinstance(module, nn.Sequential):
+        # A whole model may be one Sequential: embedding, layers, head. The layers are the class with most weight.
+        by_class: dict[type, list[nn.Module]] = defaultdict(list)
+        for layer in layers:
+            by_class[type(layer)].append(layer)
+        layers = max(by_class.values(), key=_elements, default=[])
+    if len(layers) < 2 or all(isinstance(layer, (nn.ModuleList, nn.ModuleDict)) for layer in layers):
+        return []
+    return list(dict.fromkeys(layers))
+
+
+def _elements(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def refuse_unsupported(root: nn.Module) -> None:
+    """What is known to be wrong before anything runs. Raises RatelError."""
+    config = getattr(root, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise RatelError("an encoder-decoder model has two stacks of blocks, and only one can be streamed",
+                         field="model", value=type(root).__name__, remedy="Use a decoder-only model")
+    if getattr(root, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+        raise RatelError("quantized weights cannot be trained", field="model", value=type(root).__name__,
+                         remedy="Load the model without quantization")
+    for name, module in root.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            raise RatelError("batch normalization with running statistics: recomputing a block in backward would "
+                             "update them twice", field="model", value=f"{name} ({type(module).__name__})",
+                             remedy="Replace it with LayerNorm or GroupNorm, or set track_running_stats=False")
+    for name, param in root.named_parameters():
+        if param.dtype not in COMPUTE_DTYPES:
+            raise RatelError(f"the parameter has dtype {param.dtype}, which an fp32 master weight cannot hold",
+                             field="model", value=name, remedy="Convert the model with .float() or .bfloat16()")

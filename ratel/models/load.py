@@ -1,0 +1,112 @@
+"""From what the user calls a model to its parts."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ratel.errors import RatelError
+from ratel.models import blocks as finder
+from ratel.models.parts import Parts
+from ratel.models.running import LossFn
+from ratel.models.skeleton import build, move_buffers, strip_parameters
+from ratel.models.weights import FreshSource, TensorSource, WeightSource
+
+log = logging.getLogger(__name__)
+
+ATTENTIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
+
+
+def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0, loss_fn: LossFn | None = None,
+         attention: str = "auto", max_seq_len: int | None = None) -> Parts:
+    """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what cannot be trained.
+
+    ``source``: a Hugging Face directory, a preset's name, a `PretrainedConfig`, a `PreTrainedModel` or any
+    `nn.Module`. Whatever is not a causal language model needs ``loss_fn(module, batch) -> scalar``.
+    ``dtype``: of the computation, bf16 or fp32. ``max_seq_len``: the longest sequence that will come.
+    """
+    assert dtype in (torch.bfloat16, torch.float32)
+    if attention not in ATTENTIONS:
+        raise RatelError("unknown attention", field="attention", value=attention,
+                         remedy=f"Use one of {', '.join(ATTENTIONS)}")
+    if isinstance(source, nn.Module):
+        return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len)
+    config, directory, name = _resolve(source)
+    return _from_config(config, directory, name, dtype, device, seed, loss_fn, attention, max_seq_len)
+
+
+def _resolve(source: Any) -> tuple[Any, Path | None, str]:
+    """Configuration, directory with the weights if there is one, and name."""
+    from transformers import PretrainedConfig
+
+    if isinstance(source, PretrainedConfig):
+        return source, None, source.model_type
+    raise RatelError("not a model", field="model", value=repr(source))
+
+
+def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dtype, device: torch.device, seed: int,
+                 loss_fn: LossFn | None, attention: str, max_seq_len: int | None) -> Parts:
+    module = build(copy.deepcopy(config), dtype, ATTENTIONS[attention])
+    return _assemble(module, name, None, {}, dtype, device, seed, loss_fn, max_seq_len)
+
+
+def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
+                 attention: str, max_seq_len: int | None) -> Parts:
+    if loss_fn is None and not is_causal_lm(module):
+        raise RatelError("it is not a causal language model of Hugging Face, so how to compute its loss is not known",
+                         field="loss_fn", value=type(module).__name__,
+                         remedy="Give loss_fn(model, batch), which returns the loss of a batch")
+    if attention != "auto" and hasattr(module, "set_attn_implementation"):
+        module.set_attn_implementation(ATTENTIONS[attention])
+    for layer in module.modules():
+        if getattr(layer, "gradient_checkpointing", False) is True:
+            layer.gradient_checkpointing = False  # blocks are recomputed already
+    buffer_dtypes = _buffer_dtypes(module, dtype)
+    return _assemble(module, type(module).__name__, None, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len)
+
+
+def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_dtypes: dict[str, torch.dtype],
+              dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
+              max_seq_len: int | None) -> Parts:
+    finder.refuse_unsupported(module)
+    _refuse_long(module, max_seq_len)
+    finder.find_blocks(module)  # refuses before the parameters are taken out
+    originals = strip_parameters(module, dtype, device)
+    move_buffers(module, device, buffer_dtypes)
+    if source is None:
+        fresh = any(tensor.device.type == "meta" for tensor in originals.values())
+        source = FreshSource(module, seed) if fresh else TensorSource(originals)
+    return Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn)
+
+
+def is_causal_lm(module: nn.Module) -> bool:
+    """Whether logits for the next token come out of its forward."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    if not isinstance(module, PreTrainedModel):
+        return False
+    classes = {name for names in known.values() for name in ((names,) if isinstance(names, str) else names)}
+    return type(module).__name__ in classes or type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _buffer_dtypes(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What the floating buffers become. A plain module's follow ``module.to(dtype)``; a Hugging Face model's are what
+    they would be had it been loaded in that dtype, which keeps rotary frequencies in fp32."""
+    floating = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    if not hasattr(module, "_init_weights"):
+        return dict.fromkeys(floating, dtype)
+    twin = build(copy.deepcopy(module.config), dtype, None, type(module))
+    return {name: buffer.dtype for name, buffer in twin.named_buffers() if name in floating}
+
+
+def _refuse_long(module: nn.Module, max_seq_len: int | None) -> None:
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if max_seq_len is not None and limit is not None and max_seq_len > limit:
+        raise RatelError(f"the model handles sequences of at most {limit} tokens", field="--seq-len",
+                         value=max_seq_len, remedy=f"Use --seq-len {limit} or less")

@@ -1,0 +1,242 @@
+"""A model in parts: units of parameters to be gathered, and stages to be run one at a time."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ratel.errors import RatelError
+from ratel.models import blocks as finder
+from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
+from ratel.models.inputs import BlockInputs
+from ratel.models.layout import Layout, make_layout
+from ratel.models.running import CausalLMRunner, LossFn, LossRunner
+from ratel.models.skeleton import placeholder
+from ratel.models.shadow import Shadow
+from ratel.models.trace import Trace, trace
+from ratel.models.weights import WeightSource, view
+from ratel.plan.shape import ModelSpec, UnitSpec
+
+log = logging.getLogger(__name__)
+
+
+class Parts:
+    """The parts of one model. Made by `ratel.models.load`.
+
+    A stage runs when the units it uses (``spec.stages[s].units``) are attached::
+
+        hidden, inputs = parts.head(batch)                     # units of stage pre
+        for i in range(parts.num_blocks):
+            hidden = parts.block(i, hidden, inputs)            # units of stage 1 + i
+        logits = parts.tail_logits(hidden)                     # units of stage post; or tail_loss(hidden, batch)
+
+    Everything runs in the caller's grad mode, on the caller's stream, from one thread. ``spec`` exists once the model
+    has been traced: at load for a causal language model, at ``probe(batch)`` for a module with a ``loss_fn``.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
+                 originals: dict[str, Tensor], loss_fn: LossFn | None) -> None:
+        self.module, self.name, self.dtype, self.device = module, name, dtype, device
+        self.is_causal_lm = loss_fn is None
+        self._source, self._originals = source, originals
+        self._was_training = {m: m.training for m in module.modules()}
+        module.train()
+        self._gates = Gates(finder.find_blocks(module))
+        self._runner: CausalLMRunner | LossRunner = (
+            CausalLMRunner(module, device) if loss_fn is None else LossRunner(module, loss_fn, device, dtype))
+        self._trace: Trace | None = None
+        self._layout: Layout | None = None
+        if self.is_causal_lm:
+            self.probe(self._runner.probe_batch())
+
+    # -- shape ---------------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ModelSpec:
+        assert self._layout is not None, "probe(batch) comes before spec"
+        return self._layout.spec
+
+    @property
+    def unused(self) -> UnitSpec | None:
+        """Parameters that no stage uses, in a layout of their own. `read_unit` accepts it."""
+        assert self._layout is not None, "probe(batch) comes before unused"
+        return self._layout.unused
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._traced.stages)
+
+    @property
+    def probed(self) -> bool:
+        return self._layout is not None
+
+    @property
+    def _traced(self) -> Trace:
+        assert self._trace is not None, "probe(batch) comes first"
+        return self._trace
+
+    def probe(self, batch: Any) -> ModelSpec:
+        """Trace one forward in outline and lay the parameters out. Idempotent; raises RatelError.
+
+        ``batch`` is what `loss_fn` takes; only shapes matter and nothing large is computed.
+        """
+        if self._layout is None:
+            rng = RngState(self.device)
+            try:
+                found = trace(self.module, self._gates, lambda: self._runner.run(batch))
+                self._layout = make_layout(self.module, list(found.stages), found, self.name)
+                self._trace = found
+                self._rehearse(batch)
+            finally:
+                rng.restore()
+            self._index_parameters()
+        return self._layout.spec
+
+    def _rehearse(self, batch: Any) -> None:
+        """Run head and tail once in outline: a model that looks at more of a block's output fails here, not later."""
+        with torch.no_grad(), Shadow([]):
+            try:
+                hidden, _ = self.head(batch)
+                self.tail_logits(hidden) if self.is_causal_lm else self.tail_loss(hidden, batch)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise RatelError(f"cannot be run one block at a time: with its blocks replaced, its forward fails "
+                                 f"({type(error).__name__}: {error})", field="model", value=self.name) from error
+
+    # -- parameters ----------------------------------------------------------------------------------------------
+
+    def _index_parameters(self) -> None:
+        by_name = dict(self.module.named_parameters())
+        units = self.spec.units
+        self._params = [[(by_name[p.name], p, _strides(p.shape)) for p in unit.params] for unit in units]
+        self._placeholders = [[param.data for param, _, _ in entries] for entries in self._params]
+        for entries in self._params:
+            for param, spec, _ in entries:
+                param.requires_grad_(spec.trainable)
+
+    def attach(self, unit: int, flat: Tensor | None) -> None:
+        """Make the unit's parameters views of ``flat`` (1-D, compute dtype, on the device); None: placeholders."""
+        if flat is None:
+            for (param, _, _), empty in zip(self._params[unit], self._placeholders[unit]):
+                param.data = empty
+            return
+        assert flat.dtype is self.dtype and flat.numel() >= self.spec.units[unit].num_elements
+        start = flat.storage_offset()
+        for param, spec, strides in self._params[unit]:
+            param.data = flat.as_strided(spec.shape, strides, start + spec.offset)
+
+    def attach_grad(self, unit: int, flat: Tensor | None) -> None:
+        """Make the trained parameters' ``.grad`` views of ``flat`` (first ``num_trainable`` elements); None: drop."""
+        start = 0 if flat is None else flat.storage_offset()
+        for param, spec, strides in self._params[unit]:
+            if spec.trainable:
+                param.grad = None if flat is None else flat.as_strided(spec.shape, strides, start + spec.offset)
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def head(self, batch: Any) -> tuple[Tensor, BlockInputs]:
+        """Run up to the blocks: what the first takes as hidden states, and every block's other arguments."""
+        gate = self._run_head(batch, self.num_blocks - 1)
+        return gate.hidden, BlockInputs(gate.calls, self._traced.differentiable)
+
+    def pre(self, batch: Any) -> list[Tensor]:
+        """The stage before the blocks for its backward: hidden states, then ``inputs.differentiable`` in its order."""
+        last = max((block for block, _ in self._traced.differentiable), default=0)
+        gate = self._run_head(batch, last)
+        return [gate.hidden, *BlockInputs(gate.calls, self._traced.differentiable).differentiable]
+
+    def _run_head(self, batch: Any, stop_at: int) -> Head:
+        gate = Head(self._traced.stages, self._traced.slots, self._traced.forms, stop_at=stop_at)
+        with self._gates.handled_by(gate):
+            try:
+                self._runner.run(batch)
+            except StopForward:
+                return gate
+        raise RatelError("the model did not call all of its blocks", field="model", value=self.name,
+                         remedy="Turn layer dropping off")
+
+    def block(self, index: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """Run one block."""
+        call = self._traced.slots[index].put(inputs.calls[index], hidden)
+        return self._traced.forms[index].take(self._traced.stages[index](*call.args, **call.kwargs))
+
+    def tail_logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., vocab]`` of the last block's output ``[..., hidden_size]``, any number of tokens."""
+        assert self.is_causal_lm
+        # One token per row: whatever the model prepares for attention (masks) is then of one element.
+        rows = hidden.reshape(-1, 1, hidden.shape[-1])
+        logits = self._run_tail(rows, lambda: self._runner.run_on_nothing(rows.shape[0]))
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def tail_loss(self, hidden: Tensor, batch: Any) -> Tensor:
+        """What ``loss_fn`` makes of the last block's output."""
+        assert not self.is_causal_lm
+        return self._run_tail(hidden, lambda: self._runner.run(batch))
+
+    def _run_tail(self, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        rng = RngState(self.device) if self.module.training else None
+        gate = Tail(self._traced.stages, self._traced.slots, self._traced.forms, hidden=hidden, rng=rng)
+        grad_enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            with self._gates.handled_by(gate):
+                result = run()
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+        if not gate.complete:
+            raise RatelError("the model did not call all of its blocks", field="model", value=self.name,
+                             remedy="Turn layer dropping off")
+        return result
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout and the like on or off."""
+        self.module.train(training)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def check_source(self) -> None:
+        """Refuse missing, wrongly shaped or unreadable weights before any is used. Reads headers only."""
+        units = [*self.spec.units, *([self.unused] if self.unused else [])]
+        self._source.check([param for unit in units for param in unit.params])
+
+    def read_unit(self, unit: int | UnitSpec, out: Tensor) -> None:
+        """Fill ``out`` (CPU, fp32, ``num_elements``) with the unit's weights in its layout, padding zero."""
+        spec = self.spec.units[unit] if isinstance(unit, int) else unit
+        assert out.dtype is torch.float32 and out.device.type == "cpu" and out.numel() == spec.num_elements
+        with torch.no_grad():
+            self._source.read(spec, out.zero_())
+
+    def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
+        """Give the module ordinary parameters again, with the weights ``get_unit`` returns (fp32, unit layout).
+
+        A module the user gave gets its own tensors back, dtype and device included. Unused ones are not asked for.
+        """
+        for unit, entries in zip(self.spec.units, self._params):
+            flat = get_unit(unit)
+            for param, spec, _ in entries:
+                target = self._originals[spec.name]
+                if target.device.type == "meta":
+                    target = torch.empty(spec.shape, dtype=target.dtype)
+                param.data = target.copy_(view(flat, spec)) if target is not flat else target
+                param.grad = None
+        if self.unused is not None:
+            by_name = dict(self.module.named_parameters())
+            for spec in self.unused.params:
+                by_name[spec.name].data = self._originals[spec.name]
+
+    def close(self) -> None:
+        """Take the gates off the blocks and put the training flags back."""
+        self._gates.remove()
+        self._runner.close()
+        for module, training in self._was_training.items():
+            module.training = training
+
+
+def _strides(shape: Iterable[int]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(tuple(shape)):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))

@@ -1,0 +1,85 @@
+"""Running a model in outline: every operator happens, but large tensors have a shape and no memory.
+
+Used to trace a model of any size. A float tensor above a few KiB is a *shadow*: one zero element expanded to its
+shape. Operators on shadows compute their output shapes on the meta device and return shadows, so neither weights nor
+activations nor time are spent. Autograd works above this level and records its graph as always. Which parameters an
+operator touches is seen from their storages: every placeholder has one of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+SHADOW_ELEMENTS = 2048
+"""Float tensors above this are shadowed. Below it they are computed, which is exact and cheaper than a meta call."""
+
+
+class Shadow(TorchDispatchMode):
+    """``touched`` collects the parameters (by index in ``params``) that operators saw since it was last replaced."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._index = {p.untyped_storage().data_ptr(): i for i, p in enumerate(params) if p.numel()}
+        self.touched: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        flat, _ = tree_flatten((args, kwargs))
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        for tensor in tensors:
+            if tensor.device.type != "meta":
+                index = self._index.get(tensor.untyped_storage().data_ptr())
+                if index is not None:
+                    self.touched.add(index)
+        if func.is_view or not any(_is_large(t) for t in tensors):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            # Writing to or from a shadow changes nothing: all is zero. Autograd bumps the version above us.
+            written = _written(func, args, kwargs)
+            return written[0] if len(func._schema.returns) == 1 else tuple(written)
+        try:
+            return self._on_meta(func, args, kwargs, tensors)
+        except (RuntimeError, NotImplementedError, IndexError, TypeError):
+            # The values matter (nonzero, item, ...), or there is no meta kernel; some of those refuse zero strides.
+            args, kwargs = tree_map_only(Tensor, _materialise, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def _on_meta(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else tensors[0].device
+        flat, form = tree_flatten((args, kwargs))
+        flat = [_to_meta(x) if isinstance(x, Tensor) else torch.device("meta") if isinstance(x, torch.device) else x
+                for x in flat]
+        meta_args, meta_kwargs = tree_unflatten(flat, form)
+        output = func(*meta_args, **meta_kwargs)
+        return tree_map_only(Tensor, lambda t: _zero(t, device), output)
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > SHADOW_ELEMENTS
+
+
+def _materialise(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor.device.type != "meta" and 0 in tensor.stride() else tensor
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    # Contiguous on purpose: the strides of a shadow say nothing, and a view of the real tensor would be contiguous.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _zero(meta: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=meta.dtype, device=device).expand(meta.shape) if _is_large(meta) else \
+        torch.zeros(meta.shape, dtype=meta.dtype, device=device)
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+            found.append(value)
+    return found

@@ -1,0 +1,99 @@
+"""Modules without parameter memory.
+
+A skeleton is the model's own module with every parameter replaced by a placeholder: one zero element expanded to the
+parameter's shape. A module of any size then takes no memory, and still runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ratel.errors import RatelError
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside keep their buffers and lose the memory of their parameters as each one is registered.
+
+    Unlike ``torch.device("meta")`` the constructor runs on real tensors, so that buffers it computes (rotary
+    frequencies, scales) come out exactly as always. One parameter at a time exists, and `torch.empty` is not touched.
+    """
+    original = nn.Module.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":  # tied later: already on meta, must stay one object
+            meta = torch.empty_like(param, device="meta")
+            param = nn.Parameter(meta, requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register_parameter
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original
+
+
+def placeholder(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero of that shape in one element of memory."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
+    """Every place a parameter is registered: id -> [(module, attribute, full name)], in the module's order."""
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for prefix, module in root.named_modules():
+        for attribute, param in module._parameters.items():
+            if param is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                places.setdefault(id(param), []).append((module, attribute, name))
+    return places
+
+
+def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Turn every parameter into a placeholder; return what they held, by first name.
+
+    The Parameter objects stay the same where torch allows it, so that whatever else refers to them still does.
+    """
+    originals: dict[str, Tensor] = {}
+    params = {id(p): p for p in root.parameters()}
+    for key, places in owners(root).items():
+        param = params[key]
+        originals[places[0][2]] = param.data
+        empty = placeholder(param.shape, dtype, device)
+        if torch._has_compatible_shallow_copy_type(param, empty):
+            param.grad = None
+            param.data = empty
+            continue
+        fresh = nn.Parameter(empty, requires_grad=param.requires_grad)
+        for module, attribute, _ in places:
+            module._parameters[attribute] = fresh
+    return originals
+
+
+def move_buffers(root: nn.Module, device: torch.device, dtypes: dict[str, torch.dtype]) -> None:
+    """Move buffers to the device; those in ``dtypes`` are converted, the others keep their dtype."""
+    for prefix, module in root.named_modules():
+        for attribute, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if buffer.device.type == "meta":
+                raise RatelError("the buffer has no values (it is on the meta device)", field="model", value=name,
+                                 remedy="Build the model outside torch.device('meta'), or give its configuration")
+            module._buffers[attribute] = buffer.to(device=device, dtype=dtypes.get(name, buffer.dtype))
+
+
+def build(config: Any, dtype: torch.dtype, attention: str | None, model_class: type | None = None) -> nn.Module:
+    """The Hugging Face model of a configuration, parameters on meta, buffers real. The configuration is changed."""
+    import transformers
+
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    with torch.random.fork_rng(devices=[]), parameters_on_meta():
+        if model_class is not None:
+            return model_class._from_config(config, **arguments)
+        return transformers.AutoModelForCausalLM.from_config(config, **arguments)

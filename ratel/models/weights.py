@@ -1,0 +1,102 @@
+"""Where the weights of a model come from, one unit at a time, as fp32 in the unit's flat layout."""
+
+import zlib
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ratel.errors import RatelError
+from ratel.plan.shape import ParamSpec, UnitSpec
+
+
+class WeightSource(Protocol):
+    def check(self, params: Iterable[ParamSpec]) -> None:
+        """Raise RatelError if any of these parameters cannot be read. Reads no weights."""
+
+    def read(self, unit: UnitSpec, out: Tensor) -> None:
+        """Write the unit's weights into ``out`` (fp32, CPU, ``unit.num_elements``, already zero)."""
+
+
+def view(flat: Tensor, param: ParamSpec) -> Tensor:
+    """The parameter inside a flat plane of its unit."""
+    return flat[param.offset:param.end].view(param.shape)
+
+
+class TensorSource:
+    """Weights held in memory: the parameters of a module the user gave, under their first names."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def check(self, params: Iterable[ParamSpec]) -> None:
+        for param in params:
+            assert tuple(self.tensors[param.name].shape) == param.shape, param.name
+
+    def read(self, unit: UnitSpec, out: Tensor) -> None:
+        for param in unit.params:
+            view(out, param).copy_(self.tensors[param.name])
+
+
+class FreshSource:
+    """Weights initialised as the model would initialise them, from a seed and the unit's name.
+
+    A unit's weights do not depend on which other units were read before, nor on where any of them lives.
+    """
+
+    def __init__(self, root: nn.Module, seed: int) -> None:
+        self._root, self._seed = root, seed
+
+    def check(self, params: Iterable[ParamSpec]) -> None:
+        if hasattr(self._root, "_init_weights"):
+            return
+        names = {name for p in params for name in (p.name, *p.aliases)}
+        for prefix, module in self._root.named_modules():
+            own = [n for n, p in module._parameters.items() if p is not None and _join(prefix, n) in names]
+            if own and not callable(getattr(module, "reset_parameters", None)):
+                raise RatelError("the parameter has no values (it is on the meta device) and its module has no "
+                                 "reset_parameters() to give it some", field="model", value=_join(prefix, own[0]),
+                                 remedy="Define reset_parameters(), or build the module on the CPU")
+
+    def read(self, unit: UnitSpec, out: Tensor) -> None:
+        params = dict(self._root.named_parameters())
+        chosen = {id(params[p.name]) for p in unit.params}
+        before = [(params[p.name], params[p.name].data) for p in unit.params]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            # Not torch.manual_seed: that would reseed the GPU, too.
+            torch.default_generator.manual_seed(self._seed * 0x9E3779B1 + zlib.crc32(unit.name.encode()))
+            try:
+                for spec in unit.params:
+                    params[spec.name].data = view(out, spec)
+                self._initialise(chosen)
+            finally:
+                for param, data in before:
+                    param.data = data
+
+    def _initialise(self, chosen: set[int]) -> None:
+        modules = [m for m in self._root.modules() if any(id(p) in chosen for p in m.parameters())]
+        if not hasattr(self._root, "_init_weights"):
+            for module in modules:
+                if any(id(p) in chosen for p in module._parameters.values()):
+                    module.reset_parameters()
+            return
+        from transformers.initialization import guard_torch_init_functions
+
+        others = [p for p in self._root.parameters() if id(p) not in chosen]
+        for param in self._root.parameters():
+            param._is_hf_initialized = id(param) not in chosen
+        with guard_torch_init_functions():
+            # Children first: some models initialise a grandchild again in its grandparent (GPT-2's residual scaling).
+            for module in reversed(modules):
+                self._init_function(module)(module)
+        for param in others:
+            param._is_hf_initialized = False
+
+    def _init_function(self, module: nn.Module) -> "callable":
+        """The `_init_weights` of the innermost pretrained model around the module."""
+        return self._root._init_weights
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
