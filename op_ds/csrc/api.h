@@ -22,11 +22,13 @@ OP_DS_API int32_t op_ds_pool_destroy(op_ds::Pool* pool) noexcept;
 OP_DS_API int32_t op_ds_adam(op_ds::Pool* pool, const op_ds::AdamPlanes* planes, const op_ds::AdamScalars* scalars,
                              int64_t n, const int64_t* ends, const float* decays, int64_t num_ranges) noexcept;
 OP_DS_API int32_t op_ds_split(op_ds::Pool* pool, const float* source, uint16_t* hi, int16_t* lo, int64_t n) noexcept;
-OP_DS_API int32_t op_ds_merge(op_ds::Pool* pool, const uint16_t* hi, const int16_t* lo, float* target, int64_t n) noexcept;
+OP_DS_API int32_t op_ds_merge(op_ds::Pool* pool, const uint16_t* hi, const int16_t* lo, float* target,
+                              int64_t n) noexcept;
 OP_DS_API int32_t op_ds_sum_squares(op_ds::Pool* pool, const void* values, int32_t type, int64_t n, double* sum,
                                     int64_t* num_nonfinite) noexcept;
 OP_DS_API int32_t op_ds_touch(op_ds::Pool* pool, void* address, int64_t num_bytes) noexcept;
 OP_DS_API int32_t op_ds_fill(op_ds::Pool* pool, void* address, int32_t byte, int64_t num_bytes) noexcept;
 OP_DS_API int32_t op_ds_copy(op_ds::Pool* pool, void* target, const void* source, int64_t num_bytes) noexcept;
-OP_DS_API int32_t op_ds_triad(op_ds::Pool* pool, float* a, const float* b, const float* c, float scale, int64_t n) noexcept;
+OP_DS_API int32_t op_ds_triad(op_ds::Pool* pool, float* a, const float* b, const float* c, float scale,
+                              int64_t n) noexcept;
 OP_DS_API int32_t op_ds_rescale(op_ds::Pool* pool, float* a, float scale, int64_t n) noexcept;

@@ -33,7 +33,8 @@ struct Avx2 {
   static Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Floats load_bf16(const uint16_t* p) { return {as_floats(upper(p)), as_floats(upper(p + 8))}; }
   static Floats load_master(const uint16_t* hi, const int16_t* lo) {
-    return {as_floats(_mm256_add_epi32(upper(hi), lower(lo))), as_floats(_mm256_add_epi32(upper(hi + 8), lower(lo + 8)))};
+    return {as_floats(_mm256_add_epi32(upper(hi), lower(lo))),
+            as_floats(_mm256_add_epi32(upper(hi + 8), lower(lo + 8)))};
   }
   static void store(float* p, Floats x) {
     _mm256_storeu_ps(p, x.a);
@@ -42,7 +43,8 @@ struct Avx2 {
   static void store_master(uint16_t* hi, int16_t* lo, Floats x) {
     const __m256i a = _mm256_castps_si256(x.a), b = _mm256_castps_si256(x.b);
     const __m256i half = _mm256_set1_epi32(0x8000), mask = _mm256_set1_epi32(0xffff);
-    store_packed(hi, _mm256_srli_epi32(_mm256_add_epi32(a, half), 16), _mm256_srli_epi32(_mm256_add_epi32(b, half), 16));
+    const __m256i rounded_a = _mm256_add_epi32(a, half), rounded_b = _mm256_add_epi32(b, half);
+    store_packed(hi, _mm256_srli_epi32(rounded_a, 16), _mm256_srli_epi32(rounded_b, 16));
     store_packed(lo, _mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
   }
   static Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }

@@ -1,8 +1,9 @@
 // The kernels, written once over a vector type V. Included by one source per instruction set, after its target pragma;
 // everything sits in an unnamed namespace so that no instantiation for one instruction set can be linked into another.
 //
-// V supplies: Floats, kWidth, set1, load, load_bf16, load_master, store, store_master, add, sub, mul, div, sqrt, fma and
-// add_squares. Each arithmetic function rounds once, to nearest; no compiler contraction (-ffp-contract=off).
+// V supplies: Floats, kWidth, set1, load, load_bf16, load_master, store, store_master, add, sub, mul, div, sqrt, fma;
+// Lanes, zero_lanes, add_squares, store_lanes. Each arithmetic function rounds once, to nearest, and the compiler
+// contracts nothing (-ffp-contract=off).
 
 namespace op_ds {
 namespace {
@@ -27,6 +28,20 @@ inline typename V::Floats load_grad(const void* grad, int64_t i) {
   } else {
     return V::load(static_cast<const float*>(grad) + i);
   }
+}
+
+// Runs past the end of the planes, where a prefetch does nothing; hence integers and not pointers.
+template <bool kBf16>
+inline void prefetch_planes(const AdamPlanes& p, int64_t i) {
+  const auto ask = [i](const void* plane, int64_t element_bytes) {
+    const auto distance = static_cast<uintptr_t>((i + kPrefetchElements) * element_bytes);
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(plane) + distance));
+  };
+  ask(p.hi, 2);
+  ask(p.lo, 2);
+  ask(p.m, 4);
+  ask(p.v, 4);
+  ask(p.grad, kBf16 ? 2 : 4);
 }
 
 // One vector of elements: the operations of torch's single-tensor Adam in its order, each rounded where torch rounds.
@@ -74,6 +89,7 @@ void adam_range(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_
   const AdamConstants<V> k = broadcast<V>(s, decay);
   int64_t i = begin;
   for (; i + V::kWidth <= end; i += V::kWidth) {
+    if constexpr (V::kWidth > 1) prefetch_planes<kBf16>(p, i);
     adam_vector<V, kBf16, kCoupled, kHighWeight>(p, k, i);
   }
   if (i < end) {
@@ -83,8 +99,8 @@ void adam_range(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_
 
 template <class V, bool kBf16, bool kCoupled>
 void adam_weight(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
-  auto* const range = s.lerp_weight < 0.5f ? adam_range<V, kBf16, kCoupled, false> : adam_range<V, kBf16, kCoupled, true>;
-  range(p, s, begin, end, decay);
+  const AdamFn low = adam_range<V, kBf16, kCoupled, false>, high = adam_range<V, kBf16, kCoupled, true>;
+  (s.lerp_weight < 0.5f ? low : high)(p, s, begin, end, decay);
 }
 
 template <class V>
