@@ -2,6 +2,7 @@
 # Ratel from a fresh clone: sets up .venv/ once, then
 #   bash run.sh                          runs the demo: trains a small model on real text, with its states on SSD
 #   bash run.sh --model DIR --data FILE  passes the flags to `ratel train`
+#   bash run.sh doctor                   any other command of ratel
 #   bash run.sh test [PYTEST ARGUMENTS]  runs the tests
 # Environment: PYTHON (interpreter to start from), RATEL_TORCH (PyTorch to install where the machine has none),
 # CXX (C++ compiler).
@@ -110,10 +111,14 @@ case ${1:-} in
         exec "$VENV/bin/python" -m pytest -q "$@"
         ;;
     -h | --help)
-        sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        ;;
+    -*)
+        install run
+        exec "$VENV/bin/ratel" train "$@"
         ;;
     *)
         install run
-        exec "$VENV/bin/ratel" train "$@"
+        exec "$VENV/bin/ratel" "$@"
         ;;
 esac

@@ -2,10 +2,9 @@
 
 import importlib
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Command, find_packages, setup
+from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.build import build
 from setuptools.errors import BaseError
 
@@ -67,13 +66,15 @@ class Build(build):
 class PlatformWheel(bdist_wheel):
     """``py3-none-<platform>``: the libraries are loaded with ctypes and so fit every Python."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self) -> tuple[str, str, str]:
-        platform = self.plat_name or sysconfig.get_platform()
-        return "py3", "none", platform.replace("-", "_").replace(".", "_")
+        return "py3", "none", super().get_tag()[2]
+
+
+class NativeDistribution(Distribution):
+    """Belongs to a platform although it has no extension module."""
+
+    def has_ext_modules(self) -> bool:
+        return True
 
 
 setup(
@@ -102,6 +103,7 @@ setup(
         "test": ["pytest>=8", "pytest-timeout"],
     },
     entry_points={"console_scripts": ["ratel = ratel.cli:main"]},
+    distclass=NativeDistribution,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": PlatformWheel},
     zip_safe=False,
 )

@@ -154,6 +154,8 @@ class TrainConfig:
     weight_decay: float = _option(0.0, _number(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
     max_grad_norm: float = _option(1.0, _number(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
     dtype: str = _option("bf16", _choice("bf16", "fp32"), TRAINING, "bf16|fp32", "type of the computation")
+    attention: str = _option("auto", _choice("auto", "sdpa", "eager", "flash"), TRAINING, "auto|sdpa|eager|flash",
+                             "kernel of the attention; flash needs the package flash-attn")
 
     device: str = _option("auto", _choice("auto", "cuda", "cpu"), MEMORY, "auto|cuda|cpu", "where the model computes")
     gpu_memory: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE", "GPU memory to use (default: what is free)")

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,7 @@ class FakeResult:
     seconds: float = 0.5
     bound_s: float = 0.25
     bound_by: str = "ssd"
+    usage: Any = field(default_factory=lambda: SimpleNamespace(ssd_read_bytes=7, ssd_written_bytes=6))
 
 
 class FakeSession:
@@ -43,7 +44,7 @@ class FakeSession:
         self.calls: list[str] = []
         self.rates: list[float] = []
         self.hardware = {"device": "fake"}
-        self.parts = SimpleNamespace(spec=SimpleNamespace(vocab_size=None))
+        self.parts = SimpleNamespace(spec=SimpleNamespace(vocab_size=None), is_causal_lm=True)
         self.plan = SimpleNamespace(to_json=lambda: {"plan": 1}, describe=lambda: "the plan")
 
     def step(self, batch: float, lr: float | None = None) -> FakeResult:
@@ -60,15 +61,15 @@ class FakeSession:
     def flush(self) -> None:
         self.calls.append("flush")
 
-    def export(self, path: Path) -> None:
+    def export(self, path: Path, *, dtype: str) -> None:
         self.calls.append("export")
         Path(path).mkdir()
 
     def __enter__(self) -> "FakeSession":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.calls.append("close")
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        self.calls.append("close" if kind is None else f"close after {kind.__name__}")
 
 
 def run_loop(session: FakeSession, batches: Iterable[float], *, steps: int, **options: Any) -> tuple[Progress, list[dict]]:
@@ -86,7 +87,8 @@ def test_each_step_is_recorded_with_its_rate() -> None:
     assert progress.losses == [3.0, 2.0, 1.0, 0.0] and progress.tokens == 400
     assert session.rates == [1.0, 0.75, 0.5, 0.25]
     assert records[1] == {"step": 2, "loss": 2.0, "grad_norm": 1.0, "lr": 0.75, "tokens": 100, "step_s": 0.5,
-                          "tokens_per_s": 200.0, "bound_s": 0.25, "bound_by": "ssd", "skipped": False}
+                          "tokens_per_s": 200.0, "bound_s": 0.25, "bound_by": "ssd", "skipped": False,
+                          "ssd_read_bytes": 7, "ssd_written_bytes": 6}
 
 
 def test_it_ends_with_the_data() -> None:
@@ -197,7 +199,7 @@ def test_an_impatiently_interrupted_run_writes_no_model(fake_run: Any, tmp_path:
     session, start = fake_run(interrupt_at(2, times=2))
     with pytest.raises(Interrupted, match="stopped in step 2 of 3; the model was not written"):
         start()
-    assert session.calls == ["close"]
+    assert session.calls == ["close after Interrupted"]
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -209,7 +211,7 @@ def test_a_failed_run_keeps_its_metrics_and_closes(fake_run: Any, tmp_path: Path
     session, start = fake_run(act)
     with pytest.raises(OSError, match="on fire"):
         start()
-    assert session.calls == ["close"]
+    assert session.calls == ["close after OSError"]
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -31,6 +31,7 @@ class TrainResult:
     tokens: int
     seconds: float
     out: Path
+    is_interrupted: bool = False
 
 
 def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | None = None, tokenizer: Any = None,
@@ -38,8 +39,8 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
     """Fine-tune ``model`` and write the results to a directory, as ``ratel train`` does.
 
     ``model``: a Hugging Face directory, the name of a preset, a transformers model or configuration, or any nn.Module
-    with repeated blocks; the last needs ``loss_fn(model, batch)``, which returns the sum of the losses and their number,
-    or their mean. ``data``: text files (see docs/data.md) or an iterable of batches; without it, the bundled text.
+    with repeated blocks; the last needs ``loss_fn(model, batch)``, which returns the mean loss of the batch as a scalar.
+    The trained weights are also put back into a model that was given as an object. ``data``: text files (see docs/data.md) or an iterable of batches; without it, the bundled text.
     ``config``: a TOML file; ``options``: whatever ``ratel train --help`` lists, with ``_`` for ``-``.
     Raises RatelError for a mistake in any of them, before anything is written.
     """
@@ -59,35 +60,45 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
                              eval_data=eval_data if eval_data is not None else config.eval_data,
                              tokenizer=tokenizer if tokenizer is not None else config.tokenizer,
                              vocab_size=session.parts.spec.vocab_size) as inputs:
-                if inputs.tokenizer is not None:
-                    session.prepare(config.batch_size, config.seq_len)
-                    display.note(session.plan.describe())
-                display.note(inputs.description)
-                out.open()
-                return _Run(config, session, inputs, out, display).complete()
+                attempt = _Run(config, session, inputs, out, display)
+                attempt.prepare()
+                result = attempt.complete()
+    # Only now: a session that is left by an interrupt takes its last step for a broken one.
+    if result.is_interrupted:
+        raise Interrupted(f"stopped after step {result.steps} of {config.steps}; {out.path} is complete up to there", result)
+    return result
 
 
 def open_session(config: TrainConfig, model: Any, loss_fn: Any) -> Session:
     names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm", "optimizer",
              "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier", "direct",
-             "optimizer_threads")
+             "optimizer_threads", "attention")
     options = {name: getattr(config, name) for name in names}
     return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, **options)
 
 
-@dataclass(frozen=True)
 class _Run:
-    """A run that is ready to start: the loop, then what is left to write."""
+    """A run with all its parts open: what is to be done before the loop, around it and after it."""
 
-    config: TrainConfig
-    session: Session
-    inputs: Inputs
-    out: RunDirectory
-    display: ProgressDisplay
+    def __init__(self, config: TrainConfig, session: Session, inputs: Inputs, out: RunDirectory,
+                 display: ProgressDisplay) -> None:
+        self.config, self.session, self.inputs, self.out, self.display = config, session, inputs, out, display
+        self._is_planned = False
+
+    def prepare(self) -> None:
+        """Whatever can be refused is refused here; then the directory is this run's."""
+        self._is_planned = self.session.parts.is_causal_lm and self.inputs.tokenizer is not None
+        if self._is_planned:
+            self.session.prepare(self.config.batch_size, self.config.seq_len)
+            self.display.note(self.session.plan.describe())
+        self.display.note(self.inputs.description)
+        self.out.open()
+        self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path)})
+        if self._is_planned:
+            self._write_plan()
 
     def complete(self) -> TrainResult:
         start, progress = time.perf_counter(), Progress()
-        self._write_facts()
         try:
             with StopRequest() as stop:
                 self._loop(progress, stop)
@@ -95,13 +106,10 @@ class _Run:
         except KeyboardInterrupt:
             raise Interrupted(f"stopped in step {progress.steps + 1} of {self.config.steps}; the model was not written, "
                               f"metrics are in {self.out.path}", self._result(progress, start)) from None
-        result = self._result(progress, start)
+        result = self._result(progress, start, is_interrupted=stop.requested)
         self.display.close()
         for line in summarize(progress, result.seconds, self.out, exported=self.config.export):
             self.display.note(line)
-        if stop.requested:
-            raise Interrupted(f"stopped after step {progress.steps} of {self.config.steps}; {self.out.path} is complete "
-                              "up to there", result)
         return result
 
     def _loop(self, progress: Progress, stop: StopRequest) -> None:
@@ -118,25 +126,24 @@ class _Run:
             Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
                  evaluation=self.inputs.evaluation, eval_every=config.eval_every).run(self.inputs.batches, progress)
 
-    def _write_facts(self) -> None:
-        self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path)})
+    def _write_plan(self) -> None:
+        self.out.write_json("plan", self.session.plan.to_json())
         self.out.write_json("hardware", {"host": describe_host(), "cuda": describe_cuda(), **self.session.hardware})
-        if self.inputs.tokenizer is not None:
-            self.out.write_json("plan", self.session.plan.to_json())
 
     def _finish(self) -> None:
         """Complete the updates that still wait, and write what only then is final."""
         self.session.flush()
-        # Batches of the user's own have no shape before the first one was seen, and so no plan at the start.
-        self.out.write_json("plan", self.session.plan.to_json())
+        if not self._is_planned:
+            self._write_plan()  # batches of the user's own had no shape before the first one was seen
         if self.config.export:
-            self.session.export(self.out.model)
+            self.session.export(self.out.model, dtype=self.config.dtype)
             if self.inputs.tokenizer is not None:
                 self.inputs.tokenizer.save_pretrained(self.out.model)
 
-    def _result(self, progress: Progress, start: float) -> TrainResult:
+    def _result(self, progress: Progress, start: float, *, is_interrupted: bool = False) -> TrainResult:
         return TrainResult(losses=progress.losses, eval_losses=progress.eval_losses, steps=progress.steps,
-                           tokens=progress.tokens, seconds=time.perf_counter() - start, out=self.out.path)
+                           tokens=progress.tokens, seconds=time.perf_counter() - start, out=self.out.path,
+                           is_interrupted=is_interrupted)
 
 
 def _name_of(thing: Any) -> str | None:
