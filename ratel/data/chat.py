@@ -31,8 +31,11 @@ class ChatEncoder:
         """Token ids, and whether each is the assistant's; the template's text exactly, nothing added."""
         try:
             template = self._template(chat)
-            marked = self._encode_marked(chat, template) if _MARKS_GENERATION.search(template) else None
-            return marked or self._encode_by_difference(chat, template)
+            if self._tokenizer.is_fast and _MARKS_GENERATION.search(template):
+                marked = self._encode_marked(chat, template)
+                if marked is not None:
+                    return marked
+            return self._encode_by_difference(chat, template)
         except RecordError:
             raise
         except Exception as error:  # whatever a template's Jinja raises, its own raise_exception() included
@@ -68,8 +71,11 @@ class ChatEncoder:
         ids, offsets = np.array(out["input_ids"], dtype=np.int32), np.array(out["offset_mapping"]).reshape(-1, 2)
         mask = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
-            # A token that begins before the answer is part of the prompt from which the model will answer.
-            mask |= (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+            inside = (offsets[:, 1] > start) & (offsets[:, 0] < end)
+            for index in np.flatnonzero(inside & (offsets[:, 0] < start)):
+                # A token with a space before the first word is the answer's; one with more of the prompt is not.
+                inside[index] = text[offsets[index, 0]:start].isspace()
+            mask |= inside
         return ids, mask
 
     def _tokenize_parts(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -94,10 +100,7 @@ def _answer_span(render: Any, messages: Messages, turn: int, text: str) -> tuple
     tail = until_here[_content_span(render, so_far, turn, until_here)[1]:]
     # What stands after the answer both when the conversation ends there and when it goes on.
     marker = commonprefix([tail, text[end:]])
-    prompt = _generation_prompt(render, messages[:turn])
-    if prompt is not None and text.startswith(prompt) and len(prompt) <= start:
-        start = len(prompt)  # Reasoning and the like that the template writes before the content.
-    return start, end + (len(marker.rstrip()) or len(marker))
+    return _own_start(render, messages[:turn], start, text), end + (len(marker.rstrip()) or len(marker))
 
 
 def _content_span(render: Any, messages: Messages, turn: int, text: str) -> tuple[int, int]:
@@ -111,11 +114,16 @@ def _content_span(render: Any, messages: Messages, turn: int, text: str) -> tupl
     return start, len(text) - tail
 
 
-def _generation_prompt(render: Any, messages: Messages) -> str | None:
+def _own_start(render: Any, messages: Messages, start: int, text: str) -> int:
+    """Where the model's own writing begins: after the generation prompt (so thoughts that the template writes before
+    the content count), else at the content, with what space the template puts before it."""
     try:
-        return render(messages, prompt=True) if messages else None
-    except Exception:  # A template may refuse a conversation cut here; the content's own start then serves.
-        return None
+        before, prompt = render(messages), render(messages, prompt=True)
+    except Exception:  # whatever a template's Jinja raises about a conversation that is cut here
+        return start
+    if not text.startswith(prompt) or len(prompt) > start:
+        return start
+    return len(prompt) if prompt != before or text[len(prompt):start].isspace() else start
 
 
 def _tools(chat: Chat) -> list[Any] | None:
