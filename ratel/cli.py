@@ -90,14 +90,18 @@ def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def _train(args: argparse.Namespace) -> int:
+def train_config(args: argparse.Namespace) -> TrainConfig:
     names = {spec.name for spec in fields(TrainConfig)}
-    config = resolve({name: value for name, value in vars(args).items() if name in names}, args.config)
-    if config.model is None:
-        raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
-    from ratel.train.run import run
+    return resolve({name: value for name, value in vars(args).items() if name in names}, args.config)
 
-    run(config, model=config.model, data=config.data)
+
+def _train(args: argparse.Namespace) -> int:
+    config = train_config(args)
+    if config.model is None:
+        raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory, or a preset such as demo")
+    from ratel.train import run
+
+    run.run(config, model=config.model)
     return EXIT_OK
 
 
@@ -112,7 +116,9 @@ def _doctor(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status says whose turn it is: 0 nobody's, 1 the program's, 2 the user's."""
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        status = _dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where an error of it is still handled
+        return status
     except RatelError as error:
         return _fail(f"ratel: {error}", EXIT_MISUSED)
     except (NonFiniteError, WorkerError) as error:
