@@ -42,6 +42,9 @@ class Span:
     begin: "torch.cuda.Event | float"
     end: "torch.cuda.Event | float | None" = None
 
+    def done(self) -> bool:
+        return self.end is not None and (isinstance(self.end, float) or self.end.query())
+
     @property
     def seconds(self) -> float:
         if isinstance(self.begin, float):
@@ -91,9 +94,12 @@ class Lanes:
             self.spans.append(span)
 
     def take_spans(self) -> list[Span]:
-        """The spans since the last call; the device must have been synchronized."""
+        """The spans completed since the last call; those still running are left for the next."""
         spans, self.spans = self.spans, []
-        return [s for s in spans if s.end is not None]
+        done: list[Span] = []
+        for span in spans:
+            (done if span.done() else self.spans).append(span)
+        return done
 
     def synchronize(self) -> None:
         if self.is_cuda:

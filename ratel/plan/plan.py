@@ -121,14 +121,15 @@ class Plan:
 
     def max_bytes(self, cls: str, of: str) -> int:
         """Largest unit of the class: ``weights``, ``grads`` or ``acc`` (fp32 accumulator)."""
+        streamed = self.streamed(cls)
         units = [u for u in self.spec.units if weight_class(u) == cls]
-        sizes = {"weights": [u.num_elements * self.weight_bytes for u in self.streamed(cls)],
-                 "grads": [u.num_trainable * self.grad_bytes for u in units],
+        sizes = {"weights": [u.num_elements * self.weight_bytes for u in streamed],
+                 "grads": [u.num_trainable * self.grad_bytes for u in streamed],
                  "acc": [u.num_trainable * 4 for u in units]}[of]
         return max(sizes, default=0)
 
     def grad_slot_count(self, cls: str) -> int:
-        trained = sum(u.num_trainable > 0 for u in self.spec.units if weight_class(u) == cls)
+        trained = sum(u.num_trainable > 0 for u in self.streamed(cls))
         return min(trained, self.buffers.grad_slots if cls == "block" else 1)
 
     @property
@@ -162,6 +163,7 @@ class Plan:
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
             items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
+        items["gradient norms"] = self.norm_bytes
         items["optimizer ring"] = self.buffers.ring_slots * _paged(self.ring_slot_bytes)
         on_dram = sum(tier == DRAM for tier in self.checkpoint_tiers)
         items["checkpoints"] = on_dram * self.work.num_micro * _paged(self.work.hidden_bytes)
@@ -180,6 +182,10 @@ class Plan:
     @cached_property
     def ring_slot_bytes(self) -> int:
         return max((self._ring_bytes(u) for u in self.spec.units), default=0)
+
+    @property
+    def norm_bytes(self) -> int:
+        return _paged(4 * len(self.spec.units))
 
     @property
     def gpu_bytes(self) -> int:
@@ -210,7 +216,7 @@ class Plan:
     def _resident_bytes(self, unit: UnitSpec, tier: str) -> int:
         place = self.placement(unit)
         planes = [p for p in PLANES if place.tier(p) == tier]
-        if self.deferred and place.g == tier:
+        if place.g == tier and (self.deferred or tier == GPU):
             planes.append("g")
         return sum(_paged(plane_bytes(unit, p, fp32=self.fp32)) for p in planes)
 

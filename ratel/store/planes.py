@@ -51,7 +51,7 @@ class Store:
 
     def _place(self, unit) -> dict[str, Plane]:
         place = self.plan.placement(unit)
-        names = (*PLANES, "g") if self.plan.deferred else PLANES
+        names = (*PLANES, "g") if self.plan.deferred or place.on_gpu else PLANES
         planes = {}
         for name in names:
             dtype = self.grad_dtype if name == "g" else DTYPES[name]

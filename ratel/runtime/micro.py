@@ -1,0 +1,75 @@
+"""A step's batch cut into micro-batches, and what they have in common."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratel.errors import RatelError
+from ratel.runtime.loss import count_targets
+from ratel.runtime.step import Micro
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply to every tensor of nested dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda t: found.append(t) or t, tree)
+    return iter(found)
+
+
+def count_rows(batch: Any) -> int:
+    """The common first dimension of the batch's tensors."""
+    rows = {t.shape[0] if t.dim() else None for t in tensors_of(batch)}
+    if len(rows) != 1 or None in rows:
+        raise RatelError("every tensor of a batch must have the batch as its first dimension, of one length",
+                         field="batch", value=f"lengths {sorted(map(str, rows))}")
+    return rows.pop()
+
+
+def check_causal_batch(batch: Any, vocab_size: int) -> None:
+    """Refuse what a causal language model cannot be trained on."""
+    if not isinstance(batch, dict) or "input_ids" not in batch:
+        raise RatelError("a batch for a language model is a dict with input_ids (and labels, position_ids)",
+                         field="batch", value=type(batch).__name__)
+    ids = batch["input_ids"]
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise RatelError("must be whole numbers of shape [rows, positions]", field="input_ids",
+                         value=f"{ids.dtype} {tuple(ids.shape)}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise RatelError(f"a token id is outside the model's vocabulary of {vocab_size}", field="input_ids",
+                         value=f"{int(ids.min())}..{int(ids.max())}", remedy="Use the model's own tokenizer")
+
+
+def with_labels(batch: dict) -> dict:
+    """Without labels every token is a target."""
+    return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
+
+
+def split(batch: Any, micro_rows: int, device: torch.device) -> list[Micro]:
+    """Micro-batches of at most ``micro_rows`` rows, on the device."""
+    rows = count_rows(batch)
+    micros = []
+    for index, begin in enumerate(range(0, rows, micro_rows)):
+        part = map_tensors(lambda t: t[begin : begin + micro_rows].to(device), batch)
+        micros.append(Micro(index, part, share=min(micro_rows, rows - begin) / rows))
+    return micros
+
+
+def step_targets(batch: dict) -> int:
+    """Target tokens of the whole step, which normalise its loss."""
+    targets = count_targets(batch["labels"])
+    if targets == 0:
+        raise RatelError("no token of the batch is a target", field="labels", value="all -100",
+                         remedy="Give labels other than -100 to the tokens to be learned")
+    return targets

@@ -1,0 +1,138 @@
+"""From a model, a batch and budgets to a plan: what the pure planner needs to be told about this machine."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from ratel.errors import RatelError
+from ratel.hardware.host import available_memory
+from ratel.models import Parts
+from ratel.plan.choose import Request, choose
+from ratel.plan.placement import Forced
+from ratel.plan.plan import Buffers, Plan, Work
+from ratel.runtime.loss import positions_per_chunk
+from ratel.runtime.micro import count_rows, map_tensors, tensors_of
+from ratel.runtime.trial import measure_workspace
+from ratel.units import GIB, MIB
+
+SATURATING_TOKENS = 8192
+"""Tokens of a micro-batch beyond which larger matrices no longer run faster on the GPUs that we know."""
+
+DRAM_MARGIN = 0.90
+GPU_MARGIN_BYTES = GIB
+PROCESS_MARGIN_BYTES = 256 * MIB
+"""What the process may still grow by beside the arena: allocator slack, thread stacks, compiled kernels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """What the user allows, in bytes; ``None``: what the machine has free, less a margin."""
+
+    gpu: int | None
+    dram: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The largest batch that the session has room for."""
+
+    rows: int
+    positions: int
+
+    @classmethod
+    def of(cls, batch: Any, rows: int) -> "Shape":
+        return cls(rows=rows, positions=max(t.numel() // rows for t in tensors_of(batch)))
+
+    def check(self, batch: Any) -> None:
+        given = Shape.of(batch, count_rows(batch))
+        if given.rows > self.rows or given.positions > self.positions:
+            raise RatelError(f"the session was prepared for {self.rows} rows of {self.positions} at most", field="batch",
+                             value=f"{given.rows} rows of {given.positions}",
+                             remedy="Call prepare(rows, seq_len) with the largest shape before the first step")
+
+
+def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, optimizer: str, budgets: Budgets,
+              directories: tuple[str, ...], micro_batch: int | str, forced: Forced | None, checkpoint_tier: str,
+              buffers: Buffers) -> Plan:
+    """Plan for batches of the shape of ``batch``. On CUDA the memory of activations is measured, not guessed."""
+    if optimizer not in ("eager", "deferred"):
+        raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
+                         remedy="Use auto, eager or deferred")
+    gpu_budget = _gpu_budget(device, budgets.gpu)
+    process_bytes = psutil.Process().memory_info().rss + PROCESS_MARGIN_BYTES
+    dram_budget = budgets.dram or int(available_memory() * DRAM_MARGIN) + process_bytes
+    rows = count_rows(batch)
+    for micro_rows in _candidates(rows, batch, micro_batch):
+        work = _work(parts, batch, rows, micro_rows)
+        accumulates = _accumulates(parts, work) and not fp32
+        try:
+            workspace = measure_workspace(parts, _take_rows(batch, micro_rows, device), device)
+            return choose(Request(spec=parts.spec, fp32=fp32, optimizer=optimizer, work=work, gpu_budget=gpu_budget,
+                                  dram_budget=dram_budget, ssd_budget=_free_bytes(directories), buffers=buffers,
+                                  process_bytes=process_bytes, workspace_bytes=workspace, forced=forced,
+                                  accumulate_fp32=accumulates, checkpoint_tier=checkpoint_tier))
+        except (RatelError, torch.OutOfMemoryError) as error:
+            failure = error
+            if isinstance(error, RatelError) and error.field != "gpu_memory":
+                raise
+    if isinstance(failure, RatelError):
+        raise failure
+    raise RatelError(f"one row of the batch does not pass a block within the budget ({failure})", field="gpu_memory",
+                     value=gpu_budget, remedy="Give a larger --gpu-memory or a smaller --seq-len") from failure
+
+
+def _candidates(rows: int, batch: Any, micro_batch: int | str) -> list[int]:
+    """Micro-batch sizes to try: the one given, or from the smallest that saturates the GPU down to one row."""
+    if micro_batch != "auto":
+        if not 1 <= int(micro_batch) <= rows:
+            raise RatelError(f"must be between 1 and the {rows} rows of a batch", field="micro_batch", value=micro_batch)
+        return [int(micro_batch)]
+    positions = max(t.numel() // rows for t in tensors_of(batch))
+    divisors = [d for d in range(rows, 0, -1) if rows % d == 0]
+    saturating = min((d for d in divisors if d * positions >= SATURATING_TOKENS), default=rows)
+    return [d for d in divisors if d <= saturating]
+
+
+def _work(parts: Parts, batch: Any, rows: int, micro_rows: int) -> Work:
+    """Parameters are placeholders here: only the shape of the hidden states is of interest."""
+    with torch.no_grad():
+        hidden, _ = parts.head(_take_rows(batch, 1, parts.device))
+    row_bytes = hidden.numel() * hidden.element_size()
+    return Work(rows=rows, seq_len=max(t.numel() // rows for t in tensors_of(batch)), micro_rows=micro_rows,
+                hidden_bytes=row_bytes * micro_rows)
+
+
+def _take_rows(batch: Any, count: int, device: torch.device) -> Any:
+    return map_tensors(lambda t: t[:count].to(device), batch)
+
+
+def _accumulates(parts: Parts, work: Work) -> bool:
+    """Whether any gradient is a sum of several passes, whose rounding in bf16 would add up."""
+    if work.num_micro > 1:
+        return True
+    return parts.is_causal_lm and positions_per_chunk(work.micro_rows, parts.spec.vocab_size) < work.seq_len
+
+
+def _gpu_budget(device: torch.device, given: int | None) -> int | None:
+    """Caps PyTorch's allocator at the budget. On a CPU device, only what the user gives is used as a GPU tier."""
+    if device.type != "cuda":
+        return given
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    if given is not None and given > free:
+        raise RatelError(f"the GPU has {free} bytes free", field="gpu_memory", value=given,
+                         remedy="Give less, or end what else uses the GPU")
+    budget = given if given is not None else free - GPU_MARGIN_BYTES
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    return budget
+
+
+def _free_bytes(directories: tuple[str, ...]) -> int | None:
+    """Space for equal stripes: the fullest directory decides."""
+    if not directories:
+        return None
+    free = [os.statvfs(d).f_bavail * os.statvfs(d).f_frsize for d in directories]
+    return min(free) * len(directories)

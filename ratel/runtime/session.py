@@ -1,0 +1,396 @@
+"""The session: a model under a plan, one step at a time."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ratel import models, native
+from ratel.errors import NonFiniteError, RatelError
+from ratel.hardware.device import require_device
+from ratel.hardware.host import usable_cores
+from ratel.memory.exchange import Exchange
+from ratel.plan.placement import Forced
+from ratel.plan.plan import Buffers, Plan
+from ratel.plan.shape import UnitSpec
+from ratel.runtime.gradients import Moved
+from ratel.runtime.loss import count_targets
+from ratel.runtime.machinery import IoOptions, Machinery
+from ratel.runtime.meter import Meter, Usage
+from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
+from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
+from ratel.runtime.prepare import Budgets, Shape, make_plan
+from ratel.runtime.step import VerticalStep, closing_order
+from ratel.units import parse_bytes, parse_rate
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did. ``loss`` is the mean over target tokens; ``grad_norm`` is taken before clipping.
+
+    ``seconds`` is wall time; ``bound_s`` the busy time of the busiest resource, named by ``bound_by``. A step whose
+    gradients are not finite is ``skipped``: no state has changed.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+    bound_s: float
+    bound_by: str
+    skipped: bool
+    usage: Usage
+
+    @property
+    def bound(self) -> float:
+        return self.bound_s
+
+
+class Session:
+    """Trains every parameter of a model whose states live on GPU, in DRAM and on SSD.
+
+    ``model``: Hugging Face directory, preset name, configuration, PreTrainedModel, or any nn.Module with repeated blocks
+    and a ``loss_fn(model, batch)``. ``gpu_memory``, ``dram``: budgets (``"24GiB"`` or bytes); by default what is free.
+    ``ssd``: directories to stripe over. ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one
+    tier, ``placement`` single units or planes (`ratel.plan.placement.forced_placements`). ``buffers`` and the thread
+    counts never change a result. Raises RatelError for what cannot work, before anything is reserved.
+    """
+
+    def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,
+                 ssd: "str | os.PathLike | list | tuple | None" = None, device: str = "auto", dtype: str = "bf16",
+                 lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, max_grad_norm: float | None = 1.0, optimizer: str = "auto",
+                 micro_batch: int | str = "auto", seed: int = 0, loss_fn: Callable[[Any, Any], Any] | None = None,
+                 tier: str = "auto", placement: Forced | None = None, checkpoint_tier: str = "auto",
+                 ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
+                 optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers()) -> None:
+        if dtype not in DTYPES:
+            raise RatelError("not a type of computation", field="dtype", value=dtype, remedy="Use bf16 or fp32")
+        self.device = require_device(device)
+        self._io = IoOptions(directories=_directories(ssd), backend=io_backend, direct=direct,
+                             bandwidth_bps=None if ssd_bandwidth is None else parse_rate(ssd_bandwidth, field="ssd_bandwidth"))
+        self._budgets = Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram"))
+        self._forced = placement if placement is not None else (None if tier == "auto" else tier)
+        self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, micro_batch
+        self._clip = max_grad_norm or 0.0
+        self._optimizer = ("deferred" if self._clip else "eager") if optimizer == "auto" else optimizer
+        self._hyper = dict(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        self.lr, self.seed, self.dtype = lr, seed, dtype
+        self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else int(optimizer_threads)
+        self._machinery: Machinery | None = None
+        self._closed = self._broken = False
+        self._gives_back = isinstance(model, torch.nn.Module)
+        self._attempts = self._updates_made = 0
+        self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
+                                 attention=attention)
+        self.parts.check_source()
+
+    # --- preparing ----------------------------------------------------------------------------------------------
+
+    def prepare(self, rows: int, seq_len: int) -> Plan:
+        """Plan for batches of this shape, reserve everything, import the weights. The first step does it otherwise."""
+        if not self.parts.is_causal_lm:
+            raise RatelError("a model with its own loss is prepared by its first batch", field="prepare",
+                             remedy="Call step(batch)")
+        return self._prepare({"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)})
+
+    def _prepare(self, batch: Any) -> Plan:
+        if not self.parts.is_causal_lm:
+            self.parts.probe(batch)
+        self._shape = Shape.of(batch, count_rows(batch))
+        plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
+                         budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
+                         forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers)
+        pool = native.op_ds.Pool(self._threads)
+        self._machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io)
+        self._machinery.import_weights()
+        m = self._machinery
+        self._step = VerticalStep(self.parts, plan, m.streamer, m.weights, m.checkpoints, m.gradients, m.lanes,
+                                  seed=self.seed, on_gradient=self._on_gradient)
+        self._meter = Meter(m.lanes, m.updates, m.engine)
+        return plan
+
+    @property
+    def plan(self) -> Plan:
+        if self._machinery is None:
+            raise RatelError("there is no plan before the shape of a batch is known", field="plan",
+                             remedy="Call prepare(rows, seq_len) or step(batch) first")
+        return self._machinery.plan
+
+    @property
+    def hardware(self) -> dict[str, Any]:
+        """What was chosen on this machine."""
+        facts = {"device": str(self.device), "optimizer_threads": self._threads}
+        if self._machinery is not None:
+            facts["isa"] = self._machinery.pool.isa
+            facts["io_backend"] = self._machinery.engine.backend if self._machinery.engine else None
+        return facts
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def step(self, batch: Any, *, lr: float | None = None) -> StepResult:
+        """Forward, backward and update on one batch; see docs/architecture.md for what happens when."""
+        begun = perf_counter()
+        batch = self._ready(batch)
+        targets = step_targets(batch) if self.parts.is_causal_lm else 0
+        tokens = _count_tokens(batch)
+        micros = split(batch, self.plan.work.micro_rows, self.device)
+        lr = self.lr if lr is None else lr
+        with self._protected():
+            loss, norm, skipped = self._train(micros, targets, lr)
+        self._attempts += 1
+        usage = self._meter.read()
+        return StepResult(step=self._attempts, loss=loss, grad_norm=norm, lr=lr, tokens=tokens,
+                          seconds=perf_counter() - begun, bound_s=usage.bound_s, bound_by=usage.bound_by,
+                          skipped=skipped, usage=usage)
+
+    def _train(self, micros: list, targets: int, lr: float) -> tuple[float, float, bool]:
+        m, plan = self._machinery, self.plan
+        hyper = dict(lr=lr, step=self._updates_made + 1, **self._hyper)
+        m.updates.begin_step()
+        if not plan.deferred:
+            self._submit(Hyper(**hyper), closing_order(plan))
+        loss = self._step.train(micros, targets=targets, step=self._attempts)
+        norm = m.gradients.total_norm().cpu()  # waits for the whole backward pass
+        finite = bool(torch.isfinite(norm))
+        hyper["grad_scale"] = clip_scale(norm, self._clip) if finite else 1.0
+        if plan.deferred:
+            applied = self._decide(Hyper(**hyper), finite)
+        else:
+            applied = self._conclude_eager(finite)
+        if applied:
+            self._update_on_gpu(Hyper(**hyper))
+            self._updates_made += 1
+        return float(loss), float(norm), not applied
+
+    def _decide(self, hyper: Hyper, finite: bool) -> bool:
+        """Deferred mode: start all updates in forward order, or drop all gradients."""
+        units = [u for u in self.plan.spec.units if u.num_trainable]
+        if finite:
+            self._submit(hyper, sorted(units, key=lambda u: (u.kind != "shared", u.index)))
+        else:
+            for unit in units:
+                self._machinery.updates.discard(unit)
+        return finite
+
+    def _conclude_eager(self, finite: bool) -> bool:
+        """The pipeline has left out the whole step, or made all of it; anything between is an error."""
+        if finite:
+            return True
+        if self._machinery.updates.finish_step() and any(not p.on_gpu for p in self.plan.placements):
+            raise NonFiniteError("the gradient of a unit on the GPU is not finite, but others are updated already; "
+                                 "the deferred optimizer skips such a step")
+        return False
+
+    def _submit(self, hyper: Hyper, units: Iterable[UnitSpec]) -> None:
+        for unit in units:
+            if not self.plan.placement(unit).on_gpu:
+                self._machinery.updates.submit(unit, hyper)
+
+    def _on_gradient(self, unit: UnitSpec, grad: torch.Tensor) -> None:
+        moved = self._machinery.gradients.finish(unit, grad)
+        if moved is None:
+            return
+        if self.plan.deferred and self.plan.grads_pass_through(unit):
+            self._spill(unit, moved)
+        else:
+            self._machinery.updates.arrived(unit, Arrival(moved.host, moved.arrived, moved.norm, moved.release))
+
+    def _spill(self, unit: UnitSpec, moved: Moved) -> None:
+        """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
+        m = self._machinery
+        plane = m.store.plane(unit.index, "g")
+
+        def write() -> None:
+            ticket = m.engine.submit_write(m.store.volume, plane.offset, moved.host.data_ptr(), plane.num_bytes,
+                                           native.nvme_ds.WRITEBACK)
+            m.writes.when(lambda: m.engine.wait(ticket), announce)
+
+        def announce() -> None:
+            moved.release()
+            m.updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
+
+        m.copies.when_event(moved.arrived, write)
+
+    def _update_on_gpu(self, hyper: Hyper) -> None:
+        """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU optimizer."""
+        for unit in self.plan.spec.units:
+            if unit.num_trainable and self.plan.placement(unit).on_gpu:
+                with self._machinery.lanes.work("compute", f"update {unit.name}"):
+                    self._update_unit_on_gpu(unit, hyper)
+
+    def _update_unit_on_gpu(self, unit: UnitSpec, hyper: Hyper) -> None:
+        count = unit.num_trainable
+        planes = [self._machinery.store.plane(unit.index, p).tensor[:count] for p in ("hi", "lo", "m", "v", "g")]
+        ranges = decay_ranges(unit, 0, count, hyper.weight_decay)
+        scalars = dict(lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, step=hyper.step,
+                       grad_scale=hyper.grad_scale, ranges=ranges)
+        if self.device.type == "cuda":
+            from ratel.runtime.gpu_adamw import adamw_
+
+            adamw_(*planes, **scalars)
+        else:
+            self._machinery.pool.adamw(*(p.data_ptr() for p in planes), count,
+                                       grad_dtype="fp32" if self.plan.fp32 else "bf16", **scalars)
+
+    # --- beside training ----------------------------------------------------------------------------------------
+
+    def evaluate(self, batches: Iterable[Any]) -> float:
+        """Mean loss per target token (per row for a model with its own loss), without dropout."""
+        total, weight = 0.0, 0
+        self.parts.set_training(False)
+        try:
+            for batch in batches:
+                batch = self._ready(batch)
+                self.flush()
+                count = count_targets(batch["labels"]) if self.parts.is_causal_lm else count_rows(batch)
+                if count:
+                    with self._protected():
+                        micros = split(batch, self.plan.work.micro_rows, self.device)
+                        total += float(self._step.evaluate(micros, targets=count)) * count
+                    weight += count
+        finally:
+            self.parts.set_training(True)
+        if weight == 0:
+            raise RatelError("there is no target token to evaluate on", field="eval_data")
+        return total / weight
+
+    def flush(self) -> None:
+        """Complete pending updates: afterwards every plane on its tier is that of the last step."""
+        if self._machinery is not None:
+            self._check_usable()
+            self._machinery.updates.flush()
+
+    def read_master(self, unit: UnitSpec) -> torch.Tensor:
+        """The unit's fp32 master weights, 1-D in its layout, on the CPU."""
+        self.flush()
+        return self._machinery.transfer.read_weights(unit.index)
+
+    def read_state(self, unit: UnitSpec, plane: str) -> torch.Tensor:
+        """A copy of one plane (``hi``, ``lo``, ``m``, ``v``) on the CPU."""
+        self.flush()
+        return self._machinery.transfer.read(unit.index, plane)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All master weights by parameter name, fp32 on the CPU. Whole in memory: for models that fit there."""
+        result = {}
+        for unit in self.plan.spec.units:
+            flat = self.read_master(unit)
+            result.update({p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params})
+        return result
+
+    def export(self, path: "str | os.PathLike", *, dtype: str = "bf16") -> Path:
+        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time."""
+        if self._machinery is None:
+            raise RatelError("there is nothing to export before the first step", field="export")
+        from ratel.runtime.export import export_model
+
+        return export_model(self.parts, self.read_master, Path(path), DTYPES[dtype])
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Complete pending updates, give a module its trained weights back, release everything. Idempotent."""
+        if self._closed:
+            return
+        try:
+            if self._machinery is not None and not self._broken and not self._machinery.exchange.failed:
+                self.flush()
+                if self._gives_back:
+                    self.parts.restore(self.read_master)
+        finally:
+            self._closed = True
+            if self._machinery is not None:
+                self._machinery.close()
+                self._machinery.pool.close()
+            self.parts.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._broken = self._broken or isinstance(error, KeyboardInterrupt)
+        self.close()
+
+    # --- checks -------------------------------------------------------------------------------------------------
+
+    def _ready(self, batch: Any) -> Any:
+        """The batch, checked; the session prepared for it."""
+        self._check_usable()
+        if self.parts.is_causal_lm:
+            check_causal_batch(batch, self.parts.spec.vocab_size)
+            batch = with_labels(batch)
+        if self._machinery is None:
+            self._prepare(batch)
+        self._shape.check(batch)
+        return batch
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RatelError("the session is closed", field="session", remedy="Make a new one")
+        if self._broken:
+            raise RatelError("the session ended in the middle of a step", field="session", remedy="Make a new one")
+        if self._machinery is not None:
+            self._exchange.check()
+
+    @property
+    def _exchange(self) -> Exchange:
+        return self._machinery.exchange
+
+    def _protected(self) -> "_Protected":
+        return _Protected(self)
+
+
+class _Protected:
+    """A step that does not come to its end leaves the session unusable, but closable."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._session._broken = True
+            self._session._machinery.exchange.close()
+
+
+def clip_scale(norm: torch.Tensor, max_norm: float) -> float:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by: ``min(1, max_norm / (norm + 1e-6))`` in fp32."""
+    if not max_norm:
+        return 1.0
+    return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+
+def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, ...]:
+    if ssd is None:
+        return ()
+    names = ssd.split(",") if isinstance(ssd, str) else [ssd] if isinstance(ssd, os.PathLike) else list(ssd)
+    for name in names:
+        try:
+            Path(name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RatelError(f"cannot be made: {error.strerror}", field="ssd", value=name) from error
+        if not os.access(name, os.W_OK | os.X_OK):
+            raise RatelError("is not writable", field="ssd", value=name)
+    return tuple(os.fspath(name) for name in names)
+
+
+def _bytes_or_none(size: str | int | None, field: str) -> int | None:
+    return None if size is None else parse_bytes(size, field=field)
+
+
+def _count_tokens(batch: Any) -> int:
+    """Positions of a language batch; rows of any other."""
+    return batch["input_ids"].numel() if isinstance(batch, dict) and "input_ids" in batch else count_rows(batch)
+
+

@@ -1,0 +1,240 @@
+"""One step of the vertical schedule: every micro-batch passes a stage before the next stage starts.
+
+Forward over the stages, loss and its gradient at the turn, backward with recomputation. Weights are attached to the
+module only while their stage runs; each unit's gradient leaves when its last stage (in backward order) is done.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ratel.memory.lanes import Lanes
+from ratel.models import Parts
+from ratel.plan.plan import Plan
+from ratel.plan.schedule import gathers
+from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.runtime.activations import Checkpoints
+from ratel.runtime.gradients import Gradients
+from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
+from ratel.runtime.streamer import Streamer
+from ratel.runtime.weights import WeightSource
+
+
+@dataclass(slots=True)
+class Micro:
+    """One micro-batch on its way through the stages."""
+
+    index: int
+    batch: dict
+    share: float
+    """Its rows over the step's rows; what its mean loss weighs for a model with its own loss."""
+    hidden: Tensor | None = None
+    grad: Tensor | None = None
+    inputs: object | None = None
+
+
+class VerticalStep:
+    def __init__(self, parts: Parts, plan: Plan, streamer: Streamer, weights: WeightSource, checkpoints: Checkpoints,
+                 gradients: Gradients, lanes: Lanes, *, seed: int, on_gradient: Callable[[UnitSpec, Tensor], None]) -> None:
+        self._parts, self._plan, self._streamer, self._weights = parts, plan, streamer, weights
+        self._checkpoints, self._gradients, self._lanes = checkpoints, gradients, lanes
+        self._seed, self._on_gradient = seed, on_gradient
+        self._stages = plan.spec.stages
+        self._closing = _closing_stages(plan)
+        self._schedules = {training: gathers(plan, training=training) for training in (True, False)}
+        self._open: dict[int, Tensor] = {}
+
+    def train(self, micros: list[Micro], *, targets: int, step: int) -> Tensor:
+        """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device)."""
+        self._streamer.start(self._schedules[True])
+        self._forward(micros, step, save=True)
+        loss = self._turn(micros, targets, step)
+        for stage in reversed(self._stages[1:-1]):
+            self._backward_block(stage, micros, step)
+        self._backward_pre(micros, step)
+        return loss
+
+    def evaluate(self, micros: list[Micro], *, targets: int) -> Tensor:
+        """The loss without gradients; dropout must be off."""
+        self._streamer.start(self._schedules[False])
+        self._forward(micros, 0, save=False)
+        stage = self._stages[-1]
+        with torch.no_grad(), self._using(stage):
+            return sum(self._loss(stage, micro, targets, 0, backward=False) for micro in micros)
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def _forward(self, micros: list[Micro], step: int, *, save: bool) -> None:
+        with torch.no_grad():
+            with self._using(self._stages[0]):
+                for micro in micros:
+                    with self._computing(self._stages[0], micro, step):
+                        micro.hidden, micro.inputs = self._parts.head(micro.batch)
+            for stage in self._stages[1:-1]:
+                with self._using(stage):
+                    for micro in micros:
+                        self._forward_block(stage, micro, step, save)
+
+    def _forward_block(self, stage: StageSpec, micro: Micro, step: int, save: bool) -> None:
+        block = stage.index - 1
+        if save:
+            micro.hidden = micro.hidden.contiguous()
+            self._checkpoints.save(block, micro.index, micro.hidden)
+        with self._computing(stage, micro, step):
+            micro.hidden = self._parts.block(block, micro.hidden, micro.inputs)
+
+    # --- the turn -----------------------------------------------------------------------------------------------
+
+    def _turn(self, micros: list[Micro], targets: int, step: int) -> Tensor:
+        stage = self._stages[-1]
+        loss = torch.zeros((), device=self._lanes.device)
+        with self._using(stage), self._accumulating(stage):
+            for micro in micros:
+                loss += self._loss(stage, micro, targets, step, backward=True)
+        return loss
+
+    def _loss(self, stage: StageSpec, micro: Micro, targets: int, step: int, *, backward: bool) -> Tensor:
+        with self._computing(stage, micro, step):
+            if self._parts.is_causal_lm:
+                loss, micro.grad = self._causal_loss(stage, micro, targets, backward)
+            else:
+                loss, micro.grad = self._own_loss(stage, micro, backward)
+        micro.hidden = None
+        if backward:
+            micro.inputs = micro.inputs.with_leaves()
+        return loss
+
+    def _causal_loss(self, stage: StageSpec, micro: Micro, targets: int, backward: bool) -> tuple[Tensor, Tensor | None]:
+        chunk = positions_per_chunk(micro.hidden.shape[0], self._plan.spec.vocab_size)
+        return chunked_loss(self._parts.tail_logits, micro.hidden, shifted_targets(micro.batch["labels"]),
+                            normalizer=targets, chunk=chunk, backward=backward, after_chunk=lambda: self._fold(stage))
+
+    def _own_loss(self, stage: StageSpec, micro: Micro, backward: bool) -> tuple[Tensor, Tensor | None]:
+        hidden = micro.hidden.detach().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            loss = self._parts.tail_loss(hidden, micro.batch) * micro.share
+        if backward:
+            loss.backward()
+            self._fold(stage)
+        return loss.detach().float(), hidden.grad
+
+    # --- backward -----------------------------------------------------------------------------------------------
+
+    def _backward_block(self, stage: StageSpec, micros: list[Micro], step: int) -> None:
+        with self._using(stage), self._accumulating(stage):
+            for micro in micros:
+                with self._checkpoint(stage.index - 1, micro) as saved:
+                    with self._computing(stage, micro, step):
+                        hidden = saved.detach().requires_grad_()
+                        with torch.enable_grad():
+                            output = self._parts.block(stage.index - 1, hidden, micro.inputs)
+                        torch.autograd.backward(output, micro.grad)
+                        micro.grad = hidden.grad
+                        del output, hidden
+                        self._fold(stage)
+
+    def _backward_pre(self, micros: list[Micro], step: int) -> None:
+        stage = self._stages[0]
+        with self._using(stage), self._accumulating(stage):
+            for micro in micros:
+                with self._computing(stage, micro, step):
+                    self._backward_head(micro)
+                    self._fold(stage)
+
+    def _backward_head(self, micro: Micro) -> None:
+        with torch.enable_grad():
+            hidden, inputs = self._parts.head(micro.batch)
+        outputs = [hidden, *inputs.differentiable]
+        grads = [micro.grad, *(leaf.grad for leaf in micro.inputs.differentiable)]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        micro.grad = micro.inputs = None
+
+    # --- what a stage needs around it ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _using(self, stage: StageSpec) -> Iterator[None]:
+        """Weights of the stage's units are attached to the module inside."""
+        units = [self._plan.spec.units[index] for index in stage.units]
+        for unit in units:
+            on_gpu = self._plan.placement(unit).on_gpu
+            self._parts.attach(unit.index, self._weights.resident(unit.index) if on_gpu
+                               else self._streamer.get(("unit", unit.index)))
+        yield
+        for unit in units:
+            self._parts.attach(unit.index, None)
+            if not self._plan.placement(unit).on_gpu:
+                self._streamer.release(("unit", unit.index))
+
+    @contextmanager
+    def _accumulating(self, stage: StageSpec) -> Iterator[None]:
+        """Gradients of the stage's units accumulate inside; those of which this was the last stage leave after."""
+        units = [self._plan.spec.units[i] for i in stage.units if self._plan.spec.units[i].num_trainable]
+        for unit in units:
+            if unit.index not in self._open:
+                self._open[unit.index] = self._gradients.begin(unit)
+            self._parts.attach_grad(unit.index, self._open[unit.index])
+        yield
+        for unit in units:
+            self._parts.attach_grad(unit.index, None)
+            if self._closing[unit.index] == stage.index:
+                self._on_gradient(unit, self._open.pop(unit.index))
+
+    @contextmanager
+    def _checkpoint(self, block: int, micro: Micro) -> Iterator[Tensor]:
+        kept = self._checkpoints.kept(block, micro.index)
+        if kept is not None:
+            yield kept
+            return
+        key = ("checkpoint", block, micro.index)
+        yield self._streamer.get(key)
+        self._streamer.release(key)
+
+    @contextmanager
+    def _computing(self, stage: StageSpec, micro: Micro, step: int) -> Iterator[None]:
+        """Random numbers depend on step, stage and micro-batch alone: recomputation draws what forward drew."""
+        _seed_generators(self._lanes.device, mix(self._seed, step, stage.index, micro.index))
+        with self._lanes.work("compute", stage.name):
+            yield
+
+    def _fold(self, stage: StageSpec) -> None:
+        for index in stage.units:
+            if index in self._open:
+                self._gradients.fold(self._plan.spec.units[index], self._open[index])
+
+
+def _closing_stages(plan: Plan) -> dict[int, int]:
+    """For each unit the first stage that uses it: the last one in backward order."""
+    closing: dict[int, int] = {}
+    for stage in plan.spec.stages:
+        for unit in stage.units:
+            closing.setdefault(unit, stage.index)
+    return closing
+
+
+def closing_order(plan: Plan) -> list[UnitSpec]:
+    """Trained units in the order in which their gradients become complete."""
+    closing = _closing_stages(plan)
+    return [unit for stage in reversed(plan.spec.stages) for unit in map(plan.spec.units.__getitem__, stage.units)
+            if unit.num_trainable and closing[unit.index] == stage.index]
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers (the finalizer of splitmix64, applied after each)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def _seed_generators(device: torch.device, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
