@@ -3,8 +3,8 @@
 The library is loaded by the first ``Pool``, so that ``python -m op_ds.build`` can make it.
 """
 
-from op_ds.coefficients import AdamCoefficients, adam_coefficients, decay_factor
+from op_ds.coefficients import AdamCoefficients, adam_coefficients, check_ranges, decay_factor, to_fp32
 from op_ds.library import LibraryError
 from op_ds.pool import Pool
 
-__all__ = ["AdamCoefficients", "LibraryError", "Pool", "adam_coefficients", "decay_factor"]
+__all__ = ["AdamCoefficients", "LibraryError", "Pool", "adam_coefficients", "check_ranges", "decay_factor", "to_fp32"]

@@ -60,7 +60,7 @@ def choose_update(device: torch.device, path: str = "auto") -> Update:
 
 @functools.cache
 def _triton_serves(device_type: str) -> bool:
-    """Logs the choice once per kind of device. The kernel is PTX, so an AMD device (torch.version.hip) is not served."""
+    """Asked once per kind of device, so that the choice is logged once. An AMD GPU cannot run the kernel's PTX."""
     if device_type != "cuda" or torch.version.cuda is None:
         return False
     try:
