@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ratel.errors import RatelError
+from ratel.models.config import refuse_config
 
 MIN_BLOCK_SHARE = 0.1
 """Of all parameters. Below it a list of layers is an accident (a head of two linears), not the body of a model."""
@@ -65,13 +66,8 @@ def _elements(modules: list[nn.Module]) -> int:
 
 def refuse_unsupported(root: nn.Module) -> None:
     """What is known to be wrong before anything runs. Raises RatelError."""
-    config = getattr(root, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise RatelError("an encoder-decoder model has two stacks of blocks, and only one can be streamed",
-                         field="model", value=type(root).__name__, remedy="Use a decoder-only model")
-    if getattr(root, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
-        raise RatelError("quantized weights cannot be trained", field="model", value=type(root).__name__,
-                         remedy="Load the model without quantization")
+    if hasattr(root, "config"):
+        refuse_config(root.config, type(root).__name__)
     for name, module in root.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             raise RatelError("batch normalization with running statistics: recomputing a block in backward would "

@@ -10,9 +10,12 @@ from torch import nn
 
 from ratel.errors import RatelError
 from ratel.models import blocks as finder
+from ratel.models.checkpoint import CheckpointSource
+from ratel.models.config import read_config, refuse_config
 from ratel.models.parts import Parts
+from ratel.models.presets import preset_config
 from ratel.models.running import LossFn
-from ratel.models.skeleton import build, move_buffers, strip_parameters
+from ratel.models.skeleton import Originals, build, move_buffers, strip_parameters
 from ratel.models.weights import FreshSource, TensorSource, WeightSource
 
 log = logging.getLogger(__name__)
@@ -40,17 +43,40 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
 
 def _resolve(source: Any) -> tuple[Any, Path | None, str]:
     """Configuration, directory with the weights if there is one, and name."""
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
-    if isinstance(source, PretrainedConfig):
+    if isinstance(source, PreTrainedConfig):
         return source, None, source.model_type
-    raise RatelError("not a model", field="model", value=repr(source))
+    if not isinstance(source, (str, Path)):
+        raise RatelError("not a model", field="model", value=repr(source)[:100],
+                         remedy="Give a directory, a preset's name, a transformers configuration or a module")
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return read_config(directory), directory, directory.resolve().name
+    if directory.exists():
+        raise RatelError("is a file", field="model", value=source, remedy="Give the directory it is in")
+    return preset_config(str(source)), None, str(source)
 
 
 def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dtype, device: torch.device, seed: int,
                  loss_fn: LossFn | None, attention: str, max_seq_len: int | None) -> Parts:
-    module = build(copy.deepcopy(config), dtype, ATTENTIONS[attention])
-    return _assemble(module, name, None, {}, dtype, device, seed, loss_fn, max_seq_len)
+    config = copy.deepcopy(config)
+    refuse_config(config, name)
+    model_class = _class_of(config) if loss_fn is not None else None
+    try:
+        module = build(config, dtype, ATTENTIONS[attention], model_class)
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise RatelError(f"transformers cannot build it: {error}", field="model", value=name,
+                         remedy="Check config.json, and that --attention suits the model and the machine") from error
+    source = CheckpointSource(directory, module) if directory is not None else None
+    return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len)
+
+
+def _class_of(config: Any) -> type | None:
+    import transformers
+
+    names = config.architectures or []
+    return getattr(transformers, names[0], None) if names else None
 
 
 def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
@@ -74,11 +100,20 @@ def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_
     finder.refuse_unsupported(module)
     _refuse_long(module, max_seq_len)
     finder.find_blocks(module)  # refuses before the parameters are taken out
-    originals = strip_parameters(module, dtype, device)
-    move_buffers(module, device, buffer_dtypes)
+    originals = Originals(module)
     if source is None:
-        fresh = any(tensor.device.type == "meta" for tensor in originals.values())
-        source = FreshSource(module, seed) if fresh else TensorSource(originals)
+        source = TensorSource(originals.tensors) if originals.has_weights else FreshSource(module, seed)
+    try:
+        strip_parameters(module, dtype, device)
+        move_buffers(module, device, buffer_dtypes)
+        return _take_apart(module, name, dtype, device, source, originals, loss_fn)
+    except BaseException:
+        originals.put_back()
+        raise
+
+
+def _take_apart(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
+                originals: Originals, loss_fn: LossFn | None) -> Parts:
     return Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn)
 
 

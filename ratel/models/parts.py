@@ -1,7 +1,9 @@
 """A model in parts: units of parameters to be gathered, and stages to be run one at a time."""
 
-import logging
+import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +15,20 @@ from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
 from ratel.models.inputs import BlockInputs
 from ratel.models.layout import Layout, make_layout
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
-from ratel.models.skeleton import placeholder
+from ratel.models.skeleton import Originals, owners
 from ratel.models.shadow import Shadow
 from ratel.models.trace import Trace, trace
 from ratel.models.weights import WeightSource, view
-from ratel.plan.shape import ModelSpec, UnitSpec
+from ratel.plan.shape import ModelSpec, ParamSpec, UnitSpec
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEntry:
+    """One tensor of an exported model: its name there, and where its weights are."""
+
+    name: str
+    unit: UnitSpec
+    param: ParamSpec
 
 
 class Parts:
@@ -37,11 +46,10 @@ class Parts:
     """
 
     def __init__(self, module: nn.Module, *, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                 originals: dict[str, Tensor], loss_fn: LossFn | None) -> None:
+                 originals: Originals, loss_fn: LossFn | None) -> None:
         self.module, self.name, self.dtype, self.device = module, name, dtype, device
         self.is_causal_lm = loss_fn is None
         self._source, self._originals = source, originals
-        self._was_training = {m: m.training for m in module.modules()}
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._runner: CausalLMRunner | LossRunner = (
@@ -196,9 +204,14 @@ class Parts:
     # -- weights -------------------------------------------------------------------------------------------------
 
     def check_source(self) -> None:
-        """Refuse missing, wrongly shaped or unreadable weights before any is used. Reads headers only."""
-        units = [*self.spec.units, *([self.unused] if self.unused else [])]
-        self._source.check([param for unit in units for param in unit.params])
+        """Refuse missing, wrongly shaped or unreadable weights before any is used. Reads headers only.
+
+        Works before `probe`, too.
+        """
+        params = dict(self.module.named_parameters())
+        self._source.check([
+            ParamSpec(name=places[0][2], shape=tuple(params[places[0][2]].shape), aliases=tuple(p[2] for p in places[1:]))
+            for places in owners(self.module).values()])
 
     def read_unit(self, unit: int | UnitSpec, out: Tensor) -> None:
         """Fill ``out`` (CPU, fp32, ``num_elements``) with the unit's weights in its layout, padding zero."""
@@ -208,29 +221,49 @@ class Parts:
             self._source.read(spec, out.zero_())
 
     def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
-        """Give the module ordinary parameters again, with the weights ``get_unit`` returns (fp32, unit layout).
-
-        A module the user gave gets its own tensors back, dtype and device included. Unused ones are not asked for.
+        """Give the module the user gave its own parameters again, with the weights ``get_unit`` returns (fp32, unit
+        layout), at `close`. They keep their dtype and device. One that came without weights stays a skeleton.
         """
-        for unit, entries in zip(self.spec.units, self._params):
-            flat = get_unit(unit)
-            for param, spec, _ in entries:
-                target = self._originals[spec.name]
-                if target.device.type == "meta":
-                    target = torch.empty(spec.shape, dtype=target.dtype)
-                param.data = target.copy_(view(flat, spec)) if target is not flat else target
-                param.grad = None
-        if self.unused is not None:
-            by_name = dict(self.module.named_parameters())
-            for spec in self.unused.params:
-                by_name[spec.name].data = self._originals[spec.name]
+        if not self._originals.has_weights:
+            return
+        with torch.no_grad():
+            for unit in self.spec.units:
+                flat = get_unit(unit)
+                for spec in unit.params:
+                    if spec.trainable:
+                        self._originals.tensors[spec.name].copy_(view(flat, spec))
+
+    def export_layout(self) -> list[ExportEntry]:
+        """Every parameter once, under its name in the module, in the module's order; it is what transformers loads."""
+        entries = {p.name: ExportEntry(name=p.name, unit=unit, param=p)
+                   for unit in (*self.spec.units, *([self.unused] if self.unused else [])) for p in unit.params}
+        return [entries[name] for name, _ in self.module.named_parameters()]
+
+    def persistent_buffers(self) -> dict[str, Tensor]:
+        """Buffers that belong to the model's state dict, by name, on the CPU."""
+        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items() if name not in names}
+
+    def save_config(self, directory: Path, dtype: torch.dtype) -> bool:
+        """Write config.json (and generation_config.json) for weights of that dtype; False if the model has none."""
+        config = getattr(self.module, "config", None)
+        if not hasattr(config, "save_pretrained"):
+            return False
+        config = copy.deepcopy(config)
+        config.architectures = [type(self.module).__name__]
+        config.dtype = dtype
+        config.save_pretrained(directory)
+        generation = getattr(self.module, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(directory)
+        return True
 
     def close(self) -> None:
-        """Take the gates off the blocks and put the training flags back."""
+        """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the
+        trained ones after `restore`, else those it came with."""
         self._gates.remove()
         self._runner.close()
-        for module, training in self._was_training.items():
-            module.training = training
+        self._originals.put_back()
 
 
 def _strides(shape: Iterable[int]) -> tuple[int, ...]:

@@ -52,16 +52,49 @@ def owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
     return places
 
 
-def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Turn every parameter into a placeholder; return what they held, by first name.
+class Originals:
+    """What a module held before it became a skeleton: weights on the CPU, and how to put them back."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self.tensors: dict[str, Tensor] = {}
+        """By first name; on the meta device if the module came without weights."""
+        self._devices: dict[str, torch.device] = {}
+        self._trainable: dict[str, bool] = {}
+        self._buffers = [(m, name, buffer) for m in root.modules() for name, buffer in m._buffers.items()]
+        self._training = [(m, m.training) for m in root.modules()]
+        params = {id(p): p for p in root.parameters()}
+        for key, places in owners(root).items():
+            name, param = places[0][2], params[key]
+            self._devices[name], self._trainable[name] = param.device, param.requires_grad
+            # Weights on the GPU would take from the budget there.
+            self.tensors[name] = param.data if param.device.type == "meta" else param.data.cpu()
+
+    @property
+    def has_weights(self) -> bool:
+        return all(tensor.device.type != "meta" for tensor in self.tensors.values())
+
+    def put_back(self) -> None:
+        """Ordinary parameters and buffers again, on their first devices. A module without weights stays a skeleton."""
+        if self.has_weights:
+            for name, param in self._root.named_parameters():
+                param.grad = None
+                param.data = self.tensors[name].to(self._devices[name])
+                param.requires_grad_(self._trainable[name])
+            for module, name, buffer in self._buffers:
+                module._buffers[name] = buffer
+        for module, training in self._training:
+            module.training = training
+
+
+def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Turn every parameter into a placeholder.
 
     The Parameter objects stay the same where torch allows it, so that whatever else refers to them still does.
     """
-    originals: dict[str, Tensor] = {}
     params = {id(p): p for p in root.parameters()}
     for key, places in owners(root).items():
         param = params[key]
-        originals[places[0][2]] = param.data
         empty = placeholder(param.shape, dtype, device)
         if torch._has_compatible_shallow_copy_type(param, empty):
             param.grad = None
@@ -70,7 +103,6 @@ def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device) 
         fresh = nn.Parameter(empty, requires_grad=param.requires_grad)
         for module, attribute, _ in places:
             module._parameters[attribute] = fresh
-    return originals
 
 
 def move_buffers(root: nn.Module, device: torch.device, dtypes: dict[str, torch.dtype]) -> None:

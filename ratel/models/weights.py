@@ -1,7 +1,7 @@
 """Where the weights of a model come from, one unit at a time, as fp32 in the unit's flat layout."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -75,27 +75,33 @@ class FreshSource:
                     param.data = data
 
     def _initialise(self, chosen: set[int]) -> None:
-        modules = [m for m in self._root.modules() if any(id(p) in chosen for p in m.parameters())]
         if not hasattr(self._root, "_init_weights"):
-            for module in modules:
+            for module in self._root.modules():
                 if any(id(p) in chosen for p in module._parameters.values()):
                     module.reset_parameters()
             return
         from transformers.initialization import guard_torch_init_functions
 
-        others = [p for p in self._root.parameters() if id(p) not in chosen]
+        # The flag makes transformers' initialisers pass a tensor by: a parent may touch more than its own unit.
         for param in self._root.parameters():
             param._is_hf_initialized = id(param) not in chosen
         with guard_torch_init_functions():
-            # Children first: some models initialise a grandchild again in its grandparent (GPT-2's residual scaling).
-            for module in reversed(modules):
-                self._init_function(module)(module)
-        for param in others:
+            for module, initialise in _initialisers(self._root, self._root._init_weights, chosen):
+                initialise(module)
+        for param in self._root.parameters():
             param._is_hf_initialized = False
 
-    def _init_function(self, module: nn.Module) -> "callable":
-        """The `_init_weights` of the innermost pretrained model around the module."""
-        return self._root._init_weights
+
+def _initialisers(module: nn.Module, initialise: Callable[[nn.Module], None],
+                  chosen: set[int]) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
+    """Modules around the chosen parameters, each with the `_init_weights` of the innermost model it is in.
+
+    Children come first: some models initialise a grandchild again in its grandparent (GPT-2's residual scaling).
+    """
+    for child in module.children():
+        if any(id(p) in chosen for p in child.parameters()):
+            yield from _initialisers(child, getattr(child, "_init_weights", initialise), chosen)
+    yield module, initialise
 
 
 def _join(prefix: str, name: str) -> str:

@@ -1,0 +1,121 @@
+"""The safetensors files of a directory: what is in them, checked from their headers, and one tensor at a time."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratel.errors import RatelError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Stored dtypes a weight can be read from."""
+
+OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4,
+               "I64": 8, "U64": 8}
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit. A larger number at the start of a file means that it is something else."""
+
+REMEDY = "Download or save the files again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    file: Path
+    shape: tuple[int, ...]
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.dtype_name not in DTYPES:
+            raise RatelError(f"weights stored as {self.dtype_name}, not in floating point", field="model",
+                             value=self.file, remedy="Use an unquantized checkpoint")
+        return DTYPES[self.dtype_name]
+
+
+class TensorFiles:
+    """Raises RatelError if the directory has no safetensors, or a header is not what the format says."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.tensors: dict[str, StoredTensor] = {}
+        for path in _list_files(directory):
+            self.tensors.update(read_header(path))
+        self._open_path: Path | None = None
+        self._open_file: Any = None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from its file (read as it is copied)."""
+        from safetensors import safe_open
+
+        stored = self.tensors[name]
+        if stored.file != self._open_path:
+            self._open_file, self._open_path = safe_open(stored.file, framework="pt"), stored.file
+        return self._open_file.get_tensor(name)
+
+
+def _list_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.exists():
+        if (directory / SINGLE).exists():
+            return [directory / SINGLE]
+        raise _no_weights(directory)
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise RatelError(f"not an index of safetensors files ({error!r})", field="model", value=index,
+                         remedy=REMEDY) from error
+    for name in names:
+        if not (directory / name).is_file():
+            raise RatelError("a file that the index names is missing", field="model", value=directory / name,
+                             remedy=REMEDY)
+    return [directory / name for name in names]
+
+
+def _no_weights(directory: Path) -> RatelError:
+    if any(directory.glob("*.bin")):
+        return RatelError("the weights are in pickled .bin files, which can run code when loaded", field="model",
+                          value=directory, remedy="Convert them with transformers: from_pretrained, save_pretrained")
+    return RatelError(f"there is no {SINGLE} and no {INDEX} in the directory", field="model", value=directory,
+                      remedy="Give a directory with safetensors weights, or a preset to start from scratch")
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file. Checks that the file is as long as its header says."""
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            if header_bytes > min(MAX_HEADER_BYTES, num_bytes - 8):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(header_bytes))
+        tensors = {name: StoredTensor(file=path, shape=tuple(entry["shape"]), dtype_name=entry["dtype"])
+                   for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        _check_sizes(header)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise RatelError(f"not a readable safetensors file ({error})", field="model", value=path,
+                         remedy=REMEDY) from error
+    if 8 + header_bytes + end > num_bytes:
+        raise RatelError(f"the file is cut off: {num_bytes:,} of {8 + header_bytes + end:,} bytes", field="model",
+                         value=path, remedy=REMEDY)
+    return tensors
+
+
+def _check_sizes(header: dict[str, Any]) -> None:
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else OTHER_SIZES.get(entry["dtype"])
+        size = 1
+        for extent in entry["shape"]:
+            size *= extent
+        if itemsize is not None and end - start != size * itemsize:
+            raise ValueError(f"{name} has {end - start} bytes, its shape needs {size * itemsize}")
