@@ -45,7 +45,7 @@ fingerprint() {
         printf '%s\n' "$1" "$ROOT" "$TORCH" "${CXX:-}"
         "$VENV/bin/python" -VV
         cd "$ROOT"
-        find setup.py pyproject.toml {nvme_ds,op_ds}/{build.py,library.py,csrc} -type f 2>/dev/null | LC_ALL=C sort | xargs sha256sum
+        find setup.py pyproject.toml {nvme_ds,op_ds}/{build.py,csrc} -type f | LC_ALL=C sort | xargs sha256sum
     } | sha256sum
 }
 
