@@ -165,3 +165,14 @@ def test_a_refusal_names_the_line_and_the_template_given_is_kept(tmp_path: Path)
     bare = tokenizer_with(None)
     open_dataset(path, bare, seq_len=64, batch_size=1, seed=0)
     assert tokenizer.chat_template == STRICT and "generation" in bare.chat_template
+
+
+def test_what_is_done_to_the_tokenizer_later_does_not_matter(tmp_path: Path) -> None:
+    """The thread has a copy: a tokenizer in use by two threads at once fails now and then."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages(*TALK)}))
+    first, second = (tokenizer_with(PLAIN) for _ in range(2))
+    with open_dataset(path, first, seq_len=64, batch_size=2, seed=0) as one, \
+            open_dataset(path, second, seq_len=64, batch_size=2, seed=0) as other:
+        second.chat_template = CALLS.replace('[end]', '[stop]')
+        assert next(one.batches())["labels"].tolist() == next(other.batches())["labels"].tolist()

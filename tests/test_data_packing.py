@@ -23,7 +23,8 @@ def make_documents(rng: random.Random, count: int, longest: int) -> list[Documen
         length = rng.choice([rng.randint(1, longest), rng.randint(1, 12)])
         whole = rng.random() < 0.5
         targets = np.arange(length) >= rng.randint(0, length) if whole else np.ones(length, dtype=bool)
-        documents.append(Document(ids=np.arange(next_id, next_id + length, dtype=np.int32), targets=targets, whole=whole))
+        ids = np.arange(next_id, next_id + length, dtype=np.int32)
+        documents.append(Document(ids=ids, targets=targets, whole=whole))
         next_id += length
     return documents
 

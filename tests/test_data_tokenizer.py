@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ratel.data import DEFAULT_CHAT_TEMPLATE, byte_level_tokenizer, check_vocab, load_tokenizer
 from ratel.data.encode import Encoder
-from ratel.data.records import Chat, Completion, Text
+from ratel.data.records import Completion, Text
 from ratel.errors import RatelError
 
 pytestmark = pytest.mark.unit
@@ -42,7 +42,7 @@ def test_bytes_are_the_ids_and_come_back() -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, PAD)
     rng = random.Random(0)
     texts = [random_text(rng) for _ in range(200)]
-    texts += ["".join(map(chr, range(0x250))), " leading, trailing ", "a\r\n\tb ' s n't", "e\u0301 \u00e9 \ufeff \u2028"]
+    texts += ["".join(map(chr, range(0x250))), " leading, trailing ", "a\r\n\tb ' s n't", "e\u0301 \ufeff \u2028"]
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == list(text.encode("utf-8"))

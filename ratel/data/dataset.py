@@ -1,8 +1,8 @@
 """Text to batches: the face of this package."""
 
 import copy
-import zlib
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,8 @@ class Dataset:
     It has one position. ``batches`` moves it on, ``state_dict`` writes it down, ``load_state_dict`` goes to it.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int, seed: int,
-                 vocab_size: int | None, eval_fraction: float, eval_corpus: Corpus | None,
+    def __init__(self, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
+                 seed: int, vocab_size: int | None, eval_fraction: float, eval_corpus: Corpus | None,
                  eval_max_sequences: int | None) -> None:
         self.seq_len = seq_len
         self.batch_size = batch_size

@@ -1,9 +1,9 @@
 """Documents into sequences of one length, boundaries kept.
 
 A sequence begins with the document that waits longest; then the longest that still fits is added, again and again. If
-none fits, plain text is cut to fill the rest, and its remainder begins the next sequence; without plain text the rest is
-padding. So plain text fills sequences without a gap, and a prompt is never parted from its answer unless both together
-are longer than a sequence.
+none fits, plain text is cut to fill the rest, and its remainder begins the next sequence; without plain text the rest
+is padding. So plain text fills sequences without a gap, and a prompt is never parted from its answer unless both
+together are longer than a sequence.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,8 @@ class Packer:
         if not self._pool:
             return None
         row = Row(input_ids=np.full(self._seq_len, self._pad_id, dtype=np.int64),
-                  labels=np.full(self._seq_len, NO_LOSS, dtype=np.int64), position_ids=np.zeros(self._seq_len, np.int64))
+                  labels=np.full(self._seq_len, NO_LOSS, dtype=np.int64),
+                  position_ids=np.zeros(self._seq_len, dtype=np.int64))
         used = self._place(self._pool.pop(0), row, 0)
         while used < self._seq_len and (piece := self._take(self._seq_len - used)):
             used = self._place(piece, row, used)

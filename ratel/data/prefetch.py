@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from ratel.errors import RatelError, WorkerError
 
 _JOIN_S = 2.0
-"""Closing waits this long for the item in the making. A thread that is deep in one huge document is left to end alone."""
+"""Closing waits this long for the item in the making. A thread deep in one huge document is left to end alone."""
 
 T = TypeVar("T")
 

@@ -29,8 +29,8 @@ DEFAULT_CHAT_TEMPLATE = (
 def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
     """The tokenizer that belongs to a model.
 
-    A directory with tokenizer files, or a model instance that was loaded from one, gives that tokenizer. Everything else
-    (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens.
+    A directory with tokenizer files, or a model instance that was loaded from one, gives that tokenizer. Everything
+    else (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens.
     """
     directory = _directory_of(model)
     if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
