@@ -77,6 +77,12 @@ def test_version() -> None:
     (["train", "--model", "demo", "--config", "none.toml"], "ratel: --config: cannot be read"),
     (["trian"], "ratel: argument COMMAND: invalid choice: 'trian'"),
     (["doctor", "--sdd", "x"], "ratel: --sdd: is not an option here. Did you mean --ssd?"),
+    (["bench"], "ratel: the following arguments are required: PART"),
+    (["bench", "io"], "ratel: the following arguments are required: --ssd"),
+    (["bench", "io", "--ssd", "/proc/ratel"], "ratel: bench io: "),
+    (["bench", "io", "--ssd", "/tmp", "--size", "5MiB"], "ratel: --size: is not a multiple of 64.00 MiB (given: 5MiB)"),
+    (["bench", "adam", "--threads", "-3"], "ratel: bench adam: "),
+    (["bench", "adam", "--param", "3"], "ratel: --param: is not an option here. Did you mean --params?"),
     (["doctor", "--ssd", "/proc/ratel"], "ratel: --ssd: cannot be written to"),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +186,20 @@ def test_doctor_reports_as_text(ssd_dir: Path, capsys: pytest.CaptureFixture[str
     assert all(label in text for label in ("processor", "memory", "native code", "GPU", str(ssd_dir)))
 
 
+@pytest.mark.native
+def test_bench_io_reports_as_json(ssd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "io", "--ssd", str(ssd_dir), "--size", "64MiB", "--repeats", "1", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert {row["pattern"] for row in results} >= {"read", "write"} and all(row["percent"] > 0 for row in results)
+    assert list(ssd_dir.iterdir()) == []
+
+
+@pytest.mark.native
+def test_bench_adam_shows_percent_of_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "adam", "--params", "65536", "--threads", "1", "--repeats", "1", "--no-torch"]) == 0
+    assert "% of bandwidth" in capsys.readouterr().out
+
+
 def options_table() -> str:
     """The option tables of docs/cli.md."""
     lines: list[str] = []
@@ -229,9 +249,10 @@ def test_documented_commands_are_understood(command: str, monkeypatch: pytest.Mo
         return
     monkeypatch.chdir(ROOT)
     args = cli.build_parser().parse_all(arguments)
-    assert args.command is not None
     if args.command == "train":
-        assert cli.train_config(args).model is not None
+        assert cli.train.train_config(args).model is not None
+    else:
+        assert callable(args.run)
 
 
 def is_project_program(command: str) -> bool:

@@ -1,0 +1,67 @@
+"""The command line: one module per command, each with ``add(commands)``.
+
+Heavy imports stay inside the functions that run a command, so that ``--help`` and mistakes in flags answer at once.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ratel.cli import bench, doctor, train
+from ratel.cli.parser import Parser
+from ratel.errors import NonFiniteError, RatelError, WorkerError
+
+COMMANDS = (train, doctor, bench)
+EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="ratel", allow_abbrev=False, description="Fine-tune every parameter of a model far larger than GPU "
+                    "memory, on one GPU, with its states in GPU memory, DRAM and on SSDs.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status says whose turn it is: 0 nobody's, 1 the program's, 2 the user's."""
+    try:
+        status = _dispatch(build_parser(), sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where an error of it is still handled
+        return status
+    except RatelError as error:
+        return _fail(f"ratel: {error}", EXIT_MISUSED)
+    except (NonFiniteError, WorkerError) as error:
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        return _fail(f"ratel: {error}{cause}", EXIT_FAILED)
+    except KeyboardInterrupt as error:
+        return _fail(f"ratel: {str(error) or 'interrupted'}", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader like `head` has gone: no traceback
+        return EXIT_OK
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def _dispatch(parser: Parser, argv: Sequence[str]) -> int:
+    args: argparse.Namespace = parser.parse_all(argv)
+    if args.version:
+        from ratel import __version__
+
+        print(__version__)
+        return EXIT_OK
+    if args.command is None:
+        parser.print_help()
+        return EXIT_MISUSED
+    args.run(args)
+    return EXIT_OK
+
+
+def _fail(message: str, status: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,68 @@
+"""``ratel bench``: how near the parts come to what the machine allows. Progress goes to stderr, results to stdout."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from ratel.cli.parser import add_command, directories
+from ratel.errors import RatelError
+from ratel.units import MIB, format_bytes, parse_bytes
+
+_SIZE_STEP_BYTES = 64 * MIB
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "bench", "measure the parts against what the machine allows")
+    parts = parser.add_subparsers(title="parts", metavar="PART", dest="part", required=True)
+    _add_io(parts)
+    _add_adam(parts)
+
+
+def _add_io(parts: Any) -> None:
+    parser = add_command(parts, "io", "the I/O engine against a plain O_DIRECT loop on the same directories", _io)
+    parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, required=True, help="directories to measure")
+    parser.add_argument("--size", default="1GiB", help="bytes moved per pattern, repeat and directory (default: 1GiB)")
+    parser.add_argument("--io-backend", choices=["auto", "io_uring", "threads"], default="auto")
+    parser.add_argument("--queue-depth", type=int, default=32, metavar="N", help="requests in flight (default: 32)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the median counts (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_adam(parts: Any) -> None:
+    parser = add_command(parts, "adam", "the CPU optimizer against torch's and against the memory's bandwidth", _adam)
+    parser.add_argument("--params", type=int, default=1 << 25, metavar="N", help="parameters (default: 33554432)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--isa", choices=["auto", "scalar", "avx2", "avx512"], default="auto", help="instruction set")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="the median counts (default: 7)")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch's optimizer out")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _io(args: argparse.Namespace) -> None:
+    from nvme_ds import bench
+
+    num_bytes = parse_bytes(args.size, field="--size")
+    if num_bytes == 0 or num_bytes % _SIZE_STEP_BYTES:
+        raise RatelError(f"is not a multiple of {format_bytes(_SIZE_STEP_BYTES)}", field="--size", value=args.size)
+    try:
+        spec = bench.IoBenchSpec(directories=tuple(args.ssd), num_bytes=num_bytes, file_bytes=num_bytes,
+                                 backend=args.io_backend, queue_depth=args.queue_depth, repeats=args.repeats)
+        result = bench.measure(spec, progress=lambda text: print(text, file=sys.stderr))
+    except (OSError, ValueError) as error:
+        raise RatelError(str(error), field="bench io", value=",".join(args.ssd)) from error
+    print(json.dumps(result, indent=2) if args.json else bench.table(result))
+
+
+def _adam(args: argparse.Namespace) -> None:
+    from op_ds import bench
+
+    torch = None
+    if not args.no_torch:
+        import torch
+    try:
+        report = bench.measure(num_params=args.params, num_threads=args.threads, repeats=args.repeats, isa=args.isa,
+                               torch=torch)
+    except ValueError as error:
+        raise RatelError(str(error), field="bench adam") from error
+    print(json.dumps(report, indent=2) if args.json else bench.describe(report))

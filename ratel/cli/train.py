@@ -1,0 +1,29 @@
+"""``ratel train``."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from ratel.cli.parser import add_command, add_options
+from ratel.config import TrainConfig, resolve
+from ratel.errors import RatelError
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "train", "fine-tune a model", run)
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the options below; flags override it")
+    add_options(parser)
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    names = {spec.name for spec in fields(TrainConfig)}
+    return resolve({name: value for name, value in vars(args).items() if name in names}, args.config)
+
+
+def run(args: argparse.Namespace) -> None:
+    config = train_config(args)
+    if config.model is None:
+        raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory, or a preset such as demo")
+    from ratel.train import run as training
+
+    training.run(config, model=config.model)
