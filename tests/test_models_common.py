@@ -32,6 +32,9 @@ def configs() -> dict[str, Callable[[], Any]]:
         "mixtral": lambda: t.MixtralConfig(**LLAMA, num_local_experts=4),
         "qwen3-moe": lambda: t.Qwen3MoeConfig(**LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2,
                                               moe_intermediate_size=24),
+        "opt": lambda: t.OPTConfig(vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
+                                   num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64),
+        "bloom": lambda: t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=3, n_head=4),
     }
 
 

@@ -3,21 +3,24 @@
 import pytest
 import torch
 
-from ratel.models import load
-from test_models_common import (CPU, FAMILIES, attach_all, make_batch, make_model, named, next_token_loss, plain_copy,
-                                vertical_pass)
+from ratel.models import Parts, load
+from tests.test_models_common import (CPU, FAMILIES, attach_all, make_batch, make_model, named, next_token_loss,
+                                      plain_copy, vertical_pass)
 
 pytestmark = pytest.mark.numerics
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def run_plain(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+
+
+def forward(parts: Parts, batch: dict) -> torch.Tensor:
+    with torch.no_grad():
+        hidden, inputs = parts.head(batch)
+        for i in range(parts.num_blocks):
+            hidden = parts.block(i, hidden, inputs)
+        return parts.tail_logits(hidden)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -41,3 +44,42 @@ def test_a_vertical_pass_equals_plain_autograd_bitwise(family: str, dtype: torch
     assert set(got) == set(expected)
     for name, grad in expected.items():
         assert torch.equal(got[name], grad), name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
+def test_a_document_does_not_see_the_one_before_it(family: str) -> None:
+    parts = load(make_model(family), dtype=torch.float32, device=CPU)
+    assert parts.isolates_documents
+    attach_all(parts)
+    parts.set_training(False)
+    batch, length = make_batch(length=12, documents=3), 4
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, :length] = (changed["input_ids"][:, :length] + 5) % 90
+    logits, other = forward(parts, batch), forward(parts, changed)
+    assert torch.equal(logits[:, length:], other[:, length:])
+    assert not torch.equal(logits[:, :length], other[:, :length])
+    # Nor does a document change when it is alone.
+    alone = forward(parts, {key: value[:, length:2 * length] for key, value in batch.items()})
+    torch.testing.assert_close(logits[:, length:2 * length], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_one_document_needs_no_mask() -> None:
+    parts = load(make_model("llama"), dtype=torch.float32, device=CPU)
+    masks = [[c.kwargs["attention_mask"] for c in parts.head(make_batch(documents=n))[1].calls] for n in (1, 2)]
+    assert masks[0] == [None] * 3 and all(m is masks[1][0] and m is not None for m in masks[1])
+
+
+def test_a_model_that_mixes_documents_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    parts = load(make_model("bloom"), dtype=torch.float32, device=CPU)
+    assert not parts.isolates_documents and "see each other" in caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_chunks_equal_logits_at_once(family: str) -> None:
+    parts = load(make_model(family), dtype=torch.float32, device=CPU)
+    attach_all(parts)
+    hidden = torch.randn(2, 6, 32)
+    whole = parts.tail_logits(hidden)
+    pieces = [parts.tail_logits(piece) for piece in hidden.split(4, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-6, atol=1e-6)
+    assert whole.shape == (2, 6, 97) and torch.equal(parts.tail_logits(hidden.flatten(0, 1)), whole.flatten(0, 1))

@@ -11,7 +11,7 @@ from torch import nn
 
 from ratel.models import Parts, load
 from ratel.plan.shape import UnitSpec
-from test_models_common import CPU, FAMILIES, configs, make_model, named
+from tests.test_models_common import CPU, FAMILIES, configs, make_model, named
 
 pytestmark = pytest.mark.numerics
 

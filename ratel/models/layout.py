@@ -19,11 +19,11 @@ class Layout:
     """Parameters no stage uses. They are in no unit of the spec and are exported as they were given."""
 
 
-def make_layout(root: nn.Module, blocks: list[nn.Module], trace: Trace, name: str) -> Layout:
+def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
     """Units in forward order: ``pre``, ``block.i``, ``post``, then ``shared``. Empty ones are left out."""
     params = list(root.parameters())
     places = owners(root)
-    stages = _stages_of(params, blocks, trace)
+    stages = _stages_of(params, trace)
     names = ["pre", *(f"block.{i}" for i in range(len(trace.stages))), "post"]
     groups: dict[str, list[ParamSpec]] = {key: [] for key in (*names, "shared", "unused")}
     for index, param in enumerate(params):
@@ -32,7 +32,7 @@ def make_layout(root: nn.Module, blocks: list[nn.Module], trace: Trace, name: st
         in_block = any(0 < user < len(names) - 1 for user in users)
         trained = param.requires_grad and bool(users) and (in_block or index in trace.reached)
         groups[group].append(_param_spec(param, places[id(param)], trained))
-    _report(groups, params, places, trace)
+    _report(groups, params, places)
     units: dict[str, UnitSpec] = {}
     for key in (*names, "shared"):
         if groups[key]:
@@ -51,7 +51,7 @@ def make_layout(root: nn.Module, blocks: list[nn.Module], trace: Trace, name: st
     return Layout(spec=spec, unused=unused)
 
 
-def _stages_of(params: list[nn.Parameter], blocks: list[nn.Module], trace: Trace) -> list[list[int]]:
+def _stages_of(params: list[nn.Parameter], trace: Trace) -> list[list[int]]:
     """By parameter, the numbers of the stages that use it."""
     owned: dict[int, set[int]] = {}
     for number, block in enumerate(trace.stages, start=1):
@@ -76,7 +76,7 @@ def decays(name: str, param: nn.Parameter, modules: list[nn.Module]) -> bool:
 
 
 def _report(groups: dict[str, list[ParamSpec]], params: list[nn.Parameter],
-            places: dict[int, list[tuple[nn.Module, str, str]]], trace: Trace) -> None:
+            places: dict[int, list[tuple[nn.Module, str, str]]]) -> None:
     if groups["unused"]:
         log.warning("not used by the model's forward, left as they are: %s", _names(groups["unused"]))
     wanted = {places[id(p)][0][2] for p in params if p.requires_grad}

@@ -35,6 +35,9 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
     if attention not in ATTENTIONS:
         raise RatelError("unknown attention", field="attention", value=attention,
                          remedy=f"Use one of {', '.join(ATTENTIONS)}")
+    if attention == "flash" and (dtype is not torch.bfloat16 or device.type != "cuda"):
+        raise RatelError("flash attention computes in bf16 on a CUDA device", field="attention", value=attention,
+                         remedy="Use --attention sdpa")
     if isinstance(source, nn.Module):
         return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len)
     config, directory, name = _resolve(source)
@@ -86,7 +89,11 @@ def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, se
                          field="loss_fn", value=type(module).__name__,
                          remedy="Give loss_fn(model, batch), which returns the loss of a batch")
     if attention != "auto" and hasattr(module, "set_attn_implementation"):
-        module.set_attn_implementation(ATTENTIONS[attention])
+        try:
+            module.set_attn_implementation(ATTENTIONS[attention])
+        except (ValueError, ImportError) as error:
+            raise RatelError(f"transformers refuses it: {error}", field="attention", value=attention,
+                             remedy="Use --attention auto") from error
     for layer in module.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
             layer.gradient_checkpointing = False  # blocks are recomputed already

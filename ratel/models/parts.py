@@ -1,6 +1,7 @@
 """A model in parts: units of parameters to be gathered, and stages to be run one at a time."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from ratel.errors import RatelError
 from ratel.models import blocks as finder
+from ratel.models.documents import attends_only, watch_packing
 from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
-from ratel.models.inputs import BlockInputs
+from ratel.models.inputs import BlockInputs, leaves
 from ratel.models.layout import Layout, make_layout
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.skeleton import Originals, owners
@@ -20,6 +22,11 @@ from ratel.models.shadow import Shadow
 from ratel.models.trace import Trace, trace
 from ratel.models.weights import WeightSource, view
 from ratel.plan.shape import ModelSpec, ParamSpec, UnitSpec
+
+log = logging.getLogger(__name__)
+
+TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""What a model's own code raises when it meets something it did not expect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,9 @@ class Parts:
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._runner: CausalLMRunner | LossRunner = (
-            CausalLMRunner(module, device) if loss_fn is None else LossRunner(module, loss_fn, device, dtype))
+            CausalLMRunner(module, device, dtype) if loss_fn is None else LossRunner(module, loss_fn, device, dtype))
+        self.isolates_documents = False
+        """Whether tokens of a causal language model see only their own document when ``position_ids`` restart."""
         self._trace: Trace | None = None
         self._layout: Layout | None = None
         if self.is_causal_lm:
@@ -93,10 +102,14 @@ class Parts:
         if self._layout is None:
             rng = RngState(self.device)
             try:
-                found = trace(self.module, self._gates, lambda: self._runner.run(batch))
-                self._layout = make_layout(self.module, list(found.stages), found, self.name)
+                with watch_packing() as packing:
+                    found = trace(self.module, self._gates, lambda: self._runner.run(batch))
+                self._layout = make_layout(self.module, found, self.name)
                 self._trace = found
-                self._rehearse(batch)
+                with torch.no_grad(), Shadow([]):
+                    if self.is_causal_lm:
+                        self._choose_masks(sees_documents=any(packing))
+                    self._rehearse(batch)
             finally:
                 rng.restore()
             self._index_parameters()
@@ -104,13 +117,31 @@ class Parts:
 
     def _rehearse(self, batch: Any) -> None:
         """Run head and tail once in outline: a model that looks at more of a block's output fails here, not later."""
-        with torch.no_grad(), Shadow([]):
+        try:
+            hidden, _ = self.head(batch)
+            self.tail_logits(hidden) if self.is_causal_lm else self.tail_loss(hidden, batch)
+        except TRIAL_ERRORS as error:
+            raise RatelError(f"cannot be run one block at a time: with its blocks replaced, its forward fails "
+                             f"({type(error).__name__}: {error})", field="model", value=self.name) from error
+
+    def _choose_masks(self, sees_documents: bool) -> None:
+        """Find out how documents are kept apart, and whether the tail can do without masks."""
+        runner = self._runner
+        if not sees_documents:
+            mask = runner.probe_mask()
             try:
-                hidden, _ = self.head(batch)
-                self.tail_logits(hidden) if self.is_causal_lm else self.tail_loss(hidden, batch)
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise RatelError(f"cannot be run one block at a time: with its blocks replaced, its forward fails "
-                                 f"({type(error).__name__}: {error})", field="model", value=self.name) from error
+                calls = self._run_head(runner.probe_batch(), self.num_blocks - 1, attention_mask=mask).calls
+                runner.makes_mask = all(any(x is mask for x in leaves((c.args, c.kwargs))) for c in calls)
+            except TRIAL_ERRORS:
+                runner.makes_mask = False
+        self.isolates_documents = (sees_documents or runner.makes_mask) and attends_only(self.module)
+        if not self.isolates_documents:
+            log.warning("%s: documents packed into one sequence see each other in this model", self.name)
+        runner.skips_mask = True
+        try:
+            self.tail_logits(self._run_head(runner.probe_batch(), 0).hidden)
+        except TRIAL_ERRORS:
+            runner.skips_mask = False
 
     # -- parameters ----------------------------------------------------------------------------------------------
 
@@ -154,11 +185,11 @@ class Parts:
         gate = self._run_head(batch, last)
         return [gate.hidden, *BlockInputs(gate.calls, self._traced.differentiable).differentiable]
 
-    def _run_head(self, batch: Any, stop_at: int) -> Head:
+    def _run_head(self, batch: Any, stop_at: int, **more: Any) -> Head:
         gate = Head(self._traced.stages, self._traced.slots, self._traced.forms, stop_at=stop_at)
         with self._gates.handled_by(gate):
             try:
-                self._runner.run(batch)
+                self._runner.run(batch, **more)
             except StopForward:
                 return gate
         raise RatelError("the model did not call all of its blocks", field="model", value=self.name,

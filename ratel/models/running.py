@@ -2,20 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ratel.errors import RatelError
+from ratel.models.documents import document_mask, restarts
 from ratel.models.inputs import tree_map
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-class Runner(Protocol):
-    """Calls the module. ``run`` is the forward on a batch, ``run_tail`` the one whose head is thrown away."""
-
-    def run(self, batch: Any) -> Any: ...
 
 
 class LossRunner:
@@ -40,39 +36,63 @@ class LossRunner:
 class CausalLMRunner:
     """A Hugging Face causal language model: logits of a batch, never its own loss."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = module, device
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self._module, self._device, self._dtype = module, device, dtype
         accepted = inspect.signature(module.forward).parameters
         self._accepts_positions = "position_ids" in accepted
         self._fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         if "output_router_logits" in accepted:
             # They are collected from inside the blocks, for a loss of their own.
             self._fixed["output_router_logits"] = False
+        self._is_flash = "flash" in str(getattr(module.config, "_attn_implementation", ""))
+        self.makes_mask = False
+        """Documents are kept apart by a mask made here; otherwise the model sees to it, or nobody."""
+        self.skips_mask = False
+        """`run_on_nothing` hands the model a finished mask, so that it makes none (nor waits for the device)."""
 
     def run(self, batch: Mapping[str, Tensor], attention_mask: Tensor | None = None) -> Tensor:
         arguments = dict(self._fixed, input_ids=batch["input_ids"].to(self._device, non_blocking=True))
         positions = batch.get("position_ids")
-        if positions is not None and self._accepts_positions:
-            arguments["position_ids"] = positions.to(self._device, non_blocking=True)
+        if positions is not None:
+            moved = positions.to(self._device, non_blocking=True)
+            if self._accepts_positions:
+                arguments["position_ids"] = moved
+            if attention_mask is None and self.makes_mask and restarts(positions):
+                attention_mask = document_mask(moved, self._dtype)
+            if self._is_flash:
+                self._refuse_flash(positions)
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
         output = self._module(**arguments)
         return output.logits if hasattr(output, "logits") else output[0]
 
+    def _refuse_flash(self, positions: Tensor) -> None:
+        # transformers looks for restarts only in batches of one row there, and mixes documents silently otherwise.
+        if positions.shape[0] > 1 and positions.device.type == "cpu" and restarts(positions):
+            raise RatelError("flash attention keeps packed documents apart only in micro-batches of one row",
+                             field="attention", value="flash", remedy="Use --micro-batch 1, or --attention sdpa")
+
     def probe_batch(self) -> dict[str, Tensor]:
         """Four tokens in two documents: enough to see every path a batch takes."""
         return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "position_ids": torch.tensor([[0, 1, 0, 1]])}
 
+    def probe_mask(self) -> Tensor:
+        """The mask of `probe_batch`, made here."""
+        return document_mask(self.probe_batch()["position_ids"].to(self._device), self._dtype)
+
     def run_on_nothing(self, num_rows: int) -> Tensor:
         """A forward on ``num_rows`` sequences of one token each, for what comes after the blocks."""
         zeros = torch.zeros(num_rows, 1, dtype=torch.int64, device=self._device)
-        return self.run({"input_ids": zeros, "position_ids": zeros})
+        mask = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device) if self.skips_mask else None
+        return self.run({"input_ids": zeros, "position_ids": zeros}, mask)
 
     def close(self) -> None:
         pass
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping) and type(batch) is not dict:  # a tokenizer's BatchEncoding and the like
+        batch = dict(batch)
     return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, batch)
 
 
