@@ -92,7 +92,7 @@ class Pool:
         self._call("adam", ctypes.byref(planes), ctypes.byref(scalars), n, ends, factors, len(ranges))
 
     def split(self, fp32: int, hi: int, lo: int, n: int) -> None:
-        """fp32 -> ``hi`` (bf16, rounded half up on the bits) and ``lo`` (int16 remainder), exact for all bit patterns."""
+        """fp32 -> ``hi`` (bf16, rounded half up on the bits) and ``lo`` (int16 remainder); exact, any bits."""
         _check_count(n)
         self._call("split", fp32, hi, lo, n)
 
@@ -149,7 +149,7 @@ class Pool:
             if self._handle is None:
                 raise RuntimeError("the pool is closed")
             if os.getpid() != self._owner_pid:
-                raise RuntimeError("a Pool does not survive fork, its threads stayed in the parent: make one per process")
+                raise RuntimeError("a Pool does not survive fork, its threads stay in the parent: make one per process")
             handle = self._handle
             self._users += 1
         try:

@@ -151,15 +151,24 @@ def test_torch_square_root_is_the_only_difference(pool: op_ds.Pool) -> None:
         assert (bits(master) != bits_before).any()
 
 
-def test_close_to_torch_fused(pool: op_ds.Pool) -> None:
-    weights = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
-    param, optimizer = make_torch("adamw", weights, 0.1, (0.9, 0.999), fused=True)
+@needs_torch_with_fma
+@pytest.mark.parametrize(("kind", "decay", "beta1"), [
+    ("adamw", 0.0, 0.9), ("adamw", 0.1, 0.9), ("adamw", 0.1, 0.3), ("adam", 0.05, 0.9)])
+@pytest.mark.parametrize("make_grad", [random_grad, adversarial_grad])
+def test_equals_torch_fused_bitwise(pool: op_ds.Pool, kind: str, decay: float, beta1: float,
+                                    make_grad: Callable[[int, int], torch.Tensor]) -> None:
+    """As torch is. Only the last elements, which do not fill a vector, go through other code in torch."""
+    n, num_whole = 10_007, 10_000
+    weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    param, optimizer = make_torch(kind, weights, decay, (beta1, 0.999), fused=True)
     planes = Planes(pool, weights)
-    for step in range(1, 21):
-        param.grad = random_grad(len(weights), step, spread=1.0)
+    for step in range(1, 26):
+        param.grad = make_grad(n, step)
         optimizer.step()
-        planes.update(pool, param.grad, step, decay=0.1)
-    torch.testing.assert_close(planes.master(pool), param.detach(), rtol=2e-6, atol=1e-7)
+        planes.update(pool, param.grad, step, decay=decay, kind=kind, beta1=beta1)
+        ours, theirs = planes.tensors(pool), torch_states(optimizer, param)
+        assert_same_bits([x[:num_whole] for x in ours], [x[:num_whole] for x in theirs])
+        torch.testing.assert_close([x[num_whole:] for x in ours], [x[num_whole:] for x in theirs], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("grad_type", [torch.float32, torch.bfloat16])
@@ -201,6 +210,15 @@ def test_each_range_gets_its_own_decay(isa: str) -> None:
                 begin = end
         assert_same_bits(together.tensors(pool), apart.tensors(pool))
         assert (together.master(pool) != Planes(pool, weights).master(pool)).any()
+
+
+def test_no_decay_leaves_an_infinite_weight_out_of_the_gradient(isa: str) -> None:
+    with op_ds.Pool(1, isa=isa) as pool:
+        planes = Planes(pool, torch.full((20,), float("inf")))
+        planes.update(pool, torch.ones(20), 1, kind="adam")
+        assert torch.isfinite(planes.m).all()
+        planes.update(pool, torch.ones(20), 2, kind="adam", decay=0.1)
+        assert not torch.isfinite(planes.m).any()
 
 
 def test_bf16_gradients_and_scale_equal_their_fp32_values(isa: str) -> None:

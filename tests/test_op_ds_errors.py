@@ -134,8 +134,9 @@ def test_close_waits_for_calls_in_flight() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_told() -> None:
-    code = ("import op_ds, os, sys\npool = op_ds.Pool(2)\nchild = os.fork()\nif child == 0:\n  try:\n    pool.fill(0, 0)\n"
-            "  except RuntimeError as error:\n    os._exit(7 if 'fork' in str(error) else 8)\n"
+    code = ("import op_ds, os, sys\npool = op_ds.Pool(2)\nchild = os.fork()\nif child == 0:\n"
+            "  try:\n    pool.fill(0, 0)\n  except RuntimeError as error:\n"
+            "    os._exit(7 if 'fork' in str(error) else 8)\n"
             "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))")
     assert subprocess.run([sys.executable, "-c", code], timeout=60, cwd=Path(op_ds.__file__).parents[1]).returncode == 7
 

@@ -105,7 +105,7 @@ void adam_weight(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64
 
 template <class V>
 void adam(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
-  // torch leaves out the L2 term where the decay is zero; adding 0 * master would turn a gradient of -0 into +0.
+  // torch leaves out the L2 term where the decay is zero; 0 * master would be NaN for an infinite master.
   const bool coupled = s.coupled && decay != 0.0f;
   const float factor = s.coupled && !coupled ? 1.0f : decay;
   if (p.grad_type == GradType::kBf16) {

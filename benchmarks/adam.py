@@ -1,0 +1,35 @@
+"""Native AdamW beside torch's fused one and the memory bandwidth: python benchmarks/adam.py --json adam.json"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from op_ds import bench  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-params", type=int, default=bench.DEFAULT_NUM_PARAMS)
+    parser.add_argument("--num-threads", type=int, nargs="*", help="one run for each; default: all processors")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--isa", default="auto", choices=["auto", "scalar", "avx2", "avx512"])
+    parser.add_argument("--without-torch", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="write the reports there as a list")
+    args = parser.parse_args()
+    torch = None
+    if not args.without_torch:
+        import torch
+    reports = []
+    for num_threads in args.num_threads or [None]:
+        reports.append(bench.measure(num_params=args.num_params, num_threads=num_threads, repeats=args.repeats,
+                                     isa=args.isa, torch=torch))
+        print(bench.describe(reports[-1]), end="\n\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(reports, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

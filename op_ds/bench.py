@@ -1,0 +1,140 @@
+"""Measures the optimizer against the memory it streams through, and against torch's fused AdamW if the caller has one.
+
+This package knows no torch: a caller that wants the comparison passes the module in.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from op_ds.library import ABI_VERSION
+from op_ds.pool import Pool
+
+ADAM = dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8)
+DEFAULT_NUM_PARAMS = 1 << 25
+"""872 MB of planes: several times the last-level cache of any current processor."""
+
+# Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and writes all but that.
+BYTES = {"op_ds bf16 grad": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
+         "triad (streaming)": 12, "rescale": 8}
+BANDWIDTH_TESTS = ("triad (streaming)", "rescale")
+
+Action = Callable[[int], object]
+
+
+class Buffer:
+    """Fresh anonymous memory of ``num_bytes``, touched by the pool that will use it."""
+
+    def __init__(self, pool: Pool, num_bytes: int, byte: int = 0) -> None:
+        self._map = mmap.mmap(-1, num_bytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        pool.fill(self.address, num_bytes, byte)
+
+
+def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = None, repeats: int = 7,
+            isa: str = "auto", torch: ModuleType | None = None) -> dict[str, Any]:
+    """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each of them alike.
+
+    Needs about 28 bytes of memory per parameter, 44 with ``torch`` (the module, for its fused AdamW on fp32). Returns a
+    dict that ``json`` can write: ``settings``, ``machine``, ``results`` by contestant and ``best_bandwidth_bps``.
+    """
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    with Pool(num_threads, isa=isa) as pool:
+        actions = _native_actions(pool, num_params)
+        if torch is not None:
+            actions["torch fused fp32"] = _torch_action(torch, num_params, num_threads)
+        seconds = _alternate(actions, repeats)
+        used_isa = pool.isa
+    results = {name: _result(name, times, num_params) for name, times in seconds.items()}
+    bandwidth = max(results[name]["bandwidth_bps"] for name in BANDWIDTH_TESTS)
+    for result in results.values():
+        result["percent_of_bandwidth"] = 100 * result["bandwidth_bps"] / bandwidth
+    settings = {"num_params": num_params, "num_threads": num_threads, "repeats": repeats, "isa": used_isa}
+    return {"benchmark": "adam", "settings": settings, "machine": _machine(torch), "commit": _commit(),
+            "best_bandwidth_bps": bandwidth, "results": results}
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as a table. Rates are medians, the best repeat behind them."""
+    settings, machine = report["settings"], report["machine"]
+    lines = [f"{machine['cpu']}, {settings['num_threads']} threads, {settings['isa']}, "
+             f"{settings['num_params'] / 1e6:.1f} M parameters, median (best) of {settings['repeats']}",
+             f"{'':18s} {'G element/s':>15s} {'GB/s':>15s}   % of bandwidth"]
+    for name, r in report["results"].items():
+        rate, best = r["elements_per_s"] / 1e9, r["best_elements_per_s"] / 1e9
+        lines.append(f"{name:18s} {rate:7.2f} ({best:5.2f}) {rate * BYTES[name]:7.1f} ({best * BYTES[name]:5.1f})"
+                     f"   {r['percent_of_bandwidth']:5.1f}")
+    tests = " and ".join(BANDWIDTH_TESTS)
+    lines.append(f"bandwidth: {report['best_bandwidth_bps'] / 1e9:.1f} GB/s, the better of {tests}")
+    return "\n".join(lines)
+
+
+def _native_actions(pool: Pool, n: int) -> dict[str, Action]:
+    # 0x3c3c is 0.0115 as bf16 and 0x3c3c3c3c as fp32: ordinary numbers, no denormals to slow anything down.
+    hi, lo, grad = Buffer(pool, 2 * n, 0x3c), Buffer(pool, 2 * n), Buffer(pool, 4 * n, 0x3c)
+    m, v, spare = Buffer(pool, 4 * n), Buffer(pool, 4 * n), Buffer(pool, 4 * n)
+    ranges = [(n // 2, 0.1), (n, 0.0)]
+
+    def update(grad_dtype: str) -> Action:
+        return lambda step: pool.adamw(hi.address, lo.address, m.address, v.address, grad.address, n,
+                                       grad_dtype=grad_dtype, step=step, grad_scale=0.5, ranges=ranges, **ADAM)
+
+    return {
+        "op_ds bf16 grad": update("bf16"),
+        "op_ds fp32 grad": update("fp32"),
+        "sum_squares bf16": lambda step: pool.sum_squares(grad.address, n, "bf16"),
+        "triad (streaming)": lambda step: pool.triad(spare.address, grad.address, v.address, 0.5, n),
+        "rescale": lambda step: pool.rescale(spare.address, 0.999, n),
+    }
+
+
+def _torch_action(torch: ModuleType, n: int, num_threads: int) -> Action:
+    torch.set_num_threads(num_threads)
+    param = torch.nn.Parameter(torch.full((n,), 0.01))
+    param.grad = torch.full((n,), 0.01)
+    optimizer = torch.optim.AdamW([param], lr=ADAM["lr"], betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"],
+                                  weight_decay=0.1, fused=True)
+    return lambda step: optimizer.step()
+
+
+def _alternate(actions: dict[str, Action], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for step in range(repeats + 1):
+        for name, action in actions.items():
+            begun = time.perf_counter()
+            action(step + 1)
+            if step > 0:  # the first round maps memory and wakes threads
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def _result(name: str, seconds: list[float], n: int) -> dict[str, float]:
+    median = n / statistics.median(seconds)
+    return {"elements_per_s": median, "best_elements_per_s": n / min(seconds), "bytes_per_element": BYTES[name],
+            "bandwidth_bps": median * BYTES[name]}
+
+
+def _machine(torch: ModuleType | None) -> dict[str, Any]:
+    cpu_info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines()
+             if line.startswith("model name")] if cpu_info.exists() else []
+    return {"cpu": names[0] if names else platform.machine(), "num_cpus": os.cpu_count(), "system": platform.platform(),
+            "python": platform.python_version(), "op_ds_abi": ABI_VERSION,
+            "torch": str(torch.__version__) if torch is not None else None}
+
+
+def _commit() -> str | None:
+    """The checkout's commit, or None in an installed package or without git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
