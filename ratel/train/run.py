@@ -56,10 +56,11 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
     out = choose(config.out, Path(config.model or "model").name, overwrite=config.overwrite)
     with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display:
         with open_session(config, model, loss_fn) as session:
+            vocab_size = session.parts.spec.vocab_size if session.parts.is_causal_lm else None
             with open_inputs(config, model=model, data=data if data is not None else config.data,
                              eval_data=eval_data if eval_data is not None else config.eval_data,
                              tokenizer=tokenizer if tokenizer is not None else config.tokenizer,
-                             vocab_size=session.parts.spec.vocab_size) as inputs:
+                             vocab_size=vocab_size) as inputs:
                 attempt = _Run(config, session, inputs, out, display)
                 attempt.prepare()
                 result = attempt.complete()
