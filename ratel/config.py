@@ -153,7 +153,8 @@ class TrainConfig:
     eps: float = _option(1e-8, _number(float, 0, above=True), TRAINING, "X", "AdamW's epsilon")
     weight_decay: float = _option(0.0, _number(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
     max_grad_norm: float = _option(1.0, _number(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
-    dtype: str = _option("bf16", _choice("bf16", "fp32"), TRAINING, "bf16|fp32", "type of the computation")
+    dtype: str = _option("auto", _choice("auto", "bf16", "fp32"), TRAINING, "auto|bf16|fp32",
+                         "type of the computation (auto: bf16 on a GPU or a processor with bf16 instructions, else fp32)")
     attention: str = _option("auto", _choice("auto", "sdpa", "eager", "flash"), TRAINING, "auto|sdpa|eager|flash",
                              "kernel of the attention; flash needs the package flash-attn")
 

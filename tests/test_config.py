@@ -52,7 +52,7 @@ def test_every_field_has_an_option_with_help() -> None:
     ({"ssd": "/a,,/b"}, "--ssd: must be a name or a path"),
     ({"tier": "ssd"}, "--tier: needs a directory.*Give --ssd DIR"),
     ({"checkpoint_tier": "ssd"}, "--checkpoint-tier: needs a directory"),
-    ({"dtype": "fp16"}, "--dtype: not one of the choices.*Use bf16 or fp32"),
+    ({"dtype": "fp16"}, "--dtype: not one of the choices.*Use auto or bf16 or fp32"),
     ({"quiet": "yes"}, "--quiet: must be true or false"),
     ({"eval_fraction": 1.0}, "--eval-fraction: must be below 1"),
     ({"eval_every": 5, "eval_fraction": 0}, "--eval-every: there is nothing to evaluate on"),

@@ -8,7 +8,7 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.hardware import limits
-from ratel.hardware.device import require_device, why_no_cuda
+from ratel.hardware.device import choose_dtype, require_device, why_no_cuda
 from ratel.hardware.doctor import advise, render
 from ratel.hardware.host import available_memory, describe_host, usable_cores
 from ratel.hardware.storage import describe_directory, require_directory, supports_direct
@@ -73,6 +73,12 @@ def test_cuda_asked_for_and_absent_is_refused_with_the_reason() -> None:
     with pytest.raises(RatelError, match=r"--device: there is no CUDA device: this PyTorch .*\(given: cuda\).*--device cpu"):
         require_device("cuda")
     assert require_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("isa", "expected"), [(["avx2", "avx512f"], "fp32"), (["avx512_bf16"], "bf16"), ([], "fp32")])
+def test_the_processor_computes_in_what_it_is_fast_in(monkeypatch: pytest.MonkeyPatch, isa: list[str], expected: str) -> None:
+    monkeypatch.setattr("ratel.hardware.device.describe_cpu", lambda: {"isa": isa})
+    assert choose_dtype(torch.device("cpu")) == expected and choose_dtype(torch.device("cuda")) == "bf16"
 
 
 @pytest.mark.gpu

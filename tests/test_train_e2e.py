@@ -81,7 +81,7 @@ def test_the_result_loads_with_transformers(tiny_model: Path, text: Path, tmp_pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = ratel.train(tiny_model, text, out=tmp_path / "out", steps=2, batch_size=2, seq_len=32, lr=1e-2, device="cpu",
-                         quiet=True, eval_fraction=0)
+                         dtype="bf16", quiet=True, eval_fraction=0)
     model = AutoModelForCausalLM.from_pretrained(result.out / "model")
     before = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert model.dtype == torch.bfloat16

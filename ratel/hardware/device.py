@@ -1,8 +1,9 @@
-"""Which device computes."""
+"""Which device computes, and in which type."""
 
 import torch
 
 from ratel.errors import RatelError
+from ratel.hardware.host import describe_cpu
 
 
 def require_device(device: "str | torch.device" = "auto") -> torch.device:
@@ -30,6 +31,13 @@ def _require_cuda(wanted: torch.device) -> torch.device:
         raise RatelError(f"this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0",
                          field="--device", value=wanted)
     return torch.device("cuda", index)
+
+
+def choose_dtype(device: torch.device) -> str:
+    """``bf16`` where it is the faster one. Without bf16 instructions a processor emulates it, tens of times slower than
+    fp32 on AVX2."""
+    has_bf16 = {"avx512_bf16", "amx_bf16"} & set(describe_cpu()["isa"])
+    return "bf16" if device.type == "cuda" or has_bf16 else "fp32"
 
 
 def why_no_cuda() -> str | None:

@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ratel.config import TrainConfig, resolve
+from ratel.hardware.device import choose_dtype, require_device
 from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
 from ratel.monitor.metrics import MetricsWriter
@@ -53,6 +54,8 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
 def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = None, tokenizer: Any = None,
         eval_data: Any = None) -> TrainResult:
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
+    if config.dtype == "auto":
+        config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, overwrite=config.overwrite)
     with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display:
         with open_session(config, model, loss_fn) as session:
