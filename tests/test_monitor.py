@@ -94,7 +94,7 @@ def record_of(step: int, **changes: object) -> dict:
 
 def test_a_step_is_described_with_what_binds() -> None:
     text = describe_step(record_of(3, eval_loss=2.25), eta_s=75)
-    assert text == "loss 2.5000  eval 2.2500  2,000 tok/s  ssd binds (80% of bound)  ETA 1m 15s"
+    assert text == "loss 2.5000  eval 2.2500  2,000 tok/s  ssd binds (80%)  ETA 1m 15s"
     assert "skipped" in describe_step(record_of(3, skipped=True), eta_s=0)
     assert "binds" not in describe_step(record_of(3, bound_by=None, bound_s=None), eta_s=0)
 

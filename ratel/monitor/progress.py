@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from ratel.units import format_seconds
 
 _RECENT_STEPS = 20
+_WIDTH_WITH_BAR = 110
+"""Columns. On a narrower terminal a bar would wrap the numbers, which say more."""
 
 
 class ProgressDisplay:
@@ -23,8 +25,9 @@ class ProgressDisplay:
 
     def start(self, first_step: int = 0) -> None:
         if self._console.is_terminal and not self._console.quiet:
-            self._live = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
-                                  TextColumn("{task.description}"), console=self._console)
+            bar = [BarColumn(bar_width=24)] if self._console.width >= _WIDTH_WITH_BAR else []
+            self._live = Progress(TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.description}"),
+                                  console=self._console)
             self._task = self._live.add_task("the first one takes longer", total=self._total, completed=first_step)
             self._live.start()
 
@@ -59,8 +62,9 @@ def describe_step(record: dict[str, Any], *, eta_s: float) -> str:
         parts.append(f"eval {record['eval_loss']:.4f}")
     parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
     if record["bound_by"]:
-        parts.append(f"{record['bound_by']} binds ({record['bound_s'] / record['step_s']:.0%} of bound)")
+        parts.append(f"{record['bound_by']} binds ({record['bound_s'] / record['step_s']:.0%})")
     if record["skipped"]:
         parts.append("skipped: not finite")
-    parts.append(f"ETA {format_seconds(eta_s)}")
+    if eta_s:
+        parts.append(f"ETA {format_seconds(eta_s)}")
     return "  ".join(parts)
