@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ratel.models import Parts, load
-from tests.test_models_common import (CPU, FAMILIES, attach_all, make_batch, make_model, named, next_token_loss,
-                                      plain_copy, vertical_pass)
+from tests.test_models_common import (CPU, FAMILIES, attach_all, configs, make_batch, make_model, named,
+                                      next_token_loss, plain_copy, vertical_pass)
 
 pytestmark = pytest.mark.numerics
 DTYPES = [torch.float32, torch.bfloat16]
@@ -83,3 +83,57 @@ def test_logits_in_chunks_equal_logits_at_once(family: str) -> None:
     pieces = [parts.tail_logits(piece) for piece in hidden.split(4, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-6, atol=1e-6)
     assert whole.shape == (2, 6, 97) and torch.equal(parts.tail_logits(hidden.flatten(0, 1)), whole.flatten(0, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_a_vertical_pass_equals_plain_autograd(family: str) -> None:
+    cuda = torch.device("cuda", 0)
+    model = make_model(family)
+    plain = plain_copy(model, torch.bfloat16).to(cuda)
+    for module, original in zip(plain.modules(), model.modules()):
+        module._buffers.update({name: b if b is None else b.to(cuda) for name, b in original._buffers.items()})
+    batch = {key: value.to(cuda) for key, value in make_batch(documents=2).items()}
+    parts = load(model, dtype=torch.bfloat16, device=cuda)
+    assert all(t.device == cuda for t in (*model.parameters(), *model.buffers()))
+    grads = []
+    for unit in parts.spec.units:
+        flat = torch.empty(unit.num_elements)
+        parts.read_unit(unit.index, flat)
+        parts.attach(unit.index, flat.to(cuda, torch.bfloat16))
+        grads.append(torch.zeros(unit.num_trainable, dtype=torch.bfloat16, device=cuda))
+        parts.attach_grad(unit.index, grads[-1])
+    parts.set_training(False), plain.eval()
+    expected_loss = next_token_loss(run_plain(plain, batch), batch["labels"])
+    expected_loss.backward()
+    torch.testing.assert_close(vertical_pass(parts, batch), expected_loss.detach(), rtol=1e-3, atol=1e-3)
+    got = named(parts, grads, trained_only=True)
+    for name, param in plain.named_parameters():
+        torch.testing.assert_close(got[name], param.grad, rtol=2e-2, atol=2e-2 * param.grad.abs().max().item())
+    parts.close()
+    assert all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.gpu
+def test_fresh_weights_do_not_depend_on_the_device() -> None:
+    parts = [load(configs()["gpt2"](), dtype=torch.bfloat16, device=device, seed=1)
+             for device in (CPU, torch.device("cuda", 0))]
+    state = torch.cuda.get_rng_state()
+    for unit in parts[0].spec.units:
+        flats = [torch.empty(unit.num_elements) for _ in parts]
+        for part, flat in zip(parts, flats):
+            part.read_unit(unit.index, flat)
+        assert torch.equal(*flats)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+def test_the_tail_does_not_wait_for_the_gpu() -> None:
+    cuda = torch.device("cuda", 0)
+    parts = load(configs()["llama"](), dtype=torch.bfloat16, device=cuda)
+    hidden = torch.randn(2, 8, 32, dtype=torch.bfloat16, device=cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts.tail_logits(hidden)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

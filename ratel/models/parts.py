@@ -66,7 +66,11 @@ class Parts:
         self._trace: Trace | None = None
         self._layout: Layout | None = None
         if self.is_causal_lm:
-            self.probe(self._runner.probe_batch())
+            try:
+                self.probe(self._runner.probe_batch())
+            except BaseException:
+                self.close()
+                raise
 
     # -- shape ---------------------------------------------------------------------------------------------------
 
@@ -104,7 +108,11 @@ class Parts:
             try:
                 with watch_packing() as packing:
                     found = trace(self.module, self._gates, lambda: self._runner.run(batch))
-                self._layout = make_layout(self.module, found, self.name)
+                layout = make_layout(self.module, found, self.name)
+                if not layout.spec.num_trainable_params:
+                    raise RatelError("there is nothing to train: no parameter that the loss depends on requires grad",
+                                     field="model", value=self.name, remedy="Set requires_grad on what is to be trained")
+                self._layout = layout
                 self._trace = found
                 with torch.no_grad(), Shadow([]):
                     if self.is_causal_lm:

@@ -25,6 +25,7 @@ class Shadow(TorchDispatchMode):
         super().__init__()
         self._index = {p.untyped_storage().data_ptr(): i for i, p in enumerate(params) if p.numel()}
         self.touched: set[int] = set()
+        self._outputs: dict[tuple, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -51,11 +52,13 @@ class Shadow(TorchDispatchMode):
     def _on_meta(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else tensors[0].device
         flat, form = tree_flatten((args, kwargs))
-        flat = [_to_meta(x) if isinstance(x, Tensor) else torch.device("meta") if isinstance(x, torch.device) else x
-                for x in flat]
-        meta_args, meta_kwargs = tree_unflatten(flat, form)
-        output = func(*meta_args, **meta_kwargs)
-        return tree_map_only(Tensor, lambda t: _zero(t, device), output)
+        key = (func, str(form), *(_outline(x) if isinstance(x, Tensor) else (type(x), str(x)) for x in flat))
+        if key not in self._outputs:  # blocks are alike: most of a deep model is found here
+            flat = [torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else
+                    torch.device("meta") if isinstance(x, torch.device) else x for x in flat]
+            meta_args, meta_kwargs = tree_unflatten(flat, form)
+            self._outputs[key] = func(*meta_args, **meta_kwargs)
+        return tree_map_only(Tensor, lambda t: _zero(t, device), self._outputs[key])
 
 
 def _is_large(tensor: Tensor) -> bool:
@@ -66,9 +69,9 @@ def _materialise(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.device.type != "meta" and 0 in tensor.stride() else tensor
 
 
-def _to_meta(tensor: Tensor) -> Tensor:
-    # Contiguous on purpose: the strides of a shadow say nothing, and a view of the real tensor would be contiguous.
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+def _outline(tensor: Tensor) -> tuple[Any, ...]:
+    # Strides are left out: those of a shadow say nothing.
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _zero(meta: Tensor, device: torch.device) -> Tensor:

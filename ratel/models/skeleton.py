@@ -42,9 +42,9 @@ def placeholder(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device:
 
 
 def owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
-    """Every place a parameter is registered: id -> [(module, attribute, full name)], in the module's order."""
+    """Every name a parameter has: id -> [(module, attribute, full name)], in the module's order."""
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for prefix, module in root.named_modules():
+    for prefix, module in root.named_modules(remove_duplicate=False):
         for attribute, param in module._parameters.items():
             if param is not None:
                 name = f"{prefix}.{attribute}" if prefix else attribute
@@ -63,9 +63,11 @@ class Originals:
         self._trainable: dict[str, bool] = {}
         self._buffers = [(m, name, buffer) for m in root.modules() for name, buffer in m._buffers.items()]
         self._training = [(m, m.training) for m in root.modules()]
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         params = {id(p): p for p in root.parameters()}
         for key, places in owners(root).items():
             name, param = places[0][2], params[key]
+            self._places += [(module, attribute, param) for module, attribute, _ in places]
             self._devices[name], self._trainable[name] = param.device, param.requires_grad
             # Weights on the GPU would take from the budget there.
             self.tensors[name] = param.data if param.device.type == "meta" else param.data.cpu()
@@ -75,14 +77,16 @@ class Originals:
         return all(tensor.device.type != "meta" for tensor in self.tensors.values())
 
     def put_back(self) -> None:
-        """Ordinary parameters and buffers again, on their first devices. A module without weights stays a skeleton."""
-        if self.has_weights:
-            for name, param in self._root.named_parameters():
-                param.grad = None
+        """The module's own Parameter objects and buffers again, on their first devices."""
+        for module, attribute, param in self._places:
+            module._parameters[attribute] = param
+        for name, param in self._root.named_parameters():
+            param.grad = None
+            param.requires_grad_(self._trainable[name])
+            if param.device.type != "meta":
                 param.data = self.tensors[name].to(self._devices[name])
-                param.requires_grad_(self._trainable[name])
-            for module, name, buffer in self._buffers:
-                module._buffers[name] = buffer
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
         for module, training in self._training:
             module.training = training
 

@@ -30,8 +30,7 @@ class Trace:
     reached: frozenset[int]
     """Parameters a gradient of the loss arrives at."""
     differentiable: tuple[Slot, ...]
-    """Arguments other than the hidden states that parameters before the blocks are behind."""
-    differentiable_params: frozenset[int]
+    """Arguments other than the hidden states that trained parameters before the blocks are behind."""
 
 
 class _Watch:
@@ -81,6 +80,7 @@ class _Watch:
 def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
     """Run once in outline. ``run`` calls the model and returns its logits or its loss. Raises RatelError."""
     params = list(root.parameters())
+    trained = {id(p) for p in params if p.requires_grad}
     with ExitStack() as stack:
         stack.enter_context(_all_trainable(params))
         buffers = _versions(list(root.buffers()))
@@ -93,10 +93,11 @@ def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
             result = run()
         used = watch.close()
         _refuse_changed_buffers(root, buffers)
-        return _examine(watch, used, result, params)
+        return _examine(watch, used, result, params, trained)
 
 
-def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, params: list[nn.Parameter]) -> Trace:
+def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, params: list[nn.Parameter],
+             trained: set[int]) -> Trace:
     if len(watch.blocks) < 2:
         raise refusal(f"its forward called {len(watch.blocks)} of the blocks", watch.root,
                       "Give a loss_fn that runs the model's blocks")
@@ -112,11 +113,10 @@ def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, param
     before = reach([hidden, *(tensor for tensor, _ in extra.values())])
     _examine_tail(watch, roots, edges, before)
     index = {id(p): i for i, p in enumerate(params)}
-    behind = {index[p] for _, found in extra.values() for p in found.params if p in index}
     return Trace(
         stages=tuple(watch.blocks), slots=slots, forms=forms, used=used,
         reached=frozenset(index[p] for p in reach(roots).params if p in index),
-        differentiable=tuple(extra), differentiable_params=frozenset(behind))
+        differentiable=tuple(slot for slot, (_, found) in extra.items() if found.params & trained))
 
 
 def _follow_hidden(watch: _Watch) -> tuple[tuple[HiddenSlot, ...], tuple[OutputForm, ...]]:
