@@ -58,6 +58,8 @@ class Job:
 
     unit: UnitSpec
     hyper: Hyper
+    number: int
+    """Of this unit's updates, from 1."""
     weights: HostSlot | None = None
     chunks_left: int = 0
     keep: bool = False
@@ -106,7 +108,7 @@ class OptimizerPipeline:
         """Ask for the unit's update; it starts when its gradient has arrived."""
         with self._exchange.lock:
             self._asked[unit.index] += 1
-        self._jobs.put(Job(unit, hyper, keep=self._plan.deferred))
+            self._jobs.put(Job(unit, hyper, number=self._asked[unit.index], keep=self._plan.deferred))
 
     def arrived(self, unit: UnitSpec, arrival: Arrival) -> None:
         """The unit's gradient is in DRAM or on its way there."""
@@ -166,7 +168,7 @@ class OptimizerPipeline:
     def _load(self) -> None:
         while True:
             job: Job = self._jobs.take()
-            self._wait_persisted(job.unit.index)
+            self._wait_persisted(job.unit.index, job.number - 1)
             size = self._plan.chunk_of(job.unit)
             bounds = [(a, min(a + size, job.unit.num_trainable)) for a in range(0, job.unit.num_trainable, size)]
             job.chunks_left = len(bounds)
@@ -176,10 +178,10 @@ class OptimizerPipeline:
                     job.weights = self._cache.acquire(job.unit.index)
                 self._loaded.put(chunk)
 
-    def _wait_persisted(self, unit: int) -> None:
+    def _wait_persisted(self, unit: int, number: int) -> None:
         """The last write-back of the unit must be on SSD before its planes are read again."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: self._persisted[unit] == self._asked[unit] - 1)
+            self._exchange.wait_for(self._changed, lambda: self._persisted[unit] == number)
 
     def _start_chunk(self, job: Job, begin: int, end: int) -> Chunk:
         planes = self._plan.ring_planes(job.unit)
