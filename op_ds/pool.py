@@ -15,6 +15,10 @@ ISA_VARIABLE = "RATEL_ISA"
 Ranges = list[tuple[int, float]]
 
 
+class UnsupportedIsaError(ValueError):
+    """An instruction set was forced that this processor, or this build of the library, does not have."""
+
+
 def _choose_isa(isa: str) -> str:
     chosen, source = isa, "isa"
     if isa == "auto" and os.environ.get(ISA_VARIABLE):
@@ -40,8 +44,8 @@ class Pool:
 
     Calls block, release the GIL and may come from any thread; they run one after another. No result depends on the
     number of threads, the instruction set or how a vector is cut into calls (``sum_squares``: one call per vector).
-    ``isa`` forces a path and raises RuntimeError where the processor lacks it; with ``"auto"`` the environment variable
-    ``RATEL_ISA`` may do the same. ``pool.isa`` is what runs.
+    ``isa`` forces a path and raises UnsupportedIsaError where the processor lacks it; with ``"auto"`` the environment
+    variable ``RATEL_ISA`` may do the same. ``pool.isa`` is what runs.
     """
 
     def __init__(self, num_threads: int, isa: str = "auto") -> None:
@@ -55,7 +59,7 @@ class Pool:
         handle = ctypes.c_void_p()
         status = self._library.op_ds_pool_create(num_threads, _ISAS[chosen], ctypes.byref(handle))
         if status == -errno.ENOTSUP:
-            raise RuntimeError(f"this processor or build cannot run the forced instruction set {chosen!r}")
+            raise UnsupportedIsaError(f"this processor or build cannot run the forced instruction set {chosen!r}")
         _check_status(status, "pool_create")
         self._handle = handle
         self.num_threads = num_threads

@@ -18,7 +18,7 @@ ADAM = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8)
 def supports(isa: str) -> bool:
     try:
         op_ds.Pool(1, isa=isa).close()
-    except RuntimeError:
+    except op_ds.UnsupportedIsaError:
         return False
     return True
 

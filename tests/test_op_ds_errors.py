@@ -78,7 +78,7 @@ def test_a_forced_isa_that_is_missing_raises(monkeypatch: pytest.MonkeyPatch) ->
             return -95  # ENOTSUP, as find_kernels answers on a processor without the instructions
 
     monkeypatch.setattr("op_ds.pool.load", Refusing)
-    with pytest.raises(RuntimeError, match="cannot run the forced instruction set 'avx512'"):
+    with pytest.raises(op_ds.UnsupportedIsaError, match="cannot run the forced instruction set 'avx512'"):
         op_ds.Pool(1, isa="avx512")
 
 

@@ -1,40 +1,51 @@
 // Which kernels this processor can run.
+//
+// Asks the processor itself: the compilers' __builtin_cpu_supports reads a table whose layout belongs to their run-time
+// library, and with a clang linked against another one it denied everything without a word.
 #include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace op_ds {
 namespace {
 
-// __builtin_cpu_supports also asks the operating system (XCR0) whether it saves the wide registers.
-bool has_avx2() noexcept {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
+struct Features {
+  bool avx2 = false;
+  bool avx512 = false;
+};
 
-bool has_avx512() noexcept {
 #if defined(__x86_64__)
-  return has_avx2() && __builtin_cpu_supports("avx512f");
-#else
-  return false;
-#endif
+Features detect() noexcept {
+  constexpr uint32_t kYmmState = 0x06, kZmmState = 0xe6;  // bits of XCR0: what the operating system saves
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX)) return {};
+  const bool has_fma = c & bit_FMA;
+  uint32_t saved, upper;
+  __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+  const bool avx2 = has_fma && (b & bit_AVX2) && (saved & kYmmState) == kYmmState;
+  return {avx2, avx2 && (b & bit_AVX512F) && (saved & kZmmState) == kZmmState};
 }
+#else
+Features detect() noexcept { return {}; }
+#endif
 
 }  // namespace
 
 const KernelTable* find_kernels(Isa isa) noexcept {
+  const Features features = detect();
   switch (isa) {
     case Isa::kScalar:
       return scalar_kernels();
     case Isa::kAvx2:
-      return has_avx2() ? avx2_kernels() : nullptr;
+      return features.avx2 ? avx2_kernels() : nullptr;
     case Isa::kAvx512:
-      return has_avx512() ? avx512_kernels() : nullptr;
+      return features.avx512 ? avx512_kernels() : nullptr;
     case Isa::kAuto:
-      if (has_avx512()) return avx512_kernels();
-      return has_avx2() ? avx2_kernels() : scalar_kernels();
+      if (features.avx512) return avx512_kernels();
+      return features.avx2 ? avx2_kernels() : scalar_kernels();
   }
   return nullptr;
 }
