@@ -8,7 +8,7 @@ from typing import Any
 
 from ratel.errors import RatelError
 
-RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model")
+RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial")
 
 
 class RunDirectory:
