@@ -128,6 +128,7 @@ def test_fresh_weights_do_not_depend_on_the_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_tail_does_not_wait_for_the_gpu() -> None:
     cuda = torch.device("cuda", 0)
     parts = load(configs()["llama"](), dtype=torch.bfloat16, device=cuda)

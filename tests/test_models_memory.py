@@ -33,8 +33,9 @@ def test_the_largest_models_take_less_than_a_hundred_mib() -> None:
     assert int(done.stdout.split()[-1]) < 100
 
 
-@pytest.mark.parametrize("name, billions", [("demo", 0.0128), ("gpt-6b", 5.85), ("llama-160m", 0.162), ("llama-1b", 1.10),
-                                            ("llama-3b", 3.015), ("llama-8b", 8.03), ("qwen3-0.6b", 0.596)])
+@pytest.mark.parametrize("name, billions", [
+    ("demo", 0.0128), ("gpt-6b", 5.85), ("llama-160m", 0.162), ("llama-1b", 1.10), ("llama-3b", 3.015),
+    ("llama-8b", 8.03), ("qwen3-0.6b", 0.596)])
 def test_presets_have_the_sizes_they_are_named_for(name: str, billions: float) -> None:
     spec = load(name, dtype=torch.bfloat16, device=CPU).spec
     assert spec.num_params / 1e9 == pytest.approx(billions, rel=0.005)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ class PatchRegression(nn.Module):
 
 
 def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return F.mse_loss(model(batch["patches"]), batch["targets"])
+    return F.mse_loss(model(batch["patches"]).float(), batch["targets"])
 
 
 def make_patches(rows: int = 4) -> dict[str, Tensor]:
@@ -224,3 +225,14 @@ def test_a_causal_model_with_a_loss_of_ones_own() -> None:
 
     parts = compare(make_model("llama-tied-bias"), make_batch(), loss=own_loss)
     assert not parts.is_causal_lm
+
+
+def test_a_compiled_module_is_taken_apart_inside() -> None:
+    model = make_patch_model()
+    assert open_parts(torch.compile(model)).module is model
+
+
+def test_the_example_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip() == str(["pre", "block.0", "block.1", "block.2", "block.3", "post"])

@@ -299,9 +299,16 @@ def test_nothing_to_train() -> None:
 def test_meta_modules_that_cannot_be_given_values() -> None:
     with torch.device("meta"):
         model = make_patch_model()
+    model.frequencies = torch.empty(16, device="meta")
     refused("the buffer has no values", model, loss_fn=loss_fn)
     model.frequencies = torch.ones(16)
     refused("no reset_parameters", model, loss_fn=loss_fn)
+
+
+def test_modules_whose_weights_are_partly_elsewhere() -> None:
+    model = make_patch_model()
+    model.layers[1].to("meta")
+    refused("are elsewhere", model, loss_fn=loss_fn)
 
 
 def test_a_refused_module_is_left_as_it_was() -> None:

@@ -184,4 +184,5 @@ def test_a_plain_module_on_meta_is_initialised_by_reset_parameters() -> None:
     parts.probe(torch.randn(2, 8))
     found = read_all(parts)
     assert torch.equal(found["0.1.weight"], torch.ones(8))
-    assert 0 < found["1.0.weight"].abs().max() <= 8 ** -0.5 and not torch.equal(found["1.0.weight"], found["2.0.weight"])
+    assert 0 < found["1.0.weight"].abs().max() <= 8 ** -0.5
+    assert not torch.equal(found["1.0.weight"], found["2.0.weight"])

@@ -68,6 +68,11 @@ def refuse_unsupported(root: nn.Module) -> None:
     """What is known to be wrong before anything runs. Raises RatelError."""
     if hasattr(root, "config"):
         refuse_config(root.config, type(root).__name__)
+    num_empty = sum(p.device.type == "meta" for p in root.parameters())
+    if num_empty and (num_empty < len(list(root.parameters())) or any(hasattr(m, "_hf_hook") for m in root.modules())):
+        # Initialising them afresh would throw away what the others, or the offloaded ones, were trained to.
+        raise RatelError("some of its parameters are elsewhere (on the meta device)", field="model",
+                         value=type(root).__name__, remedy="Load it without device_map, or give its directory")
     for name, module in root.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             raise RatelError("batch normalization with running statistics: recomputing a block in backward would "

@@ -58,7 +58,8 @@ class CheckpointSource:
         for param in unit.params:
             name = self._stored_name(param)
             assert name is not None, param.name
-            view(out, param).copy_(self._produce(name, lambda stored: self._files.read(stored)))
+            view(out, param).copy_(self._produce(name, self._files.read))
+        self._files.close()  # unmaps: pages of a file that was read count as ours while it is open
 
     def _shape_of(self, param: ParamSpec) -> tuple[int, ...] | None:
         name = self._stored_name(param)

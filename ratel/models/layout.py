@@ -21,34 +21,45 @@ class Layout:
 
 def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
     """Units in forward order: ``pre``, ``block.i``, ``post``, then ``shared``. Empty ones are left out."""
-    params = list(root.parameters())
-    places = owners(root)
-    stages = _stages_of(params, trace)
-    names = ["pre", *(f"block.{i}" for i in range(len(trace.stages))), "post"]
-    groups: dict[str, list[ParamSpec]] = {key: [] for key in (*names, "shared", "unused")}
-    for index, param in enumerate(params):
-        users = stages[index]
-        group = "unused" if not users else names[users[0]] if len(users) == 1 else "shared"
-        in_block = any(0 < user < len(names) - 1 for user in users)
-        trained = param.requires_grad and bool(users) and (in_block or index in trace.reached)
-        groups[group].append(_param_spec(param, places[id(param)], trained))
-    _report(groups, params, places)
+    stage_names = ["pre", *(f"block.{i}" for i in range(len(trace.stages))), "post"]
+    users = _stages_of(list(root.parameters()), trace)
+    groups = _group(root, trace, users, stage_names)
     units: dict[str, UnitSpec] = {}
-    for key in (*names, "shared"):
+    for key in (*stage_names, "shared"):
         if groups[key]:
             units[key] = lay_out(len(units), key, key.split(".")[0], groups[key])
-    specs = []
-    for number, key in enumerate(names):
-        uses_shared = any(number in stages[i] and len(stages[i]) > 1 for i in range(len(params)))
-        used = [units[u].index for u in (key, *(("shared",) if uses_shared else ())) if u in units]
-        specs.append(StageSpec(index=number, name=key, kind=key.split(".")[0], units=tuple(used)))
-    unused = lay_out(-1, "unused", "unused", groups["unused"]) if groups["unused"] else None
+    sharing = {stage for stages in users if len(stages) > 1 for stage in stages}
+    stages = []
+    for number, key in enumerate(stage_names):
+        used = [units[u].index for u in (key, "shared") if u in units and (u == key or number in sharing)]
+        stages.append(StageSpec(index=number, name=key, kind=key.split(".")[0], units=tuple(used)))
     config = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    spec = ModelSpec(name=name, units=tuple(units.values()), stages=tuple(specs),
+    spec = ModelSpec(name=name, units=tuple(units.values()), stages=tuple(stages),
                      hidden_size=getattr(text, "hidden_size", None), vocab_size=getattr(text, "vocab_size", None),
                      max_seq_len=getattr(text, "max_position_embeddings", None))
-    return Layout(spec=spec, unused=unused)
+    return Layout(spec=spec,
+                  unused=lay_out(-1, "unused", "unused", groups["unused"]) if groups["unused"] else None)
+
+
+def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: list[str]) -> dict[str, list[ParamSpec]]:
+    """Parameters by the unit they go to."""
+    places = owners(root)
+    groups: dict[str, list[ParamSpec]] = {key: [] for key in (*stage_names, "shared", "unused")}
+    cut_off = []
+    for index, (param, stages) in enumerate(zip(root.parameters(), users)):
+        key = "unused" if not stages else stage_names[stages[0]] if len(stages) == 1 else "shared"
+        in_block = any(0 < stage < len(stage_names) - 1 for stage in stages)
+        trained = param.requires_grad and bool(stages) and (in_block or index in trace.reached)
+        spec = _param_spec(param, places[id(param)], trained)
+        groups[key].append(spec)
+        if stages and param.requires_grad and not trained:
+            cut_off.append(spec)
+    if groups["unused"]:
+        log.warning("not used by the model's forward, left as they are: %s", _names(groups["unused"]))
+    if cut_off:
+        log.warning("no gradient of the loss reaches them, treated as frozen: %s", _names(cut_off))
+    return groups
 
 
 def _stages_of(params: list[nn.Parameter], trace: Trace) -> list[list[int]]:
@@ -73,17 +84,6 @@ def decays(name: str, param: nn.Parameter, modules: list[nn.Module]) -> bool:
     """Weight decay applies to matrices: not to vectors, biases or the parameters of norms. Embeddings do decay."""
     in_norm = any("norm" in type(module).__name__.lower() for module in modules)
     return param.ndim >= 2 and not in_norm and not name.endswith("bias")
-
-
-def _report(groups: dict[str, list[ParamSpec]], params: list[nn.Parameter],
-            places: dict[int, list[tuple[nn.Module, str, str]]]) -> None:
-    if groups["unused"]:
-        log.warning("not used by the model's forward, left as they are: %s", _names(groups["unused"]))
-    wanted = {places[id(p)][0][2] for p in params if p.requires_grad}
-    cut_off = [p for key, group in groups.items() if key != "unused" for p in group
-               if not p.trainable and p.name in wanted]
-    if cut_off:
-        log.warning("no gradient of the loss reaches them, treated as frozen: %s", _names(cut_off))
 
 
 def _names(params: list[ParamSpec], limit: int = 8) -> str:

@@ -39,6 +39,7 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
         raise RatelError("flash attention computes in bf16 on a CUDA device", field="attention", value=attention,
                          remedy="Use --attention sdpa")
     if isinstance(source, nn.Module):
+        source = getattr(source, "_orig_mod", source)  # what torch.compile wraps
         return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len)
     config, directory, name = _resolve(source)
     return _from_config(config, directory, name, dtype, device, seed, loss_fn, attention, max_seq_len)

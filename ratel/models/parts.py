@@ -111,7 +111,7 @@ class Parts:
                 layout = make_layout(self.module, found, self.name)
                 if not layout.spec.num_trainable_params:
                     raise RatelError("there is nothing to train: no parameter that the loss depends on requires grad",
-                                     field="model", value=self.name, remedy="Set requires_grad on what is to be trained")
+                                     field="model", value=self.name, remedy="Set requires_grad on some of them")
                 self._layout = layout
                 self._trace = found
                 with torch.no_grad(), Shadow([]):
@@ -249,7 +249,8 @@ class Parts:
         """
         params = dict(self.module.named_parameters())
         self._source.check([
-            ParamSpec(name=places[0][2], shape=tuple(params[places[0][2]].shape), aliases=tuple(p[2] for p in places[1:]))
+            ParamSpec(name=places[0][2], shape=tuple(params[places[0][2]].shape),
+                      aliases=tuple(name for _, _, name in places[1:]))
             for places in owners(self.module).values()])
 
     def read_unit(self, unit: int | UnitSpec, out: Tensor) -> None:

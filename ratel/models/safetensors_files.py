@@ -59,6 +59,9 @@ class TensorFiles:
             self._open_file, self._open_path = safe_open(stored.file, framework="pt"), stored.file
         return self._open_file.get_tensor(name)
 
+    def close(self) -> None:
+        self._open_file = self._open_path = None
+
 
 def _list_files(directory: Path) -> list[Path]:
     index = directory / INDEX
