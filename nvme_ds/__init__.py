@@ -8,5 +8,5 @@ from nvme_ds.engine import ACTIVATION, ALIGNMENT, OPTIMIZER, WEIGHT, WRITEBACK, 
 from nvme_ds.errors import BuildError, IoError, NoSpaceError
 from nvme_ds.volume import Volume
 
-__all__ = ["ACTIVATION", "ALIGNMENT", "OPTIMIZER", "WEIGHT", "WRITEBACK", "AlignedBuffer", "BuildError", "Engine", "IoError",
-           "NoSpaceError", "Volume"]
+__all__ = ["ACTIVATION", "ALIGNMENT", "OPTIMIZER", "WEIGHT", "WRITEBACK", "AlignedBuffer", "BuildError", "Engine",
+           "IoError", "NoSpaceError", "Volume"]

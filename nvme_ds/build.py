@@ -18,7 +18,8 @@ SOURCES = Path(__file__).parent / "csrc"
 DEFAULT_OUT_DIR = Path(__file__).parent / "_lib"
 FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-std=c++17", "-Wall", "-Wextra"]
 # A Python distribution may bring a C++ runtime older than the compiler's: carry our own, unseen by others.
-OWN_RUNTIME = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+OWN_RUNTIME = ["-static-libstdc++", "-static-libgcc"]
+EXPORTS = "{ global: nds_*; local: *; };"  # visibility flags alone leave the standard library's templates visible
 
 
 def find_compiler() -> list[str]:
@@ -29,12 +30,13 @@ def find_compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     wanted = asked[0] if asked else "g++"
-    raise BuildError(f"nvme_ds needs a C++17 compiler and found no {wanted}. Install g++ (Debian/Ubuntu: apt install build-essential, "
-                     "Fedora: dnf install gcc-c++), or name another compiler in CXX")
+    raise BuildError(f"nvme_ds needs a C++17 compiler and found no {wanted}. Install g++ (Debian/Ubuntu: apt install "
+                     "build-essential, Fedora: dnf install gcc-c++), or name another compiler in CXX")
 
 
 def build(out_dir: str | Path | None = None, *, sanitize: str | None = None) -> Path:
-    """Compile and link; returns the library. ``sanitize`` is ``"thread"`` or ``"address"``, for tests of the engine itself."""
+    """Compile and link; returns the library. ``sanitize``: ``"thread"`` or ``"address"``, for tests of the engine
+    itself."""
     compiler = find_compiler()
     out_dir = Path(out_dir) if out_dir else DEFAULT_OUT_DIR
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def build(out_dir: str | Path | None = None, *, sanitize: str | None = None) -> 
     with tempfile.TemporaryDirectory() as scratch:
         objects = _compile_all(compiler + FLAGS + extra, Path(scratch))
         linked = Path(scratch) / target.name
-        _link(compiler + ["-shared", "-pthread", *extra], objects, linked, own_runtime=not sanitize)
+        _link(compiler + ["-pthread", *extra], objects, linked, own_runtime=not sanitize)
         # Renamed into place: a process that has the old library mapped keeps it whole.
         staged = out_dir / f".{target.name}.{os.getpid()}"
         shutil.copy2(linked, staged)
@@ -60,7 +62,9 @@ def _compile_all(command: list[str], scratch: Path) -> list[Path]:
 
 
 def _link(command: list[str], objects: list[Path], target: Path, *, own_runtime: bool) -> None:
-    base = [*command, *map(str, objects), "-o", str(target)]
+    exports = target.with_name("exports.map")
+    exports.write_text(EXPORTS)
+    base = [*command, "-shared", f"-Wl,--version-script={exports}", *map(str, objects), "-o", str(target)]
     if own_runtime:
         try:
             return _run(base + OWN_RUNTIME)
@@ -73,9 +77,10 @@ def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise BuildError(f"cannot run the C++ compiler {command[0]}: {error}. Install g++ (apt install build-essential)") from error
+        raise BuildError(f"cannot run {command[0]}: {error}. Install g++ (apt install build-essential)") from error
     if done.returncode:
-        raise BuildError(f"nvme_ds does not compile (g++ of build-essential is known to work):\n{shlex.join(command)}\n{done.stderr}")
+        raise BuildError("nvme_ds does not compile (g++ of build-essential is known to work):\n"
+                         f"{shlex.join(command)}\n{done.stderr}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The engine's Python face: argument checks, waiting that Ctrl-C can end, errors with their place. Transfers never pass through
+"""The engine's Python face: volumes, waiting that Ctrl-C can end, errors with their place. Data never passes through
 Python."""
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ALIGNMENT = files.ALIGNMENT
 
 _OPS = ("read", "write", "sync")
 _FAULT_BITS = {None: 0, "read": 1, "write": 2, "sync": 4}
+_TOTALLED = ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_ops", "queued", "in_flight")
 _SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
 _EXIT_PATIENCE_S = 5.0
 
@@ -32,10 +33,10 @@ _EXIT_PATIENCE_S = 5.0
 class Engine:
     """Asynchronous reads and writes between memory and striped volumes, with one queue per directory.
 
-    backend: ``auto`` takes io_uring where the kernel allows it, else threads; a forced choice that is impossible raises OSError.
-    queue_depth: requests the kernel holds per directory. num_threads: per directory, of the ``threads`` backend.
-    request_bytes: longest single request. bandwidth_bps: cap per directory on reads and writes together, one number or
-    ``{directory: bytes per second}``.
+    backend: ``auto`` takes io_uring where the kernel allows it, else threads; a forced choice that is impossible raises
+    OSError. queue_depth: requests the kernel holds per directory. num_threads: per directory, of the ``threads``
+    backend. request_bytes: longest single request. bandwidth_bps: cap per directory on reads and writes together, one
+    number or ``{directory: bytes per second}``.
     """
 
     def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 4, request_bytes: int = 1 << 20,
@@ -58,18 +59,21 @@ class Engine:
 
     # Volumes
 
-    def create_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int, stripe_bytes: int = 1 << 20,
-                      weights: Sequence[float] | None = None, direct: str = "auto", keep: bool = False) -> Volume:
-        """New files ``<directory>/<name>.<index>``, allocated in full (contents undefined), replacing any of these names.
+    def create_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
+                      stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
+                      keep: bool = False) -> Volume:
+        """New files ``<directory>/<name>.<index>``, allocated in full (contents undefined), replacing files of these
+        names.
 
-        weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall back to
-        buffered I/O with a warning, see ``Volume.direct``), ``on`` (raise instead) or ``off``. keep: leave the files at close.
-        Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable.
+        weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall
+        back to buffered I/O with a warning, see ``Volume.direct``), ``on`` (raise instead) or ``off``. keep: leave the
+        files. Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable.
         """
         return self._make_volume(files.create_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
-    def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int, stripe_bytes: int = 1 << 20,
-                    weights: Sequence[float] | None = None, direct: str = "auto", keep: bool = True) -> Volume:
+    def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
+                    stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
+                    keep: bool = True) -> Volume:
         """Files made by ``create_volume`` with the same arguments. Files of another size raise OSError (EINVAL)."""
         return self._make_volume(files.open_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
@@ -103,14 +107,16 @@ class Engine:
         spec = native.VolumeSpec(
             num_files=count, devices=(ctypes.c_int32 * count)(*devices), fds=(ctypes.c_int32 * count)(*fds),
             paths=(ctypes.c_char_p * count)(*map(os.fsencode, paths)), pattern_length=len(pattern),
-            pattern=(ctypes.c_uint32 * len(pattern))(*pattern), stripe_bytes=stripe_bytes, num_bytes=num_bytes, direct=is_direct)
+            pattern=(ctypes.c_uint32 * len(pattern))(*pattern), stripe_bytes=stripe_bytes, num_bytes=num_bytes,
+            direct=is_direct)
         return _checked(self._native.volume_add(self._handle, ctypes.byref(spec)), "adding a volume")
 
     def _device(self, folder: str) -> int:
         with self._lock:
             if folder not in self._devices:
                 cap_bps = self._caps.get(folder, self._caps.get(None, 0.0))
-                self._devices[folder] = _checked(self._native.device_add(self._handle, cap_bps), f"a queue for {folder}")
+                index = self._native.device_add(self._handle, cap_bps)
+                self._devices[folder] = _checked(index, f"a queue for {folder}")
             return self._devices[folder]
 
     def _sync_volume(self, volume: Volume) -> None:
@@ -126,9 +132,11 @@ class Engine:
     # Memory
 
     def register_buffer(self, address: int, num_bytes: int) -> None:
-        """Let the kernel keep this memory mapped (io_uring fixed buffers). Only speed depends on it: where it is impossible
-        (RLIMIT_MEMLOCK, the threads backend) plain requests are used, and ``stats()["fixed_buffers"]`` says why. Unregister before
-        the memory is freed: its pages stay in use until then."""
+        """Let the kernel keep this memory mapped (io_uring fixed buffers). Only speed depends on it.
+
+        Where it is impossible (RLIMIT_MEMLOCK, the threads backend) plain requests are used, and
+        ``stats()["fixed_buffers"]`` says why. Unregister before the memory is freed: its pages stay in use until then.
+        """
         _checked(self._native.buffer_register(self._handle, address, num_bytes), "registering a buffer")
         self._buffers[address] = num_bytes
 
@@ -139,14 +147,14 @@ class Engine:
     # Transfers
 
     def submit_read(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
-        """Start ``memory[address:] = volume[offset:offset + num_bytes]``; returns a ticket. Everything in multiples of 4096.
-        The memory must stay valid until the ticket is done."""
+        """Start ``memory[address:] = volume[offset:offset + num_bytes]``; returns a ticket. The memory must stay valid
+        until the ticket is done. Offset, address and size are multiples of 4096."""
         ticket = self._native.submit(self._handle, volume.handle, 0, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
     def submit_write(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
-        """Start ``volume[offset:offset + num_bytes] = memory[address:]``; otherwise as ``submit_read``. Transfers in flight at the
-        same time are not ordered: wait for one before submitting another that overlaps it."""
+        """Start ``volume[offset:offset + num_bytes] = memory[address:]``; otherwise as ``submit_read``. Transfers in
+        flight together are not ordered: wait for one before submitting another that overlaps it."""
         ticket = self._native.submit(self._handle, volume.handle, 1, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
@@ -170,7 +178,8 @@ class Engine:
             self._raise_for(status, failure)
 
     def wait_all(self, tickets: Iterable[int]) -> None:
-        """Wait for every ticket, then raise the first error among them, if any: all of the memory is free to reuse either way."""
+        """Wait for every ticket, then raise the first error among them, if any: the memory is free to reuse either
+        way."""
         first_error: OSError | None = None
         for ticket in tickets:
             try:
@@ -193,16 +202,18 @@ class Engine:
     # Observation and faults
 
     def stats(self) -> dict:
-        """Counters since the start or ``reset_stats``. Bytes are those the kernel reported as transferred; ``busy_s`` is the time
-        with at least one request in flight; ``directories`` holds the same per directory."""
+        """Counters since the start or ``reset_stats``, in all and per directory.
+
+        Bytes are those the kernel reported as transferred; ``busy_s`` is the time with at least one request in flight.
+        """
         with self._lock:
             devices = dict(self._devices)
         directories = {folder: self._device_stats(index) for folder, index in devices.items()}
-        totals = {key: sum(entry[key] for entry in directories.values())
-                  for key in ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_ops", "queued", "in_flight")}
+        totals = {key: sum(entry[key] for entry in directories.values()) for key in _TOTALLED}
         totals["busy_s"] = max(0, self._native.busy_ns(self._handle)) / 1e9
         totals["tickets"] = max(0, self._native.num_tickets(self._handle))
-        return {"backend": self.backend, **totals, "fixed_buffers": self._fixed_buffers_state(), "directories": directories}
+        return {"backend": self.backend, "fixed_buffers": self._fixed_buffers_state(), **totals,
+                "directories": directories}
 
     def _device_stats(self, index: int) -> dict:
         counters = native.Counters()
@@ -220,25 +231,27 @@ class Engine:
     def reset_stats(self) -> None:
         self._native.counters_reset(self._handle)
 
-    def inject(self, *, max_delay_us: int = 0, seed: int = 0, fail_op: str | None = None, fail_after_n: int = 0, fail_count: int = 1,
-               errno: int = errno_module.EIO, short_transfers: bool = False, no_direct: bool = False) -> None:
+    def inject(self, *, max_delay_us: int = 0, seed: int = 0, fail_op: str | None = None, fail_after_n: int = 0,
+               fail_count: int = 1, errno: int = errno_module.EIO, short_transfers: bool = False,
+               no_direct: bool = False) -> None:
         """Test hook; each call replaces the last, so a call without arguments turns everything off.
 
-        max_delay_us: finished requests are held back at random. fail_op: ``read``, ``write``, ``sync`` or ``any``; after
-        fail_after_n of them, the next fail_count fail with ``errno``. short_transfers: about half of the requests are cut short.
-        no_direct: volumes made from now on find no O_DIRECT.
+        max_delay_us: finished requests are held back at random. fail_op: ``read``, ``write``, ``sync`` or ``any``;
+        after fail_after_n of them, the next fail_count fail with ``errno``. short_transfers: about half of the requests
+        are cut short. no_direct: volumes made from now on find no O_DIRECT.
         """
         bits = 7 if fail_op == "any" else _FAULT_BITS[fail_op]
-        faults = native.Faults(seed=seed, max_delay_us=max_delay_us, fail_after_n=fail_after_n, fail_count=fail_count if bits else 0,
-                               fail_op=bits, fail_errno=errno, short_transfers=short_transfers)
+        faults = native.Faults(seed=seed, max_delay_us=max_delay_us, fail_op=bits, fail_after_n=fail_after_n,
+                               fail_count=fail_count if bits else 0, fail_errno=errno, short_transfers=short_transfers)
         self._native.inject(self._handle, ctypes.byref(faults))
         self._no_direct = no_direct
 
     # The end
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Cancel what waits, let the kernel finish what it has (it writes into the caller's memory), end the threads, close the
-        volumes. Waiters of cancelled tickets get IoError(ECANCELED). TimeoutError when the device keeps requests for longer."""
+        """Cancel what waits, let the kernel finish what it has (it writes into the caller's memory), end the threads,
+        close the volumes. Waiters of cancelled tickets get IoError(ECANCELED). TimeoutError when the device keeps
+        requests longer; then close() may be called again."""
         self._closed = True
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while self._native.engine_close(self._handle, _SLICE_US) == -errno_module.EINPROGRESS:
@@ -285,10 +298,10 @@ class Engine:
         if error == errno_module.EBADF:
             raise ValueError(f"the volume {volume.paths[0]} is closed or belongs to another engine")
         if error == errno_module.ERANGE:
-            raise ValueError(f"{num_bytes} bytes at offset {offset} reach past the end of a volume of {volume.num_bytes} bytes")
+            raise ValueError(f"{num_bytes} bytes at offset {offset} reach past the end, {volume.num_bytes}")
         if error == errno_module.EINVAL:
-            raise ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of {ALIGNMENT} and the "
-                             f"priority {priority} one of 0..3")
+            raise ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of "
+                             f"{ALIGNMENT} and the priority {priority} one of 0..3")
         raise OSError(error, os.strerror(error))
 
 
@@ -308,15 +321,17 @@ def _choose_backend(functions, backend: str, queue_depth: int) -> str:
     error = -functions.uring_probe(queue_depth)
     if error == 0:
         return "io_uring"
-    reason = "built without it" if error == errno_module.ENOSYS else os.strerror(error)
+    reason = "not in this kernel or this build" if error == errno_module.ENOSYS else os.strerror(error)
     if backend == "io_uring":
-        raise OSError(error, f"io_uring is not available here ({reason}): containers and sysctl kernel.io_uring_disabled may forbid it")
+        raise OSError(error, f"io_uring is not available here ({reason}): containers and the sysctl "
+                             "kernel.io_uring_disabled may forbid it. Choose backend auto or threads")
     logger.warning("io_uring is not available here (%s); using threads", reason)
     return "threads"
 
 
 def _shut_down(functions, handle: int) -> None:
-    """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the process."""
+    """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the
+    process."""
     deadline_s = time.monotonic() + _EXIT_PATIENCE_S
     while functions.engine_close(handle, _SLICE_US) == -errno_module.EINPROGRESS:
         if time.monotonic() >= deadline_s:

@@ -10,8 +10,8 @@ class BuildError(RuntimeError):
 
 
 class IoError(OSError):
-    """A transfer failed. ``errno`` and ``filename`` as in OSError; ``offset`` and ``num_bytes`` are the range of that file
-    that did not make it; ``op`` is ``"read"``, ``"write"`` or ``"sync"``."""
+    """A transfer failed. ``errno`` and ``filename`` as in OSError; ``offset`` and ``num_bytes`` are the range of that
+    file that did not make it; ``op`` is ``"read"``, ``"write"`` or ``"sync"``."""
 
     def __init__(self, errno: int, path: str, *, op: str, offset: int, num_bytes: int) -> None:
         where = f"{op} of {num_bytes} bytes at offset {offset}" if num_bytes else op

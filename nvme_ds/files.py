@@ -48,7 +48,8 @@ def _open(path: str, num_bytes: int, undo: ExitStack) -> int:
     fd = _open_locked(path, 0, undo)
     found = os.fstat(fd).st_size
     if found != num_bytes:
-        raise OSError(errno.EINVAL, f"the file has {found} bytes, this layout needs {num_bytes}: it was made with another one", path)
+        message = f"the file has {found} bytes, this layout needs {num_bytes}: it was made with another one"
+        raise OSError(errno.EINVAL, message, path)
     return fd
 
 
@@ -81,7 +82,8 @@ def _allocate(fd: int, path: str, num_bytes: int) -> None:
 
 
 def bypass_page_cache(fds: Sequence[int], paths: Sequence[str], mode: str, *, refuse: bool = False) -> bool:
-    """Turn on O_DIRECT for all files or none. ``mode`` is auto, on or off; ``refuse`` acts as a file system without it."""
+    """Turn on O_DIRECT for all files or none. ``mode`` is auto, on or off; ``refuse`` acts as a file system without
+    it."""
     if mode == "off":
         return False
     for fd, path in zip(fds, paths):
@@ -89,8 +91,9 @@ def bypass_page_cache(fds: Sequence[int], paths: Sequence[str], mode: str, *, re
         if reason is None:
             continue
         if mode == "on":
-            raise OSError(errno.EINVAL, f"no O_DIRECT on this file system ({reason}): use direct='auto' or another directory", path)
-        logger.warning("%s: no O_DIRECT here (%s); going through the page cache, slower and at the cost of DRAM", path, reason)
+            message = f"no O_DIRECT on this file system ({reason}): use direct='auto' or another directory"
+            raise OSError(errno.EINVAL, message, path)
+        logger.warning("%s: no O_DIRECT (%s); using the page cache, slower and at the cost of DRAM", path, reason)
         for other in fds:
             _set_direct(other, False)
         return False

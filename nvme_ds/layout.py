@@ -10,7 +10,8 @@ SHARE_TOLERANCE = 0.03  # a directory's share may differ this much, relatively, 
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest integers whose shares follow the weights (bandwidths, say) within SHARE_TOLERANCE, or the best below MAX_CYCLE."""
+    """The smallest integers whose shares follow the weights (bandwidths, say) within SHARE_TOLERANCE, or the nearest
+    ones of a cycle of MAX_CYCLE."""
     if any(not weight > 0 for weight in weights):
         raise ValueError(f"weights: every directory needs a positive weight (given: {list(weights)})")
     total = sum(weights)

@@ -15,12 +15,14 @@ BUILD_COMMAND = "python -m nvme_ds.build"
 
 
 class Failure(ctypes.Structure):
-    _fields_ = [("error", c_int32), ("op", c_int32), ("offset", c_uint64), ("num_bytes", c_uint64), ("path", ctypes.c_char * 4096)]
+    _fields_ = [("error", c_int32), ("op", c_int32), ("offset", c_uint64), ("num_bytes", c_uint64),
+                ("path", ctypes.c_char * 4096)]
 
 
 class Counters(ctypes.Structure):
     _fields_ = [(name, c_uint64) for name in (
-        "bytes_read", "bytes_written", "reads", "writes", "errors", "busy_ns", "fixed_ops", "queued", "in_flight", "max_in_flight")]
+        "bytes_read", "bytes_written", "reads", "writes", "errors", "busy_ns", "fixed_ops", "queued", "in_flight",
+        "max_in_flight")]
 
 
 class Faults(ctypes.Structure):
@@ -33,17 +35,18 @@ class EngineOptions(ctypes.Structure):
 
 
 class VolumeSpec(ctypes.Structure):
-    _fields_ = [("num_files", c_uint32), ("devices", POINTER(c_int32)), ("fds", POINTER(c_int32)), ("paths", POINTER(c_char_p)),
-                ("pattern_length", c_uint32), ("pattern", POINTER(c_uint32)), ("stripe_bytes", c_uint64), ("num_bytes", c_uint64),
-                ("direct", c_int32)]
+    _fields_ = [("num_files", c_uint32), ("devices", POINTER(c_int32)), ("fds", POINTER(c_int32)),
+                ("paths", POINTER(c_char_p)), ("pattern_length", c_uint32), ("pattern", POINTER(c_uint32)),
+                ("stripe_bytes", c_uint64), ("num_bytes", c_uint64), ("direct", c_int32)]
 
 
 class ReferenceSpec(ctypes.Structure):
     _fields_ = [("fds", POINTER(c_int32)), ("num_fds", c_uint32), ("use_uring", c_int32), ("depth", c_uint32),
-                ("request_bytes", c_uint64), ("region_bytes", c_uint64), ("num_requests", c_uint64), ("writes_per_16", c_uint32)]
+                ("request_bytes", c_uint64), ("region_bytes", c_uint64), ("num_requests", c_uint64),
+                ("writes_per_16", c_uint32)]
 
 
-# name -> (result, arguments). Those of _SHORT never sleep, so they keep the GIL: giving it up can cost 5 ms of waiting for it.
+# name -> (result, arguments). Those of _SHORT never sleep, so they keep the GIL: getting it back can take 5 ms.
 _LONG = {
     "engine_close": (c_int32, [c_int64, c_int64]),
     "engine_destroy": (c_int32, [c_int64]),
@@ -88,7 +91,8 @@ def _bind(library: ctypes.CDLL, table: dict) -> dict:
 
 @cache
 def library() -> SimpleNamespace:
-    """The native functions, named without their prefix. ImportError when the library is missing or of another version."""
+    """The native functions, named without their prefix. ImportError when the library is missing or of another
+    version."""
     path = library_path()
     if not path.exists():
         raise ImportError(f"the native I/O engine is not built: {path} is missing. Run: {BUILD_COMMAND}")
@@ -98,6 +102,6 @@ def library() -> SimpleNamespace:
         raise ImportError(f"the native I/O engine cannot be loaded: {error}. Rebuild it: {BUILD_COMMAND}") from error
     found = releasing.nds_abi_version()
     if found != ABI_VERSION:
-        raise ImportError(f"{path} has interface {found}, this package needs {ABI_VERSION}. Rebuild it: {BUILD_COMMAND}")
+        raise ImportError(f"{path} has interface {found}, not {ABI_VERSION}. Rebuild it: {BUILD_COMMAND}")
     functions = _bind(releasing, _LONG) | _bind(holding, _SHORT)
     return SimpleNamespace(**functions, poll=_bind(holding, {"wait": _LONG["wait"]})["wait"])

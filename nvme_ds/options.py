@@ -22,7 +22,8 @@ def check_options(backend: str, queue_depth: int, num_threads: int, request_byte
         raise ValueError(f"request_bytes: must be a multiple of {ALIGNMENT} up to 1 GiB (given: {request_bytes})")
 
 
-def check_layout(folders: list[str], name: str, num_bytes: int, stripe_bytes: int, weights: list[float], direct: str) -> None:
+def check_layout(folders: list[str], name: str, num_bytes: int, stripe_bytes: int, weights: list[float],
+                 direct: str) -> None:
     if not folders or len(set(folders)) != len(folders):
         raise ValueError(f"directories: at least one, and each only once (given: {folders})")
     if not name or "/" in name:
@@ -42,5 +43,5 @@ def caps_by_directory(bandwidth_bps: float | Mapping[str, float] | None) -> dict
     caps = bandwidth_bps if isinstance(bandwidth_bps, Mapping) else {None: bandwidth_bps or 0.0}
     for directory, cap_bps in caps.items():
         if cap_bps < 0:
-            raise ValueError(f"bandwidth_bps: cannot be negative (given: {cap_bps} for {directory or 'every directory'})")
+            raise ValueError(f"bandwidth_bps: cannot be negative (given: {cap_bps} for {directory or 'all'})")
     return {directory and os.path.realpath(directory): float(cap_bps) for directory, cap_bps in caps.items()}

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 class Volume:
     """Made by ``Engine.create_volume`` or ``Engine.open_volume``.
 
-    ``num_bytes`` is the usable size (rounded up to 4096), ``paths`` the files, ``direct`` whether they bypass the page cache.
+    ``num_bytes`` is the usable size (rounded up to 4096), ``paths`` the files, ``direct`` whether they bypass the page
+    cache.
     """
 
     def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool) -> None:
@@ -21,11 +22,13 @@ class Volume:
         self._closed = False
 
     def sync(self) -> None:
-        """Make every completed write durable (fdatasync of each file). Wait for the writes' tickets first. IoError on failure."""
+        """Make every completed write durable (fdatasync of each file). Wait for the writes' tickets first. IoError on
+        failure."""
         self._engine._sync_volume(self)
 
     def close(self, unlink: bool | None = None) -> None:
-        """Take no more transfers; those under way finish. ``unlink`` removes the files, by default unless made with keep=True."""
+        """Take no more transfers; those under way finish. ``unlink`` removes the files, by default unless made with
+        keep=True."""
         if self._closed:
             return
         self._closed = True

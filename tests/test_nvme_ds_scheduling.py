@@ -1,4 +1,5 @@
-"""Order, depth, cap and the end of an engine. Times are stretched with a bandwidth cap so that slow machines measure the same."""
+"""Order, depth, cap and the end of an engine. A bandwidth cap stretches times, so that slow machines measure the
+same."""
 
 import errno
 import os
@@ -44,7 +45,7 @@ def test_urgent_reads_overtake_queued_writes(backend: str, ssd_dir: Path) -> Non
 def test_classes_go_in_order(backend: str, ssd_dir: Path) -> None:
     with Engine(backend=backend, queue_depth=1, num_threads=1, bandwidth_bps=8 * MIB) as engine:
         volume, memory = engine.create_volume([ssd_dir], "v", 2 * MIB), AlignedBuffer(64 * KIB)
-        first = submit_many(engine, volume, memory, 4, nvme_ds.WRITEBACK)  # keep the device busy while the rest is queued
+        first = submit_many(engine, volume, memory, 4, nvme_ds.WRITEBACK)  # busy while the rest is queued
         by_class = {priority: submit_many(engine, volume, memory, 2, priority) for priority in (3, 2, 1, 0)}
         for priority in (0, 1, 2):
             engine.wait_all(by_class[priority])
@@ -152,7 +153,8 @@ def test_a_closed_engine_refuses(ssd_dir: Path) -> None:
     ticket = engine.submit_write(volume, 0, memory.address, MIB, 0)
     engine.close()
     engine.close()
-    for call in (lambda: engine.wait(ticket), lambda: engine.done(ticket), lambda: engine.create_volume([ssd_dir], "w", MIB),
+    for call in (lambda: engine.wait(ticket), lambda: engine.done(ticket),
+                 lambda: engine.create_volume([ssd_dir], "w", MIB),
                  lambda: engine.submit_read(volume, 0, memory.address, MIB, 0)):
         with pytest.raises(OSError) as caught:
             call()

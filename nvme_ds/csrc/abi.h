@@ -1,5 +1,5 @@
-// The C surface of the library: plain structures and the export macro. Python mirrors these in native.py; any change here
-// raises kAbiVersion, which is checked when the library is loaded.
+// The C surface of the library: plain structures and the export macro. Python mirrors these in native.py; any change
+// here raises kAbiVersion, which is checked when the library is loaded.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Entry points. Engines are named by number, never by pointer, so that a call that comes too late gets -EBADF; a thread inside
-// a call keeps its engine alive.
+// Entry points. Engines are named by number, never by pointer, so that a call that comes too late gets -EBADF; a thread
+// inside a call keeps its engine alive.
 #include <cerrno>
 #include <memory>
 #include <mutex>
@@ -114,8 +114,8 @@ NDS_EXPORT int32_t nds_volume_close(int64_t handle, int64_t volume) noexcept {
     return with_engine(handle, [&](Engine& engine) { return engine.close_volume(volume); });
 }
 
-NDS_EXPORT int64_t nds_submit(int64_t handle, int64_t volume, int32_t op, uint64_t offset, uint64_t address, uint64_t num_bytes,
-                              int32_t priority) noexcept {
+NDS_EXPORT int64_t nds_submit(int64_t handle, int64_t volume, int32_t op, uint64_t offset, uint64_t address,
+                              uint64_t num_bytes, int32_t priority) noexcept {
     return with_engine(handle, [&](Engine& engine) -> int64_t {
         return engine.submit(volume, static_cast<Op>(op), offset, address, num_bytes, priority);
     });

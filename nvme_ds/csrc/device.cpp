@@ -61,9 +61,7 @@ Part* Device::take(std::unique_lock<std::mutex>&, int64_t* wait_ns) {
     return part;
 }
 
-bool Device::drained(std::unique_lock<std::mutex>&) const {
-    return stopped_ && queue_.in_flight() == 0;
-}
+bool Device::drained(std::unique_lock<std::mutex>&) const { return stopped_ && queue_.in_flight() == 0; }
 
 void Device::count(const Part& part, uint64_t num_bytes) {
     const int kind = part.op == Op::kWrite;
@@ -89,7 +87,8 @@ Outcome Device::absorb(Part& part, int64_t result) {
     }
     if (result == -EINTR) return Outcome::kContinue;
     if (result == -EAGAIN && part.retries++ < kMaxRetries) return Outcome::kRetryLater;
-    // Nothing transferred and no error: a read past the end of a truncated file, or a write that a device will not take.
+    // Nothing transferred and no error: a read past the end of a truncated file, or a write that a device will
+    // not take.
     if (result == 0) result = part.op == Op::kRead ? -ENODATA : -EIO;
     fail(part, static_cast<int>(-result));
     return Outcome::kFinished;
@@ -123,7 +122,8 @@ void Device::read_counters(nds_counters& out) const {
 }
 
 void Device::reset_counters() {
-    for (auto* counter : {&bytes_[0], &bytes_[1], &operations_[0], &operations_[1], &errors_, &fixed_ops_}) counter->store(0);
+    for (auto* counter : {&bytes_[0], &bytes_[1], &operations_[0], &operations_[1], &errors_, &fixed_ops_})
+        counter->store(0);
     busy_.reset(now_ns());
     std::lock_guard<std::mutex> held(mutex_);
     max_in_flight_ = queue_.in_flight();

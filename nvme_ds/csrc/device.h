@@ -1,5 +1,5 @@
-// One directory: its waiting requests, cap, counters, and what the result of a kernel operation means for a part. Backends take
-// parts from here, run them, and give them back.
+// One directory: its waiting requests, cap, counters, and what the result of a kernel operation means for a part.
+// Backends take parts from here, run them, and give them back.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,8 @@ public:
 
     Faults& faults;
 
-    // Submitting side. push() takes over the parts, or cancels them at once after stop(); true: the backend must be woken.
+    // Submitting side. push() takes over the parts, or cancels them at once after stop(); true: the backend must be
+    // woken.
     bool push(const std::vector<Part*>& parts);
     void stop();  // cancels what waits; what is in flight goes on
 

@@ -17,7 +17,8 @@ using WriteLock = std::unique_lock<std::shared_mutex>;
 }  // namespace
 
 std::unique_ptr<Backend> Engine::make_backend(Device& device) const {
-    if (options_.backend == static_cast<int32_t>(BackendKind::kUring)) return make_uring_backend(device, options_.queue_depth);
+    if (options_.backend == static_cast<int32_t>(BackendKind::kUring))
+        return make_uring_backend(device, options_.queue_depth);
     return make_thread_backend(device, options_.num_threads);
 }
 
@@ -46,8 +47,9 @@ int64_t Engine::add_volume(const nds_volume_spec& spec) {
         if (spec.devices[i] < 0 || static_cast<size_t>(spec.devices[i]) >= units_.size()) return -EINVAL;
         files.push_back({spec.fds[i], spec.paths[i], units_[static_cast<size_t>(spec.devices[i])].device.get()});
     }
-    volumes_[next_volume_] = std::make_shared<Volume>(
-        std::move(files), Layout(std::move(pattern), spec.num_files, spec.stripe_bytes), spec.num_bytes, spec.direct != 0);
+    volumes_[next_volume_] =
+        std::make_shared<Volume>(std::move(files), Layout(std::move(pattern), spec.num_files, spec.stripe_bytes),
+                                 spec.num_bytes, spec.direct != 0);
     return next_volume_++;
 }
 
@@ -75,12 +77,14 @@ int Engine::close_volume(int64_t id) {
     return volumes_.erase(id) ? 0 : -EBADF;
 }
 
-void Engine::split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset, uint64_t address, uint64_t num_bytes, int priority) {
+void Engine::split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset, uint64_t address, uint64_t num_bytes,
+                   int priority) {
     ticket.parts.reserve(num_bytes / options_.request_bytes + 2);
     while (num_bytes > 0) {
         const Extent extent = volume.layout().extent_at(offset, std::min(num_bytes, options_.request_bytes));
-        ticket.parts.push_back({&ticket, volume.files()[extent.file].fd, extent.file, op, static_cast<uint8_t>(priority),
-                                volume.direct(), 0, extent.file_offset, reinterpret_cast<char*>(address), extent.num_bytes, 0});
+        ticket.parts.push_back({&ticket, volume.files()[extent.file].fd, extent.file, op,
+                                static_cast<uint8_t>(priority), volume.direct(), 0, extent.file_offset,
+                                reinterpret_cast<char*>(address), extent.num_bytes, 0});
         offset += extent.num_bytes;
         address += extent.num_bytes;
         num_bytes -= extent.num_bytes;
@@ -88,7 +92,8 @@ void Engine::split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset,
 }
 
 Backend& Engine::backend_of(const Device& device) const {
-    const auto found = std::find_if(units_.begin(), units_.end(), [&](const Unit& unit) { return unit.device.get() == &device; });
+    const auto found =
+        std::find_if(units_.begin(), units_.end(), [&](const Unit& unit) { return unit.device.get() == &device; });
     return *found->backend;
 }
 
@@ -133,7 +138,8 @@ int Engine::done(int64_t ticket_id) const {
 
 int Engine::register_buffer(uint64_t address, uint64_t num_bytes) {
     WriteLock held(mutex_);
-    if (std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& known) { return known.first == address; })) return -EEXIST;
+    if (std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& known) { return known.first == address; }))
+        return -EEXIST;
     buffers_.emplace_back(address, num_bytes);
     for (const Unit& unit : units_)
         if (const int error = unit.backend->add_buffer(address, num_bytes)) buffer_error_ = error;
@@ -142,7 +148,8 @@ int Engine::register_buffer(uint64_t address, uint64_t num_bytes) {
 
 int Engine::unregister_buffer(uint64_t address) {
     WriteLock held(mutex_);
-    const auto known = std::find_if(buffers_.begin(), buffers_.end(), [&](const auto& b) { return b.first == address; });
+    const auto known =
+        std::find_if(buffers_.begin(), buffers_.end(), [&](const auto& b) { return b.first == address; });
     if (known == buffers_.end()) return -ENOENT;
     buffers_.erase(known);
     for (const Unit& unit : units_) unit.backend->remove_buffer(address);

@@ -50,7 +50,8 @@ private:
 
     std::unique_ptr<Backend> make_backend(Device& device) const;
     std::shared_ptr<Volume> volume(int64_t id) const;
-    void split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset, uint64_t address, uint64_t num_bytes, int priority);
+    void split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset, uint64_t address, uint64_t num_bytes,
+               int priority);
     void dispatch(Ticket& ticket, const Volume& volume);
     Backend& backend_of(const Device& device) const;
 

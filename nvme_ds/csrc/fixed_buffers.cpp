@@ -31,7 +31,8 @@ int FixedBuffers::update_slot(unsigned slot, uint64_t address, uint64_t num_byte
     update.offset = slot;
     update.data = reinterpret_cast<uint64_t>(&memory);
     update.nr = 1;
-    const long result = ::syscall(__NR_io_uring_register, ring_fd_, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
+    const long result =
+        ::syscall(__NR_io_uring_register, ring_fd_, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
     return result < 0 ? -errno : 0;
 }
 
@@ -44,7 +45,8 @@ int FixedBuffers::update_slot(unsigned, uint64_t, uint64_t) { return -ENOTSUP; }
 
 int FixedBuffers::free_slot() const {
     for (unsigned slot = 0; slot < kNumSlots; ++slot)
-        if (std::none_of(pieces_.begin(), pieces_.end(), [slot](const Piece& piece) { return piece.slot == slot; })) return slot;
+        if (std::none_of(pieces_.begin(), pieces_.end(), [slot](const Piece& piece) { return piece.slot == slot; }))
+            return slot;
     return -ENOSPC;
 }
 

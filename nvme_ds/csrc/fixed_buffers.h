@@ -15,7 +15,7 @@ public:
     explicit FixedBuffers(int ring_fd);
 
     int add(uint64_t address, uint64_t num_bytes);  // 0 or -errno; any thread
-    void remove(uint64_t address);                  // any thread; no transfer may be using the region
+    void remove(uint64_t address);  // any thread; no transfer may be using the region
     int index_of(uint64_t address, uint64_t num_bytes) const;  // -1 when no single registered piece covers the range
 
 private:

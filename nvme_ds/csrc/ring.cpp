@@ -24,9 +24,7 @@ void* map_ring(int fd, size_t num_bytes, off_t offset) {
     return address;
 }
 
-unsigned* field(void* ring, unsigned offset) {
-    return reinterpret_cast<unsigned*>(static_cast<char*>(ring) + offset);
-}
+unsigned* field(void* ring, unsigned offset) { return reinterpret_cast<unsigned*>(static_cast<char*>(ring) + offset); }
 
 }  // namespace
 

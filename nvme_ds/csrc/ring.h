@@ -11,7 +11,8 @@
 #endif
 #endif
 
-// IORING_OP_READ and IORING_OP_WRITE came with this feature bit (Linux 5.6); headers older than that build without the backend.
+// IORING_OP_READ and IORING_OP_WRITE came with this feature bit (Linux 5.6); headers older than that build without the
+// backend.
 #if defined(IORING_FEAT_RW_CUR_POS) && defined(__NR_io_uring_setup)
 #define NDS_HAVE_URING 1
 #else

@@ -32,7 +32,8 @@ public:
     ThreadBackend(Device& device, unsigned num_threads) : device_(device), latch_(num_threads) {
         threads_.reserve(num_threads);
         try {
-            for (unsigned i = 0; i < num_threads; ++i) threads_.push_back(start_worker("nvme_ds-pool", [this] { work(); }));
+            for (unsigned i = 0; i < num_threads; ++i)
+                threads_.push_back(start_worker("nvme_ds-pool", [this] { work(); }));
         } catch (...) {
             device_.stop();
             wake();
@@ -76,8 +77,10 @@ private:
 
     void run(Part& part) {
         for (Outcome outcome = step(part); outcome != Outcome::kFinished; outcome = step(part))
-            if (outcome == Outcome::kRetryLater) std::this_thread::sleep_for(std::chrono::nanoseconds(Device::kRetryDelayNs));
-        if (const int64_t delay_ns = device_.faults.delay_ns()) std::this_thread::sleep_for(std::chrono::nanoseconds(delay_ns));
+            if (outcome == Outcome::kRetryLater)
+                std::this_thread::sleep_for(std::chrono::nanoseconds(Device::kRetryDelayNs));
+        if (const int64_t delay_ns = device_.faults.delay_ns())
+            std::this_thread::sleep_for(std::chrono::nanoseconds(delay_ns));
         device_.finish(part);
     }
 

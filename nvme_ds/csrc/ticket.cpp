@@ -24,7 +24,7 @@ void Ticket::record_error(const Part& part, int error) {
 
 void Ticket::part_finished() {
     if (remaining_.fetch_sub(1) != 1) return;
-    // The volume goes before anyone is told: a waiter may close it next and expect its files and their locks to be free.
+    // The volume goes before anyone is told: a waiter may close it next and expect its files and locks to be free.
     volume_.reset();
     std::shared_ptr<Ticket> self = std::move(self_);
     std::lock_guard<std::mutex> lock(mutex_);
@@ -45,7 +45,8 @@ bool Ticket::wait_until(int64_t deadline_ns) {
 int Ticket::failure(nds_failure& out) const {
     std::lock_guard<std::mutex> lock(mutex_);
     if (failure_.error)
-        fill_failure(out, failure_.error, static_cast<int>(failure_.op), failure_.offset, failure_.num_bytes, failure_.path);
+        fill_failure(out, failure_.error, static_cast<int>(failure_.op), failure_.offset, failure_.num_bytes,
+                     failure_.path);
     return -failure_.error;
 }
 

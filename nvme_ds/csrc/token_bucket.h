@@ -1,5 +1,5 @@
-// Bandwidth cap. Kept as the time at which everything admitted so far would be over at the capped rate, so that a late wake-up is
-// made good by the next request instead of being lost.
+// Bandwidth cap. Kept as the time at which everything admitted so far would be over at the capped rate, so that a late
+// wake-up is made good by the next request instead of being lost.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,8 @@ public:
 
     void take(uint64_t num_bytes, int64_t now) {
         if (ns_per_byte_ == 0.0) return;
-        due_ns_ = std::max(due_ns_, now - kBurstNs) + static_cast<int64_t>(ns_per_byte_ * static_cast<double>(num_bytes));
+        due_ns_ =
+            std::max(due_ns_, now - kBurstNs) + static_cast<int64_t>(ns_per_byte_ * static_cast<double>(num_bytes));
     }
 
 private:

@@ -1,5 +1,5 @@
-// One ring and one thread per device. The thread sleeps in ppoll on the ring and on an eventfd, so that submitters never touch
-// the ring and the cap's timer needs no operation of its own.
+// One ring and one thread per device. The thread sleeps in ppoll on the ring and on an eventfd, so that submitters
+// never touch the ring and the cap's timer needs no operation of its own.
 #include <cerrno>
 
 #include "backend.h"
@@ -118,12 +118,14 @@ private:
     }
 
     void prepare(Part& part) {
-        io_uring_sqe* sqe = ring_.next_sqe();  // never full: the ring has at least as many entries as the device has slots
+        io_uring_sqe* sqe =
+            ring_.next_sqe();  // never full: the ring has at least as many entries as the device has slots
         const uint64_t address = reinterpret_cast<uint64_t>(part.address) + part.done_bytes;
         const uint64_t num_bytes = device_.faults.limit(part.remaining());
         const int slot = buffers_.index_of(address, num_bytes);
         const bool write = part.op == Op::kWrite;
-        sqe->opcode = slot >= 0 ? (write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED) : (write ? IORING_OP_WRITE : IORING_OP_READ);
+        sqe->opcode = slot >= 0 ? (write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED)
+                                : (write ? IORING_OP_WRITE : IORING_OP_READ);
         if (slot >= 0) {
             sqe->buf_index = static_cast<uint16_t>(slot);
             device_.count_fixed();
@@ -176,7 +178,8 @@ private:
         if (held_.empty()) return;
         const int64_t now = now_ns();
         std::vector<Held> due;
-        const auto keep = std::stable_partition(held_.begin(), held_.end(), [now](const Held& h) { return h.due_ns > now; });
+        const auto keep =
+            std::stable_partition(held_.begin(), held_.end(), [now](const Held& h) { return h.due_ns > now; });
         due.assign(keep, held_.end());
         held_.erase(keep, held_.end());
         std::sort(due.begin(), due.end(), [](const Held& a, const Held& b) { return a.due_ns < b.due_ns; });
@@ -194,7 +197,8 @@ private:
             const int64_t left = std::max<int64_t>(0, held.due_ns - now_ns());
             wait_ns = wait_ns < 0 ? left : std::min(wait_ns, left);
         }
-        const timespec timeout{static_cast<time_t>(wait_ns / 1'000'000'000), static_cast<long>(wait_ns % 1'000'000'000)};
+        const timespec timeout{static_cast<time_t>(wait_ns / 1'000'000'000),
+                               static_cast<long>(wait_ns % 1'000'000'000)};
         pollfd sources[2] = {{ring_.fd(), POLLIN, 0}, {wake_fd_, POLLIN, 0}};
         ::ppoll(sources, 2, wait_ns < 0 ? nullptr : &timeout, nullptr);
         if (sources[1].revents & POLLIN) {

@@ -15,7 +15,8 @@ Volume::~Volume() {
     for (const VolumeFile& file : files_) ::close(file.fd);
 }
 
-void fill_failure(nds_failure& failure, int error, int op, uint64_t offset, uint64_t num_bytes, const std::string& path) {
+void fill_failure(nds_failure& failure, int error, int op, uint64_t offset, uint64_t num_bytes,
+                  const std::string& path) {
     failure.error = error;
     failure.op = op;
     failure.offset = offset;

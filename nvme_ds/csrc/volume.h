@@ -1,4 +1,5 @@
-// The open files of a volume. Tickets in flight share ownership, so the descriptors outlive close() until the kernel is done.
+// The open files of a volume. Tickets in flight share ownership, so the descriptors outlive close() until the kernel is
+// done.
 #pragma once
 
 #include <string>
@@ -36,6 +37,7 @@ private:
     bool direct_;
 };
 
-void fill_failure(nds_failure& failure, int error, int op, uint64_t offset, uint64_t num_bytes, const std::string& path);
+void fill_failure(nds_failure& failure, int error, int op, uint64_t offset, uint64_t num_bytes,
+                  const std::string& path);
 
 }  // namespace nvme_ds

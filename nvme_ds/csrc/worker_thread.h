@@ -8,7 +8,8 @@
 
 namespace nvme_ds {
 
-// A thread that takes no signals: Ctrl-C belongs to the interpreter's main thread, not to one inside a system call of ours.
+// A thread that takes no signals: Ctrl-C belongs to the interpreter's main thread, not to one inside a system call of
+// ours.
 template <typename Body>
 std::thread start_worker(const char* name, Body body) {
     sigset_t all, before;
