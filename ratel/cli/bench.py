@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     parts = parser.add_subparsers(title="parts", metavar="PART", dest="part", required=True)
     _add_io(parts)
     _add_adam(parts)
+    _add_step(parts)
 
 
 def _add_io(parts: Any) -> None:
@@ -37,6 +38,35 @@ def _add_adam(parts: Any) -> None:
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="the median counts (default: 7)")
     parser.add_argument("--no-torch", action="store_true", help="leave torch's optimizer out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_step(parts: Any) -> None:
+    parser = add_command(parts, "step", "whole training steps: seconds, and what bound them", _step)
+    parser.add_argument("--model", default="demo", metavar="DIR|PRESET", help="what to train (default: demo)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences per step (default: 8)")
+    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps that count (default: 4)")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip here (default: 1.0)")
+    parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories for states")
+    for flag, choices in (("device", ["auto", "cuda", "cpu"]), ("tier", ["auto", "gpu", "dram", "ssd"]),
+                          ("checkpoint-tier", ["auto", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
+                          ("optimizer", ["auto", "eager", "deferred"])):
+        parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
+    for flag in ("gpu-memory", "dram", "ssd-bandwidth"):
+        parser.add_argument(f"--{flag}", metavar="SIZE" if flag != "ssd-bandwidth" else "RATE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _step(args: argparse.Namespace) -> None:
+    from ratel.train.step_bench import StepBench, measure, table
+
+    names = ("device", "tier", "checkpoint_tier", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
+             "max_grad_norm")
+    bench = StepBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, warmup=args.warmup,
+                      steps=args.steps, options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})
+    result = measure(bench, progress=lambda text: print(text, file=sys.stderr))
+    print(json.dumps(result, indent=2) if args.json else table([result]))
 
 
 def _io(args: argparse.Namespace) -> None:

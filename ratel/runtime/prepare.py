@@ -1,5 +1,6 @@
 """From a model, a batch and budgets to a plan: what the pure planner needs to be told about this machine."""
 
+import gc
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ratel.plan.plan import Buffers, Plan, Work
 from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
 from ratel.runtime.trial import measure_workspace
-from ratel.units import GIB, MIB
+from ratel.units import GIB, MIB, format_bytes
 
 SATURATING_TOKENS = 8192
 """Tokens of a micro-batch beyond which larger matrices no longer run faster on the GPUs that we know."""
@@ -120,14 +121,16 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
     """Caps PyTorch's allocator at the budget. On a CPU device, only what the user gives is used as a GPU tier."""
     if device.type != "cuda":
         return given
+    gc.collect()
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
     if given is not None and given > free:
-        raise RatelError(f"the GPU has {free} bytes free", field="gpu_memory", value=given,
+        raise RatelError(f"the GPU has {format_bytes(free)} free", field="gpu_memory", value=format_bytes(given),
                          remedy="Give less, or end what else uses the GPU")
     budget = given if given is not None else free - GPU_MARGIN_BYTES
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    return budget
+    return budget - torch.cuda.memory_reserved(device)
 
 
 def _free_bytes(directories: tuple[str, ...]) -> int | None:

@@ -86,6 +86,7 @@ class Session:
         self.lr, self.seed, self.dtype = lr, seed, dtype
         self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else int(optimizer_threads)
         self._machinery: Machinery | None = None
+        self._plan: Plan | None = None
         self._closed = self._broken = False
         self._gives_back = isinstance(model, torch.nn.Module)
         self._attempts = self._updates_made = 0
@@ -106,13 +107,14 @@ class Session:
         if not self.parts.is_causal_lm:
             self.parts.probe(batch)
         self._shape = Shape.of(batch, count_rows(batch))
+        self._check_length(self._shape.positions)
         plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
                          budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
                          forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers)
         pool = native.op_ds.Pool(self._threads)
         self._machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io)
         self._machinery.import_weights()
-        m = self._machinery
+        self._plan, m = plan, self._machinery
         self._step = VerticalStep(self.parts, plan, m.streamer, m.weights, m.checkpoints, m.gradients, m.lanes,
                                   seed=self.seed, on_gradient=self._on_gradient)
         self._meter = Meter(m.lanes, m.updates, m.engine)
@@ -120,10 +122,10 @@ class Session:
 
     @property
     def plan(self) -> Plan:
-        if self._machinery is None:
+        if self._plan is None:
             raise RatelError("there is no plan before the shape of a batch is known", field="plan",
                              remedy="Call prepare(rows, seq_len) or step(batch) first")
-        return self._machinery.plan
+        return self._plan
 
     @property
     def hardware(self) -> dict[str, Any]:
@@ -265,8 +267,8 @@ class Session:
 
     def flush(self) -> None:
         """Complete pending updates: afterwards every plane on its tier is that of the last step."""
+        self._check_usable()
         if self._machinery is not None:
-            self._check_usable()
             self._machinery.updates.flush()
 
     def read_master(self, unit: UnitSpec) -> torch.Tensor:
@@ -311,6 +313,7 @@ class Session:
             if self._machinery is not None:
                 self._machinery.close()
                 self._machinery.pool.close()
+                self._machinery = self._step = self._meter = None  # the planes go now, not at the next collection
             self.parts.close()
 
     def __enter__(self) -> "Session":
@@ -332,6 +335,12 @@ class Session:
             self._prepare(batch)
         self._shape.check(batch)
         return batch
+
+    def _check_length(self, positions: int) -> None:
+        limit = self.parts.spec.max_seq_len
+        if self.parts.is_causal_lm and limit is not None and positions > limit:
+            raise RatelError(f"the model handles sequences of at most {limit} tokens", field="seq_len", value=positions,
+                             remedy=f"Use --seq-len {limit} or less")
 
     def _check_usable(self) -> None:
         if self._closed:

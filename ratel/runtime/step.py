@@ -146,8 +146,7 @@ class VerticalStep:
 
     def _backward_head(self, micro: Micro) -> None:
         with torch.enable_grad():
-            hidden, inputs = self._parts.head(micro.batch)
-        outputs = [hidden, *inputs.differentiable]
+            outputs = self._parts.pre(micro.batch)
         grads = [micro.grad, *(leaf.grad for leaf in micro.inputs.differentiable)]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
         if pairs:

@@ -1,0 +1,107 @@
+"""Measures whole steps under budgets: seconds, tokens/s, busy time of every resource, and the bound."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ratel.runtime.session import Session, StepResult
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBench:
+    """One configuration. ``options`` go to the Session as they are."""
+
+    model: Any
+    batch_size: int = 8
+    seq_len: int = 1024
+    warmup: int = 2
+    steps: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(bench: StepBench, progress: Progress = lambda text: None) -> dict[str, Any]:
+    """Run it on random tokens with random weights. JSON-ready; times are medians over ``steps``."""
+    begun = time.perf_counter()
+    with Session(bench.model, **bench.options) as session:
+        use_quick_weights(session)
+        session.prepare(bench.batch_size, bench.seq_len)
+        progress(session.plan.describe())
+        start_s = time.perf_counter() - begun
+        outs = [_step(session, bench, index, progress) for index in range(bench.warmup + bench.steps)]
+        return _summarize(session, bench, outs, start_s)
+
+
+def use_quick_weights(session: Session) -> None:
+    """Random weights repeated from a block of a million, norms one: initialising billions one by one takes minutes."""
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    def read_unit(unit: int, out: torch.Tensor) -> None:
+        out.zero_()
+        for param in session.parts.spec.units[unit].params:
+            flat = out[param.offset : param.end]
+            if len(param.shape) < 2:
+                flat.fill_(1.0)
+            for begin in range(0, flat.numel(), block.numel()):
+                part = flat[begin : begin + block.numel()]
+                if len(param.shape) >= 2:
+                    part.copy_(block[: part.numel()])
+
+    session.parts.read_unit = read_unit
+
+
+def _step(session: Session, bench: StepBench, index: int, progress: Progress) -> StepResult:
+    generator = torch.Generator().manual_seed(index)
+    shape = (bench.batch_size, bench.seq_len)
+    out = session.step({"input_ids": torch.randint(0, session.parts.spec.vocab_size, shape, generator=generator)})
+    busy = ", ".join(f"{name} {seconds:.3f}" for name, seconds in out.usage.busy_s.items() if seconds)
+    progress(f"step {index}: {out.seconds:.3f} s, loss {out.loss:.4f}, norm {out.grad_norm:.3f}; busy: {busy}")
+    return out
+
+
+def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start_s: float) -> dict[str, Any]:
+    import psutil
+
+    counted = outs[bench.warmup :]
+    step_s = statistics.median(out.seconds for out in counted)
+    spec, tokens = session.plan.spec, bench.batch_size * bench.seq_len
+    busy_s = {name: statistics.median(out.usage.busy_s[name] for out in counted) for name in counted[0].usage.busy_s}
+    bound_by = max(busy_s, key=busy_s.get)
+    return {
+        "model": spec.name, "parameters": spec.num_params, "batch_size": bench.batch_size, "seq_len": bench.seq_len,
+        "options": {key: value for key, value in bench.options.items() if isinstance(value, (str, int, float, bool))},
+        "step_s": step_s, "tokens_per_s": tokens / step_s, "tflops_6pn": 6 * spec.num_params * tokens / step_s / 1e12,
+        "busy_s": busy_s, "bound_s": busy_s[bound_by], "bound_by": bound_by,
+        "fraction_of_bound": busy_s[bound_by] / step_s, "start_s": start_s,
+        "ssd_read_bytes": statistics.median(out.usage.ssd_read_bytes for out in counted),
+        "ssd_written_bytes": statistics.median(out.usage.ssd_written_bytes for out in counted),
+        "gpu_peak_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+        "rss_bytes": psutil.Process().memory_info().rss, "all_steps_s": [out.seconds for out in outs],
+        "losses": [out.loss for out in outs], "grad_norms": [out.grad_norm for out in outs],
+        "units_on_gpu": sum(place.on_gpu for place in session.plan.placements), "units": len(spec.units),
+        "plan": {key: value for key, value in session.plan.to_json().items() if key != "units"},
+        "hardware": {**session.hardware, **_versions()},
+    }
+
+
+def _versions() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One line per configuration."""
+    lines = [f"{'batch x seq':>12} {'s/step':>8} {'tokens/s':>10} {'TFLOP/s':>8} {'bound':>8} {'of bound':>9}  bound by"]
+    for r in results:
+        if "error" in r:
+            lines.append(f"{r['batch_size']:>5} x {r['seq_len']:<4}  failed: {r['error']}")
+            continue
+        lines.append(f"{r['batch_size']:>5} x {r['seq_len']:<4} {r['step_s']:8.3f} {r['tokens_per_s']:10,.0f} "
+                     f"{r['tflops_6pn']:8.1f} {r['bound_s']:8.3f} {r['fraction_of_bound']:8.0%}   {r['bound_by']}")
+    return "\n".join(lines)
