@@ -88,7 +88,7 @@ install() {
 demo() {
     cd "$ROOT"
     "$VENV/bin/ratel" train --model demo --ssd runs/demo/ssd --tier ssd --out runs/demo --overwrite \
-        --steps 60 --batch-size 8 --seq-len 256 --lr 1e-3 --eval-every 20
+        --steps 100 --batch-size 4 --seq-len 128 --lr 1e-3 --eval-every 25 --eval-sequences 16
     cat <<'END'
 
 Next:
