@@ -36,8 +36,8 @@ class IoBenchSpec:
     file_bytes: int = 1024 * MIB
     request_bytes: int = 1 * MIB
     queue_depth: int = 32
-    ticket_bytes: int = 32 * MIB
-    num_threads: int = 8
+    ticket_bytes: int = 16 * MIB
+    num_threads: int = 32
     backend: str = "auto"
     repeats: int = 3
 
@@ -51,9 +51,10 @@ class IoBenchSpec:
 
     @property
     def window(self) -> int:
-        """Tickets under way: enough to have twice the queue depth waiting on every directory."""
-        depth_bytes = 2 * self.queue_depth * self.request_bytes * len(self.directories)
-        return max(2, -(-depth_bytes // self.ticket_bytes))
+        """Tickets under way: four times the queue depth of every directory, so that a late wake-up of this thread, or
+        reads that overtake the writes submitted before them, leave no gap."""
+        depth_bytes = 4 * self.queue_depth * self.request_bytes * len(self.directories)
+        return max(4, -(-depth_bytes // self.ticket_bytes))
 
 
 class EngineRunner:
@@ -94,7 +95,8 @@ class EngineRunner:
     def reference(self, pattern: str, method: str) -> float:
         spec = self.spec
         return reference_io(self.volume.paths, pattern, num_bytes=spec.num_bytes, region_bytes=spec.file_bytes,
-                            request_bytes=spec.request_bytes, depth=spec.queue_depth, method=method)
+                            request_bytes=spec.request_bytes, depth=spec.queue_depth,
+                            memory_bytes=self.memory.num_bytes // len(spec.directories), method=method)
 
 
 def measure(spec: IoBenchSpec, progress: Callable[[str], None] = lambda line: None) -> dict:
@@ -154,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file-mib", type=int, default=1024, help="MiB of disk space per directory (default 1024)")
     parser.add_argument("--request-kib", type=int, default=1024)
     parser.add_argument("--queue-depth", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=8, help="per directory, for --backend threads")
+    parser.add_argument("--threads", type=int, default=32, help="per directory, for --backend threads")
     parser.add_argument("--backend", choices=["auto", "io_uring", "threads"], default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", help="write the result here too")

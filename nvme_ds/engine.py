@@ -39,7 +39,7 @@ class Engine:
     number or ``{directory: bytes per second}``.
     """
 
-    def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 4, request_bytes: int = 1 << 20,
+    def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 16, request_bytes: int = 1 << 20,
                  bandwidth_bps: float | Mapping[str, float] | None = None) -> None:
         check_options(backend, queue_depth, num_threads, request_bytes)
         self._native = native.library()

@@ -43,7 +43,7 @@ class VolumeSpec(ctypes.Structure):
 class ReferenceSpec(ctypes.Structure):
     _fields_ = [("fds", POINTER(c_int32)), ("num_fds", c_uint32), ("use_uring", c_int32), ("depth", c_uint32),
                 ("request_bytes", c_uint64), ("region_bytes", c_uint64), ("num_requests", c_uint64),
-                ("writes_per_16", c_uint32)]
+                ("memory_bytes", c_uint64), ("writes_per_16", c_uint32)]
 
 
 # name -> (result, arguments). Those of _SHORT never sleep, so they keep the GIL: getting it back can take 5 ms.

@@ -46,7 +46,7 @@ def test_the_reference_covers_its_region(method: str, pattern: str, changed: tup
         memory.view[:2 * MIB], memory.view[2 * MIB:] = b"L" * (2 * MIB), b"U" * (2 * MIB)
         engine.wait(engine.submit_write(volume, 0, memory.address, 4 * MIB, nvme_ds.WRITEBACK))
         seconds = reference_io(volume.paths, pattern, num_bytes=4 * MIB, region_bytes=4 * MIB, request_bytes=64 * KIB,
-                               depth=4, method=method)
+                               depth=4, memory_bytes=MIB, method=method)
         engine.wait(engine.submit_read(volume, 0, memory.address, 4 * MIB, nvme_ds.WEIGHT))
         for half, letter, expected in zip((0, 2 * MIB), (b"L", b"U"), changed):
             pages = range(half, half + 2 * MIB, 4096)

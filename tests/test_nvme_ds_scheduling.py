@@ -68,7 +68,7 @@ def test_low_classes_leave_slots_to_urgent_ones(backend: str, ssd_dir: Path) -> 
         volume, memory = engine.create_volume([ssd_dir], "v", 2 * MIB), AlignedBuffer(64 * KIB)
         engine.inject(max_delay_us=30_000)
         engine.wait_all(submit_many(engine, volume, memory, 32, nvme_ds.WRITEBACK))
-        assert engine.stats()["directories"][str(ssd_dir)]["max_in_flight"] == 6
+        assert engine.stats()["directories"][str(ssd_dir)]["max_in_flight"] == 7
         engine.wait_all(submit_many(engine, volume, memory, 32, nvme_ds.WEIGHT))
         assert engine.stats()["directories"][str(ssd_dir)]["max_in_flight"] == 8
 

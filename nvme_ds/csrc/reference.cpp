@@ -23,6 +23,7 @@ struct nds_reference_spec {
     uint64_t request_bytes;
     uint64_t region_bytes;   // streams wrap around within this much of a file
     uint64_t num_requests;   // per file
+    uint64_t memory_bytes;   // per file; requests rotate through it
     uint32_t writes_per_16;  // 0 reads only, 16 writes only, 8 alternating
 };
 
@@ -53,6 +54,11 @@ struct Request {
     uint64_t offset;
 };
 
+// Rotating through as much memory as the engine's caller uses: a buffer that stays in the CPU's cache flatters a device.
+char* memory_at(const nds_reference_spec& spec, char* memory, uint64_t index) {
+    return memory + index % (spec.memory_bytes / spec.request_bytes) * spec.request_bytes;
+}
+
 // Reads walk the lower half of the region and writes the upper half when both happen, the whole region otherwise.
 Request request_at(const nds_reference_spec& spec, uint64_t index) {
     const uint64_t share = spec.writes_per_16;
@@ -67,51 +73,50 @@ Request request_at(const nds_reference_spec& spec, uint64_t index) {
 int stream_with_threads(const nds_reference_spec& spec, int fd, char* memory) {
     std::atomic<uint64_t> next{0};
     std::atomic<int> failed{0};
-    const auto body = [&](char* buffer) {
+    const auto body = [&] {
         for (uint64_t i = next++; i < spec.num_requests && !failed; i = next++) {
             const Request request = request_at(spec, i);
             const off_t offset = static_cast<off_t>(request.offset);
+            char* buffer = memory_at(spec, memory, i);
             const ssize_t result = request.write ? ::pwrite(fd, buffer, spec.request_bytes, offset)
                                                  : ::pread(fd, buffer, spec.request_bytes, offset);
             if (result != static_cast<ssize_t>(spec.request_bytes)) failed = result < 0 ? errno : EIO;
         }
     };
     std::vector<std::thread> threads;
-    for (uint32_t i = 0; i < spec.depth; ++i) threads.emplace_back(body, memory + i * spec.request_bytes);
+    for (uint32_t i = 0; i < spec.depth; ++i) threads.emplace_back(body);
     for (std::thread& thread : threads) thread.join();
     return -failed.load();
 }
 
 #if NDS_HAVE_URING
 
-void queue_request(const nds_reference_spec& spec, Ring& ring, int fd, char* memory, uint64_t index, uint64_t slot) {
+void queue_request(const nds_reference_spec& spec, Ring& ring, int fd, char* memory, uint64_t index) {
     const Request request = request_at(spec, index);
     io_uring_sqe* sqe = ring.next_sqe();
     sqe->opcode = request.write ? IORING_OP_WRITE : IORING_OP_READ;
     sqe->fd = fd;
-    sqe->addr = reinterpret_cast<uint64_t>(memory + slot * spec.request_bytes);
+    sqe->addr = reinterpret_cast<uint64_t>(memory_at(spec, memory, index));
     sqe->len = static_cast<uint32_t>(spec.request_bytes);
     sqe->off = request.offset;
-    sqe->user_data = slot;
 }
 
 int stream_with_uring(const nds_reference_spec& spec, int fd, char* memory) {
     Ring ring(spec.depth);
     uint64_t next = 0, finished = 0;
     while (next < spec.depth && next < spec.num_requests) {
-        queue_request(spec, ring, fd, memory, next, next);
-        ++next;
+        queue_request(spec, ring, fd, memory, next++);
     }
     int error = 0;
     while (finished < next) {
         if (const int status = ring.submit(); status && status != -EAGAIN && status != -EBUSY) return status;
         if (const int status = ring.wait_for_completion()) return status;
-        uint64_t slot = 0;
+        uint64_t unused = 0;
         int32_t result = 0;
-        while (ring.next_cqe(&slot, &result)) {
+        while (ring.next_cqe(&unused, &result)) {
             ++finished;
             if (result != static_cast<int32_t>(spec.request_bytes)) error = result < 0 ? result : -EIO;
-            if (next < spec.num_requests && !error) queue_request(spec, ring, fd, memory, next++, slot);
+            if (next < spec.num_requests && !error) queue_request(spec, ring, fd, memory, next++);
         }
     }
     return error;
@@ -142,7 +147,7 @@ NDS_EXPORT int64_t nds_reference_io(const nds_reference_spec* spec) noexcept {
     try {
         std::vector<int> status(spec->num_fds, 0);
         std::vector<AlignedBuffer> memory;
-        for (uint32_t i = 0; i < spec->num_fds; ++i) memory.push_back(make_buffer(spec->request_bytes * spec->depth));
+        for (uint32_t i = 0; i < spec->num_fds; ++i) memory.push_back(make_buffer(spec->memory_bytes));
         std::vector<std::thread> streams;
         const int64_t begin = now_ns();
         for (uint32_t i = 0; i < spec->num_fds; ++i)

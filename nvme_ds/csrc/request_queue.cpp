@@ -5,10 +5,10 @@
 
 namespace nvme_ds {
 
-// A quarter of the slots is kept from the two low classes: a device whose queue is full of write-back would make an
+// An eighth of the slots is kept from the two low classes: a device whose queue is full of write-back would make an
 // urgent read wait for all of it, whatever the order of our own queue.
 RequestQueue::RequestQueue(unsigned depth)
-    : depth_(depth), low_depth_(depth == 1 ? 1 : depth - std::max(1u, depth / 4)) {}
+    : depth_(depth), low_depth_(depth == 1 ? 1 : depth - std::max(1u, depth / 8)) {}
 
 bool RequestQueue::admissible(int priority) const {
     return in_flight_ < depth_ && (priority < kFirstLow || low_in_flight_ < low_depth_);
