@@ -5,7 +5,7 @@ module only while their stage runs; each unit's gradient leaves when its last st
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,20 +50,22 @@ class VerticalStep:
     def train(self, micros: list[Micro], *, targets: int, step: int) -> Tensor:
         """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device)."""
         self._streamer.start(self._schedules[True])
-        self._forward(micros, step, save=True)
-        loss = self._turn(micros, targets, step)
-        for stage in reversed(self._stages[1:-1]):
-            self._backward_block(stage, micros, step)
-        self._backward_pre(micros, step)
+        with self._own_random_numbers():
+            self._forward(micros, step, save=True)
+            loss = self._turn(micros, targets, step)
+            for stage in reversed(self._stages[1:-1]):
+                self._backward_block(stage, micros, step)
+            self._backward_pre(micros, step)
         return loss
 
     def evaluate(self, micros: list[Micro], *, targets: int) -> Tensor:
         """The loss without gradients; dropout must be off."""
         self._streamer.start(self._schedules[False])
-        self._forward(micros, 0, save=False)
         stage = self._stages[-1]
-        with torch.no_grad(), self._using(stage):
-            return sum(self._loss(stage, micro, targets, 0, backward=False) for micro in micros)
+        with self._own_random_numbers(), torch.no_grad():
+            self._forward(micros, 0, save=False)
+            with self._using(stage):
+                return sum(self._loss(stage, micro, targets, 0, backward=False) for micro in micros)
 
     # --- forward ------------------------------------------------------------------------------------------------
 
@@ -199,6 +201,11 @@ class VerticalStep:
         _seed_generators(self._lanes.device, mix(self._seed, step, stage.index, micro.index))
         with self._lanes.work("compute", stage.name):
             yield
+
+    def _own_random_numbers(self) -> AbstractContextManager:
+        """The caller's generators are as they were afterwards."""
+        cuda = self._lanes.device.type == "cuda"
+        return torch.random.fork_rng(devices=[self._lanes.device] if cuda else [])
 
     def _fold(self, stage: StageSpec) -> None:
         for index in stage.units:
