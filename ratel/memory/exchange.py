@@ -7,7 +7,10 @@ session, wakes every waiter with that error instead of leaving it asleep.
 import threading
 from collections.abc import Callable
 
-from ratel.errors import WorkerError
+from ratel.errors import NonFiniteError, WorkerError
+
+LOST = ("The session cannot go on and what it has trained is lost; a model that was given as an object keeps the weights it "
+        "came with")
 
 
 class Closed(RuntimeError):
@@ -39,8 +42,10 @@ class Exchange:
 
     def check(self) -> None:
         """Raise what a background thread failed with, as a new error whose cause is the original."""
+        if isinstance(self._failure, NonFiniteError):
+            raise NonFiniteError(str(self._failure)) from self._failure
         if self._failure is not None:
-            raise WorkerError(f"{self._failed_in} failed: {self._failure}") from self._failure
+            raise WorkerError(f"{self._failed_in} failed: {self._failure}. {LOST}") from self._failure
         if self.closed:
             raise Closed("the session is closed")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ratel import models, native
-from ratel.errors import NonFiniteError, RatelError
+from ratel.errors import NonFiniteError, RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
 from ratel.memory.exchange import Exchange
@@ -87,7 +87,9 @@ class Session:
         self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else int(optimizer_threads)
         self._machinery: Machinery | None = None
         self._plan: Plan | None = None
-        self._closed = self._broken = False
+        self._closed = False
+        self._broken: BaseException | None = None
+        """What ended the session before its time."""
         self._gives_back = isinstance(model, torch.nn.Module)
         self._attempts = self._updates_made = 0
         self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
@@ -111,14 +113,26 @@ class Session:
         plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
                          budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
                          forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers)
-        pool = native.op_ds.Pool(self._threads)
-        self._machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io)
-        self._machinery.import_weights()
+        self._machinery = self._build(plan)
         self._plan, m = plan, self._machinery
         self._step = VerticalStep(self.parts, plan, m.streamer, m.weights, m.checkpoints, m.gradients, m.lanes,
                                   seed=self.seed, on_gradient=self._on_gradient)
         self._meter = Meter(m.lanes, m.updates, m.engine)
         return plan
+
+    def _build(self, plan: Plan) -> Machinery:
+        """With the weights in it, or not at all: what was imported in part must never be given back as trained."""
+        pool = native.op_ds.Pool(self._threads)
+        machinery = None
+        try:
+            machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io)
+            machinery.import_weights()
+        except BaseException:
+            if machinery is not None:
+                machinery.close()
+            pool.close()
+            raise
+        return machinery
 
     @property
     def plan(self) -> Plan:
@@ -269,7 +283,8 @@ class Session:
         """Complete pending updates: afterwards every plane on its tier is that of the last step."""
         self._check_usable()
         if self._machinery is not None:
-            self._machinery.updates.flush()
+            with self._noticing():
+                self._machinery.updates.flush()
 
     def read_master(self, unit: UnitSpec) -> torch.Tensor:
         """The unit's fp32 master weights, 1-D in its layout, on the CPU."""
@@ -300,14 +315,17 @@ class Session:
     # --- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Complete pending updates, give a module its trained weights back, release everything. Idempotent."""
+        """Complete pending updates, give a module its trained weights back, release everything. Idempotent.
+
+        After an error a module has the weights that it came with. An error that no call has raised yet is raised here.
+        """
         if self._closed:
             return
         try:
-            if self._machinery is not None and not self._broken and not self._machinery.exchange.failed:
+            if self._machinery is not None and self._broken is None:
                 self.flush()
                 if self._gives_back:
-                    self.parts.restore(self.read_master)
+                    self._give_back()
         finally:
             self._closed = True
             if self._machinery is not None:
@@ -316,11 +334,18 @@ class Session:
                 self._machinery = self._step = self._meter = None  # the planes go now, not at the next collection
             self.parts.close()
 
+    def _give_back(self) -> None:
+        try:
+            self.parts.restore(self.read_master)
+        except OSError as error:
+            raise WorkerError(f"the model has only a part of its trained weights, the rest as they were: {error}") from error
+
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._broken = self._broken or isinstance(error, KeyboardInterrupt)
+        if isinstance(error, KeyboardInterrupt):
+            self._broken = self._broken or error
         self.close()
 
     # --- checks -------------------------------------------------------------------------------------------------
@@ -345,31 +370,37 @@ class Session:
     def _check_usable(self) -> None:
         if self._closed:
             raise RatelError("the session is closed", field="session", remedy="Make a new one")
-        if self._broken:
-            raise RatelError("the session ended in the middle of a step", field="session", remedy="Make a new one")
+        if self._broken is not None:
+            raise RatelError(f"the session ended with an earlier error ({type(self._broken).__name__}: {self._broken})",
+                             field="session", remedy="Make a new one") from self._broken
         if self._machinery is not None:
-            self._exchange.check()
+            with self._noticing():
+                self._exchange.check()
 
     @property
     def _exchange(self) -> Exchange:
         return self._machinery.exchange
 
     def _protected(self) -> "_Protected":
-        return _Protected(self)
+        return _Protected(self, BaseException)
+
+    def _noticing(self) -> "_Protected":
+        """Unlike a step, waiting for updates can be interrupted and done again."""
+        return _Protected(self, Exception)
 
 
 class _Protected:
-    """A step that does not come to its end leaves the session unusable, but closable."""
+    """What does not come to its end because of an error leaves the session unusable, but closable."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, kind: type[BaseException]) -> None:
+        self._session, self._kind = session, kind
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._session._broken = True
+        if isinstance(error, self._kind):
+            self._session._broken = error
             self._session._machinery.exchange.close()
 
 

@@ -56,9 +56,14 @@ class HostCache:
     def ready(self, slot: HostSlot) -> None:
         """Block until the slot's bytes have come from SSD."""
         with slot.reading:
-            while slot.tickets:
-                self._engine.wait(slot.tickets[0])
-                slot.tickets.pop(0)
+            try:
+                while slot.tickets:
+                    self._engine.wait(slot.tickets[0])
+                    slot.tickets.pop(0)
+            except OSError as error:
+                # Said before another thread finds the ticket gone, whose error would tell the user nothing.
+                self._exchange.fail(error, f"reading {self._plan.spec.units[slot.unit].name}")
+                raise
         jitter.pause()
 
     def release(self, slot: HostSlot) -> None:
