@@ -89,6 +89,11 @@ class Gradients:
         """fp32 scalar on the device: the global norm of the step's gradients."""
         return torch.linalg.vector_norm(self._norms)
 
+    def not_finite(self) -> list[UnitSpec]:
+        """Units of which some gradient of the step is NaN or infinite. None may be, where only the total overflows."""
+        norms = self._norms.cpu()
+        return [u for u in self._plan.spec.units if not torch.isfinite(norms[self._places[u.index].cpu()]).all()]
+
     def _measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
         """Norms of the unit's parameters into their places; returns the unit's own."""
         params = [p for p in unit.params if p.trainable]

@@ -85,7 +85,9 @@ class OptimizerPipeline:
         self._changed = exchange.condition()
         count = len(plan.spec.units)
         self._asked, self._updated, self._persisted, self._required = ([0] * count for _ in range(4))
-        self._applied_in_step, self._skipping = 0, False
+        self._applied = self._skipped = 0
+        """Eager mode: the step of the last update made, and of the last one left out. By number, and not cleared when a
+        step begins: updates of the step before may still run then."""
         self._arrivals: dict[int, Arrival] = {}
         self._left: dict[int, HostSlot] = {}
         self._kept: dict[int, HostSlot] = {}
@@ -102,7 +104,6 @@ class OptimizerPipeline:
         """What has been asked for so far must be done before this step's forward pass uses it."""
         with self._exchange.lock:
             self._required = list(self._asked)
-            self._applied_in_step, self._skipping = 0, False
 
     def submit(self, unit: UnitSpec, hyper: Hyper) -> None:
         """Ask for the unit's update; it starts when its gradient has arrived."""
@@ -117,10 +118,11 @@ class OptimizerPipeline:
             self._changed.notify_all()
 
     def discard(self, unit: UnitSpec) -> None:
-        """The step is skipped: forget the unit's gradient."""
+        """The step is skipped: forget the unit's gradient, which may still be on its way to SSD."""
         with self._exchange.lock:
-            arrival = self._arrivals.pop(unit.index, None)
-        if arrival is not None and arrival.release is not None:
+            arrival = self._wait_arrival(unit.index)
+            del self._arrivals[unit.index]
+        if arrival.release is not None:
             arrival.release()
 
     def wait_updated(self, unit: int) -> None:
@@ -129,10 +131,10 @@ class OptimizerPipeline:
             self._exchange.wait_for(self._changed, lambda: self._updated[unit] >= self._required[unit])
 
     def finish_step(self) -> bool:
-        """Eager mode, after backward: wait for this step's updates. False if they were skipped, all of them."""
+        """Eager mode, after backward: wait for this step's updates. False if none was made: all skipped, or none asked."""
         with self._exchange.lock:
             self._exchange.wait_for(self._changed, lambda: self._updated == self._asked)
-            return not self._skipping
+            return self._skipped != max(self._asked)
 
     def leave(self, unit: int, slot: HostSlot) -> None:
         """The gather for backward leaves one hold of its DRAM copy to the (eager) update that follows."""
@@ -245,12 +247,14 @@ class OptimizerPipeline:
         """A NaN or infinity in the loss reaches the first gradient to arrive, before anything has been updated: the
         whole step is then left out. One that appears later cannot be undone in eager mode.
         """
-        if self._plan.deferred or self._skipping or isfinite(float(arrival.norm)):
-            return self._skipping
-        if self._applied_in_step:
+        if self._plan.deferred:
+            return False
+        if self._skipped == job.number or isfinite(float(arrival.norm)):
+            return self._skipped == job.number
+        if self._applied == job.number:
             raise NonFiniteError(f"the gradient of {job.unit.name} is not finite, but other units of update "
                                  f"{job.hyper.step} are updated already; the deferred optimizer skips such a step")
-        self._skipping = True
+        self._skipped = job.number
         return True
 
     def _drop(self, chunk: Chunk) -> None:
@@ -271,7 +275,7 @@ class OptimizerPipeline:
                          beta2=hyper.beta2, eps=hyper.eps, step=hyper.step, grad_scale=hyper.grad_scale,
                          ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
         self.busy_s += perf_counter() - begun
-        self._applied_in_step += 1
+        self._applied = job.number
 
     def _chunk_planes(self, chunk: Chunk, arrival: Arrival) -> dict[str, torch.Tensor]:
         unit = chunk.job.unit

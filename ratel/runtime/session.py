@@ -194,16 +194,18 @@ class Session:
             self._submit(hyper, sorted(units, key=lambda u: (u.kind != "shared", u.index)))
         else:
             for unit in units:
-                self._machinery.updates.discard(unit)
+                if not self.plan.placement(unit).on_gpu:
+                    self._machinery.updates.discard(unit)
         return finite
 
     def _conclude_eager(self, finite: bool) -> bool:
         """The pipeline has left out the whole step, or made all of it; anything between is an error."""
-        if finite:
+        bad = [] if finite else self._machinery.gradients.not_finite()
+        if not bad:
             return True
-        if self._machinery.updates.finish_step() and any(not p.on_gpu for p in self.plan.placements):
-            raise NonFiniteError("the gradient of a unit on the GPU is not finite, but others are updated already; "
-                                 "the deferred optimizer skips such a step")
+        if self._machinery.updates.finish_step():
+            raise NonFiniteError(f"the gradient of {bad[0].name} (on the GPU) is not finite, but other units are updated "
+                                 "already; the deferred optimizer skips such a step")
         return False
 
     def _submit(self, hyper: Hyper, units: Iterable[UnitSpec]) -> None:
