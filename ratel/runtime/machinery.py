@@ -12,16 +12,18 @@ from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer
 from ratel.models import Parts
+from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather
 from ratel.runtime.activations import Checkpoints, checkpoint_volume_bytes
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
+from ratel.runtime.state import SavedState
 from ratel.runtime.streamer import Source, Streamer
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostCache
 from ratel.store.planes import Store, volume_bytes
-from ratel.store.transfer import UnitTransfer
+from ratel.store.transfer import UnitTransfer, aligned_empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Machinery:
             self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
         self.store = Store(plan, self.arena, device, state_volume)
         self.transfer = UnitTransfer(self.store, self.engine, self.pool)
-        cache = HostCache(plan, self.store, self.arena, self.engine, exchange)
+        cache = self.cache = HostCache(plan, self.store, self.arena, self.engine, exchange)
         self.copies, self.writes = Retirer("copies", exchange), Retirer("writes", exchange)
         self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.writes)
         self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
@@ -81,6 +83,23 @@ class Machinery:
                 if self.store.has(unit.index, name):
                     self.transfer.clear(unit.index, name)
         self.lanes.synchronize()
+
+    def import_state(self, saved: SavedState) -> None:
+        """Bring every plane of a saved state to its tier, one at a time, each chunk verified."""
+        for unit in self.plan.spec.units:
+            for name in ELEMENT_BYTES:
+                if self.store.has(unit.index, name):
+                    self.transfer.write(unit.index, name, self._fitted(saved.read(unit.index, name), unit.index, name))
+        self.lanes.synchronize()
+
+    def _fitted(self, values: torch.Tensor | None, unit: int, name: str) -> torch.Tensor:
+        """A saved plane may be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
+        plane = self.store.plane(unit, name)
+        fitted = aligned_empty(plane.num_elements, plane.dtype).zero_()
+        if values is not None:
+            count = min(values.numel(), fitted.numel())
+            fitted[:count] = values[:count]
+        return fitted
 
     def close(self) -> None:
         """End the threads, then the engine, then the memory. Pending updates are lost: flush first."""

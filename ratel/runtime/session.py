@@ -24,6 +24,7 @@ from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
 from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
 from ratel.runtime.prepare import Budgets, Shape, make_plan
+from ratel.runtime.state import SavedState, save_state
 from ratel.runtime.step import VerticalStep, closing_order
 from ratel.units import parse_bytes, parse_rate
 
@@ -92,6 +93,7 @@ class Session:
         """What ended the session before its time."""
         self._gives_back = isinstance(model, torch.nn.Module)
         self._attempts = self._updates_made = 0
+        self._saved: SavedState | None = None
         self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
                                  attention=attention)
         self.parts.check_source()
@@ -126,7 +128,11 @@ class Session:
         machinery = None
         try:
             machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io)
-            machinery.import_weights()
+            if self._saved is None:
+                machinery.import_weights()
+            else:
+                self._saved.check_model(self.parts.spec)
+                machinery.import_state(self._saved)
         except BaseException:
             if machinery is not None:
                 machinery.close()
@@ -305,6 +311,41 @@ class Session:
             flat = self.read_master(unit)
             result.update({p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params})
         return result
+
+    def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None) -> Path:
+        """Write the complete training state as a directory; ``extra`` (JSON) is handed back by `load`.
+
+        An older state of that name is replaced only by a complete one. One unit in memory at a time.
+        """
+        if self._machinery is None:
+            raise RatelError("there is nothing to save before the first step", field="save")
+        self.flush()
+        training = {"steps": self._attempts, "updates": self._updates_made, "seed": self.seed, "dtype": self.dtype,
+                    "hyper": self._hyper, "max_grad_norm": self._clip, "extra": extra or {}}
+        return save_state(Path(path), self.plan.spec, self._read_if_any, training)
+
+    def load(self, path: "str | os.PathLike") -> dict[str, Any]:
+        """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was saved with.
+
+        Comes before the first step. Tiers, budgets, devices and the number of SSD directories may differ. Raises
+        RatelError for a state that is incomplete, damaged or of another model; then nothing has changed.
+        """
+        self._check_usable()
+        if self._machinery is not None:
+            raise RatelError("the session has begun already", field="load", remedy="Load before prepare() and step()")
+        saved = SavedState(Path(path))
+        if self.parts.probed:
+            saved.check_model(self.parts.spec)
+        if saved.training["seed"] != self.seed:
+            raise RatelError(f"the state was made with seed {saved.training['seed']}", field="seed", value=self.seed,
+                             remedy="Give the same seed: dropout depends on it")
+        self._saved = saved
+        self._attempts, self._updates_made = saved.training["steps"], saved.training["updates"]
+        return saved.training["extra"]
+
+    def _read_if_any(self, unit: UnitSpec, plane: str) -> torch.Tensor | None:
+        m = self._machinery
+        return m.transfer.read(unit.index, plane) if m.store.has(unit.index, plane) else None
 
     def export(self, path: "str | os.PathLike", *, dtype: str = "bf16") -> Path:
         """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time."""
