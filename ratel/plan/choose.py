@@ -28,6 +28,8 @@ class Request:
     buffers: Buffers = Buffers()
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
+    on_host: bool = False
+    """The device is the CPU."""
 
 
 def choose(request: Request) -> Plan:
@@ -46,7 +48,8 @@ def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: 
     return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
                 checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulate_fp32=request.accumulate_fp32,
-                gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes)
+                gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
+                on_host=request.on_host)
 
 
 def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
@@ -59,10 +62,10 @@ def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
     tier = request.checkpoint_tier
     if tier == "auto":
         total = num_blocks * request.work.num_micro * request.work.hidden_bytes
-        if request.gpu_budget is None or total <= request.gpu_budget / 10:
-            tier = GPU
-        else:
-            tier = SSD if request.ssd_budget is not None and total > request.dram_budget / 2 else DRAM
+        spills = request.ssd_budget is not None and total > request.dram_budget / 2
+        small = request.gpu_budget is None or total <= request.gpu_budget / 10
+        # On a CPU device they would fill the same DRAM from either side.
+        tier = GPU if small and not (request.on_host and spills) else SSD if spills else DRAM
     return (tier,) * (num_blocks - 1) + (GPU,)
 
 
@@ -81,10 +84,16 @@ def _fill_gpu(request: Request, placements: list[UnitPlacement]) -> None:
     for unit in order:
         before = placements[unit.index]
         placements[unit.index] = UnitPlacement.all_on(GPU)
-        if _plan(request, tuple(placements)).gpu_bytes > request.gpu_budget:
+        if not _fits_device(request, _plan(request, tuple(placements))):
             placements[unit.index] = before
             if weight_class(unit) == "block":
                 break
+
+
+def _fits_device(request: Request, plan: Plan) -> bool:
+    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room for the rest."""
+    spare_dram = not request.on_host or request.ssd_budget is None or plan.dram_bytes <= request.dram_budget
+    return plan.gpu_bytes <= request.gpu_budget and spare_dram
 
 
 def _fill_dram(request: Request, placements: list[UnitPlacement]) -> None:
@@ -116,9 +125,8 @@ def _check_budgets(request: Request, plan: Plan) -> None:
         raise _short("gpu_memory", "GPU memory", request.gpu_budget, plan.gpu_bytes, plan.gpu_items,
                      "Give a larger --gpu-memory, a smaller --micro-batch or --seq-len, or --checkpoint-tier dram")
     if plan.dram_bytes > request.dram_budget:
-        items = {**plan.dram_items, "this process": plan.process_bytes, "import of one unit": plan.import_bytes}
         remedy = "Give a larger --dram" if request.ssd_budget is not None else "Give a larger --dram, or --ssd DIR"
-        raise _short("dram", "DRAM", request.dram_budget, plan.dram_bytes, items, remedy)
+        raise _short("dram", "DRAM", request.dram_budget, plan.dram_bytes, plan.host_items, remedy)
     if plan.ssd_bytes > (request.ssd_budget or 0):
         raise _short("ssd", "SSD space", request.ssd_budget or 0, plan.ssd_bytes, plan.ssd_items,
                      "Free space, or add a directory to --ssd")

@@ -62,6 +62,8 @@ class Plan:
     dram_budget: int | None = None
     process_bytes: int = 0
     """Host memory that the process held before anything of the plan was reserved."""
+    on_host: bool = False
+    """The device is the CPU: what is "on the GPU" is ordinary memory and counts against the DRAM budget."""
 
     @property
     def deferred(self) -> bool:
@@ -197,12 +199,22 @@ class Plan:
 
     @property
     def dram_bytes(self) -> int:
-        return self.arena_bytes + self.process_bytes + self.import_bytes
+        return sum(self.host_items.values())
+
+    @cached_property
+    def host_items(self) -> dict[str, int]:
+        """All bytes of DRAM by purpose: the arena and what is beside it."""
+        items = {**self.dram_items, "this process": self.process_bytes, "import of one unit": self.import_bytes}
+        if self.on_host:
+            items |= {f"device: {name}": num_bytes for name, num_bytes in self.gpu_items.items()}
+            # Units are imported before the first activation exists and exported after the last.
+            items["import of one unit"] = max(0, self.import_bytes - self.workspace_bytes)
+        return items
 
     @property
     def import_bytes(self) -> int:
-        """One unit in fp32, while weights are imported or exported."""
-        return max((u.num_elements * 4 for u in self.spec.units), default=0)
+        """While weights are imported or exported: one unit in fp32, and the pages of the files that it comes from."""
+        return max((u.num_elements * 8 for u in self.spec.units), default=0)
 
     @property
     def ssd_bytes(self) -> int:
@@ -226,9 +238,8 @@ class Plan:
         return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
                 "optimizer": self.optimizer, "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
                 "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers), "units": units,
-                "gpu_bytes": self.gpu_items, "dram_bytes": {**self.dram_items, "process": self.process_bytes,
-                "import": self.import_bytes}, "ssd_bytes": self.ssd_items, "gpu_budget": self.gpu_budget,
-                "dram_budget": self.dram_budget}
+                "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
+                "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}
 
     def describe(self) -> str:
         """A few lines a person understands."""

@@ -58,11 +58,11 @@ class Shape:
 def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, optimizer: str, budgets: Budgets,
               directories: tuple[str, ...], micro_batch: int | str, forced: Forced | None, checkpoint_tier: str,
               buffers: Buffers) -> Plan:
-    """Plan for batches of the shape of ``batch``. On CUDA the memory of activations is measured, not guessed."""
+    """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
     if optimizer not in ("eager", "deferred"):
         raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
                          remedy="Use auto, eager or deferred")
-    gpu_budget = _gpu_budget(device, budgets.gpu)
+    gpu_budget, on_host = _gpu_budget(device, budgets.gpu), device.type == "cpu"
     process_bytes = psutil.Process().memory_info().rss + PROCESS_MARGIN_BYTES
     dram_budget = budgets.dram or int(available_memory() * DRAM_MARGIN) + process_bytes
     rows = count_rows(batch)
@@ -74,10 +74,10 @@ def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, opt
             return choose(Request(spec=parts.spec, fp32=fp32, optimizer=optimizer, work=work, gpu_budget=gpu_budget,
                                   dram_budget=dram_budget, ssd_budget=_free_bytes(directories), buffers=buffers,
                                   process_bytes=process_bytes, workspace_bytes=workspace, forced=forced,
-                                  accumulate_fp32=accumulates, checkpoint_tier=checkpoint_tier))
+                                  accumulate_fp32=accumulates, checkpoint_tier=checkpoint_tier, on_host=on_host))
         except (RatelError, torch.OutOfMemoryError) as error:
             failure = error
-            if isinstance(error, RatelError) and error.field != "gpu_memory":
+            if isinstance(error, RatelError) and error.field not in ("gpu_memory", "dram" if on_host else ""):
                 raise
     if isinstance(failure, RatelError):
         raise failure

@@ -1,9 +1,16 @@
-"""Measures the GPU memory that activations take: one block and one loss chunk, forward and backward, on the spot."""
+"""Measures the memory that activations take: one block and one loss chunk, forward and backward, on the spot.
 
+On a GPU the allocator says what the peak was. On a CPU device activations are ordinary memory of this process, and
+Linux says it: the peak of the resident set, started anew before each trial. That includes the scratch buffers of math
+libraries, and is taken over what the process held before, which the plan counts by itself.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes
 from ratel.models import Parts
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
@@ -16,26 +23,72 @@ SLACK_BYTES = 128 * MIB
 
 
 def measure_workspace(parts: Parts, batch: Any, device: torch.device) -> int:
-    """Bytes that one micro-batch needs beyond planes and slots; 0 on a CPU device, which has no such limit.
+    """Bytes that one micro-batch needs beyond planes and slots.
 
-    Raises torch.OutOfMemoryError if it does not fit at all.
+    Raises torch.OutOfMemoryError if it does not fit on the GPU at all.
     """
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated(device)
-    peak = 0
-    for run, units in _trials(parts, batch):
-        torch.cuda.reset_peak_memory_stats(device)
-        planes = sum(_attach(parts, unit, device) for unit in units)
-        run()
-        torch.cuda.synchronize(device)
-        peak = max(peak, torch.cuda.max_memory_allocated(device) - held - planes)
-        for unit in units:
-            parts.attach(unit.index, None)
-            parts.attach_grad(unit.index, None)
-    torch.cuda.empty_cache()
-    return int(peak * SLACK) + SLACK_BYTES
+    cuda = device.type == "cuda"
+    meter = _GpuMeter(device) if cuda else _HostMeter()
+    with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
+        peak = max(_measure(parts, units, run, device, meter) for run, units in _trials(parts, batch))
+    meter.close()
+    return int(max(peak, 0) * SLACK) + meter.slack_bytes
+
+
+def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], None], device: torch.device,
+             meter: "_GpuMeter | _HostMeter") -> int:
+    meter.reset()
+    planes = sum(_attach(parts, unit, device) for unit in units)
+    run()
+    _measure_norms(parts, units)
+    growth = meter.peak_growth() - planes
+    for unit in units:
+        parts.attach(unit.index, None)
+        parts.attach_grad(unit.index, None)
+    return growth
+
+
+class _GpuMeter:
+    slack_bytes = SLACK_BYTES
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.empty_cache()
+        self._held = torch.cuda.memory_allocated(device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_growth(self) -> int:
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._held
+
+    def close(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class _HostMeter:
+    slack_bytes = 0  # the plan's margin for the process covers the heap's own
+
+    def __init__(self) -> None:
+        self._held = resident_bytes()
+
+    def reset(self) -> None:
+        reset_peak()
+
+    def peak_growth(self) -> int:
+        return peak_bytes() - self._held
+
+    def close(self) -> None:
+        return None
+
+
+def _measure_norms(parts: Parts, units: list[UnitSpec]) -> None:
+    """As at the end of a unit's backward: on a CPU, norms in fp32 of bf16 gradients make an fp32 copy."""
+    names = {p.name for unit in units for p in unit.params if p.trainable}
+    grads = [p.grad for name, p in parts.module.named_parameters() if name in names and p.grad is not None]
+    if grads:
+        torch._foreach_norm(grads, 2, dtype=torch.float32)
 
 
 def _trials(parts: Parts, batch: Any):

@@ -1,7 +1,9 @@
 """DRAM slots for the weights of units that live on SSD: the copy that uploads and updates share.
 
 A slot holds one unit from the first ``acquire`` to the last ``release``; its bytes are the truth for that unit while it
-does. Nothing is kept after the last release, so traffic does not depend on timing.
+does. Nothing is kept after the last release. Who asks for a unit while it is held shares the slot and saves a read: by
+plan, when a deferred update leaves its copy to the next forward pass; by luck, when a unit is asked for again before
+its upload or write-back has ended. ``saved_bytes`` counts both, so that traffic can be accounted for exactly.
 """
 
 import threading
@@ -35,6 +37,7 @@ class HostCache:
         self._plan, self._store, self._engine, self._exchange = plan, store, engine, exchange
         self._freed = exchange.condition()
         self._by_unit: dict[int, HostSlot] = {}
+        self.saved_bytes = 0
         self._free: dict[str, list[HostSlot]] = {}
         for cls in ("block", "ends", "shared"):
             size = plan.host_weight_slot_bytes(cls)
@@ -50,6 +53,8 @@ class HostCache:
                 slot = self._by_unit[unit] = self._free[cls].pop(0)
                 slot.unit = unit
                 slot.tickets = self._submit_reads(slot)
+            else:
+                self.saved_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
             slot.refs += refs
             return slot
 
