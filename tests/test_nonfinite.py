@@ -23,7 +23,8 @@ DEFERRED = {
     "dram": dict(tier="dram"),
     "ssd": dict(tier="ssd"),
     "mixed": dict(placement=MIXED),
-    "gradients on SSD": dict(placement={"*": {"g": "ssd"}}),
+    # Slow, so that reads overtake writes: what is not waited for is not there.
+    "gradients on a slow SSD": dict(placement={"*": {"g": "ssd"}}, ssd_bandwidth=2e6),
     "ssd, one of each buffer": dict(tier="ssd", buffers=ONE_OF_EACH, checkpoint_tier="ssd"),
     "without clipping": dict(tier="ssd", optimizer="deferred", max_grad_norm=0),
     "fp32": dict(tier="ssd", dtype="fp32"),
