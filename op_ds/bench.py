@@ -105,10 +105,16 @@ def _torch_action(torch: ModuleType, n: int, num_threads: int) -> Action:
     return lambda step: optimizer.step()
 
 
+SETTLE_S = 0.3
+"""Before each measurement. OpenMP's threads, torch's among them, go on spinning for 0.2 s after their work by default;
+what runs next on as many threads then shares its cores with them and looks half as fast."""
+
+
 def _alternate(actions: dict[str, Action], repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for step in range(repeats + 1):
         for name, action in actions.items():
+            time.sleep(SETTLE_S)
             begun = time.perf_counter()
             action(step + 1)
             if step > 0:  # the first round maps memory and wakes threads

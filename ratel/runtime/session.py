@@ -88,6 +88,7 @@ class Session:
         self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else int(optimizer_threads)
         self._machinery: Machinery | None = None
         self._plan: Plan | None = None
+        self._meter: Meter | None = None
         self._closed = False
         self._broken: BaseException | None = None
         """What ended the session before its time."""
@@ -283,6 +284,8 @@ class Session:
                     weight += count
         finally:
             self.parts.set_training(True)
+            if self._meter is not None:
+                self._meter.read()  # an evaluation's work is not the next step's
         if weight == 0:
             raise RatelError("there is no target token to evaluate on", field="eval_data")
         return total / weight
