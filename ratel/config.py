@@ -1,6 +1,6 @@
 """Every option of a training run, once: the table below gives the flags, the TOML keys, the defaults and the help.
 
-Values arrive as flag text, as TOML or as Python objects; the option's reader makes one kind of them and refuses the rest.
+Values arrive as flag text, TOML or Python objects; the option's reader makes one kind of them and refuses the rest.
 """
 
 import difflib
@@ -154,12 +154,13 @@ class TrainConfig:
     weight_decay: float = _option(0.0, _number(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
     max_grad_norm: float = _option(1.0, _number(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
     dtype: str = _option("auto", _choice("auto", "bf16", "fp32"), TRAINING, "auto|bf16|fp32",
-                         "type of the computation (auto: bf16 on a GPU or a processor with bf16 instructions, else fp32)")
+                         "type of the computation (auto: bf16 on a GPU or a processor that has bf16, else fp32)")
     attention: str = _option("auto", _choice("auto", "sdpa", "eager", "flash"), TRAINING, "auto|sdpa|eager|flash",
                              "kernel of the attention; flash needs the package flash-attn")
 
     device: str = _option("auto", _choice("auto", "cuda", "cpu"), MEMORY, "auto|cuda|cpu", "where the model computes")
-    gpu_memory: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE", "GPU memory to use (default: what is free)")
+    gpu_memory: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE",
+                                     "GPU memory to use (default: what is free)")
     dram: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE", "host memory to use (default: what is free)")
     ssd: tuple[str, ...] = _option((), _read_dirs, MEMORY, "DIR[,DIR]", "directories for states, striped over all")
     ssd_bandwidth: float | None = _option(None, _optional(_rate), MEMORY, "RATE",
@@ -211,6 +212,12 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The resolved configuration; feeding it back gives the same run."""
         return json.loads(json.dumps({spec.name: getattr(self, spec.name) for spec in fields(self)}))
+
+
+def read_options(**given: Any) -> dict[str, Any]:
+    """Values of some of the options, by name, as a whole configuration would read them."""
+    specs = {spec.name: spec for spec in fields(TrainConfig)}
+    return {name: option_of(specs[name]).read(value, name) for name, value in given.items()}
 
 
 def option_of(spec: Field) -> Option:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from ratel.errors import RatelError
-from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, forced_placements, plane_bytes,
-                                  weight_class)
+from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, forced_placements,
+                                  plane_bytes, weight_class)
 from ratel.plan.plan import Buffers, Plan, Work
 from ratel.plan.shape import ModelSpec
 from ratel.units import format_bytes
@@ -117,6 +117,7 @@ def _check_tiers(request: Request) -> None:
 def _forces_ssd(forced: Forced | None) -> bool:
     if forced is None or isinstance(forced, str):
         return forced == SSD
+    check_forced(forced)
     return any(SSD in (choice if isinstance(choice, str) else choice.values()) for choice in forced.values())
 
 

@@ -58,12 +58,26 @@ def weight_class(unit: UnitSpec) -> str:
     return {"block": "block", "shared": "shared"}.get(unit.kind, "ends")
 
 
+_EXAMPLE = "Write it like {'*': 'ssd', 'block.*': {'hi': 'dram'}}"
+
 Forced = str | dict[str, "str | dict[str, str]"]
 """A tier for everything, or unit-name patterns to a tier or to tiers by plane."""
 
 
+def check_forced(forced: Forced) -> None:
+    """Refuse what is no placement for any model."""
+    choices = {"*": forced} if isinstance(forced, str) else forced
+    if not isinstance(choices, dict):
+        raise RatelError("is neither a tier nor tiers by unit", field="placement", value=repr(forced), remedy=_EXAMPLE)
+    for pattern, choice in choices.items():
+        if not isinstance(choice, (str, dict)):
+            raise RatelError("is neither a tier nor tiers by plane", field="placement", value=f"{pattern}: {choice!r}",
+                             remedy=_EXAMPLE)
+
+
 def forced_placements(spec: ModelSpec, forced: Forced) -> tuple[UnitPlacement, ...]:
     """The placement a user or a test wrote down, checked. Patterns are tried in order; later ones win."""
+    check_forced(forced)
     if isinstance(forced, str):
         forced = {"*": forced}
     result = []

@@ -1,5 +1,6 @@
 """Everything a plan needs to run: memory reserved, files made, threads started; and its orderly end."""
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -132,6 +133,9 @@ class Machinery:
             return self.engine.create_volume(list(io.directories), f"ratel-{name}", num_bytes,
                                              stripe_bytes=io.stripe_bytes, direct=io.direct)
         except OSError as error:
+            if error.errno == errno.EINVAL and io.direct == "on":
+                raise RatelError(str(error), field="direct", value="on", remedy="Use --direct auto, or another directory"
+                                 ) from error
             raise RatelError(f"no place for {num_bytes} bytes of {name}: {error}", field="ssd",
                              value=",".join(map(os.fspath, io.directories)),
                              remedy="Give directories on a drive with enough free space that you may write to"

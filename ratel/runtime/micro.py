@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
-from ratel.runtime.loss import count_targets
+from ratel.plan.shape import ModelSpec
+from ratel.runtime.loss import IGNORED, count_targets
 from ratel.runtime.step import Micro
 
 
@@ -34,21 +35,42 @@ def count_rows(batch: Any) -> int:
     if len(rows) != 1 or None in rows:
         raise RatelError("every tensor of a batch must have the batch as its first dimension, of one length",
                          field="batch", value=f"lengths {sorted(map(str, rows))}")
-    return rows.pop()
+    count = rows.pop()
+    if count == 0:
+        raise RatelError("the batch is empty", field="batch")
+    return count
 
 
-def check_causal_batch(batch: Any, vocab_size: int) -> None:
+def check_causal_batch(batch: Any, spec: ModelSpec) -> None:
     """Refuse what a causal language model cannot be trained on."""
     if not isinstance(batch, dict) or "input_ids" not in batch:
         raise RatelError("a batch for a language model is a dict with input_ids (and labels, position_ids)",
                          field="batch", value=type(batch).__name__)
     ids = batch["input_ids"]
+    if not isinstance(ids, Tensor):
+        raise RatelError("must be a tensor", field="input_ids", value=type(ids).__name__)
     if ids.dim() != 2 or ids.is_floating_point():
         raise RatelError("must be whole numbers of shape [rows, positions]", field="input_ids",
                          value=f"{ids.dtype} {tuple(ids.shape)}")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise RatelError(f"a token id is outside the model's vocabulary of {vocab_size}", field="input_ids",
-                         value=f"{int(ids.min())}..{int(ids.max())}", remedy="Use the model's own tokenizer")
+    if not ids.numel():
+        raise RatelError("the batch is empty", field="input_ids", value=tuple(ids.shape))
+    _check_range(ids, "input_ids", spec.vocab_size, f"a token id is outside the model's vocabulary of {spec.vocab_size}")
+    for name in ("labels", "position_ids"):
+        if name in batch and (not isinstance(batch[name], Tensor) or batch[name].shape != ids.shape):
+            raise RatelError("must be a tensor of the shape of input_ids", field=name, value=tuple(ids.shape))
+    if "labels" in batch:
+        targets = batch["labels"][batch["labels"] != IGNORED]
+        _check_range(targets, "labels", spec.vocab_size, f"a target is outside the model's vocabulary of {spec.vocab_size}")
+    if "position_ids" in batch and spec.max_seq_len is not None:
+        _check_range(batch["position_ids"], "position_ids", spec.max_seq_len,
+                     f"the model handles at most {spec.max_seq_len} positions")
+
+
+def _check_range(values: Tensor, field: str, limit: int, message: str) -> None:
+    """Before a step: on a GPU an index out of bounds ends the process's use of the device."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
+        raise RatelError(message, field=field, value=f"{int(values.min())}..{int(values.max())}",
+                         remedy="Use the model's own tokenizer" if field != "position_ids" else None)
 
 
 def with_labels(batch: dict) -> dict:

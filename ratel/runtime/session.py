@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ratel import models, native
+from ratel.config import read_options
 from ratel.errors import NonFiniteError, RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
@@ -26,7 +27,7 @@ from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
 from ratel.runtime.prepare import Budgets, Shape, make_plan
 from ratel.runtime.state import SavedState, save_state
 from ratel.runtime.step import VerticalStep, closing_order
-from ratel.units import parse_bytes, parse_rate
+from ratel.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -75,17 +76,21 @@ class Session:
                  optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers()) -> None:
         if dtype not in DTYPES:
             raise RatelError("not a type of computation", field="dtype", value=dtype, remedy="Use bf16 or fp32")
+        given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
+                             optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
+                             checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
+                             ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads)
         self.device = require_device(device)
         self._io = IoOptions(directories=_directories(ssd), backend=io_backend, direct=direct,
-                             bandwidth_bps=None if ssd_bandwidth is None else parse_rate(ssd_bandwidth, field="ssd_bandwidth"))
+                             bandwidth_bps=given["ssd_bandwidth"])
         self._budgets = Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram"))
         self._forced = placement if placement is not None else (None if tier == "auto" else tier)
-        self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, micro_batch
-        self._clip = max_grad_norm or 0.0
+        self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, given["micro_batch"]
+        self._clip = given["max_grad_norm"]
         self._optimizer = ("deferred" if self._clip else "eager") if optimizer == "auto" else optimizer
-        self._hyper = dict(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
-        self.lr, self.seed, self.dtype = lr, seed, dtype
-        self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else int(optimizer_threads)
+        self._hyper = dict(zip(("beta1", "beta2"), given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"])
+        self.lr, self.seed, self.dtype = lr, given["seed"], dtype
+        self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else given["optimizer_threads"]
         self._machinery: Machinery | None = None
         self._plan: Plan | None = None
         self._meter: Meter | None = None
@@ -97,7 +102,11 @@ class Session:
         self._saved: SavedState | None = None
         self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
                                  attention=attention)
-        self.parts.check_source()
+        try:
+            self.parts.check_source()
+        except BaseException:
+            self.parts.close()
+            raise
 
     # --- preparing ----------------------------------------------------------------------------------------------
 
@@ -109,9 +118,9 @@ class Session:
         return self._prepare({"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)})
 
     def _prepare(self, batch: Any) -> Plan:
+        self._shape = Shape.of(batch, count_rows(batch))
         if not self.parts.is_causal_lm:
             self.parts.probe(batch)
-        self._shape = Shape.of(batch, count_rows(batch))
         self._check_length(self._shape.positions)
         plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
                          budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
@@ -400,7 +409,7 @@ class Session:
         """The batch, checked; the session prepared for it."""
         self._check_usable()
         if self.parts.is_causal_lm:
-            check_causal_batch(batch, self.parts.spec.vocab_size)
+            check_causal_batch(batch, self.parts.spec)
             batch = with_labels(batch)
         if self._machinery is None:
             self._prepare(batch)

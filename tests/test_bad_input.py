@@ -1,0 +1,260 @@
+"""What a session refuses: which field, how much is missing, what to do; and that nothing has been touched by then.
+
+Refused elsewhere, each with its test: safetensors, configurations, unknown model types, modules without repeated blocks
+(test_models_refusals.py); data with its line numbers (test_data_records.py, test_data_dataset.py, test_train_e2e.py);
+a compiler or library that is missing (test_nvme_ds_faults.py, test_op_ds_errors.py, test_run_sh.py); CUDA asked for and
+absent (test_hardware.py, test_train_e2e.py); losses that stay NaN, files that cannot be written at the front door, a full
+disk (test_train_e2e.py); options (test_config.py, test_cli.py).
+"""
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nvme_ds
+from families_common import VOCAB, batches, build, llama, loss_fn_of
+from ratel.errors import RatelError
+from ratel.runtime.session import Session
+from ratel.units import parse_bytes
+
+pytestmark = pytest.mark.numerics
+
+
+def open_session(model: object, ssd: Path | None = None, **options: object) -> Session:
+    return Session(model, **{"device": "cpu", "lr": 1e-3, "ssd": None if ssd is None else [ssd], **options})
+
+
+def refused(message: str, field: str, call: Callable[[], object]) -> RatelError:
+    with pytest.raises(RatelError, match=message) as caught:
+        call()
+    assert caught.value.field == field
+    return caught.value
+
+
+class Untouched:
+    """The user's model, the directory and the threads are after a refusal what they were."""
+
+    def __init__(self, directory: Path, family: str = "llama") -> None:
+        self.directory, self.family, self.model = directory, family, build(family)
+        self.state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.parameters = [(id(p), p.data_ptr()) for p in self.model.parameters()]
+        self.threads = threading.active_count()
+
+    def refuses(self, message: str, field: str, **options: object) -> RatelError:
+        """At the first step, if not before. What is not closed until then is the module: it is a skeleton."""
+
+        def attempt() -> None:
+            with open_session(self.model, self.directory, loss_fn=loss_fn_of(self.family), **options) as session:
+                try:
+                    session.step(batches(self.family, 1)[0])
+                finally:
+                    self.check_machine()
+
+        error = refused(message, field, attempt)
+        self.check()
+        return error
+
+    def check_machine(self) -> None:
+        assert os.listdir(self.directory) == [] and threading.active_count() == self.threads
+
+    def check(self) -> None:
+        self.check_machine()
+        now = self.model.state_dict()
+        assert all(torch.equal(now[name], tensor) for name, tensor in self.state.items())
+        assert [(id(p), p.data_ptr()) for p in self.model.parameters()] == self.parameters
+
+
+def shortage(error: RatelError) -> tuple[int, int, int]:
+    """Bytes that the message says are missing, needed and allowed."""
+    numbers = re.search(r"short by (\S+ \S+): (\S+ \S+) needed, (\S+ \S+) allowed", str(error)).groups()
+    return tuple(parse_bytes(number.replace(" ", "")) for number in numbers)
+
+
+@pytest.mark.parametrize(("options", "what", "field", "budget"), [
+    (dict(tier="gpu", gpu_memory="64KiB"), "GPU memory", "gpu_memory", 64 << 10),
+    (dict(tier="dram", dram="5MiB"), "DRAM", "dram", 5 << 20),
+    (dict(tier="ssd", dram="5MiB"), "DRAM", "dram", 5 << 20),
+])
+def test_a_budget_too_small_says_by_how_much(options: dict, what: str, field: str, budget: int, ssd_dir: Path) -> None:
+    error = Untouched(ssd_dir).refuses(f"{what} is short by", field, **options)
+    missing, needed, allowed = shortage(error)
+    assert allowed == budget and missing == pytest.approx(needed - allowed, rel=0.01) and "larger --" in error.remedy
+    enough = {field: int(needed * 1.02)}
+    with open_session(build("llama"), ssd_dir, **{**options, **enough}) as session:
+        assert session.prepare(4, 16) is session.plan, "what the message says would be enough is not"
+
+
+def test_an_ssd_too_small_says_by_how_much(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=25, f_frsize=4096))
+    missing, needed, allowed = shortage(Untouched(ssd_dir).refuses("SSD space is short by", "ssd", tier="ssd"))
+    assert allowed == 25 * 4096 and missing == pytest.approx(needed - allowed, rel=0.01)
+
+
+def test_a_disk_that_fills_up_in_between(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*unused: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nvme_ds.files.os, "posix_fallocate", full)
+    error = Untouched(ssd_dir).refuses("bytes are needed and .* are free", "ssd", tier="ssd")
+    assert str(ssd_dir) in str(error)
+
+
+def test_the_directory_of_another_session(ssd_dir: Path) -> None:
+    with open_session(build("llama"), ssd_dir, tier="ssd") as first:
+        before = [first.step(batch).loss for batch in batches("llama", 1)]
+        refused("in use by another", "ssd", lambda: open_session(build("llama"), ssd_dir, tier="ssd").prepare(4, 16))
+        assert all(first.step(batch).loss < before[0] for batch in batches("llama", 1))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_may_not_be_written(ssd_dir: Path) -> None:
+    ssd_dir.chmod(0o500)
+    refused("is not writable", "ssd", lambda: open_session(build("llama"), ssd_dir))
+
+
+@pytest.mark.parametrize("directory", ["/proc/ratel", "/dev/null", "/dev/null/ratel"])
+def test_what_is_no_directory(directory: str) -> None:
+    model = build("llama")
+    refused("cannot be made", "ssd", lambda: open_session(model, Path(directory)))
+    assert model(batches("llama", 1)[0]["input_ids"]).logits.isfinite().all()
+
+
+def test_no_direct_io_where_it_is_insisted_on(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme_ds.files, "_direct_refusal", lambda fd: "Invalid argument")
+    error = Untouched(ssd_dir).refuses("no O_DIRECT", "direct", tier="ssd", direct="on")
+    assert "--direct auto" in error.remedy
+    with open_session(build("llama"), ssd_dir, tier="ssd") as session:  # auto falls back
+        assert session.step(batches("llama", 1)[0]).loss > 0 and not session._machinery.store.volume.direct
+
+
+def test_a_backend_that_is_forced_and_impossible(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = nvme_ds.native.library()
+
+    class Without:
+        def __getattr__(self, name: str) -> object:
+            return (lambda depth: -errno.EPERM) if name == "uring_probe" else getattr(real, name)
+
+    monkeypatch.setattr(nvme_ds.engine.native, "library", Without)
+    error = Untouched(ssd_dir).refuses("io_uring is not available here", "io_backend", tier="ssd", io_backend="io_uring")
+    assert "threads" in error.remedy
+
+
+@pytest.mark.parametrize(("options", "message", "field"), [
+    (dict(placement={"block.9": "dram"}), "no unit of the model has such a name.*block.9.*pre, block.0", "placement"),
+    (dict(placement={"block.1": {"w": "dram"}}), "block.1 cannot have plane 'w'.*Planes are hi lo m v g", "placement"),
+    (dict(placement={"*": "disk"}), "cannot have plane 'hi' on 'disk'.*tiers are gpu dram ssd", "placement"),
+    (dict(placement={"pre": {"hi": "gpu"}}), "some planes on the GPU and some not", "placement"),
+    (dict(placement={"*": 5}), "is neither a tier nor tiers by plane", "placement"),
+    (dict(placement=5), "is neither a tier nor", "placement"),
+    (dict(tier="disk"), "not one of the choices.*gpu or dram or ssd", "tier"),
+    (dict(checkpoint_tier="disk"), "not one of the choices", "checkpoint_tier"),
+    (dict(optimizer="lazy"), "not one of the choices", "optimizer"),
+    (dict(dtype="fp8"), "not a type of computation", "dtype"),
+    (dict(micro_batch=5), "between 1 and the 4 rows", "micro_batch"),
+    (dict(micro_batch=0), "must be at least 1", "micro_batch"),
+    (dict(micro_batch="many"), "not a whole number", "micro_batch"),
+    (dict(dram="lots"), "not a size", "dram"),
+    (dict(ssd_bandwidth="fast"), "not a size", "ssd_bandwidth"),
+    (dict(ssd_bandwidth=0), "must be above 0", "ssd_bandwidth"),
+    (dict(optimizer_threads=0), "must be at least 1", "optimizer_threads"),
+    (dict(io_backend="posix"), "auto or io_uring or threads", "io_backend"),
+    (dict(direct="maybe"), "auto or on or off", "direct"),
+    (dict(betas=(0.9, 1.0)), "must be below 1", "betas"),
+    (dict(weight_decay=float("nan")), "not a number", "weight_decay"),
+])
+def test_options(options: dict, message: str, field: str, ssd_dir: Path) -> None:
+    Untouched(ssd_dir).refuses(message, field, **({"tier": "ssd"} if "placement" not in options else {}) | options)
+
+
+@pytest.mark.parametrize("options", [dict(tier="ssd"), dict(placement={"block.1": {"m": "ssd"}}),
+                                     dict(checkpoint_tier="ssd"), dict(placement="ssd")])
+def test_ssd_without_a_directory(options: dict) -> None:
+    model = build("llama")
+    session = open_session(model, **options)
+    assert "--ssd DIR" in refused("no directory was given", "ssd", lambda: session.prepare(4, 16)).remedy
+    session.close()
+    assert model(batches("llama", 1)[0]["input_ids"]).logits.isfinite().all()
+
+
+def ids(rows: int = 4, positions: int = 16) -> torch.Tensor:
+    return torch.zeros(rows, positions, dtype=torch.long)
+
+
+BATCHES = {
+    "no dict": (ids(), "a dict with input_ids", "batch"),
+    "nothing known": ({"x": ids()}, "a dict with input_ids", "batch"),
+    "a list of ids": ({"input_ids": [[1, 2]]}, "must be a tensor", "input_ids"),
+    "fractions": ({"input_ids": ids().float()}, "whole numbers", "input_ids"),
+    "one dimension": ({"input_ids": ids()[0]}, "whole numbers of shape", "input_ids"),
+    "no rows": ({"input_ids": ids(0)}, "empty", "input_ids"),
+    "more rows than prepared": ({"input_ids": ids(5)}, "prepared for 4 rows of 16.*5 rows of 16.*Call prepare", "batch"),
+    "longer than prepared": ({"input_ids": ids(4, 17)}, "prepared for 4 rows of 16.*4 rows of 17", "batch"),
+    "ids past the vocabulary": ({"input_ids": ids() + VOCAB}, f"outside the model's vocabulary of {VOCAB}", "input_ids"),
+    "negative ids": ({"input_ids": ids() - 1}, "outside the model's vocabulary", "input_ids"),
+    "no targets": ({"input_ids": ids(), "labels": ids() - 100}, "no token of the batch is a target", "labels"),
+    "only the first token a target": ({"input_ids": ids(), "labels": torch.where(torch.arange(16) == 0, 1, -100).expand(4, 16)},
+                                      "no token of the batch is a target", "labels"),
+    "labels past the vocabulary": ({"input_ids": ids(), "labels": ids() + VOCAB}, "outside the model's vocabulary", "labels"),
+    "labels below": ({"input_ids": ids(), "labels": ids() - 1}, "outside the model's vocabulary", "labels"),
+    "labels of another shape": ({"input_ids": ids(), "labels": ids(4, 15)}, "the shape of input_ids", "labels"),
+    "positions past the model's": ({"input_ids": ids(), "position_ids": ids() + 64}, "at most 64", "position_ids"),
+    "rows that differ": ({"input_ids": ids(), "extra": ids(3)}, "of one length", "batch"),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Session:
+    with open_session(llama()) as session:
+        session.prepare(4, 16)
+        yield session
+
+
+@pytest.mark.parametrize("what", BATCHES)
+def test_batches(what: str, prepared: Session) -> None:
+    """Refused before the step begins: the session goes on with the next batch."""
+    batch, message, field = BATCHES[what]
+    before = prepared.state_dict()
+    refused(message, field, lambda: prepared.step(batch))
+    assert all(torch.equal(before[name], tensor) for name, tensor in prepared.state_dict().items())
+    assert not prepared.step(batches("llama", 1)[0]).skipped
+
+
+def test_sequences_longer_than_the_model(ssd_dir: Path) -> None:
+    untouched = Untouched(ssd_dir)
+    with open_session(untouched.model, ssd_dir, tier="ssd") as session:
+        refused("at most 64 tokens", "seq_len", lambda: session.prepare(4, 65))
+        refused("at most 64 tokens", "seq_len", lambda: session.step({"input_ids": ids(1, 65)}))
+        untouched.check_machine()
+    untouched.check()
+
+
+def test_evaluation_without_targets(prepared: Session) -> None:
+    refused("no target token to evaluate on", "eval_data", lambda: prepared.evaluate([]))
+    refused("no target token", "eval_data", lambda: prepared.evaluate([{"input_ids": ids(), "labels": ids() - 100}]))
+    assert prepared.evaluate(batches("llama", 1)) > 0
+
+
+def test_batches_of_a_model_with_its_own_loss(ssd_dir: Path) -> None:
+    with open_session(build("patches"), ssd_dir, loss_fn=loss_fn_of("patches"), tier="dram") as session:
+        good = batches("patches", 1)[0]
+        refused("is prepared by its first batch", "prepare", lambda: session.prepare(4, 16))
+        refused("first dimension, of one length", "batch", lambda: session.step({**good, "y": good["y"][:3]}))
+        session.step(good)
+        refused("prepared for 4 rows", "batch", lambda: session.step({k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in good.items()}))
+        assert not session.step(good).skipped
+
+
+def test_a_model_without_weights_that_cannot_be_given_any(ssd_dir: Path) -> None:
+    from families_common import Patches
+
+    with torch.device("meta"):
+        model = Patches()
+    refused("no reset_parameters", "model", lambda: open_session(model, ssd_dir, loss_fn=loss_fn_of("patches")))
+    assert all(p.device.type == "meta" for p in model.parameters()), "the refused module was left a skeleton"
