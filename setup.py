@@ -18,7 +18,7 @@ NATIVE = ("nvme_ds", "op_ds")
 
 
 def compile_native(package: str, out_dir: Path) -> None:
-    """Call the package's own ``build``. Its imports are standard library only, and from this tree, not an older install."""
+    """Call the package's own ``build``: standard library only, and from this tree, not from an older install."""
     sys.path.insert(0, str(ROOT))
     try:
         importlib.import_module(f"{package}.build").build(out_dir)
@@ -49,8 +49,8 @@ class BuildNative(Command):
             compile_native(package, self.out_dir(package))
 
     def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for package in NATIVE for path in sorted((ROOT / package / "csrc").rglob("*"))
-                if path.is_file()]
+        sources = [path for package in NATIVE for path in sorted((ROOT / package / "csrc").rglob("*"))]
+        return [str(path.relative_to(ROOT)) for path in sources if path.is_file()]
 
     def get_outputs(self) -> list[str]:
         return [str(self.out_dir(package) / f"lib{package}.so") for package in NATIVE]
@@ -80,7 +80,7 @@ class NativeDistribution(Distribution):
 setup(
     name="ratel",
     version="0.1.0",
-    description="Full fine-tuning of large language models on one GPU, with states in GPU memory, DRAM and on NVMe SSDs",
+    description="Full fine-tuning of language models on one GPU, with states in GPU memory, DRAM and on NVMe SSDs",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     python_requires=">=3.10",

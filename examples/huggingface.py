@@ -14,8 +14,9 @@ import ratel
 def new_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                                        num_key_value_heads=2, vocab_size=512, max_position_embeddings=1024))
+    return LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                                        num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
+                                        max_position_embeddings=1024))
 
 
 def write(directory: str, prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line as a process and as a function: speed of --help, exit statuses, one-line mistakes, and the documents."""
+"""The command line as a process and as a function: speed, exit statuses, one-line mistakes, and the documents."""
 
 import json
 import os
@@ -47,7 +47,8 @@ def test_help_is_instant(arguments: list[str]) -> None:
 ])
 def test_nothing_heavy_is_imported_before_it_is_needed(source: str) -> None:
     check = "import sys; print([m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", f"{source}\n{check}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", f"{source}\n{check}"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
     assert done.stdout.strip() == "[]", done
 
 
@@ -85,7 +86,8 @@ def test_version() -> None:
     (["bench", "adam", "--param", "3"], "ratel: --param: is not an option here. Did you mean --params?"),
     (["doctor", "--ssd", "/proc/ratel"], "ratel: --ssd: cannot be written to"),
 ])
-def test_a_mistake_is_one_line_and_status_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line_and_status_2(arguments: list[str], message: str,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert err.startswith(message) and err.count("\n") == 1 and out == ""

@@ -125,7 +125,8 @@ def broken_rules(item: Import) -> Iterator[str]:
         yield "layer 0 uses the standard library only"
     if layer == 2 and item.package in HEAVY - {"numpy"} and not item.is_typing:
         yield "the planner is pure"
-    if layer == 6 and not item.is_lazy and not item.is_typing and (item.package in HEAVY or (target or 0) in range(2, 6)):
+    is_heavy = item.package in HEAVY or (target or 0) in range(2, 6)
+    if layer == 6 and is_heavy and not item.is_lazy and not item.is_typing:
         yield "heavy imports belong inside functions, so that --help is instant"
 
 
@@ -151,8 +152,8 @@ def test_this_project_obeys() -> None:
 
 PLANTED = {
     "upward": ("ratel/units.py", "from ratel.plan import shape", "layer 0 may not use layer 2"),
-    "upward in a function": ("ratel/store/files.py", "def f():\n    import ratel.runtime.session", "layer 3 may not use layer 4"),
-    "upward by name": ("ratel/plan/cost.py", "import importlib\nimportlib.import_module('ratel.memory')", "layer 2 may not"),
+    "upward in a function": ("ratel/store/files.py", "def f():\n    import ratel.runtime.session", "layer 3 may not"),
+    "upward by name": ("ratel/plan/cost.py", "import importlib as i\ni.import_module('ratel.store')", "layer 2 may not"),
     "upward, relative": ("ratel/plan/cost.py", "from ..runtime import session", "layer 2 may not use layer 4"),
     "the package itself": ("ratel/data/text.py", "import ratel", "layer 3 may not use layer 6"),
     "native knows ratel": ("op_ds/pool.py", "from ratel.errors import RatelError", "native packages stand alone"),
@@ -183,7 +184,7 @@ def test_what_is_allowed_is_not_reported(tmp_path) -> None:
     _write(tmp_path, {
         "ratel/native.py": "import op_ds", "ratel/store/a.py": "from ratel import native\nimport torch, ratel.errors",
         "ratel/cli.py": "from ratel.config import x\ndef f():\n    import torch, ratel.train.loop, op_ds.bench",
-        "ratel/plan/a.py": "from typing import TYPE_CHECKING\nfrom ratel.plan.b import c\nif TYPE_CHECKING:\n    import torch",
+        "ratel/plan/a.py": "from typing import TYPE_CHECKING\nimport ratel.plan.b\nif TYPE_CHECKING:\n    import torch",
         "op_ds/pool.py": "import ctypes\nfrom . import library", "op_ds/library.py": "",
     })
     assert violations(tmp_path) == []

@@ -1,4 +1,4 @@
-"""The loop and the run around it, over a stand-in for the session: what is recorded, when it ends, what is left behind."""
+"""The loop and the run around it, over a stand-in for the session: what is recorded, when it ends, what is left."""
 
 import json
 import math
@@ -72,7 +72,8 @@ class FakeSession:
         self.calls.append("close" if kind is None else f"close after {kind.__name__}")
 
 
-def run_loop(session: FakeSession, batches: Iterable[float], *, steps: int, **options: Any) -> tuple[Progress, list[dict]]:
+def run_loop(session: FakeSession, batches: Iterable[float], *, steps: int,
+             **options: Any) -> tuple[Progress, list[dict]]:
     progress, records = Progress(), []
     schedule = make_schedule("linear", lr=1.0, steps=steps)
     with StopRequest() as stop:
@@ -142,7 +143,8 @@ def interrupt_at(step: int, times: int = 1) -> Any:
 
 
 def test_ctrl_c_lets_the_step_finish() -> None:
-    progress, records = run_loop(FakeSession(interrupt_at(2)), [1.0] * 9, steps=9, evaluation=lambda: [1.0], eval_every=1)
+    progress, records = run_loop(FakeSession(interrupt_at(2)), [1.0] * 9, steps=9, evaluation=lambda: [1.0],
+                                 eval_every=1)
     assert progress.steps == 2 and "eval_loss" not in records[1]
 
 

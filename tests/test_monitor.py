@@ -88,8 +88,8 @@ def test_the_error_that_ended_the_run_is_not_hidden(tmp_path) -> None:
 
 
 def record_of(step: int, **changes: object) -> dict:
-    return {"step": step, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 1000, "step_s": 0.5, "tokens_per_s": 2000.0,
-            "bound_s": 0.4, "bound_by": "ssd", "skipped": False, **changes}
+    return {"step": step, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 1000, "step_s": 0.5,
+            "tokens_per_s": 2000.0, "bound_s": 0.4, "bound_by": "ssd", "skipped": False, **changes}
 
 
 def test_a_step_is_described_with_what_binds() -> None:

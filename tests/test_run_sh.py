@@ -52,8 +52,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def start(root: Path, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     names = {"PYTHON": str(root.parent / "fake" / "python3"), "FAKE_LOG": str(root.parent / "log"), **environment}
-    return subprocess.run(["bash", str(root / "run.sh"), *arguments], cwd=cwd or root.parent, capture_output=True, text=True,
-                          timeout=60, env={**os.environ, **names}, stdin=subprocess.DEVNULL)
+    return subprocess.run(["bash", str(root / "run.sh"), *arguments], cwd=cwd or root.parent, capture_output=True,
+                          text=True, timeout=60, env={**os.environ, **names}, stdin=subprocess.DEVNULL)
 
 
 def installs(root: Path) -> list[str]:
@@ -114,7 +114,8 @@ def test_paths_stay_relative_to_where_the_user_is(checkout: Path) -> None:
     ({"CXX": "nonesuch"}, "the compiler named by CXX (nonesuch) was not found"),
     ({"PYTHON": "false"}, "PYTHON (false) is not a Python of version 3.10 or later"),
 ])
-def test_what_is_missing_is_named_before_anything_is_made(checkout: Path, environment: dict[str, str], message: str) -> None:
+def test_what_is_missing_is_named_before_anything_is_made(checkout: Path, environment: dict[str, str],
+                                                          message: str) -> None:
     done = start(checkout, **environment)
     assert done.returncode == 1 and message in done.stderr
     assert not (checkout / ".venv").exists()

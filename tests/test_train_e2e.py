@@ -23,7 +23,8 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = {"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "bound_s", "bound_by", "skipped",
            "ssd_read_bytes", "ssd_written_bytes"}
-SMALL = ["--batch-size", "2", "--seq-len", "32", "--lr", "1e-3", "--device", "cpu", "--dram", "2GiB", "--eval-sequences", "2"]
+SMALL = ["--batch-size", "2", "--seq-len", "32", "--lr", "1e-3", "--device", "cpu", "--dram", "2GiB",
+         "--eval-sequences", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,8 @@ def metrics(out: Path) -> list[dict]:
 
 def test_a_run_with_its_states_on_ssd(tiny_model: Path, text: Path, tmp_path: Path, ssd_dir: Path) -> None:
     out = tmp_path / "out"
-    status, shown, err = finish(start("--model", tiny_model, "--data", text, "--ssd", ssd_dir, "--tier", "ssd", "--out", out,
-                                      "--steps", 12, "--eval-every", 6, *SMALL))
+    status, shown, err = finish(start("--model", tiny_model, "--data", text, "--ssd", ssd_dir, "--tier", "ssd", "--out",
+                                      out, "--steps", 12, "--eval-every", 6, *SMALL))
     assert status == 0, err
     records = metrics(out)
     assert [record["step"] for record in records] == list(range(1, 13)) and all(METRICS <= set(r) for r in records)
@@ -80,8 +81,8 @@ def test_a_run_with_its_states_on_ssd(tiny_model: Path, text: Path, tmp_path: Pa
 def test_the_result_loads_with_transformers(tiny_model: Path, text: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = ratel.train(tiny_model, text, out=tmp_path / "out", steps=2, batch_size=2, seq_len=32, lr=1e-2, device="cpu",
-                         dtype="bf16", quiet=True, eval_fraction=0)
+    result = ratel.train(tiny_model, text, out=tmp_path / "out", steps=2, batch_size=2, seq_len=32, lr=1e-2,
+                         device="cpu", dtype="bf16", quiet=True, eval_fraction=0)
     model = AutoModelForCausalLM.from_pretrained(result.out / "model")
     before = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert model.dtype == torch.bfloat16
@@ -97,10 +98,11 @@ def run_until(process: "subprocess.Popen[str]", out: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
-def test_ctrl_c_completes_the_step_and_writes_the_model(tiny_model: Path, text: Path, tmp_path: Path, ssd_dir: Path) -> None:
+def test_ctrl_c_completes_the_step_and_writes_the_model(tiny_model: Path, text: Path, tmp_path: Path,
+                                                        ssd_dir: Path) -> None:
     out = tmp_path / "out"
-    process = start("--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier", "ssd",
-                    *SMALL)
+    process = start("--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier",
+                    "ssd", *SMALL)
     run_until(process, out, 2)
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process, 30)
@@ -112,8 +114,8 @@ def test_ctrl_c_completes_the_step_and_writes_the_model(tiny_model: Path, text: 
 
 def test_ctrl_c_twice_ends_at_once(tiny_model: Path, text: Path, tmp_path: Path, ssd_dir: Path) -> None:
     out = tmp_path / "out"
-    process = start("--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier", "ssd",
-                    "--ssd-bandwidth", "100kB/s", *SMALL)  # a step takes seconds
+    process = start("--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier",
+                    "ssd", "--ssd-bandwidth", "100kB/s", *SMALL)  # a step takes seconds
     deadline = time.monotonic() + 60
     while not (out / "config.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -190,7 +192,8 @@ def test_bad_input_is_one_line_and_touches_nothing(tiny_model: Path, text: Path,
     from ratel.cli import main
 
     out = tmp_path / "out"
-    given = ["train", "--model", str(tiny_model), "--data", str(text), "--out", str(out), "--steps", "2", "--quiet", *SMALL]
+    given = ["train", "--model", str(tiny_model), "--data", str(text), "--out", str(out), "--steps", "2", "--quiet",
+             *SMALL]
     assert main([*given, *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("ratel: ") and err.count("\n") == 1 and message in err
@@ -201,8 +204,8 @@ def test_malformed_data_names_the_line(tiny_model: Path, tmp_path: Path, capsys:
     from ratel.cli import main
 
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": 5}\n')
-    assert main(["train", "--model", str(tiny_model), "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "out"),
-                 *SMALL]) == 2
+    assert main(["train", "--model", str(tiny_model), "--data", str(tmp_path / "bad.jsonl"), "--out",
+                 str(tmp_path / "out"), *SMALL]) == 2
     assert "bad.jsonl" in (err := capsys.readouterr().err) and "line 2" in err
     assert not (tmp_path / "out").exists()
 
@@ -217,8 +220,8 @@ def test_a_full_disk_is_found_before_training(tiny_model: Path, text: Path, tmp_
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(small)], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount")
     try:
-        assert main(["train", "--model", str(tiny_model), "--data", str(text), "--ssd", str(small), "--tier", "ssd", "--out",
-                     str(tmp_path / "out"), "--quiet", *SMALL]) == 2
+        assert main(["train", "--model", str(tiny_model), "--data", str(text), "--ssd", str(small), "--tier", "ssd",
+                     "--out", str(tmp_path / "out"), "--quiet", *SMALL]) == 2
         assert "SSD space is short by" in capsys.readouterr().err and not (tmp_path / "out").exists()
     finally:
         subprocess.run(["umount", str(small)], check=True)

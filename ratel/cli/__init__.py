@@ -18,8 +18,8 @@ EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="ratel", allow_abbrev=False, description="Fine-tune every parameter of a model far larger than GPU "
-                    "memory, on one GPU, with its states in GPU memory, DRAM and on SSDs.")
+    parser = Parser(prog="ratel", allow_abbrev=False, description="Fine-tune every parameter of a model far larger "
+                    "than GPU memory, on one GPU, with its states in GPU memory, DRAM and on SSDs.")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in COMMANDS:

@@ -9,7 +9,8 @@ from ratel.cli.parser import add_command, directories
 
 def add(commands: Any) -> None:
     parser = add_command(commands, "doctor", "show what this machine has, what is missing and how fast it is", run)
-    parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories to examine and measure")
+    parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[],
+                        help="directories to examine and measure")
     parser.add_argument("--no-measure", action="store_true", help="facts only, no measurements")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

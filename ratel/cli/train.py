@@ -23,7 +23,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 def run(args: argparse.Namespace) -> None:
     config = train_config(args)
     if config.model is None:
-        raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory, or a preset such as demo")
+        raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
     from ratel.train import run as training
 
     training.run(config, model=config.model)

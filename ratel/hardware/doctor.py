@@ -83,7 +83,8 @@ def advise(report: dict[str, Any]) -> Iterable[str]:
     if report["cuda"]["missing"]:
         yield f"No CUDA device: {report['cuda']['missing']}. Training runs on the CPU"
     if memory["memlock_bytes"] is not None and memory["memlock_bytes"] < _MIN_MEMLOCK_BYTES:
-        yield f"The limit of locked memory is {format_bytes(memory['memlock_bytes'])}: raise it with `ulimit -l unlimited`"
+        locked = format_bytes(memory["memlock_bytes"])
+        yield f"The limit of locked memory is {locked}: raise it with `ulimit -l unlimited`"
     for entry in report["ssd"]:
         if not entry["direct"]:
             yield f"{entry['path']} ({entry['file_system']}) has no O_DIRECT: the page cache takes DRAM and time"
@@ -127,7 +128,8 @@ def _cuda_rows(cuda: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for entry in cuda["devices"]:
         copies = entry.get("rates")
         speed = f", {copies['h2d_bps'] / 1e9:.1f} GB/s in, {copies['d2h_bps'] / 1e9:.1f} GB/s out" if copies else ""
-        yield f"GPU {entry['index']}", (f"{entry['name']} ({entry['capability']}), {format_bytes(entry['total_bytes'])}, "
+        total = format_bytes(entry["total_bytes"])
+        yield f"GPU {entry['index']}", (f"{entry['name']} ({entry['capability']}), {total}, "
                                         f"{format_bytes(entry['free_bytes'])} free{speed}")
     if not cuda["devices"]:
         yield "GPU", f"none: {cuda['missing']}"

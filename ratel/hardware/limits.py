@@ -1,4 +1,4 @@
-"""Limits that the kernel sets on this process's control group: what a container or a job scheduler leaves of a machine."""
+"""Limits that the kernel sets on this process's control group: what a container or a scheduler leaves of a machine."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def cpu_quota(root: Path = _ROOT, membership: Path = Path("/proc/self/cgroup")) 
 
 
 def _memory(root: Path, membership: Path) -> list[tuple[int, int]]:
-    """(limit, used) of each limiting group. Page cache counts as used there, but is given back when memory is asked for."""
+    """(limit, used) of each limiting group, without the page cache, which is given back when memory is asked for."""
     pairs = []
     for group in _groups(root, membership, "memory"):
         limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")

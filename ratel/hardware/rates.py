@@ -86,6 +86,7 @@ def measure_adamw(num_threads: int) -> dict[str, Any]:
             repeats += 1
             pool.adamw(hi, lo, m, v, grad, count, grad_dtype="bf16", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
                        step=repeats, grad_scale=1.0, ranges=[(count, 0.0)])
-        return {"isa": pool.isa, "threads": num_threads, "params_per_s": count * repeats / (time.perf_counter() - start)}
+        seconds = time.perf_counter() - start
+        return {"isa": pool.isa, "threads": num_threads, "params_per_s": count * repeats / seconds}
     finally:
         pool.close()

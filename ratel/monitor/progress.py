@@ -17,7 +17,8 @@ _WIDTH_WITH_BAR = 110
 class ProgressDisplay:
     """Shows the records that go to metrics.jsonl. ``note`` prints a line beside them."""
 
-    def __init__(self, total_steps: int, *, log_every: int = 10, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, *, log_every: int = 10, quiet: bool = False,
+                 console: Console | None = None) -> None:
         self._console = console or Console(quiet=quiet, highlight=False)
         self._total, self._log_every = total_steps, log_every
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)

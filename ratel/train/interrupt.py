@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A flag that a signal sets. A step half done would leave states that belong to no step, so the loop finishes it."""
+    """A flag that a signal sets. A step half done leaves states that belong to no step, so the loop finishes it."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -90,8 +90,8 @@ class Loop:
                 return
 
 
-_ADVICE = ("Lower --lr, lengthen --warmup-steps or clip with --max-grad-norm 1.0; --optimizer deferred skips such a step; "
-           "if it happens at the first step, look at the data and the imported weights, and try --dtype fp32")
+_ADVICE = ("Lower --lr, lengthen --warmup-steps or clip with --max-grad-norm 1.0; --optimizer deferred skips such a "
+           "step; if it happens at the first step, look at the data and the imported weights, and try --dtype fp32")
 
 
 def _diverged(count: int, step: int) -> RatelError:

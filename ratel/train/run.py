@@ -40,15 +40,17 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
     """Fine-tune ``model`` and write the results to a directory, as ``ratel train`` does.
 
     ``model``: a Hugging Face directory, the name of a preset, a transformers model or configuration, or any nn.Module
-    with repeated blocks; the last needs ``loss_fn(model, batch)``, which returns the mean loss of the batch as a scalar.
-    The trained weights are also put back into a model that was given as an object. ``data``: text files (see docs/data.md) or an iterable of batches; without it, the bundled text.
+    with repeated blocks; the last needs ``loss_fn(model, batch)``, which returns the batch's mean loss as a scalar. The
+    trained weights are also put back into a model that was given as an object. ``data``: text files (see docs/data.md)
+    or an iterable of batches; without it, the bundled text.
     ``config``: a TOML file; ``options``: whatever ``ratel train --help`` lists, with ``_`` for ``-``.
     Raises RatelError for a mistake in any of them, before anything is written.
     """
     named = {"model": _name_of(model), "data": _name_of(data), "eval_data": _name_of(eval_data)}
     given = {name: value for name, value in {**options, **named, "tokenizer": _name_of(tokenizer)}.items()
              if value is not None}
-    return run(resolve(given, config), model=model, data=data, loss_fn=loss_fn, tokenizer=tokenizer, eval_data=eval_data)
+    return run(resolve(given, config), model=model, data=data, loss_fn=loss_fn, tokenizer=tokenizer,
+               eval_data=eval_data)
 
 
 def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = None, tokenizer: Any = None,
@@ -69,13 +71,14 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
                 result = attempt.complete()
     # Only now: a session that is left by an interrupt takes its last step for a broken one.
     if result.is_interrupted:
-        raise Interrupted(f"stopped after step {result.steps} of {config.steps}; {out.path} is complete up to there", result)
+        raise Interrupted(f"stopped after step {result.steps} of {config.steps}; {out.path} is complete up to there",
+                          result)
     return result
 
 
 def open_session(config: TrainConfig, model: Any, loss_fn: Any) -> Session:
-    names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm", "optimizer",
-             "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier", "direct",
+    names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm",
+             "optimizer", "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier", "direct",
              "optimizer_threads", "attention")
     options = {name: getattr(config, name) for name in names}
     return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, **options)
@@ -108,8 +111,8 @@ class _Run:
                 self._loop(progress, stop)
                 self._finish()
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped in step {progress.steps + 1} of {self.config.steps}; the model was not written, "
-                              f"metrics are in {self.out.path}", self._result(progress, start)) from None
+            raise Interrupted(f"stopped in step {progress.steps + 1} of {self.config.steps}; the model was not "
+                              f"written, metrics are in {self.out.path}", self._result(progress, start)) from None
         result = self._result(progress, start, is_interrupted=stop.requested)
         self.display.close()
         for line in summarize(progress, result.seconds, self.out, exported=self.config.export):

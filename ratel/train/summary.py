@@ -15,8 +15,8 @@ def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported
     if progress.bound_by and progress.steps:
         step_s, bound_s = progress.train_s / progress.steps, progress.bound_s / progress.steps
         often = max(progress.bound_by, key=lambda name: progress.bound_by[name])
-        yield (f"{format_seconds(step_s)} a step; its busiest resource, mostly {often}, needs {format_seconds(bound_s)} "
-               f"({bound_s / step_s:.0%})")
+        yield (f"{format_seconds(step_s)} a step; its busiest resource, mostly {often}, needs "
+               f"{format_seconds(bound_s)} ({bound_s / step_s:.0%})")
     model = ", model/ (loads with transformers)" if exported else ""
     yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json"
 
