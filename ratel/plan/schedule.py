@@ -54,8 +54,8 @@ def _held_over_the_turn(plan: Plan) -> set[int]:
     return set(blocks[len(blocks) - count :]) if count else set()
 
 
-def gathers(plan: Plan, *, training: bool) -> list[Gather]:
-    """All gathers of a step in the order in which they are started.
+def gathers(plan: Plan, *, training: bool, num_micro: int | None = None) -> list[Gather]:
+    """All gathers of a step in the order in which they are started. ``num_micro``: of a batch smaller than the plan's.
 
     All gathers share one copy stream, so order is priority. A block's weights go before the checkpoints of the block
     that is used before it, as long as the slot they need was freed two uses ago: one freed by the use just before would
@@ -78,7 +78,7 @@ def gathers(plan: Plan, *, training: bool) -> list[Gather]:
         stage = plan.spec.stages[order[position]]
         if stage.kind == "block" and plan.checkpoint_tiers[stage.index - 1] != GPU:
             block = stage.index - 1
-            result += [Gather(checkpoint=(block, micro)) for micro in range(plan.work.num_micro)]
+            result += [Gather(checkpoint=(block, micro)) for micro in range(num_micro or plan.work.num_micro)]
     return result + [g for _, g in weights[cursor:]]
 
 

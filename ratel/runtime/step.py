@@ -44,12 +44,11 @@ class VerticalStep:
         self._seed, self._on_gradient = seed, on_gradient
         self._stages = plan.spec.stages
         self._closing = _closing_stages(plan)
-        self._schedules = {training: gathers(plan, training=training) for training in (True, False)}
         self._open: dict[int, Tensor] = {}
 
     def train(self, micros: list[Micro], *, targets: int, step: int) -> Tensor:
         """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device)."""
-        self._streamer.start(self._schedules[True])
+        self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros)))
         with self._own_random_numbers():
             self._forward(micros, step, save=True)
             loss = self._turn(micros, targets, step)
@@ -60,7 +59,7 @@ class VerticalStep:
 
     def evaluate(self, micros: list[Micro], *, targets: int) -> Tensor:
         """The loss without gradients; dropout must be off."""
-        self._streamer.start(self._schedules[False])
+        self._streamer.start(gathers(self._plan, training=False, num_micro=len(micros)))
         stage = self._stages[-1]
         with self._own_random_numbers(), torch.no_grad():
             self._forward(micros, 0, save=False)
