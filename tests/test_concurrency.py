@@ -47,3 +47,18 @@ def test_a_batch_of_fewer_micro_batches_than_planned(checkpoint_tier: str, ssd_d
             with within():
                 session.evaluate(steps[1:])
     assert_same(*results)
+
+
+@pytest.mark.parametrize("checkpoint_tier", ["gpu", "dram"])
+def test_eager_with_fewer_slots_in_dram_than_on_the_gpu(checkpoint_tier: str, ssd_dir: Path) -> None:
+    """Blocks held over the turn keep their DRAM copies for their updates; those behind must not need them to go on."""
+    eager = dict(optimizer="eager", max_grad_norm=0)
+    steps = batches("llama", 2)
+    with open_session(ssd_dir, tier="dram", **eager) as session:
+        expected = train(session, steps)
+    for weight_slots, host_weight_slots in ((2, 1), (4, 1), (4, 3)):
+        buffers = Buffers(weight_slots=weight_slots, host_weight_slots=host_weight_slots, chunk_elements=2048)
+        for placement in ({"*": "ssd"}, {"*": "ssd", "block.1": "dram"}, {"*": "ssd", "block.2": "gpu"}):
+            with open_session(ssd_dir, placement=placement, buffers=buffers, checkpoint_tier=checkpoint_tier,
+                              **eager) as session:
+                assert_same(train(session, steps), expected)

@@ -99,12 +99,18 @@ class Plan:
         return tuple(planes)
 
     def weight_slot_count(self, cls: str) -> int:
-        streamed = len(self.streamed(cls))
-        return min(streamed, self.buffers.weight_slots if cls == "block" else 1)
+        count = min(len(self.streamed(cls)), self.buffers.weight_slots if cls == "block" else 1)
+        if not self.deferred and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
+            # The DRAM copy of a unit stays for its eager update. A gather beyond these copies would wait for an update
+            # whose gradient needs what is gathered after it.
+            count = min(count, self.host_weight_slot_count(cls))
+        return count
 
     def host_weight_slot_count(self, cls: str) -> int:
-        from_ssd = sum(bool(self.weights_from_ssd(u)) for u in self.streamed(cls))
-        return min(from_ssd, self.buffers.host_weight_slots if cls == "block" else 1)
+        return min(self._num_from_ssd(cls), self.buffers.host_weight_slots if cls == "block" else 1)
+
+    def _num_from_ssd(self, cls: str) -> int:
+        return sum(bool(self.weights_from_ssd(u)) for u in self.streamed(cls))
 
     def host_weight_slot_bytes(self, cls: str) -> int:
         return max((self.host_weight_bytes(u) for u in self.streamed(cls)), default=0)
