@@ -7,6 +7,8 @@ command prints and returns in test_cli.py; Ctrl-C that completes the step, and t
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from families_common import batches, build, loss_fn_of
+from families_common import batches, build, llama, loss_fn_of
 from ratel.errors import RatelError, WorkerError
 from ratel.memory.retire import Retirer
 from ratel.plan.plan import Buffers
@@ -195,7 +197,8 @@ def test_a_failure_during_close_is_reported(ssd_dir: Path) -> None:
     subject.check_model_as_given()
 
 
-def test_an_import_that_fails_leaves_the_model_and_the_directory(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_that_fails_leaves_the_model_and_the_directory(ssd_dir: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     from nvme_ds import Engine
 
     real = Engine.create_volume
@@ -325,3 +328,34 @@ def test_ctrl_c_in_a_slow_step_ends_promptly(ssd_dir: Path) -> None:
     assert time.monotonic() - begun < 6
     subject.check_clean()
     subject.check_model_as_given()
+
+
+SLOW = {"imports": ("20kB/s", 8), "steps": ("1.5MB/s", 25)}
+"""Rates at which the import of the weights takes half a minute, and a step a second; seconds that the end may take: one
+that has begun is completed, flushed and exported."""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("what", SLOW)
+def test_ctrl_c_ends_the_command_whatever_it_waits_for(what: str, ssd_dir: Path, tmp_path: Path) -> None:
+    rate, patience_s = SLOW[what]
+    llama(vocab_size=272).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A line of text to be learned.\n\n" * 200)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ratel", "train", "--model", tmp_path / "model", "--data", tmp_path / "text.txt",
+         "--ssd", ssd_dir, "--tier", "ssd", "--ssd-bandwidth", rate, "--batch-size", "2", "--seq-len", "32", "--steps",
+         "100000", "--device", "cpu", "--eval-fraction", "0", "--out", tmp_path / "out"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    try:
+        with within(60):
+            while not (os.listdir(ssd_dir) if what == "imports" else metrics.exists() and metrics.stat().st_size):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=patience_s)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert os.listdir(ssd_dir) == [] and (tmp_path / "out" / "model").exists() == (what == "steps")

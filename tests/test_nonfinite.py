@@ -56,14 +56,14 @@ def open_session(ssd_dir: Path, poisoned: str | None, options: dict) -> tuple[Se
     family = "patches" if poisoned is None else "llama"
     model = build(family)
     poison = Poison(model, poisoned)
-    session = Session(model, loss_fn=poison.loss_fn if poisoned is None else None, lr=1e-2, weight_decay=0.1, device="cpu",
-                      ssd=[ssd_dir], **{"micro_batch": 2, **options})
+    session = Session(model, loss_fn=poison.loss_fn if poisoned is None else None, lr=1e-2, weight_decay=0.1,
+                      device="cpu", ssd=[ssd_dir], **{"micro_batch": 2, **options})
     return session, poison, batches(family, 4)
 
 
 def states(session: Session) -> dict[str, Tensor]:
-    planes = ("hi", "lo", "m", "v")
-    return {f"{u.name}.{p}": session.read_state(u, p) for u in session.plan.spec.units for p in planes if u.num_trainable}
+    units = [unit for unit in session.plan.spec.units if unit.num_trainable]
+    return {f"{u.name}.{plane}": session.read_state(u, plane) for u in units for plane in ("hi", "lo", "m", "v")}
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -110,7 +110,8 @@ def test_eager_skips_a_step_whose_loss_is_not_finite(what: str, ssd_dir: Path) -
 
 def test_skipping_does_not_wait_for_a_flush(ssd_dir: Path) -> None:
     """Updates and spilled gradients of other steps are on their way when a step is skipped; slow disks, no flush."""
-    for options in (dict(tier="ssd"), dict(placement={"*": {"g": "ssd"}}), dict(tier="ssd", optimizer="eager", max_grad_norm=0)):
+    for options in (dict(tier="ssd"), dict(placement={"*": {"g": "ssd"}}),
+                    dict(tier="ssd", optimizer="eager", max_grad_norm=0)):
         results = []
         for pattern in ((False, False), (False, True, True, False, True)):
             session, poison, (first, bad, _, last) = open_session(ssd_dir, None, options)
