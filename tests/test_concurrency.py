@@ -4,10 +4,15 @@ Also tested: every placement under random delays in test_placement.py; failures 
 test_nonfinite.py.
 """
 
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from families_common import batches, build, loss_fn_of
 from ratel.plan.plan import Buffers
@@ -20,6 +25,14 @@ pytestmark = pytest.mark.numerics
 def open_session(directory: Path, family: str = "llama", **options: object) -> Session:
     return Session(options.pop("model", None) or build(family), ssd=[directory], device="cpu", lr=1e-3,
                    loss_fn=loss_fn_of(family), **{"micro_batch": 2, **options})
+
+
+def with_frozen(*parts: str) -> nn.Module:
+    """llama, of which parameters with one of the parts in their names are not trained."""
+    model = build("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in parts))
+    return model
 
 
 def train(session: Session, steps: list[dict]) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -62,3 +75,52 @@ def test_eager_with_fewer_slots_in_dram_than_on_the_gpu(checkpoint_tier: str, ss
             with open_session(ssd_dir, placement=placement, buffers=buffers, checkpoint_tier=checkpoint_tier,
                               **eager) as session:
                 assert_same(train(session, steps), expected)
+
+
+@pytest.mark.parametrize(("frozen", "slots"), [
+    (["embed_tokens"], 5),
+    (["layers.0", "layers.2"], 1),
+    (["layers.1", "model.norm", "lm_head"], 2),
+])
+def test_updates_leave_a_slot_to_units_that_are_not_updated(frozen: list[str], slots: int, ssd_dir: Path) -> None:
+    """Deferred updates run ahead of the next forward pass and keep their slots for it, which must get past frozen ones."""
+    steps = batches("llama", 3)
+    with open_session(ssd_dir, model=with_frozen(*frozen), tier="dram") as session:
+        expected = train(session, steps)
+    buffers = Buffers(host_weight_slots=slots, chunk_elements=2048)
+    with open_session(ssd_dir, model=with_frozen(*frozen), tier="ssd", buffers=buffers) as session, within():
+        losses = []
+        for batch in steps:
+            losses.append(session.step(batch).loss)
+            time.sleep(0.15)  # the updates get as far as they can before the next forward pass begins
+        session.evaluate(steps)
+        assert_same((losses, session.state_dict()), expected)
+
+
+def test_a_flush_that_was_interrupted_can_be_followed_by_a_step(ssd_dir: Path) -> None:
+    """What it has given up for good (slots kept for the next forward pass) must not be taken again half-way."""
+    steps = batches("llama", 2)
+    with open_session(ssd_dir, model=with_frozen("layers.1"), tier="dram") as session:
+        expected = train(session, steps)
+    with open_session(ssd_dir, model=with_frozen("layers.1"), tier="ssd", buffers=SMALL) as session:
+        session.step(steps[0])
+        engine = session._machinery.engine
+        engine.inject(max_delay_us=100_000, seed=1)
+        with pytest.raises(KeyboardInterrupt), interrupted_after(0.02):
+            session.flush()
+        time.sleep(0.3)
+        engine.inject()
+        losses, states = train(session, steps[1:])
+    assert_same(([expected[0][0], *losses], states), expected)
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """What Ctrl-C does."""
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

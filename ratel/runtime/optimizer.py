@@ -92,6 +92,7 @@ class OptimizerPipeline:
         self._left: dict[int, HostSlot] = {}
         self._kept: dict[int, HostSlot] = {}
         self._flushing = False
+        self._never_updated = [u.index for u in plan.spec.units if not u.num_trainable and plan.weights_from_ssd(u)]
         self._ring = [arena.take(plan.ring_slot_bytes) for _ in range(plan.buffers.ring_slots)
                       ] if plan.ring_slot_bytes else []
         self._jobs, self._loaded = Mailbox(exchange), Mailbox(exchange)
@@ -108,6 +109,8 @@ class OptimizerPipeline:
     def submit(self, unit: UnitSpec, hyper: Hyper) -> None:
         """Ask for the unit's update; it starts when its gradient has arrived."""
         with self._exchange.lock:
+            self._flushing = False
+            self._cache.expect_reads(self._never_updated)
             self._asked[unit.index] += 1
             self._jobs.put(Job(unit, hyper, number=self._asked[unit.index], keep=self._plan.deferred))
 
@@ -152,14 +155,10 @@ class OptimizerPipeline:
         """Block until every update asked for is done and on its tier."""
         with self._exchange.lock:
             self._flushing = True
-            kept = list(self._kept)
-        try:
-            for unit in kept:
+            self._cache.expect_reads(())  # nothing is kept for a forward pass that may be far off
+            for unit in list(self._kept):
                 self.took_over(unit)
-            with self._exchange.lock:
-                self._exchange.wait_for(self._changed, lambda: self._persisted == self._asked)
-        finally:
-            self._flushing = False
+            self._exchange.wait_for(self._changed, lambda: self._persisted == self._asked)
 
     def join(self) -> None:
         for worker in self._workers:
@@ -177,7 +176,7 @@ class OptimizerPipeline:
             for begin, end in bounds:
                 chunk = self._start_chunk(job, begin, end)
                 if begin == 0 and self._plan.deferred and self._plan.weights_from_ssd(job.unit):
-                    job.weights = self._cache.acquire(job.unit.index)
+                    job.weights = self._cache.acquire_ahead(job.unit.index)
                 self._loaded.put(chunk)
 
     def _wait_persisted(self, unit: int, number: int) -> None:

@@ -7,6 +7,7 @@ its upload or write-back has ended. ``saved_bytes`` counts both, so that traffic
 """
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,7 @@ class HostCache:
         self._plan, self._store, self._engine, self._exchange = plan, store, engine, exchange
         self._freed = exchange.condition()
         self._by_unit: dict[int, HostSlot] = {}
+        self._unread: set[int] = set()
         self.saved_bytes = 0
         self._free: dict[str, list[HostSlot]] = {}
         for cls in ("block", "ends", "shared"):
@@ -45,18 +47,45 @@ class HostCache:
 
     def acquire(self, unit: int, refs: int = 1) -> HostSlot:
         """The slot that holds the unit, read from SSD if no slot does; blocks while all slots are in use."""
-        cls = weight_class(self._plan.spec.units[unit])
         with self._exchange.lock:
-            self._exchange.wait_for(self._freed, lambda: unit in self._by_unit or bool(self._free[cls]))
-            slot = self._by_unit.get(unit)
-            if slot is None:
-                slot = self._by_unit[unit] = self._free[cls].pop(0)
-                slot.unit = unit
-                slot.tickets = self._submit_reads(slot)
-            else:
-                self.saved_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
-            slot.refs += refs
-            return slot
+            self._exchange.wait_for(self._freed, lambda: self._available(unit) > 0)
+            self._unread.discard(unit)
+            self._freed.notify_all()
+            return self._take(unit, refs)
+
+    def acquire_ahead(self, unit: int) -> HostSlot:
+        """As ``acquire``, for an update whose result stays in the slot until the next forward pass reads it.
+
+        Leaves one slot to units that the pass reads before without an update (see ``expect_reads``): it would wait for a
+        slot, and the slots for the pass to get past those units.
+        """
+        with self._exchange.lock:
+            self._exchange.wait_for(self._freed, lambda: self._available(unit) > self._reads_before(unit))
+            return self._take(unit, 1)
+
+    def expect_reads(self, units: Iterable[int]) -> None:
+        """The next forward pass is to read these units from SSD, in their order, besides those that are updated."""
+        with self._exchange.lock:
+            self._unread = set(units)
+            self._freed.notify_all()
+
+    def _available(self, unit: int) -> int:
+        return len(self._free[weight_class(self._plan.spec.units[unit])]) + (unit in self._by_unit)
+
+    def _reads_before(self, unit: int) -> bool:
+        cls = weight_class(self._plan.spec.units[unit])
+        return any(u < unit and weight_class(self._plan.spec.units[u]) == cls for u in self._unread)
+
+    def _take(self, unit: int, refs: int) -> HostSlot:
+        slot = self._by_unit.get(unit)
+        if slot is None:
+            slot = self._by_unit[unit] = self._free[weight_class(self._plan.spec.units[unit])].pop(0)
+            slot.unit = unit
+            slot.tickets = self._submit_reads(slot)
+        else:
+            self.saved_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
+        slot.refs += refs
+        return slot
 
     def ready(self, slot: HostSlot) -> None:
         """Block until the slot's bytes have come from SSD."""
