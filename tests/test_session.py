@@ -131,6 +131,15 @@ def test_a_batch_needs_only_input_ids(ssd_dir: Path) -> None:
         assert session.step({**batch, "labels": batch["input_ids"]}).loss == without
 
 
+def test_eager_updates_cannot_be_clipped(ssd_dir: Path) -> None:
+    from ratel.errors import RatelError
+
+    with pytest.raises(RatelError, match="cannot be clipped"):
+        open_session(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=1.0)
+    with open_session(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=0) as session:
+        assert not session.step(batches("llama", 1)[0]).skipped
+
+
 def test_two_sessions_on_one_directory_are_refused(ssd_dir: Path) -> None:
     from ratel.errors import RatelError
 

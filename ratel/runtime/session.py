@@ -11,22 +11,21 @@ import torch
 
 from ratel import models, native
 from ratel.config import read_options
-from ratel.errors import NonFiniteError, RatelError, WorkerError
+from ratel.errors import RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
 from ratel.memory.exchange import Exchange
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.gradients import Moved
 from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
-from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
+from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Shape, make_plan
 from ratel.runtime.state import SavedState, save_state
-from ratel.runtime.step import VerticalStep, closing_order
+from ratel.runtime.training import Training
 from ratel.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -88,6 +87,10 @@ class Session:
         self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, given["micro_batch"]
         self._clip = given["max_grad_norm"]
         self._optimizer = ("deferred" if self._clip else "eager") if optimizer == "auto" else optimizer
+        if self._clip and self._optimizer == "eager":
+            raise RatelError("eager updates start before the norm of all gradients is known, so they cannot be clipped "
+                             "by it", field="optimizer", value="eager",
+                             remedy="Use deferred (or auto), or switch clipping off with max_grad_norm 0")
         self._hyper = dict(zip(("beta1", "beta2"), given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"])
         self.lr, self.seed, self.dtype = lr, given["seed"], dtype
         self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else given["optimizer_threads"]
@@ -127,8 +130,7 @@ class Session:
                          forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers)
         self._machinery = self._build(plan)
         self._plan, m = plan, self._machinery
-        self._step = VerticalStep(self.parts, plan, m.streamer, m.weights, m.checkpoints, m.gradients, m.lanes,
-                                  seed=self.seed, on_gradient=self._on_gradient)
+        self._training = Training(self.parts, plan, m, seed=self.seed, clip=self._clip)
         self._meter = Meter(m.lanes, m.updates, m.engine)
         return plan
 
@@ -176,104 +178,15 @@ class Session:
         tokens = _count_tokens(batch)
         micros = split(batch, self.plan.work.micro_rows, self.device)
         lr = self.lr if lr is None else lr
+        hyper = Hyper(lr=lr, step=self._updates_made + 1, **self._hyper)
         with self._protected():
-            loss, norm, skipped = self._train(micros, targets, lr)
+            loss, norm, applied = self._training.step(micros, targets=targets, attempt=self._attempts, hyper=hyper)
         self._attempts += 1
+        self._updates_made += applied
         usage = self._meter.read()
         return StepResult(step=self._attempts, loss=loss, grad_norm=norm, lr=lr, tokens=tokens,
                           seconds=perf_counter() - begun, bound_s=usage.bound_s, bound_by=usage.bound_by,
-                          skipped=skipped, usage=usage)
-
-    def _train(self, micros: list, targets: int, lr: float) -> tuple[float, float, bool]:
-        m, plan = self._machinery, self.plan
-        hyper = dict(lr=lr, step=self._updates_made + 1, **self._hyper)
-        m.updates.begin_step()
-        if not plan.deferred:
-            self._submit(Hyper(**hyper), closing_order(plan))
-        loss = self._step.train(micros, targets=targets, step=self._attempts)
-        norm = m.gradients.total_norm().cpu()  # waits for the whole backward pass
-        finite = bool(torch.isfinite(norm))
-        hyper["grad_scale"] = clip_scale(norm, self._clip) if finite else 1.0
-        if plan.deferred:
-            applied = self._decide(Hyper(**hyper), finite)
-        else:
-            applied = self._conclude_eager(finite)
-        if applied:
-            self._update_on_gpu(Hyper(**hyper))
-            self._updates_made += 1
-        return float(loss), float(norm), not applied
-
-    def _decide(self, hyper: Hyper, finite: bool) -> bool:
-        """Deferred mode: start all updates in forward order, or drop all gradients."""
-        units = [u for u in self.plan.spec.units if u.num_trainable]
-        if finite:
-            self._submit(hyper, sorted(units, key=lambda u: (u.kind != "shared", u.index)))
-        else:
-            for unit in units:
-                if not self.plan.placement(unit).on_gpu:
-                    self._machinery.updates.discard(unit)
-        return finite
-
-    def _conclude_eager(self, finite: bool) -> bool:
-        """The pipeline has left out the whole step, or made all of it; anything between is an error."""
-        bad = [] if finite else self._machinery.gradients.not_finite()
-        if not bad:
-            return True
-        if self._machinery.updates.finish_step():
-            raise NonFiniteError(f"the gradient of {bad[0].name} (on the GPU) is not finite, but other units are updated "
-                                 "already; the deferred optimizer skips such a step")
-        return False
-
-    def _submit(self, hyper: Hyper, units: Iterable[UnitSpec]) -> None:
-        for unit in units:
-            if not self.plan.placement(unit).on_gpu:
-                self._machinery.updates.submit(unit, hyper)
-
-    def _on_gradient(self, unit: UnitSpec, grad: torch.Tensor) -> None:
-        moved = self._machinery.gradients.finish(unit, grad)
-        if moved is None:
-            return
-        if self.plan.deferred and self.plan.grads_pass_through(unit):
-            self._spill(unit, moved)
-        else:
-            self._machinery.updates.arrived(unit, Arrival(moved.host, moved.arrived, moved.norm, moved.release))
-
-    def _spill(self, unit: UnitSpec, moved: Moved) -> None:
-        """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
-        m = self._machinery
-        plane = m.store.plane(unit.index, "g")
-
-        def write() -> None:
-            ticket = m.engine.submit_write(m.store.volume, plane.offset, moved.host.data_ptr(), plane.num_bytes,
-                                           native.nvme_ds.WRITEBACK)
-            m.writes.when(lambda: m.engine.wait(ticket), announce)
-
-        def announce() -> None:
-            moved.release()
-            m.updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
-
-        m.copies.when_event(moved.arrived, write)
-
-    def _update_on_gpu(self, hyper: Hyper) -> None:
-        """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU optimizer."""
-        for unit in self.plan.spec.units:
-            if unit.num_trainable and self.plan.placement(unit).on_gpu:
-                with self._machinery.lanes.work("compute", f"update {unit.name}"):
-                    self._update_unit_on_gpu(unit, hyper)
-
-    def _update_unit_on_gpu(self, unit: UnitSpec, hyper: Hyper) -> None:
-        count = unit.num_trainable
-        planes = [self._machinery.store.plane(unit.index, p).tensor[:count] for p in ("hi", "lo", "m", "v", "g")]
-        ranges = decay_ranges(unit, 0, count, hyper.weight_decay)
-        scalars = dict(lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, step=hyper.step,
-                       grad_scale=hyper.grad_scale, ranges=ranges)
-        if self.device.type == "cuda":
-            from ratel.runtime.gpu_adamw import adamw_
-
-            adamw_(*planes, **scalars)
-        else:
-            self._machinery.pool.adamw(*(p.data_ptr() for p in planes), count,
-                                       grad_dtype="fp32" if self.plan.fp32 else "bf16", **scalars)
+                          skipped=not applied, usage=usage)
 
     # --- beside training ----------------------------------------------------------------------------------------
 
@@ -289,7 +202,7 @@ class Session:
                 if count:
                     with self._protected():
                         micros = split(batch, self.plan.work.micro_rows, self.device)
-                        total += float(self._step.evaluate(micros, targets=count)) * count
+                        total += float(self._training.evaluate(micros, targets=count)) * count
                     weight += count
         finally:
             self.parts.set_training(True)
@@ -386,7 +299,7 @@ class Session:
             if self._machinery is not None:
                 self._machinery.close()
                 self._machinery.pool.close()
-                self._machinery = self._step = self._meter = None  # the planes go now, not at the next collection
+                self._machinery = self._training = self._meter = None  # the planes go now, not at the next collection
             self.parts.close()
 
     def _give_back(self) -> None:
@@ -457,13 +370,6 @@ class _Protected:
         if isinstance(error, self._kind):
             self._session._broken = error
             self._session._machinery.exchange.close()
-
-
-def clip_scale(norm: torch.Tensor, max_norm: float) -> float:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by: ``min(1, max_norm / (norm + 1e-6))`` in fp32."""
-    if not max_norm:
-        return 1.0
-    return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
 def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, ...]:

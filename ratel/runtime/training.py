@@ -1,0 +1,126 @@
+"""Training and evaluating under a plan: the vertical step, and what becomes of its gradients."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from ratel import native
+from ratel.errors import NonFiniteError
+from ratel.models import Parts
+from ratel.plan.plan import Plan
+from ratel.plan.shape import UnitSpec
+from ratel.runtime.gradients import Moved
+from ratel.runtime.machinery import Machinery
+from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
+from ratel.runtime.step import Micro, VerticalStep, closing_order
+
+
+class Training:
+    """Decides about updates: when they are asked for, with which scale, or that a step is left out."""
+
+    def __init__(self, parts: Parts, plan: Plan, machinery: Machinery, *, seed: int, clip: float) -> None:
+        self._plan, self._m, self._clip = plan, machinery, clip
+        m = machinery
+        self._vertical = VerticalStep(parts, plan, m.streamer, m.weights, m.checkpoints, m.gradients, m.lanes, seed=seed,
+                                      on_gradient=self._on_gradient)
+
+    def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> tuple[float, float, bool]:
+        """One step; returns the loss, the gradients' norm before clipping, and whether the update is made.
+
+        ``attempt`` numbers the step for the random generators. Updates may go on in the background afterwards.
+        """
+        self._m.updates.begin_step()
+        if not self._plan.deferred:
+            self._submit(hyper, closing_order(self._plan))
+        loss = self._vertical.train(micros, targets=targets, step=attempt)
+        norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            hyper = replace(hyper, grad_scale=clip_scale(norm, self._clip))
+        applied = self._decide(hyper, finite) if self._plan.deferred else self._conclude_eager(finite)
+        if applied:
+            self._update_on_gpu(hyper)
+        return float(loss), float(norm), applied
+
+    def evaluate(self, micros: list[Micro], *, targets: int) -> torch.Tensor:
+        return self._vertical.evaluate(micros, targets=targets)
+
+    def _decide(self, hyper: Hyper, finite: bool) -> bool:
+        """Deferred mode: start all updates in forward order, or drop all gradients."""
+        units = [u for u in self._plan.spec.units if u.num_trainable]
+        if finite:
+            self._submit(hyper, sorted(units, key=lambda u: (u.kind != "shared", u.index)))
+        else:
+            for unit in units:
+                if not self._plan.placement(unit).on_gpu:
+                    self._m.updates.discard(unit)
+        return finite
+
+    def _conclude_eager(self, finite: bool) -> bool:
+        """The pipeline has left out the whole step, or made all of it; anything between is an error."""
+        bad = [] if finite else self._m.gradients.not_finite()
+        if not bad:
+            return True
+        if self._m.updates.finish_step():
+            raise NonFiniteError(f"the gradient of {bad[0].name} (on the GPU) is not finite, but other units are updated "
+                                 "already; the deferred optimizer skips such a step")
+        return False
+
+    def _submit(self, hyper: Hyper, units: Iterable[UnitSpec]) -> None:
+        for unit in units:
+            if not self._plan.placement(unit).on_gpu:
+                self._m.updates.submit(unit, hyper)
+
+    def _on_gradient(self, unit: UnitSpec, grad: torch.Tensor) -> None:
+        moved = self._m.gradients.finish(unit, grad)
+        if moved is None:
+            return
+        if self._plan.deferred and self._plan.grads_pass_through(unit):
+            self._spill(unit, moved)
+        else:
+            self._m.updates.arrived(unit, Arrival(moved.host, moved.arrived, moved.norm, moved.release))
+
+    def _spill(self, unit: UnitSpec, moved: Moved) -> None:
+        """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
+        m = self._m
+        plane = m.store.plane(unit.index, "g")
+
+        def write() -> None:
+            ticket = m.engine.submit_write(m.store.volume, plane.offset, moved.host.data_ptr(), plane.num_bytes,
+                                           native.nvme_ds.WRITEBACK)
+            m.writes.when(lambda: m.engine.wait(ticket), announce)
+
+        def announce() -> None:
+            moved.release()
+            m.updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
+
+        m.copies.when_event(moved.arrived, write)
+
+    def _update_on_gpu(self, hyper: Hyper) -> None:
+        """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU optimizer."""
+        for unit in self._plan.spec.units:
+            if unit.num_trainable and self._plan.placement(unit).on_gpu:
+                with self._m.lanes.work("compute", f"update {unit.name}"):
+                    self._update_unit_on_gpu(unit, hyper)
+
+    def _update_unit_on_gpu(self, unit: UnitSpec, hyper: Hyper) -> None:
+        count = unit.num_trainable
+        planes = [self._m.store.plane(unit.index, p).tensor[:count] for p in ("hi", "lo", "m", "v", "g")]
+        ranges = decay_ranges(unit, 0, count, hyper.weight_decay)
+        scalars = dict(lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, step=hyper.step,
+                       grad_scale=hyper.grad_scale, ranges=ranges)
+        if self._m.lanes.device.type == "cuda":
+            from ratel.runtime.gpu_adamw import adamw_
+
+            adamw_(*planes, **scalars)
+        else:
+            self._m.pool.adamw(*(p.data_ptr() for p in planes), count,
+                                       grad_dtype="fp32" if self._plan.fp32 else "bf16", **scalars)
+
+
+def clip_scale(norm: torch.Tensor, max_norm: float) -> float:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by: ``min(1, max_norm / (norm + 1e-6))`` in fp32."""
+    if not max_norm:
+        return 1.0
+    return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
