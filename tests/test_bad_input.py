@@ -3,7 +3,8 @@
 Refused elsewhere, each with its test: safetensors, configurations, unknown model types, modules without repeated blocks
 (test_models_refusals.py); data with its line numbers (test_data_records.py, test_data_dataset.py, test_train_e2e.py);
 a compiler or library that is missing (test_nvme_ds_faults.py, test_op_ds_errors.py, test_run_sh.py); CUDA asked for and
-absent (test_hardware.py, test_train_e2e.py); losses that stay NaN, a full disk (test_train_e2e.py); options (test_config.py, test_cli.py).
+absent (test_hardware.py, test_train_e2e.py); losses that stay NaN, a full disk (test_train_e2e.py); options
+(test_config.py, test_cli.py).
 """
 
 import errno
