@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from families_common import batches, build, loss_fn_of
+from ratel.errors import RatelError
 from ratel.plan.plan import Buffers
 from ratel.runtime.session import Session
 from test_failures import SMALL, within
@@ -83,7 +84,7 @@ def test_eager_with_fewer_slots_in_dram_than_on_the_gpu(checkpoint_tier: str, ss
     (["layers.1", "model.norm", "lm_head"], 2),
 ])
 def test_updates_leave_a_slot_to_units_that_are_not_updated(frozen: list[str], slots: int, ssd_dir: Path) -> None:
-    """Deferred updates run ahead of the next forward pass and keep their slots for it, which must get past frozen ones."""
+    """Deferred updates run ahead of the next forward pass, and keep their slots for it; it must get past others."""
     steps = batches("llama", 3)
     with open_session(ssd_dir, model=with_frozen(*frozen), tier="dram") as session:
         expected = train(session, steps)
@@ -112,6 +113,45 @@ def test_a_flush_that_was_interrupted_can_be_followed_by_a_step(ssd_dir: Path) -
         engine.inject()
         losses, states = train(session, steps[1:])
     assert_same(([expected[0][0], *losses], states), expected)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x.to(self.linear.weight.dtype))).float()
+
+
+class Fp32Stream(nn.Module):
+    """Hidden states stay fp32 between blocks that compute in bf16."""
+
+    def __init__(self, grows: bool = False) -> None:
+        super().__init__()
+        self.grows = grows
+        self.embed, self.head = nn.Linear(12, 12), nn.Linear(12, 2)
+        self.layers = nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x) if self.grows else self.embed(x).float()
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.to(self.head.weight.dtype)).mean(1)
+
+
+def test_checkpoints_keep_the_dtype_of_the_hidden_states(ssd_dir: Path) -> None:
+    """A checkpoint rounded on its way would recompute another forward pass than the one that was."""
+    steps, results = batches("patches", 2), []
+    for checkpoint_tier in ("gpu", "dram", "ssd"):
+        torch.manual_seed(0)
+        with open_session(ssd_dir, "patches", model=Fp32Stream(), checkpoint_tier=checkpoint_tier) as session:
+            results.append(train(session, steps))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+    with open_session(ssd_dir, "patches", model=Fp32Stream(grows=True), checkpoint_tier="dram") as session:
+        with pytest.raises(RatelError, match="block 1 is given hidden states of more bytes .torch.float32"):
+            session.step(steps[0])
 
 
 @contextmanager

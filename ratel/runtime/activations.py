@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ratel import native
+from ratel.errors import RatelError
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Event, Lanes
@@ -23,9 +24,10 @@ main thread far ahead of the GPU can hold on to."""
 
 @dataclass(slots=True)
 class Saved:
-    """A checkpoint outside the GPU: in DRAM once ``copied``, on SSD once ``written``."""
+    """A checkpoint outside the GPU: in DRAM once ``copied``, on SSD once ``written``; bit for bit."""
 
     shape: torch.Size
+    dtype: torch.dtype
     copied: Event
     written: bool
 
@@ -43,10 +45,10 @@ class Fetch:
 class Checkpoints:
     """Saves on the main thread, returns through the streamer (it is the Source of checkpoint gathers)."""
 
-    def __init__(self, plan: Plan, arena: Arena, device: torch.device, dtype: torch.dtype, exchange: Exchange,
-                 lanes: Lanes, copies: Retirer, writes: Retirer, engine: "native.nvme_ds.Engine | None",
+    def __init__(self, plan: Plan, arena: Arena, device: torch.device, exchange: Exchange, lanes: Lanes,
+                 copies: Retirer, writes: Retirer, engine: "native.nvme_ds.Engine | None",
                  volume: "native.nvme_ds.Volume | None") -> None:
-        self._plan, self._lanes, self._exchange, self._dtype = plan, lanes, exchange, dtype
+        self._plan, self._lanes, self._exchange = plan, lanes, exchange
         self._copies, self._writes, self._engine, self._volume = copies, writes, engine, volume
         self._num_bytes = plan.work.hidden_bytes
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
@@ -62,15 +64,16 @@ class Checkpoints:
         if tier == GPU:
             self._kept[key] = hidden
             return
+        self._check_size(block, hidden, tier)
         slot = self._staging_out.acquire() if tier == SSD else None
         host = slot.buffer if slot else self._in_dram[key]
-        view = _shaped(host, hidden.shape, self._dtype)
+        view = _shaped(host, hidden.shape, hidden.dtype)
         self._lanes.wait("d2h", self._lanes.record("compute"))
         with self._lanes.work("d2h", f"checkpoint {block}.{micro}"):
             view.copy_(hidden, non_blocking=True)
         copied = self._lanes.record("d2h")
         self._hold(copied, hidden)
-        saved = Saved(hidden.shape, copied, written=slot is None)
+        saved = Saved(hidden.shape, hidden.dtype, copied, written=slot is None)
         with self._exchange.lock:
             self._saved[key] = saved
             self._changed.notify_all()
@@ -100,15 +103,22 @@ class Checkpoints:
     def fill(self, gather: Gather, handle: "Fetch", slot: Slot) -> torch.Tensor:
         if handle.slot is not None:
             self._engine.wait(handle.ticket)
-        self._lanes.wait("h2d", handle.saved.copied)
-        view = _shaped(slot.buffer, handle.saved.shape, self._dtype)
+        saved = handle.saved
+        self._lanes.wait("h2d", saved.copied)
+        view = _shaped(slot.buffer, saved.shape, saved.dtype)
         with self._lanes.work("h2d", "checkpoint"):
-            view.copy_(_shaped(handle.host, view.shape, self._dtype), non_blocking=True)
+            view.copy_(_shaped(handle.host, saved.shape, saved.dtype), non_blocking=True)
         return view
 
     def done(self, gather: Gather, handle: "Fetch") -> None:
         if handle.slot is not None:
             self._staging_in.release(handle.slot, Event())
+
+    def _check_size(self, block: int, hidden: torch.Tensor, tier: str) -> None:
+        if hidden.numel() * hidden.element_size() > self._num_bytes:
+            raise RatelError(f"block {block} is given hidden states of more bytes ({hidden.dtype} {tuple(hidden.shape)}) "
+                             "than the first block", field="checkpoint_tier", value=tier,
+                             remedy="Use --checkpoint-tier gpu")
 
     def _hold(self, copied: Event, hidden: torch.Tensor) -> None:
         """Keep the tensor until its copy is complete; its memory must not be reused before."""

@@ -64,7 +64,7 @@ class Machinery:
         self.copies, self.writes = Retirer("copies", exchange), Retirer("writes", exchange)
         self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.writes)
         self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
-        self.checkpoints = Checkpoints(plan, self.arena, device, parts.dtype, exchange, self.lanes, self.copies,
+        self.checkpoints = Checkpoints(plan, self.arena, device, exchange, self.lanes, self.copies,
                                        self.writes, self.engine, scratch_volume)
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
         self.streamer = Streamer(exchange, self.lanes, self.copies, self._source_of)
