@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
+from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.plan.choose import Request, choose
 from ratel.plan.placement import Forced
@@ -63,8 +63,9 @@ def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, opt
         raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
                          remedy="Use auto, eager or deferred")
     gpu_budget, on_host = _gpu_budget(device, budgets.gpu), device.type == "cpu"
-    process_bytes = psutil.Process().memory_info().rss + PROCESS_MARGIN_BYTES
-    dram_budget = budgets.dram or int(available_memory() * DRAM_MARGIN) + process_bytes
+    held_bytes = resident_bytes()
+    process_bytes = held_bytes + PROCESS_MARGIN_BYTES
+    dram_budget = budgets.dram or int(available_memory() * DRAM_MARGIN) + held_bytes
     rows = count_rows(batch)
     for micro_rows in _candidates(rows, batch, micro_batch):
         work = _work(parts, batch, rows, micro_rows)
