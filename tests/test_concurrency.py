@@ -5,8 +5,9 @@ test_nonfinite.py.
 """
 
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -150,8 +151,38 @@ def test_checkpoints_keep_the_dtype_of_the_hidden_states(ssd_dir: Path) -> None:
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
     with open_session(ssd_dir, "patches", model=Fp32Stream(grows=True), checkpoint_tier="dram") as session:
-        with pytest.raises(RatelError, match="block 1 is given hidden states of more bytes .torch.float32"):
+        with pytest.raises(RatelError, match="block 1 is given hidden states of more bytes .* .torch.float32"):
             session.step(steps[0])
+
+
+def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stream is the caller's current one: what is between the blocks too, or it races with what is in them."""
+    seen, lane = {}, threading.local()
+
+    @contextmanager
+    def on(name: str) -> Iterator[None]:
+        previous, lane.name = getattr(lane, "name", None), name
+        yield
+        lane.name = previous
+
+    def noting(name: str, real: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            seen.setdefault(name, set()).add(getattr(lane, "name", None))
+            return real(*args, **kwargs)
+
+        return call
+
+    with open_session(ssd_dir, placement={"*": "dram", "block.1": "gpu"}) as session:
+        session.prepare(4, 16)
+        m = session._machinery
+        monkeypatch.setattr(m.lanes, "on", on)
+        for owner, name in ((m.gradients, "begin"), (m.gradients, "fold"), (m.gradients, "finish"),
+                            (m.gradients, "total_norm"), (m.checkpoints, "save"), (session.parts, "head"),
+                            (session.parts, "tail_logits")):
+            monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+        train(session, batches("llama", 2))
+        session.evaluate(batches("llama", 1))
+    assert len(seen) == 7 and set().union(*seen.values()) == {"compute"}, seen
 
 
 @contextmanager

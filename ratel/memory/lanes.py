@@ -70,6 +70,12 @@ class Lanes:
         """Make the lane's stream current for the calling thread."""
         return torch.cuda.stream(self._streams[lane]) if self.is_cuda else nullcontext()
 
+    def computing(self) -> AbstractContextManager:
+        """Make the compute lane current, after what the caller's own current stream was given: perhaps the batch."""
+        if self.is_cuda:
+            self._streams["compute"].wait_stream(torch.cuda.current_stream(self.device))
+        return self.on("compute")
+
     def record(self, lane: str) -> Event:
         """The point that the lane's work has got to so far."""
         if not self.is_cuda:

@@ -116,8 +116,8 @@ class Checkpoints:
 
     def _check_size(self, block: int, hidden: torch.Tensor, tier: str) -> None:
         if hidden.numel() * hidden.element_size() > self._num_bytes:
-            raise RatelError(f"block {block} is given hidden states of more bytes ({hidden.dtype} {tuple(hidden.shape)}) "
-                             "than the first block", field="checkpoint_tier", value=tier,
+            raise RatelError(f"block {block} is given hidden states of more bytes than the first block "
+                             f"({hidden.dtype} {tuple(hidden.shape)})", field="checkpoint_tier", value=tier,
                              remedy="Use --checkpoint-tier gpu")
 
     def _hold(self, copied: Event, hidden: torch.Tensor) -> None:

@@ -202,7 +202,7 @@ class Session:
                 if count:
                     with self._protected():
                         micros = split(batch, self.plan.work.micro_rows, self.device)
-                        total += float(self._training.evaluate(micros, targets=count)) * count
+                        total += self._training.evaluate(micros, targets=count) * count
                     weight += count
         finally:
             self.parts.set_training(True)
@@ -218,6 +218,7 @@ class Session:
         if self._machinery is not None:
             with self._noticing():
                 self._machinery.updates.flush()
+                self._machinery.lanes.synchronize()  # updates on the GPU may run on another stream than the caller's
 
     def read_master(self, unit: UnitSpec) -> torch.Tensor:
         """The unit's fp32 master weights, 1-D in its layout, on the CPU."""

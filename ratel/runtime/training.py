@@ -30,6 +30,14 @@ class Training:
 
         ``attempt`` numbers the step for the random generators. Updates may go on in the background afterwards.
         """
+        with self._m.lanes.computing():
+            return self._step(micros, targets, attempt, hyper)
+
+    def evaluate(self, micros: list[Micro], *, targets: int) -> float:
+        with self._m.lanes.computing():
+            return float(self._vertical.evaluate(micros, targets=targets))
+
+    def _step(self, micros: list[Micro], targets: int, attempt: int, hyper: Hyper) -> tuple[float, float, bool]:
         self._m.updates.begin_step()
         if not self._plan.deferred:
             self._submit(hyper, closing_order(self._plan))
@@ -42,9 +50,6 @@ class Training:
         if applied:
             self._update_on_gpu(hyper)
         return float(loss), float(norm), applied
-
-    def evaluate(self, micros: list[Micro], *, targets: int) -> torch.Tensor:
-        return self._vertical.evaluate(micros, targets=targets)
 
     def _decide(self, hyper: Hyper, finite: bool) -> bool:
         """Deferred mode: start all updates in forward order, or drop all gradients."""
