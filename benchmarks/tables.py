@@ -1,0 +1,97 @@
+"""Writes evaluation_data.md from the JSON files in benchmarks/results: no figure in it was typed by hand.
+
+    python benchmarks/tables.py            rewrite evaluation_data.md
+    python benchmarks/tables.py --check    exit 1 if it is not up to date
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TARGET = ROOT / "evaluation_data.md"
+GIB = 1 << 30
+
+HEAD = """# Evaluation data
+
+Made by `python benchmarks/tables.py` from `benchmarks/results/*.json`; each section names the command that measured it.
+Rates of other systems are not repeated here: `benchmarks/results` holds only what commands of this repository printed.
+TFLOP/s count 6 x parameters x tokens. "Bound" is the busy time of the step's busiest resource; "of bound" is that over
+the step's own time, 100% being a step that costs its slowest resource and nothing more.
+"""
+
+
+def step_section(name: str, results: list[dict]) -> list[str]:
+    good = [r for r in results if "error" not in r]
+    lines = [f"## Steps: {name}", ""]
+    if good:
+        hardware = good[0]["hardware"]
+        lines += [f"{hardware['gpu'] or 'CPU'}, torch {hardware['torch']}, `python benchmarks/step.py ...` with the options "
+                  "in the table.", ""]
+    lines += ["| model | batch x seq | options | s/step | tokens/s | TFLOP/s | bound by | of bound | GPU peak | DRAM (RSS) "
+              "| SSD read + written |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        shape = f"{r['batch_size']} x {r['seq_len']}"
+        if "error" in r:
+            lines.append(f"| | {shape} | | failed: {r['error'][:80]} |")
+            continue
+        options = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                            for key, value in r["options"].items())
+        peak = f"{r['gpu_peak_bytes'] / GIB:.1f} GiB" if r["gpu_peak_bytes"] else ""
+        moved = f"{r['ssd_read_bytes'] / GIB:.1f} + {r['ssd_written_bytes'] / GIB:.1f} GiB"
+        lines.append(f"| {r['model']} {r['parameters'] / 1e9:.2f} B | {shape} | {options} | {r['step_s']:.3f} | "
+                     f"{r['tokens_per_s']:,.0f} | {r['tflops_6pn']:.0f} | {r['bound_by']} | {r['fraction_of_bound']:.0%} | "
+                     f"{peak} | {r['rss_bytes'] / GIB:.1f} GiB | {moved} |")
+    return [*lines, ""]
+
+
+def adam_section(name: str, reports: list[dict]) -> list[str]:
+    lines = [f"## CPU optimizer: {name}", ""]
+    for report in reports:
+        settings, machine = report["settings"], report["machine"]
+        lines += [f"{machine['cpu']}, {settings['num_threads']} threads, {settings['isa']}, "
+                  f"{settings['num_params'] / 1e6:.0f} M parameters (`python benchmarks/adam.py`):", "",
+                  "| | G param/s, median | best | GB/s | % of measured bandwidth |", "|---|---|---|---|---|"]
+        lines += [f"| {key} | {r['elements_per_s'] / 1e9:.2f} | {r['best_elements_per_s'] / 1e9:.2f} | "
+                  f"{r['bandwidth_bps'] / 1e9:.0f} | {r['percent_of_bandwidth']:.0f} |"
+                  for key, r in report["results"].items()]
+        lines.append("")
+    return lines
+
+
+def io_section(name: str, result: dict) -> list[str]:
+    lines = [f"## I/O: {name}", "", "`python benchmarks/io.py`:", "", "```"]
+    from nvme_ds import bench
+
+    return [*lines, *bench.table(result).splitlines(), "```", ""]
+
+
+def document() -> str:
+    parts = [HEAD]
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = path.stem.split("_")[1]
+        if kind == "step":
+            parts += step_section(path.stem, content)
+        elif kind == "adam":
+            parts += adam_section(path.stem, content if isinstance(content, list) else [content])
+        elif kind == "io":
+            parts += io_section(path.stem, content)
+        else:
+            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json with KIND step, adam or io")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not up to date")
+    text = document()
+    if parser.parse_args().check:
+        sys.exit(0 if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text else "evaluation_data.md is stale")
+    TARGET.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
