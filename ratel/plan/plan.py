@@ -239,12 +239,15 @@ class Plan:
         return sum(_paged(plane_bytes(unit, p, fp32=self.fp32)) for p in planes)
 
     def to_json(self) -> dict:
+        from ratel.plan.traffic import step_traffic  # it looks at plans, too
+
         units = [{"name": u.name, "parameters": u.num_params, "trained": u.num_trainable_params,
                   "planes": asdict(self.placement(u))} for u in self.spec.units]
         return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
                 "optimizer": self.optimizer, "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
                 "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers), "units": units,
                 "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
+                "step_traffic_bytes": asdict(step_traffic(self)),
                 "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}
 
     def describe(self) -> str:

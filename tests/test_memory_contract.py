@@ -1,0 +1,284 @@
+"""Budgets are promises: under a kernel limit, at any depth, for every budget, and with what the machine has left."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from memory_run import BUFFERS, POSITIONS, ROWS, VOCAB, config
+from ratel.errors import RatelError
+from ratel.hardware.host import available_memory
+from ratel.plan.choose import Request, choose, minimum_state_bytes
+from ratel.plan.plan import Plan, Work
+from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.runtime.prepare import Budgets, make_plan
+from ratel.runtime.session import Session
+from ratel.units import GIB, MIB
+
+DEEP = 34
+"""Layers; 2.9 GB of states."""
+
+TIMES_SMALLER = 3
+RUN = Path(__file__).with_name("memory_run.py")
+
+
+def command(runs: list[dict[str, Any]]) -> list[str]:
+    return [sys.executable, str(RUN), json.dumps(runs)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(RUN.parent.parent)}
+
+
+def measures(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = subprocess.run(command(runs), env=environment(), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# --- a limit that the kernel holds ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """A memory control group, version 1 or 2."""
+
+    path: Path
+    version: int
+
+    def limit(self, num_bytes: int) -> None:
+        self._write("memory.limit_in_bytes" if self.version == 1 else "memory.max", num_bytes)
+        for swap in ("memory.memsw.limit_in_bytes",) if self.version == 1 else ("memory.swap.max",):
+            if (self.path / swap).exists():
+                self._write(swap, num_bytes if self.version == 1 else 0)
+
+    @property
+    def kills(self) -> int:
+        """Processes that the limit has cost so far."""
+        text = (self.path / ("memory.oom_control" if self.version == 1 else "memory.events")).read_text()
+        return int(dict(line.split() for line in text.splitlines()).get("oom_kill", 0))
+
+    def run(self, runs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
+        """A process that is in the group from its first instruction on."""
+        enter = f"echo $$ > {shlex.quote(str(self.path / 'cgroup.procs'))} && exec {shlex.join(command(runs))}"
+        return subprocess.run(["sh", "-c", enter], env=environment(), capture_output=True, text=True, timeout=110)
+
+    def _write(self, name: str, value: int) -> None:
+        (self.path / name).write_text(str(value))
+
+
+def make_group() -> Group:
+    """Below the root's group for memory; raises OSError where that is not allowed."""
+    root = Path("/sys/fs/cgroup")
+    version = 1 if (root / "memory" / "memory.limit_in_bytes").exists() else 2
+    path = (root / "memory" if version == 1 else root) / f"ratel-test-{uuid.uuid4().hex}"
+    path.mkdir()
+    group = Group(path, version)
+    try:
+        group.limit(GIB)
+    except OSError:
+        path.rmdir()
+        raise
+    return group
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    try:
+        made = make_group()
+    except OSError as error:
+        pytest.skip(f"no memory control group can be made here ({error.strerror}); it takes root and a writable cgroup")
+    yield made
+    made.path.rmdir()
+
+
+@pytest.fixture(scope="module")
+def deep_state_bytes() -> int:
+    with Session(config(DEEP), device="cpu") as session:
+        return minimum_state_bytes(session.parts.spec)
+
+
+@pytest.mark.e2e
+def test_states_on_ssd_train_within_a_kernel_limit_several_times_smaller(group: Group, ssd_dir: Path,
+                                                                       deep_state_bytes: int) -> None:
+    """All of Python, PyTorch and the run together stay within a third of the states. Kernel memory counts there too."""
+    limit = deep_state_bytes // TIMES_SMALLER
+    group.limit(limit)
+    done = group.run([dict(layers=DEEP, steps=2, tier="ssd", dram=limit, ssd=str(ssd_dir), direct="on")])
+    assert done.returncode == 0, f"died with {done.returncode} under a limit of {limit} bytes: {done.stderr}"
+    (found,) = json.loads(done.stdout)
+    assert found["on_ssd_bytes"] == found["state_bytes"] == deep_state_bytes >= TIMES_SMALLER * limit
+    assert found["losses"][1] < found["losses"][0]
+    assert found["peak_bytes"] <= found["dram_bytes"] <= limit
+    assert group.kills == 0
+
+
+@pytest.mark.e2e
+def test_the_same_limit_stops_what_does_not_keep_to_it(group: Group, ssd_dir: Path, deep_state_bytes: int) -> None:
+    """Told the truth, a run is refused with what is missing; told of memory that is not there, it is killed."""
+    limit = deep_state_bytes // TIMES_SMALLER
+    with Session(config(DEEP), device="cpu", tier="dram", dram=limit, buffers=BUFFERS) as session:
+        with pytest.raises(RatelError, match=r"dram: DRAM is short by \d\.\d+ GiB") as refusal:
+            session.prepare(ROWS, POSITIONS)
+    assert refusal.value.field == "dram" and "--ssd" in refusal.value.remedy
+    group.limit(limit)
+    done = group.run([dict(layers=DEEP, steps=1, tier="dram", dram="1TiB")])
+    assert done.returncode in (-9, 137) and group.kills > 0
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_told_nothing_keeps_to_the_limit_it_finds(group: Group, ssd_dir: Path) -> None:
+    limit = GIB
+    group.limit(limit)
+    done = group.run([dict(layers=10, steps=1, ssd=str(ssd_dir), direct="on")])
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["on_ssd_bytes"] > 0 and found["on_dram_bytes"] > 0  # neither all of it nor none
+    assert found["peak_bytes"] <= limit and group.kills == 0
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+def chosen(num_blocks: int, **options: Any) -> Plan:
+    """A plan with everything on SSD for blocks of one width."""
+    kinds = ["pre", *["block"] * num_blocks, "post"]
+    units = tuple(lay_out(i, f"{kind}.{i}", kind, [ParamSpec(name=f"{i}.w", shape=(1024, 4096)),
+                                                   ParamSpec(name=f"{i}.b", shape=(1024,), decay=False)])
+                  for i, kind in enumerate(kinds))
+    stages = tuple(StageSpec(index=u.index, name=u.name, kind=u.kind, units=(u.index,)) for u in units)
+    defaults = dict(fp32=False, optimizer="deferred", gpu_budget=None, dram_budget=GIB, ssd_budget=1 << 40,
+                    forced="ssd", checkpoint_tier="ssd", work=Work(rows=4, seq_len=128, micro_rows=2, hidden_bytes=MIB))
+    return choose(Request(spec=ModelSpec(name="wide", units=units, stages=stages), **{**defaults, **options}))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("options", [{}, dict(fp32=True), dict(optimizer="eager"), dict(on_host=True)], ids=str)
+def test_planned_dram_does_not_depend_on_depth(options: dict[str, Any]) -> None:
+    shallow, deep = chosen(8, **options), chosen(64, **options)
+    assert deep.ssd_bytes > 6 * shallow.ssd_bytes
+    assert deep.arena_bytes == shallow.arena_bytes
+    assert deep.dram_bytes == shallow.dram_bytes
+
+
+@pytest.mark.unit
+def test_on_a_cpu_device_gpu_slots_and_activations_are_dram() -> None:
+    options = dict(forced="dram", workspace_bytes=300 * MIB, dram_budget=GIB)
+    apart, together = chosen(2, **options), chosen(2, on_host=True, **options)
+    unspent = min(apart.import_bytes, 300 * MIB)  # import and activations take the same room, one after the other
+    assert together.dram_bytes == apart.dram_bytes + apart.gpu_bytes - unspent
+    with pytest.raises(RatelError, match="DRAM is short by .* the largest parts are device: workspace 300.00 MiB"):
+        chosen(2, on_host=True, **{**options, "dram_budget": together.dram_bytes - 1})
+    assert chosen(2, **{**options, "dram_budget": together.dram_bytes - 1})  # with a GPU it fits
+
+
+@pytest.mark.e2e
+def test_measured_dram_does_not_grow_with_depth(ssd_dir: Path) -> None:
+    """Nine layers more are 764 MB of states, and less than the 7 MB of one plane of one layer in memory: their
+    modules, and their checkpoints of 49 KB each, which stay in memory here. The bound is a layer's `hi` and `lo`."""
+    options = dict(steps=1, tier="ssd", ssd=str(ssd_dir))
+    shallow, deep = measures([dict(layers=3, **options), dict(layers=12, **options)])
+    assert deep["state_bytes"] - shallow["state_bytes"] > 700e6
+    assert deep["arena_bytes"] == shallow["arena_bytes"]
+    assert deep["peak_bytes"] - shallow["peak_bytes"] < 28e6
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+def test_every_budget_is_kept_and_used(ssd_dir: Path) -> None:
+    """From just above the least that works to nearly everything in DRAM; the result is the same."""
+    budgets = [880_000_000, 1_080_000_000, 1_250_000_000]
+    found = measures([dict(layers=6, steps=2, dram=budget, ssd=str(ssd_dir)) for budget in budgets])
+    for budget, run in zip(budgets, found, strict=True):
+        assert run["peak_bytes"] <= budget and run["dram_bytes"] <= budget
+        assert run["dram_bytes"] > budget - 60e6, run["items"]  # what did not fit is a plane of 28 MB, with its slots
+    on_ssd = [run["on_ssd_bytes"] for run in found]
+    assert on_ssd[0] > on_ssd[1] > on_ssd[2] > 0 or on_ssd[1] > on_ssd[2] == 0
+    assert len({tuple(run["losses"]) for run in found}) == 1
+
+
+@pytest.mark.e2e
+def test_activations_on_a_cpu_device_are_in_the_plan(ssd_dir: Path) -> None:
+    """2048 tokens at once: more than all margins together hide."""
+    (found,) = measures([dict(layers=2, steps=1, rows=4, positions=512, micro_batch=4, dtype="fp32", tier="ssd",
+                              ssd=str(ssd_dir))])
+    assert found["dram_bytes"] - found["workspace_bytes"] < found["peak_bytes"] <= found["dram_bytes"]
+
+
+# --- memory taken away ----------------------------------------------------------------------------------------------
+
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+TAKEN_BYTES = 3 * GIB
+WIDE, WIDE_PARAMETERS = 2304, 63.7e6
+"""A width, and the parameters of a layer at that width: few units, quickly planned."""
+
+
+@pytest.fixture
+def take_memory() -> Iterator[Any]:
+    """A function that reserves huge pages of ``TAKEN_BYTES`` in all; they are given back whatever happens."""
+    if os.geteuid() != 0 or not os.access(HUGE_PAGES, os.W_OK):
+        pytest.skip("reserving huge pages takes root")
+    if psutil.virtual_memory().available < 4 * TAKEN_BYTES:
+        pytest.skip(f"less than {4 * TAKEN_BYTES // GIB} GiB are free; others on the machine need what there is")
+    before = int(HUGE_PAGES.read_text())
+    page_bytes = int(next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()
+                          if line.startswith("Hugepagesize"))) * 1024
+
+    def take() -> int:
+        """Returns the bytes that were really reserved."""
+        HUGE_PAGES.write_text(str(before + TAKEN_BYTES // page_bytes))
+        reserved = (int(HUGE_PAGES.read_text()) - before) * page_bytes
+        if reserved < TAKEN_BYTES * 3 // 4:
+            pytest.skip(f"the kernel found only {reserved} bytes of huge pages: memory is fragmented or limited")
+        return reserved
+
+    try:
+        yield take
+    finally:
+        HUGE_PAGES.write_text(str(before))
+
+
+@pytest.mark.e2e
+def test_reserved_huge_pages_are_not_planned_with(take_memory: Any, ssd_dir: Path) -> None:
+    """Without --dram a session plans with what is free. Others use the machine meanwhile: hence a GiB of tolerance."""
+    layers = int(available_memory() / (14 * WIDE_PARAMETERS)) + 1  # with their gradients more than there is
+    before = planned(layers, ssd_dir)
+    reserved = take_memory()
+    after = planned(layers, ssd_dir)
+    assert before.dram_budget - after.dram_budget == pytest.approx(0.9 * reserved, abs=GIB)
+    assert before.ssd_bytes < after.ssd_bytes
+    assert before.arena_bytes - after.arena_bytes == pytest.approx(before.dram_budget - after.dram_budget, abs=GIB)
+
+
+def planned(layers: int, ssd_dir: Path) -> Plan:
+    """The plan of a session that is given no budget; nothing is reserved."""
+    device = torch.device("cpu")
+    with Session(config(layers, WIDE), device="cpu") as session:
+        return make_plan(session.parts, {"input_ids": torch.zeros(ROWS, POSITIONS, dtype=torch.long)}, device=device,
+                         fp32=False, optimizer="deferred", budgets=Budgets(gpu=None, dram=None), micro_batch="auto",
+                         directories=(str(ssd_dir),), forced=None, checkpoint_tier="auto", buffers=BUFFERS)
+
+
+# --- the GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["ssd", "dram", "auto"])
+def test_gpu_memory_stays_under_its_cap_and_under_the_plan(tier: str, ssd_dir: Path) -> None:
+    (found,) = measures([dict(layers=16, steps=3, tier=tier, device="cuda", gpu_memory="1GiB", ssd=str(ssd_dir))])
+    assert found["gpu_reserved_bytes"] <= GIB
+    assert found["gpu_allocated_bytes"] <= found["gpu_bytes"] <= GIB
+    if tier == "auto":
+        assert found["on_gpu_bytes"] > 0  # a cap is there to be used
