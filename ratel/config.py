@@ -177,6 +177,11 @@ class TrainConfig:
     out: str | None = _option(None, _optional(_read_text), REPORT, "DIR",
                               "where results go (default: a new directory runs/MODEL or runs/MODEL-2, ...)")
     overwrite: bool = _option(False, _read_switch, REPORT, None, "replace the results of an earlier run in --out")
+    save_every: int = _option(0, _AMOUNT, REPORT, "N",
+                              "write the training state to OUT/state every N steps and at the end (0: never)")
+    keep: int = _option(1, _COUNT, REPORT, "K", "states to keep; an older one goes once a newer one is complete")
+    resume: bool = _option(False, _read_switch, REPORT, None,
+                           "continue the run in --out from its newest state; options not given are as they were")
     export: bool = _option(True, _read_switch, REPORT, None, "write the trained model to OUT/model")
     log_every: int = _option(10, _COUNT, REPORT, "N", "steps between progress lines where there is no terminal")
     quiet: bool = _option(False, _read_switch, REPORT, None, "show no progress")
@@ -187,6 +192,7 @@ class TrainConfig:
             object.__setattr__(self, spec.name, value)
         self._check_training()
         self._check_places()
+        self._check_resuming()
 
     def _check_training(self) -> None:
         if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
@@ -204,6 +210,13 @@ class TrainConfig:
         for flag, tier in (("--tier", self.tier), ("--checkpoint-tier", self.checkpoint_tier)):
             if tier == "ssd" and not self.ssd:
                 raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
+
+    def _check_resuming(self) -> None:
+        if self.resume and self.out is None:
+            raise RatelError("which run is to be continued is not said", field="--resume",
+                             remedy="Give --out DIR, that run's directory")
+        if self.resume and self.overwrite:
+            raise RatelError("contradicts --overwrite", field="--resume", remedy="Give one of them")
 
     @property
     def num_warmup_steps(self) -> int:

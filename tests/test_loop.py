@@ -235,7 +235,7 @@ def test_without_out_each_run_gets_a_directory_of_its_own(monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
-        directory = choose(None, "demo", overwrite=False)
+        directory = choose(None, "demo", may_exist=False)
         directory.open()
         names.append(str(directory.path))
     assert names == ["runs/demo", "runs/demo-2", "runs/demo-3"]
@@ -244,7 +244,7 @@ def test_without_out_each_run_gets_a_directory_of_its_own(monkeypatch: pytest.Mo
 def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RatelError, match="--out: is not a directory"):
-        choose(str(tmp_path / "file"), "demo", overwrite=False)
+        choose(str(tmp_path / "file"), "demo", may_exist=False)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from ratel.cli.parser import add_command, add_options
-from ratel.config import TrainConfig, resolve
+from ratel.config import TrainConfig
 from ratel.errors import RatelError
 
 
@@ -16,8 +16,10 @@ def add(commands: Any) -> None:
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
+    from ratel.train.options import complete
+
     names = {spec.name for spec in fields(TrainConfig)}
-    return resolve({name: value for name, value in vars(args).items() if name in names}, args.config)
+    return complete({name: value for name, value in vars(args).items() if name in names}, args.config)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,6 +29,14 @@ ALIGNMENT = 4096
 PLANES = {"hi": torch.bfloat16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
 
 
+class DamagedStateError(RatelError):
+    """A state, or a file of it, is not what was written. ``message`` is the error's, without value and remedy."""
+
+    def __init__(self, message: str, *, value: Path, remedy: str = "Resume from an older state") -> None:
+        self.message = message
+        super().__init__(message, field="state", value=value, remedy=remedy)
+
+
 def save_state(path: Path, spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor | None],
                training: dict[str, Any]) -> Path:
     """Write the state; ``read_plane`` gives a plane on the CPU, or None where a unit has none. One unit in memory.
@@ -116,10 +124,9 @@ class SavedState:
                 file.seek(place["offset"])
                 count = file.readinto(data)
         except OSError as error:
-            raise RatelError(f"cannot be read: {error.strerror}", field="state", value=file_path) from error
+            raise DamagedStateError(f"cannot be read: {error.strerror}", value=file_path) from error
         if count != len(data):
-            raise RatelError(f"is cut short: {count} of {len(data)} bytes of plane {plane}", field="state",
-                             value=file_path, remedy="Resume from an older state")
+            raise DamagedStateError(f"is cut short: {count} of {len(data)} bytes of plane {plane}", value=file_path)
         self._verify(data, place["crc32"], file_path, unit, plane)
         return values.view(PLANES[plane])
 
@@ -140,9 +147,9 @@ class SavedState:
             for index, (found, wanted) in enumerate(zip(pool.map(zlib.crc32, parts), expected, strict=True)):
                 if found != wanted:
                     name = self.manifest["model"]["units"][unit]["name"]
-                    raise RatelError(f"is damaged: unit {name}, plane {plane}, chunk {index} has checksum {found:08x}, "
-                                     f"{wanted:08x} was written", field="state", value=file_path,
-                                     remedy="Resume from an older state, and check the drive")
+                    raise DamagedStateError(f"is damaged: unit {name}, plane {plane}, chunk {index} has checksum "
+                                            f"{found:08x}, {wanted:08x} was written", value=file_path,
+                                            remedy="Resume from an older state, and check the drive")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -152,16 +159,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RatelError(f"is not a complete state: {error.strerror}", field="state", value=path) from error
     except ValueError as error:
-        raise RatelError(f"its manifest is damaged: {error}", field="state", value=path,
-                         remedy="Resume from an older state") from error
+        raise DamagedStateError(f"its manifest is damaged: {error}", value=path) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RatelError("is not a state of Ratel", field="state", value=path)
     if manifest["version"] > VERSION:
         raise RatelError(f"was written in format {manifest['version']}; this version reads up to {VERSION}",
                          field="state", value=path, remedy="Use the version of Ratel that wrote it, or a newer one")
     if _sealed({k: v for k, v in manifest.items() if k != "seal"}) != text:
-        raise RatelError("its manifest is damaged: the seal does not match", field="state", value=path,
-                         remedy="Resume from an older state")
+        raise DamagedStateError("its manifest is damaged: the seal does not match", value=path)
     return manifest
 
 

@@ -12,12 +12,18 @@ from ratel.errors import RatelError
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """``evaluation`` gives the held-out batches anew at each call; None where there are none."""
+    """``evaluation`` gives the held-out batches anew at each call; None where there are none.
+
+    ``position`` says, as JSON, what comes after the batches handed out so far. ``sample``, only where the run is
+    resumed: a batch, for its shape.
+    """
 
     batches: Iterator[Any]
+    position: Callable[[], dict[str, Any]]
     evaluation: Callable[[], Iterable[Any]] | None
     description: str
     tokenizer: Any = None
+    sample: Any = None
 
 
 def is_text(data: Any) -> bool:
@@ -29,9 +35,13 @@ def is_text(data: Any) -> bool:
 
 @contextmanager
 def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tokenizer: Any,
-                vocab_size: int | None) -> Iterator[Inputs]:
+                vocab_size: int | None, position: dict[str, Any] | None = None) -> Iterator[Inputs]:
+    """``position``: of the run to be continued; None: from the beginning."""
+    if position is not None and ("batches" in position) == is_text(data):
+        raise RatelError("was batches in the run to be continued, and is text now" if is_text(data) else
+                         "was text in the run to be continued, and is batches now", field="data")
     if not is_text(data):
-        yield _from_batches(data, eval_data)
+        yield _from_batches(data, eval_data, None if position is None else position["batches"])
         return
     from ratel.data import load_tokenizer, open_dataset
 
@@ -41,8 +51,14 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     with open_dataset(data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
                       eval_fraction=0.0 if eval_batches is not None else config.eval_fraction, eval_data=eval_text,
                       eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size) as dataset:
+        sample = None
+        if position is not None:
+            dataset.load_state_dict(position)
+            sample = next(dataset.batches())
+            dataset.load_state_dict(position)
         evaluation = (lambda: eval_batches) if eval_batches is not None else dataset.eval_batches
-        yield Inputs(batches=dataset.batches(), description=dataset.describe(), tokenizer=tokenizer,
+        yield Inputs(batches=dataset.batches(), position=dataset.state_dict, description=dataset.describe(),
+                     tokenizer=tokenizer, sample=sample,
                      evaluation=evaluation if eval_batches is not None or dataset.eval_batches() else None)
 
 
@@ -52,7 +68,7 @@ def _tokenizer_source(tokenizer: Any, model: Any) -> Any:
     return model if tokenizer is None else tokenizer
 
 
-def _from_batches(data: Any, eval_data: Any) -> Inputs:
+def _from_batches(data: Any, eval_data: Any, taken: int | None) -> Inputs:
     if not isinstance(data, Iterable):
         raise RatelError("is neither a path nor an iterable of batches", field="data", value=type(data).__name__)
     if eval_data is not None and (is_text(eval_data) or not isinstance(eval_data, Iterable)):
@@ -60,8 +76,34 @@ def _from_batches(data: Any, eval_data: Any) -> Inputs:
     if eval_data is not None and iter(eval_data) is eval_data:
         raise RatelError("can be gone through only once", field="eval_data", value=type(eval_data).__name__,
                          remedy="Give a list or a data loader")
-    return Inputs(batches=endless(data), evaluation=None if eval_data is None else lambda: eval_data,
+    batches = _Counted(endless(data))
+    sample = None if taken is None else batches.skip(taken)
+    return Inputs(batches=batches, position=lambda: {"batches": batches.taken}, sample=sample,
+                  evaluation=None if eval_data is None else lambda: eval_data,
                   description=f"batches from {type(data).__name__}")
+
+
+class _Counted(Iterator[Any]):
+    """Batches of the user's own; their position is how many of them were taken."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches, self.taken = batches, 0
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        self.taken += 1
+        return batch
+
+    def skip(self, count: int) -> Any:
+        """Pass over ``count`` batches; returns the last of them."""
+        batch = None
+        for _ in range(count):
+            try:
+                batch = next(self)
+            except StopIteration:
+                raise RatelError(f"ended after {self.taken} batches; the run had taken {count}", field="data",
+                                 remedy="Resume with the batches that the run was started with") from None
+        return batch
 
 
 def endless(batches: Iterable[Any]) -> Iterator[Any]:

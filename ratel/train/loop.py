@@ -9,6 +9,7 @@ from ratel.train.interrupt import StopRequest
 from ratel.train.schedule import Schedule
 
 MAX_SKIPPED_IN_A_ROW = 10
+_NONE_LEFT = object()
 
 
 class Trainer(Protocol):
@@ -29,15 +30,33 @@ class Progress:
     train_s: float = 0.0
     bound_s: float = 0.0
     bound_by: dict[str, int] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
+    steps_before: int = 0
+    """Of these steps, how many were made before the run was resumed."""
 
     @property
     def steps(self) -> int:
         return len(self.losses)
 
+    def add(self, record: dict[str, Any]) -> None:
+        """Count a step by its metrics."""
+        self.losses.append(record["loss"])
+        self.tokens += record["tokens"]
+        self.train_s += record["step_s"]
+        self.bound_s += record["bound_s"] or 0.0
+        if record["bound_by"]:
+            self.bound_by[record["bound_by"]] = self.bound_by.get(record["bound_by"], 0) + 1
+        if "eval_loss" in record:
+            self.eval_losses[record["step"]] = record["eval_loss"]
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record["skipped"] else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """``evaluation`` gives the held-out batches anew at each call; ``record`` takes one metrics object per step."""
+    """``evaluation`` gives the held-out batches anew at each call; ``record`` takes one metrics object per step.
+
+    ``save`` is called every ``save_every`` steps, and where the loop ends.
+    """
 
     session: Trainer
     steps: int
@@ -46,19 +65,37 @@ class Loop:
     stop: StopRequest
     evaluation: Callable[[], Iterable[Any]] | None = None
     eval_every: int = 0
+    save: Callable[[Progress], None] | None = None
+    save_every: int = 0
 
     def run(self, batches: Iterator[Any], progress: Progress) -> None:
         """Fill ``progress``. Ends early when ``batches`` does or when a stop was requested."""
-        skipped_in_a_row = 0
-        for batch in batches:
-            out = self._step(batch, progress)
-            skipped_in_a_row = skipped_in_a_row + 1 if out.skipped else 0
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise _diverged(skipped_in_a_row, progress.steps)
-            if progress.steps == self.steps or self.stop.requested:
-                return
+        saved_at = progress.steps
+        while not self._is_over(progress):
+            batch = next(batches, _NONE_LEFT)
+            if batch is _NONE_LEFT:
+                break
+            self._step(batch, progress)
+            if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise _diverged(progress.skipped_in_a_row, progress.steps)
+            if self.save is not None and self.save_every and progress.steps % self.save_every == 0:
+                self.save(progress)
+                saved_at = progress.steps
+        if self.save is not None and progress.steps != saved_at:
+            self.save(progress)
 
-    def _step(self, batch: Any, progress: Progress) -> Any:
+    def _is_over(self, progress: Progress) -> bool:
+        return progress.steps >= self.steps or self.stop.requested
+
+    def evaluate_late(self, progress: Progress) -> bool:
+        """Make the evaluation due after the last step, if a stop was requested before it. Whether it was made."""
+        number = progress.steps
+        if number == 0 or number in progress.eval_losses or not self._evaluates_after(number):
+            return False
+        self._evaluate(number, {}, progress)
+        return number in progress.eval_losses
+
+    def _step(self, batch: Any, progress: Progress) -> None:
         number = progress.steps + 1
         try:
             out = self.session.step(batch, lr=self.schedule(number - 1))
@@ -66,11 +103,10 @@ class Loop:
             raise RatelError(f"step {number} has a gradient that is not finite, and part of the update was made",
                              field="--optimizer", value="eager", remedy=_ADVICE) from error
         record = describe_step(number, out)
-        _add(progress, record)
+        progress.add(record)
         if self._evaluates_after(number):
             self._evaluate(number, record, progress)
         self.record(record)
-        return out
 
     def _evaluates_after(self, number: int) -> bool:
         if self.evaluation is None or self.stop.requested:
@@ -115,12 +151,3 @@ def describe_step(number: int, out: Any) -> dict[str, Any]:
         "ssd_read_bytes": out.usage.ssd_read_bytes,
         "ssd_written_bytes": out.usage.ssd_written_bytes,
     }
-
-
-def _add(progress: Progress, record: dict[str, Any]) -> None:
-    progress.losses.append(record["loss"])
-    progress.tokens += record["tokens"]
-    progress.train_s += record["step_s"]
-    progress.bound_s += record["bound_s"] or 0.0
-    if record["bound_by"]:
-        progress.bound_by[record["bound_by"]] = progress.bound_by.get(record["bound_by"], 0) + 1

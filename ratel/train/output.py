@@ -7,8 +7,9 @@ from shutil import rmtree
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.train.states import StateDirectory
 
-RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial")
+RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial", "state")
 
 
 class RunDirectory:
@@ -17,15 +18,16 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics, self.model = path / "metrics.jsonl", path / "model"
+        self.states = StateDirectory(path / "state")
 
     def earlier_results(self) -> list[str]:
         return [name for name in RESULTS if (self.path / name).exists()]
 
-    def open(self) -> None:
+    def open(self, *, keep_results: bool = False) -> None:
         """Make the directory and remove an earlier run's results, so that none is mistaken for this run's."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in self.earlier_results():
+            for name in [] if keep_results else self.earlier_results():
                 _remove(self.path / name)
         except OSError as error:
             raise RatelError(f"cannot be used: {error.strerror}", field="--out", value=self.path) from error
@@ -34,12 +36,15 @@ class RunDirectory:
         """Whole or not at all: a reader never sees half a file."""
         target = self.path / f"{name}.json"
         partial = target.with_suffix(".json.partial")
-        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # --resume reads them: after a power failure they are whole, too
         os.replace(partial, target)
 
 
-def choose(out: str | None, model_name: str, *, overwrite: bool) -> RunDirectory:
-    """The directory for a new run: ``out``, or without one the first free ``runs/MODEL``, ``runs/MODEL-2``, ...
+def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory:
+    """The directory for a run: ``out``, or without one the first free ``runs/MODEL``, ``runs/MODEL-2``, ...
 
     Nothing is touched yet: `RunDirectory.open` does that once the run is known to start.
     """
@@ -47,10 +52,14 @@ def choose(out: str | None, model_name: str, *, overwrite: bool) -> RunDirectory
     if path.exists() and not path.is_dir():
         raise RatelError("is not a directory", field="--out", value=path)
     directory = RunDirectory(path)
-    if directory.earlier_results() and not overwrite:
+    if directory.earlier_results() and not may_exist:
         raise RatelError(f"already holds a run ({', '.join(directory.earlier_results())})", field="--out", value=path,
-                         remedy="Give another directory, or --overwrite to replace that run")
+                         remedy=f"Give another directory, {_resumable(directory)}or --overwrite to replace that run")
     return directory
+
+
+def _resumable(directory: RunDirectory) -> str:
+    return "--resume to continue that run, " if directory.states.steps() else ""
 
 
 def _first_free(parent: Path, name: str) -> Path:

@@ -9,7 +9,8 @@ from ratel.units import format_seconds
 
 
 def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported: bool) -> Iterator[str]:
-    yield (f"{progress.steps} steps, {progress.tokens:,} tokens in {format_seconds(seconds)} "
+    before = f", {progress.steps_before} steps of them before it was resumed;" if progress.steps_before else " in"
+    yield (f"{progress.steps} steps, {progress.tokens:,} tokens{before} {format_seconds(seconds)} "
            f"({progress.tokens / max(progress.train_s, 1e-9):,.0f} tok/s in training)")
     yield _losses(progress)
     if progress.bound_by and progress.steps:
@@ -19,6 +20,9 @@ def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported
                f"{format_seconds(bound_s)} ({bound_s / step_s:.0%})")
     model = ", model/ (loads with transformers)" if exported else ""
     yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json"
+    state = out.states.newest()
+    if state is not None:
+        yield f"{state}: the training state; `ratel train --out {out.path} --resume` continues (up to --steps)"
 
 
 def _losses(progress: Progress) -> str:

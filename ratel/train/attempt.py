@@ -1,0 +1,150 @@
+"""A run with all its parts open: what is done before the loop, around it and after it."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ratel.config import TrainConfig
+from ratel.hardware.doctor import describe_cuda
+from ratel.hardware.host import describe_host
+from ratel.monitor.metrics import MetricsWriter
+from ratel.monitor.progress import ProgressDisplay
+from ratel.runtime.session import Session
+from ratel.train.inputs import Inputs
+from ratel.train.interrupt import Interrupted, StopRequest
+from ratel.train.loop import Loop, Progress
+from ratel.train.options import changes
+from ratel.train.output import RunDirectory
+from ratel.train.resume import Resumption, amend_last, cut_metrics, naming_an_older, replay, sync
+from ratel.train.schedule import make_schedule
+from ratel.train.summary import summarize
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run did, from its first step on. ``losses`` has one entry per step, ``eval_losses`` one per evaluation,
+    by step. ``seconds`` leaves out what came before the run was resumed.
+    """
+
+    losses: list[float]
+    eval_losses: dict[int, float]
+    steps: int
+    tokens: int
+    seconds: float
+    out: Path
+    is_interrupted: bool = False
+
+
+class Attempt:
+    """One start of a run, the first or a resumed one."""
+
+    def __init__(self, config: TrainConfig, session: Session, inputs: Inputs, out: RunDirectory,
+                 display: ProgressDisplay, earlier: Resumption | None) -> None:
+        self.config, self.session, self.inputs, self.out, self.display = config, session, inputs, out, display
+        self.earlier = earlier
+        self._is_planned = False
+
+    def prepare(self) -> None:
+        """Whatever can be refused is refused here; then the directory is this run's."""
+        with naming_an_older(self.out, self.earlier.state) if self.earlier else nullcontext():
+            self._prepare_session()
+        if self._is_planned:
+            self.display.note(self.session.plan.describe())
+        self.display.note(self.inputs.description)
+        if self.earlier:
+            self._note_what_changed(self.earlier)
+        self.out.open(keep_results=self.earlier is not None)
+        self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path), "resume": False})
+        if self._is_planned:
+            self._write_plan()
+
+    def _prepare_session(self) -> None:
+        has_known_shape = self.session.parts.is_causal_lm and self.inputs.tokenizer is not None
+        if has_known_shape:
+            self.session.prepare(self.config.batch_size, self.config.seq_len)
+        elif self.earlier:
+            self.session.evaluate([self.inputs.sample])  # brings the state in: damage is found before the start
+        self._is_planned = has_known_shape or self.earlier is not None
+
+    def _note_what_changed(self, earlier: Resumption) -> None:
+        self.display.note(f"continuing after step {earlier.step} from {earlier.state}")
+        for line in changes(self.config, earlier.options):
+            self.display.note(line)
+        was, now = earlier.extra["micro_batch"], self.session.plan.work.micro_rows
+        if was != now:
+            self.display.note(f"sequences in a block at once: was {was}, is {now}; sums are rounded differently")
+        if earlier.step >= self.config.steps:
+            self.display.note(f"--steps {self.config.steps} is reached: nothing is left to train")
+
+    def complete(self) -> TrainResult:
+        start = time.perf_counter()
+        progress = self._progress_before(self.earlier) if self.earlier else Progress()
+        try:
+            with StopRequest() as stop:
+                self._loop(progress, stop)
+                self._finish()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped in step {progress.steps + 1} of {self.config.steps}; the model was not "
+                              f"written, metrics are in {self.out.path}", self._result(progress, start)) from None
+        result = self._result(progress, start, is_interrupted=stop.requested)
+        self.display.close()
+        for line in summarize(progress, result.seconds, self.out, exported=self.config.export):
+            self.display.note(line)
+        return result
+
+    def _progress_before(self, earlier: Resumption) -> Progress:
+        records = cut_metrics(self.out.metrics, earlier.step)
+        if len(records) < earlier.step:
+            self.display.note(f"{self.out.metrics} holds {len(records)} of the {earlier.step} steps made so far")
+        return replay(records, earlier.step)
+
+    def _loop(self, progress: Progress, stop: StopRequest) -> None:
+        config = self.config
+        schedule = make_schedule(config.schedule, lr=config.lr, steps=config.steps, min_lr=config.min_lr,
+                                 warmup_steps=config.num_warmup_steps)
+        with MetricsWriter(self.out.metrics, append=self.earlier is not None) as metrics:
+            self.display.start(progress.steps)
+
+            def record(entry: dict[str, Any]) -> None:
+                metrics.write(entry)
+                self.display.step(entry)
+
+            def save(progress: Progress) -> None:
+                metrics.flush()  # no state may know of steps that metrics.jsonl does not
+                sync(self.out.metrics)
+                self._save(progress)
+
+            loop = Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
+                        evaluation=self.inputs.evaluation, eval_every=config.eval_every, save_every=config.save_every,
+                        save=save if config.save_every else None)
+            if loop.evaluate_late(progress):  # nothing is written yet: the writer opens the file with its first record
+                amend_last(self.out.metrics, {"eval_loss": progress.eval_losses[progress.steps]})
+            loop.run(self.inputs.batches, progress)
+
+    def _save(self, progress: Progress) -> None:
+        self.session.save(self.out.states.path_of(progress.steps), extra={
+            "step": progress.steps, "data": self.inputs.position(), "micro_batch": self.session.plan.work.micro_rows,
+            "chat_template": getattr(self.inputs.tokenizer, "chat_template", None),
+            "has_tokenizer": self.inputs.tokenizer is not None})
+        self.out.states.prune(self.config.keep)
+
+    def _write_plan(self) -> None:
+        self.out.write_json("plan", self.session.plan.to_json())
+        self.out.write_json("hardware", {"host": describe_host(), "cuda": describe_cuda(), **self.session.hardware})
+
+    def _finish(self) -> None:
+        """Complete the updates that still wait, and write what only then is final."""
+        self.session.flush()
+        if not self._is_planned:
+            self._write_plan()  # batches of the user's own had no shape before the first one was seen
+        if self.config.export:
+            self.session.export(self.out.model, dtype=self.config.dtype)
+            if self.inputs.tokenizer is not None:
+                self.inputs.tokenizer.save_pretrained(self.out.model)
+
+    def _result(self, progress: Progress, start: float, *, is_interrupted: bool = False) -> TrainResult:
+        return TrainResult(losses=progress.losses, eval_losses=progress.eval_losses, steps=progress.steps,
+                           tokens=progress.tokens, seconds=time.perf_counter() - start, out=self.out.path,
+                           is_interrupted=is_interrupted)

@@ -1,0 +1,55 @@
+"""The options of a run; those of the run that it continues come from there."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ratel.config import TrainConfig, flag_of, read_file, resolve
+from ratel.errors import RatelError
+
+_OF_ONE_START = ("resume", "overwrite")
+"""What is asked for once: it is not an option of the run that is continued."""
+_UNREMARKABLE = (*_OF_ONE_START, "out", "quiet", "log_every")
+
+
+def complete(given: Mapping[str, Any], file: str | os.PathLike[str] | None) -> TrainConfig:
+    """As `ratel.config.resolve`; with ``resume``, what is not given is what it was in the run to be continued."""
+    in_file = read_file(Path(file)) if file is not None else {}
+    named = {**in_file, **given}
+    if named.get("resume") is not True or named.get("out") is None:
+        return resolve(given, file)
+    earlier = read_earlier(Path(named["out"]))
+    options = {**_without(earlier, _OF_ONE_START), **_without(in_file, ("overwrite",)), **given, "resume": True}
+    return resolve(options)
+
+
+def read_earlier(out: Path) -> dict[str, Any]:
+    """The options in OUT/config.json. Raises RatelError naming what is missing."""
+    path = out / "config.json"
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        missing = f"there is no {path}" if out.is_dir() else f"{out} is not a directory"
+        raise RatelError(missing, field="--resume", remedy="Give --out the directory of a run that was started with "
+                                                           "--save-every N") from error
+    except ValueError as error:
+        raise RatelError(f"is damaged: {error}", field="--resume", value=path) from error
+    assert isinstance(options, dict)
+    return options
+
+
+def changes(config: TrainConfig, earlier: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each option that is not what it was."""
+    for name, now in config.to_json().items():
+        if name not in _UNREMARKABLE and earlier.get(name, now) != now:
+            yield f"{flag_of(name)}: was {_shown(earlier[name])}, is {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value in (None, []) else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _without(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
