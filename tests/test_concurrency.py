@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -176,13 +177,21 @@ def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pyte
         session.prepare(4, 16)
         m = session._machinery
         monkeypatch.setattr(m.lanes, "on", on)
-        for owner, name in ((m.gradients, "begin"), (m.gradients, "fold"), (m.gradients, "finish"),
+        for owner, name in ((m.gradients, "begin"), (m.gradients, "collect"), (m.gradients, "finish"),
                             (m.gradients, "total_norm"), (m.checkpoints, "save"), (session.parts, "head"),
                             (session.parts, "tail_logits")):
             monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
         train(session, batches("llama", 2))
         session.evaluate(batches("llama", 1))
     assert len(seen) == 7 and set().union(*seen.values()) == {"compute"}, seen
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Buffers)])
+def test_counts_of_buffers_that_could_only_hang_are_refused(name: str) -> None:
+    with pytest.raises(RatelError, match=f"buffers.{name}: .*given: 0"):
+        Buffers(**{name: 0})
+    with pytest.raises(RatelError, match="multiple of 2048"):
+        Buffers(chunk_elements=3000)
 
 
 @contextmanager

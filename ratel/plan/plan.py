@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
+from ratel.errors import RatelError
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
-from ratel.plan.shape import ModelSpec, UnitSpec
+from ratel.plan.shape import UNIT_ALIGN, ModelSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
 PAGE_BYTES = 4096
@@ -27,6 +28,15 @@ class Buffers:
     chunk_elements: int = 1 << 22
     checkpoint_slots: int = 3
     """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from SSD."""
+
+    def __post_init__(self) -> None:
+        for name, count in asdict(self).items():
+            if count < 1:
+                raise RatelError("a step would wait for one for ever", field=f"buffers.{name}", value=count,
+                                 remedy="Give 1 or more")
+        if self.chunk_elements % UNIT_ALIGN:
+            raise RatelError("chunks begin at blocks of the SSD", field="buffers.chunk_elements", value=self.chunk_elements,
+                             remedy=f"Give a multiple of {UNIT_ALIGN}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +67,8 @@ class Plan:
     buffers: Buffers = Buffers()
     workspace_bytes: int = 0
     """GPU memory left to PyTorch's allocator for activations inside a stage."""
-    accumulate_fp32: bool = False
+    accumulators: tuple[str, ...] = ()
+    """Weight classes whose gradients are sums of several passes, kept in fp32 and rounded once."""
     gpu_budget: int | None = None
     dram_budget: int | None = None
     process_bytes: int = 0
@@ -152,7 +163,7 @@ class Plan:
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
             items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
-            if self.accumulate_fp32:
+            if cls in self.accumulators:
                 items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
         if self.fp32:
             items["merge staging"] = max((u.num_elements * 4 for u in self.spec.units), default=0)
