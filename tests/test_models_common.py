@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ratel.models import Parts
+from ratel.plan.shape import UnitSpec
 
 CPU = torch.device("cpu")
 VOCAB = 97
@@ -69,8 +70,16 @@ def attach_all(parts: Parts) -> tuple[list[Tensor], list[Tensor]]:
         weights.append(flat.to(parts.dtype))
         grads.append(torch.zeros(unit.num_trainable, dtype=parts.dtype))
         parts.attach(unit.index, weights[-1])
-        parts.attach_grad(unit.index, grads[-1])
+        attach_grad(parts, unit, grads[-1])
     return weights, grads
+
+
+def attach_grad(parts: Parts, unit: UnitSpec, flat: Tensor) -> None:
+    """Let autograd accumulate into ``flat``, in the unit's layout."""
+    by_name = dict(parts.module.named_parameters())
+    for p in unit.params:
+        if p.trainable:
+            by_name[p.name].grad = flat[p.offset:p.end].view(p.shape)
 
 
 def named(parts: Parts, flats: list[Tensor], trained_only: bool = False) -> dict[str, Tensor]:

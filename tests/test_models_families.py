@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ratel.models import Parts, load
-from tests.test_models_common import (CPU, FAMILIES, attach_all, configs, make_batch, make_model, named,
-                                      next_token_loss, plain_copy, vertical_pass)
+from tests.test_models_common import (CPU, FAMILIES, attach_all, attach_grad, configs, make_batch, make_model,
+                                      named, next_token_loss, plain_copy, vertical_pass)
 
 pytestmark = pytest.mark.numerics
 DTYPES = [torch.float32, torch.bfloat16]
@@ -102,7 +102,7 @@ def test_on_a_gpu_a_vertical_pass_equals_plain_autograd(family: str) -> None:
         parts.read_unit(unit.index, flat)
         parts.attach(unit.index, flat.to(cuda, torch.bfloat16))
         grads.append(torch.zeros(unit.num_trainable, dtype=torch.bfloat16, device=cuda))
-        parts.attach_grad(unit.index, grads[-1])
+        attach_grad(parts, unit, grads[-1])
     parts.set_training(False), plain.eval()
     expected_loss = next_token_loss(run_plain(plain, batch), batch["labels"])
     expected_loss.backward()

@@ -67,7 +67,7 @@ def test_placeholders_hold_one_element_each_until_attached_and_after() -> None:
     assert all(g.any() for g in grads if g.numel())
     for unit in parts.spec.units:
         parts.attach(unit.index, None)
-        parts.attach_grad(unit.index, None)
+        parts.take_grads(unit.index)
     assert held() == empty and not any(p.grad is not None for p in parts.module.parameters())
 
 

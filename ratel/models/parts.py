@@ -173,12 +173,14 @@ class Parts:
         for param, spec, strides in self._params[unit]:
             param.data = flat.as_strided(spec.shape, strides, start + spec.offset)
 
-    def attach_grad(self, unit: int, flat: Tensor | None) -> None:
-        """Make the trained parameters' ``.grad`` views of ``flat`` (first ``num_trainable`` elements); None: drop."""
-        start = 0 if flat is None else flat.storage_offset()
-        for param, spec, strides in self._params[unit]:
+    def take_grads(self, unit: int) -> list[Tensor | None]:
+        """The gradients that autograd has left on the unit's trained parameters, in its order; none is left there."""
+        grads = []
+        for param, spec, _ in self._params[unit]:
             if spec.trainable:
-                param.grad = None if flat is None else flat.as_strided(spec.shape, strides, start + spec.offset)
+                grads.append(param.grad)
+                param.grad = None
+        return grads
 
     # -- stages --------------------------------------------------------------------------------------------------
 

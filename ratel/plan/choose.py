@@ -24,7 +24,7 @@ class Request:
     """``None``: no SSD directory was given."""
     process_bytes: int = 0
     workspace_bytes: int = 0
-    accumulate_fp32: bool = False
+    accumulators: tuple[str, ...] = ()
     buffers: Buffers = Buffers()
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
@@ -47,7 +47,7 @@ def choose(request: Request) -> Plan:
 def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: tuple[str, ...] | None = None) -> Plan:
     return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
                 checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
-                workspace_bytes=request.workspace_bytes, accumulate_fp32=request.accumulate_fp32,
+                workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
                 on_host=request.on_host)
 

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from ratel.errors import RatelError
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
-from ratel.plan.shape import UNIT_ALIGN, ModelSpec, UnitSpec
+from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
 PAGE_BYTES = 4096
@@ -167,6 +167,7 @@ class Plan:
                 items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
         if self.fp32:
             items["merge staging"] = max((u.num_elements * 4 for u in self.spec.units), default=0)
+            items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
         kept = sum(tier == GPU for tier in self.checkpoint_tiers)
         items["checkpoints kept"] = kept * work.num_micro * work.hidden_bytes
         items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
@@ -241,6 +242,11 @@ class Plan:
         chunk = self.chunk_of(unit)
         return sum(_paged(plane_bytes(unit, p, fp32=self.fp32) // max(unit.num_trainable, 1) * chunk)
                    if p != "lo" or not self.fp32 else 0 for p in self.ring_planes(unit))
+
+    def _merged_bytes(self, stage: StageSpec) -> int:
+        """The fp32 compute copies, made while the stage runs, of units whose halves are on the GPU."""
+        units = [self.spec.units[index] for index in stage.units]
+        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu)
 
     def _resident_bytes(self, unit: UnitSpec, tier: str) -> int:
         place = self.placement(unit)

@@ -10,7 +10,7 @@ from ratel.memory.lanes import Event, Lanes
 from ratel.memory.slots import Slot, SlotPool
 from ratel.plan.placement import weight_class
 from ratel.plan.plan import Plan
-from ratel.plan.shape import UnitSpec
+from ratel.plan.shape import ParamSpec, UnitSpec
 from ratel.store.planes import Store
 
 
@@ -30,7 +30,7 @@ class Moved:
 
 
 class Gradients:
-    """``begin`` a unit before its first backward, ``fold`` after each, ``finish`` after the last.
+    """``begin`` a unit before its first backward, ``collect`` after each, ``finish`` after the last.
 
     The norm of each parameter's gradient is taken on the device that computed it, wherever the gradient then goes, so
     that the clipping scale does not depend on placement. The total is formed as ``torch.nn.utils.clip_grad_norm_``
@@ -45,41 +45,52 @@ class Gradients:
         self._pools = {cls: self._make_pool(cls, exchange, device) for cls in ("block", "ends", "shared")}
         self._host = {cls: self._make_host_pool(cls, arena, exchange) for cls in ("block", "ends", "shared")}
         self._acc = {cls: torch.empty(plan.max_bytes(cls, "acc") // 4, device=device) for cls in self._pools
-                     } if plan.accumulate_fp32 else {}
+                     if cls in plan.accumulators}
         self._norms = torch.zeros(len(param_order), device=device)
         self._places = {u.index: torch.tensor([param_order[p.name] for p in u.params if p.trainable], device=device)
                         for u in plan.spec.units}
         self._host_norms = arena.take(plan.norm_bytes)[: 4 * len(plan.spec.units)].view(torch.float32)
         self._norms_leaving: dict[int, torch.Tensor] = {}
         self._slots: dict[int, Slot] = {}
-        self._folds: dict[int, int] = {}
+        self._passes: dict[int, int] = {}
 
     def begin(self, unit: UnitSpec) -> torch.Tensor:
-        """A zeroed gradient (1-D, ``num_trainable``) for the unit, on the device."""
+        """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``finish``."""
         grad = self._resident(unit)
         if grad is None:
             slot = self._slots[unit.index] = self._pools[weight_class(unit)].acquire()
             self._lanes.wait("compute", slot.last_use)
             grad = slot.buffer[: unit.num_trainable]
-        self._folds[unit.index] = 0
-        return grad.zero_()
+        self._passes[unit.index] = 0
+        return grad
 
-    def fold(self, unit: UnitSpec, grad: torch.Tensor) -> None:
-        """Add what has been accumulated in compute precision to the fp32 accumulator, and start again from zero."""
-        if not self._acc:
-            return
-        acc = self._acc[weight_class(unit)][: grad.numel()]
-        if self._folds[unit.index] == 0:
-            acc.copy_(grad)
-        else:
-            acc.add_(grad)
-        self._folds[unit.index] += 1
-        grad.zero_()
+    def collect(self, unit: UnitSpec, grad: torch.Tensor, parts: list[torch.Tensor | None]) -> None:
+        """Take over what one backward pass has left on the parameters (None: this pass did not use it).
+
+        Autograd's own tensors are read once and go; accumulating in place on attached views would read and write the
+        sum as well, in compute precision.
+        """
+        total = self._total(unit, grad)
+        params = [p for p in unit.params if p.trainable]
+        first = self._passes[unit.index] == 0
+        self._passes[unit.index] += 1
+        if first:
+            _zero_gaps(total, params)
+        for param, part in zip(params, parts, strict=True):
+            view = total[param.offset : param.end].view(param.shape)
+            if part is None:
+                if first:
+                    view.zero_()
+            elif first:
+                view.copy_(part)
+            else:
+                view.add_(part)
 
     def finish(self, unit: UnitSpec, grad: torch.Tensor) -> "Moved | None":
         """Round, measure and move to DRAM; ``None`` for a unit that is updated on the GPU."""
-        if self._acc:
-            grad.copy_(self._acc[weight_class(unit)][: grad.numel()])
+        total = self._total(unit, grad)
+        if total is not grad:
+            grad.copy_(total)
         norm = self._measure(unit, grad)
         if self._plan.placement(unit).on_gpu:
             return None
@@ -93,6 +104,11 @@ class Gradients:
         """Units of which some gradient of the step is NaN or infinite. None may be, where only the total overflows."""
         norms = self._norms.cpu()
         return [u for u in self._plan.spec.units if not torch.isfinite(norms[self._places[u.index].cpu()]).all()]
+
+    def _total(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
+        """Where passes are summed: the fp32 accumulator of the unit's class, or the gradient itself."""
+        acc = self._acc.get(weight_class(unit))
+        return grad if acc is None else acc[: grad.numel()]
 
     def _measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
         """Norms of the unit's parameters into their places; returns the unit's own."""
@@ -133,3 +149,12 @@ class Gradients:
     def _make_host_pool(self, cls: str, arena: Arena, exchange: Exchange) -> SlotPool:
         num_bytes = self._plan.max_bytes(cls, "grads")
         return SlotPool(exchange, [arena.take(num_bytes) for _ in range(self._plan.host_grad_slot_count(cls))])
+
+
+def _zero_gaps(flat: torch.Tensor, params: list[ParamSpec]) -> None:
+    """Padding holds zeros; the buffer may have held a unit with other gaps before."""
+    ends = [0, *(p.end for p in params)]
+    begins = [*(p.offset for p in params), flat.numel()]
+    for end, begin in zip(ends, begins, strict=True):
+        if end < begin:
+            flat[end:begin].zero_()

@@ -69,13 +69,12 @@ def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, opt
     rows = count_rows(batch)
     for micro_rows in _candidates(rows, batch, micro_batch):
         work = _work(parts, batch, rows, micro_rows)
-        accumulates = _accumulates(parts, work) and not fp32
         try:
             workspace = measure_workspace(parts, _take_rows(batch, micro_rows, device), device)
             return choose(Request(spec=parts.spec, fp32=fp32, optimizer=optimizer, work=work, gpu_budget=gpu_budget,
                                   dram_budget=dram_budget, ssd_budget=_free_bytes(directories), buffers=buffers,
                                   process_bytes=process_bytes, workspace_bytes=workspace, forced=forced,
-                                  accumulate_fp32=accumulates, checkpoint_tier=checkpoint_tier, on_host=on_host))
+                                  accumulators=() if fp32 else _accumulators(parts, work), checkpoint_tier=checkpoint_tier, on_host=on_host))
         except (RatelError, torch.OutOfMemoryError) as error:
             failure = error
             if isinstance(error, RatelError) and error.field not in ("gpu_memory", "dram" if on_host else ""):
@@ -111,11 +110,12 @@ def _take_rows(batch: Any, count: int, device: torch.device) -> Any:
     return map_tensors(lambda t: t[:count].to(device), batch)
 
 
-def _accumulates(parts: Parts, work: Work) -> bool:
-    """Whether any gradient is a sum of several passes, whose rounding in bf16 would add up."""
+def _accumulators(parts: Parts, work: Work) -> tuple[str, ...]:
+    """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add up."""
     if work.num_micro > 1:
-        return True
-    return parts.is_causal_lm and positions_per_chunk(work.micro_rows, parts.spec.vocab_size) < work.seq_len
+        return ("block", "ends", "shared")
+    chunked = parts.is_causal_lm and positions_per_chunk(work.micro_rows, parts.spec.vocab_size) < work.seq_len
+    return ("ends", "shared") if chunked else ()
 
 
 def _gpu_budget(device: torch.device, given: int | None) -> int | None:

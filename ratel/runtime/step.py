@@ -111,7 +111,7 @@ class VerticalStep:
     def _causal_loss(self, stage: StageSpec, micro: Micro, targets: int, backward: bool) -> tuple[Tensor, Tensor | None]:
         chunk = positions_per_chunk(micro.hidden.shape[0], self._plan.spec.vocab_size)
         return chunked_loss(self._parts.tail_logits, micro.hidden, shifted_targets(micro.batch["labels"]),
-                            normalizer=targets, chunk=chunk, backward=backward, after_chunk=lambda: self._fold(stage))
+                            normalizer=targets, chunk=chunk, backward=backward, after_chunk=lambda: self._collect(stage))
 
     def _own_loss(self, stage: StageSpec, micro: Micro, backward: bool) -> tuple[Tensor, Tensor | None]:
         hidden = micro.hidden.detach().requires_grad_(backward)
@@ -119,7 +119,7 @@ class VerticalStep:
             loss = self._parts.tail_loss(hidden, micro.batch) * micro.share
         if backward:
             loss.backward()
-            self._fold(stage)
+            self._collect(stage)
         return loss.detach().float(), hidden.grad
 
     # --- backward -----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class VerticalStep:
                         torch.autograd.backward(output, micro.grad)
                         micro.grad = hidden.grad
                         del output, hidden
-                        self._fold(stage)
+                        self._collect(stage)
 
     def _backward_pre(self, micros: list[Micro], step: int) -> None:
         stage = self._stages[0]
@@ -143,7 +143,7 @@ class VerticalStep:
             for micro in micros:
                 with self._computing(stage, micro, step):
                     self._backward_head(micro)
-                    self._fold(stage)
+                    self._collect(stage)
 
     def _backward_head(self, micro: Micro) -> None:
         with torch.enable_grad():
@@ -177,10 +177,8 @@ class VerticalStep:
         for unit in units:
             if unit.index not in self._open:
                 self._open[unit.index] = self._gradients.begin(unit)
-            self._parts.attach_grad(unit.index, self._open[unit.index])
         yield
         for unit in units:
-            self._parts.attach_grad(unit.index, None)
             if self._closing[unit.index] == stage.index:
                 self._on_gradient(unit, self._open.pop(unit.index))
 
@@ -206,10 +204,11 @@ class VerticalStep:
         cuda = self._lanes.device.type == "cuda"
         return torch.random.fork_rng(devices=[self._lanes.device] if cuda else [])
 
-    def _fold(self, stage: StageSpec) -> None:
+    def _collect(self, stage: StageSpec) -> None:
         for index in stage.units:
             if index in self._open:
-                self._gradients.fold(self._plan.spec.units[index], self._open[index])
+                grads = self._parts.take_grads(index)
+                self._gradients.collect(self._plan.spec.units[index], self._open[index], grads)
 
 
 def _closing_stages(plan: Plan) -> dict[int, int]:

@@ -44,7 +44,7 @@ def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], None], devic
     growth = meter.peak_growth() - planes
     for unit in units:
         parts.attach(unit.index, None)
-        parts.attach_grad(unit.index, None)
+        parts.take_grads(unit.index)
     return growth
 
 
@@ -120,9 +120,7 @@ def _trials(parts: Parts, batch: Any):
 
 
 def _attach(parts: Parts, unit: UnitSpec, device: torch.device) -> int:
-    """Zero weights and gradients in place of the real ones; returns their bytes."""
+    """Zero weights in place of the real ones; returns their bytes."""
     flat = torch.zeros(unit.num_elements, dtype=parts.dtype, device=device)
-    grad = torch.zeros(unit.num_trainable, dtype=parts.dtype, device=device)
     parts.attach(unit.index, flat)
-    parts.attach_grad(unit.index, grad)
-    return flat.numel() * flat.element_size() + grad.numel() * grad.element_size()
+    return flat.numel() * flat.element_size()
