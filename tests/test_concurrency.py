@@ -194,6 +194,22 @@ def test_counts_of_buffers_that_could_only_hang_are_refused(name: str) -> None:
         Buffers(chunk_elements=3000)
 
 
+def test_merged_copies_of_fp32_units_on_the_gpu_are_in_the_plan(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(ssd_dir, "llama-tied", dtype="fp32", placement={"*": "gpu", "block.1": "dram"}) as session:
+        session.prepare(4, 16)
+        streamed = [u.index for u in session.plan.spec.units if not session.plan.placement(u).on_gpu]
+        merged, most, attach = {}, [0], session.parts.attach
+
+        def counting(unit: int, flat: torch.Tensor | None) -> None:
+            merged[unit] = 0 if flat is None or unit in streamed else flat.nbytes
+            most.append(sum(merged.values()))
+            attach(unit, flat)
+
+        monkeypatch.setattr(session.parts, "attach", counting)
+        train(session, batches("llama-tied", 1))
+        assert max(most) == session.plan.gpu_items["merged resident weights"]
+
+
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
     """What Ctrl-C does."""

@@ -60,7 +60,7 @@ class WeightSource:
         return planes
 
     def resident(self, unit: int) -> torch.Tensor:
-        """The compute copy of a unit whose planes are on the GPU; merged anew for fp32, which only tests run there."""
+        """The compute copy of a unit whose planes are on the GPU; merged for every use in fp32."""
         hi = self._store.plane(unit, "hi").tensor
         if not self._plan.fp32:
             return hi
