@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +26,9 @@ from ratel.runtime.prepare import Budgets, make_plan
 from ratel.runtime.session import Session
 from ratel.units import GIB, MIB
 
-DEEP = 34
-"""Layers; 2.9 GB of states."""
-
 TIMES_SMALLER = 3
+LAYER_STATE_BYTES = 85e6
+SHALLOW, DEEPER = 3, 12
 RUN = Path(__file__).with_name("memory_run.py")
 
 
@@ -44,6 +44,33 @@ def measures(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     done = subprocess.run(command(runs), env=environment(), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def by_depth() -> dict[int, dict[str, Any]]:
+    """Measures of two depths with all states on SSD, by number of layers."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("RATEL_TEST_SSD")) as ssd:
+        depths = (SHALLOW, DEEPER)
+        return dict(zip(depths, measures([dict(layers=n, steps=1, tier="ssd", ssd=ssd) for n in depths]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def least_bytes(by_depth: dict[int, dict[str, Any]]) -> int:
+    """DRAM that is enough for any depth. Most of it is Python and PyTorch, which differ between machines; what is added
+    are the 60 MB of libraries that a forked child has not touched yet, and what the measured activations vary by."""
+    return by_depth[DEEPER]["dram_bytes"] + int(120e6)
+
+
+@pytest.fixture(scope="module")
+def deep(least_bytes: int) -> int:
+    """Layers whose states are ``TIMES_SMALLER`` times what is enough: 33 where that is 0.9 GB."""
+    return int(TIMES_SMALLER * least_bytes / LAYER_STATE_BYTES) + 1
+
+
+@pytest.fixture(scope="module")
+def deep_state_bytes(deep: int) -> int:
+    with Session(config(deep), device="cpu") as session:
+        return minimum_state_bytes(session.parts.spec)
 
 
 # --- a limit that the kernel holds ----------------------------------------------------------------------------------
@@ -85,7 +112,7 @@ def make_group() -> Group:
     path.mkdir()
     group = Group(path, version)
     try:
-        group.limit(GIB)
+        group.limit(1 << 50)  # of version 1 the limit with swap can only be lowered after the one without
     except OSError:
         path.rmdir()
         raise
@@ -102,21 +129,16 @@ def group() -> Iterator[Group]:
     made.path.rmdir()
 
 
-@pytest.fixture(scope="module")
-def deep_state_bytes() -> int:
-    with Session(config(DEEP), device="cpu") as session:
-        return minimum_state_bytes(session.parts.spec)
-
-
 @pytest.mark.e2e
-def test_states_on_ssd_train_within_a_kernel_limit_several_times_smaller(group: Group, ssd_dir: Path,
-                                                                       deep_state_bytes: int) -> None:
+def test_states_on_ssd_train_in_a_fraction_of_their_size(group: Group, ssd_dir: Path, deep: int,
+                                                        deep_state_bytes: int) -> None:
     """All of Python, PyTorch and the run together stay within a third of the states. Kernel memory counts there too."""
     limit = deep_state_bytes // TIMES_SMALLER
     group.limit(limit)
-    done = group.run([dict(layers=DEEP, steps=2, tier="ssd", dram=limit, ssd=str(ssd_dir), direct="on")])
+    done = group.run([dict(layers=deep, steps=2, tier="ssd", dram=limit, ssd=str(ssd_dir), direct="on")])
     assert done.returncode == 0, f"died with {done.returncode} under a limit of {limit} bytes: {done.stderr}"
     (found,) = json.loads(done.stdout)
+    assert "refused" not in found, found
     assert found["on_ssd_bytes"] == found["state_bytes"] == deep_state_bytes >= TIMES_SMALLER * limit
     assert found["losses"][1] < found["losses"][0]
     assert found["peak_bytes"] <= found["dram_bytes"] <= limit
@@ -124,21 +146,21 @@ def test_states_on_ssd_train_within_a_kernel_limit_several_times_smaller(group: 
 
 
 @pytest.mark.e2e
-def test_the_same_limit_stops_what_does_not_keep_to_it(group: Group, ssd_dir: Path, deep_state_bytes: int) -> None:
+def test_the_same_limit_stops_what_does_not_keep_to_it(group: Group, deep: int, deep_state_bytes: int) -> None:
     """Told the truth, a run is refused with what is missing; told of memory that is not there, it is killed."""
     limit = deep_state_bytes // TIMES_SMALLER
-    with Session(config(DEEP), device="cpu", tier="dram", dram=limit, buffers=BUFFERS) as session:
+    with Session(config(deep), device="cpu", tier="dram", dram=limit, buffers=BUFFERS) as session:
         with pytest.raises(RatelError, match=r"dram: DRAM is short by \d\.\d+ GiB") as refusal:
             session.prepare(ROWS, POSITIONS)
     assert refusal.value.field == "dram" and "--ssd" in refusal.value.remedy
     group.limit(limit)
-    done = group.run([dict(layers=DEEP, steps=1, tier="dram", dram="1TiB")])
+    done = group.run([dict(layers=deep, steps=1, tier="dram", dram="1TiB")])
     assert done.returncode in (-9, 137) and group.kills > 0
 
 
 @pytest.mark.e2e
-def test_a_run_that_is_told_nothing_keeps_to_the_limit_it_finds(group: Group, ssd_dir: Path) -> None:
-    limit = GIB
+def test_a_run_that_is_told_nothing_keeps_to_the_limit_it_finds(group: Group, ssd_dir: Path, least_bytes: int) -> None:
+    limit = least_bytes + int(240e6)
     group.limit(limit)
     done = group.run([dict(layers=10, steps=1, ssd=str(ssd_dir), direct="on")])
     assert done.returncode == 0, done.stderr
@@ -165,10 +187,10 @@ def chosen(num_blocks: int, **options: Any) -> Plan:
 @pytest.mark.unit
 @pytest.mark.parametrize("options", [{}, dict(fp32=True), dict(optimizer="eager"), dict(on_host=True)], ids=str)
 def test_planned_dram_does_not_depend_on_depth(options: dict[str, Any]) -> None:
-    shallow, deep = chosen(8, **options), chosen(64, **options)
-    assert deep.ssd_bytes > 6 * shallow.ssd_bytes
-    assert deep.arena_bytes == shallow.arena_bytes
-    assert deep.dram_bytes == shallow.dram_bytes
+    shallow, tall = chosen(8, **options), chosen(64, **options)
+    assert tall.ssd_bytes > 6 * shallow.ssd_bytes
+    assert tall.arena_bytes == shallow.arena_bytes
+    assert tall.dram_bytes == shallow.dram_bytes
 
 
 @pytest.mark.unit
@@ -183,29 +205,28 @@ def test_on_a_cpu_device_gpu_slots_and_activations_are_dram() -> None:
 
 
 @pytest.mark.e2e
-def test_measured_dram_does_not_grow_with_depth(ssd_dir: Path) -> None:
-    """Nine layers more are 764 MB of states, and less than the 7 MB of one plane of one layer in memory: their
-    modules, and their checkpoints of 49 KB each, which stay in memory here. The bound is a layer's `hi` and `lo`."""
-    options = dict(steps=1, tier="ssd", ssd=str(ssd_dir))
-    shallow, deep = measures([dict(layers=3, **options), dict(layers=12, **options)])
-    assert deep["state_bytes"] - shallow["state_bytes"] > 700e6
-    assert deep["arena_bytes"] == shallow["arena_bytes"]
-    assert deep["peak_bytes"] - shallow["peak_bytes"] < 28e6
+def test_measured_dram_does_not_grow_with_depth(by_depth: dict[int, dict[str, Any]]) -> None:
+    """Nine layers more are 764 MB of states. The bound is less than one layer's: their modules, their checkpoints of
+    49 KB each, and the heaps of the allocator, which differ by some 20 MB from run to run, must do with that."""
+    shallow, deeper = by_depth[SHALLOW], by_depth[DEEPER]
+    assert deeper["state_bytes"] - shallow["state_bytes"] > 8 * LAYER_STATE_BYTES
+    assert deeper["arena_bytes"] == shallow["arena_bytes"]
+    assert deeper["peak_bytes"] - shallow["peak_bytes"] < 60e6
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
-def test_every_budget_is_kept_and_used(ssd_dir: Path) -> None:
+def test_every_budget_is_kept_and_used(ssd_dir: Path, least_bytes: int) -> None:
     """From just above the least that works to nearly everything in DRAM; the result is the same."""
-    budgets = [880_000_000, 1_080_000_000, 1_250_000_000]
+    budgets = [least_bytes + int(more) for more in (0, 160e6, 320e6)]
     found = measures([dict(layers=6, steps=2, dram=budget, ssd=str(ssd_dir)) for budget in budgets])
     for budget, run in zip(budgets, found, strict=True):
         assert run["peak_bytes"] <= budget and run["dram_bytes"] <= budget
         assert run["dram_bytes"] > budget - 60e6, run["items"]  # what did not fit is a plane of 28 MB, with its slots
     on_ssd = [run["on_ssd_bytes"] for run in found]
-    assert on_ssd[0] > on_ssd[1] > on_ssd[2] > 0 or on_ssd[1] > on_ssd[2] == 0
+    assert found[0]["state_bytes"] > on_ssd[0] > on_ssd[1] > on_ssd[2]
     assert len({tuple(run["losses"]) for run in found}) == 1
 
 
