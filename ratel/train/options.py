@@ -40,6 +40,11 @@ def read_earlier(out: Path) -> dict[str, Any]:
     return options
 
 
+def read_run(out: Path) -> dict[str, Any]:
+    """The options of the run in ``out``; none where there is no run."""
+    return read_earlier(out) if (out / "config.json").is_file() else {}
+
+
 def changes(config: TrainConfig, earlier: Mapping[str, Any]) -> Iterator[str]:
     """One line for each option that is not what it was."""
     for name, now in config.to_json().items():

@@ -57,4 +57,4 @@ def find_state(path: Path, field: str) -> Path:
             return newest
     what = "holds no complete state" if path.is_dir() else "is not a directory"
     raise RatelError(what, field=field, value=path,
-                     remedy="Give a run's --out directory, or a state in it; `ratel train --save-every N` writes states")
+                     remedy="Give the --out of a run, or a state in it; `ratel train --save-every N` writes states")

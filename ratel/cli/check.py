@@ -1,0 +1,76 @@
+"""``ratel check``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ratel.cli.parser import add_command
+from ratel.errors import RatelError
+from ratel.units import format_bytes, format_seconds
+
+_REDRAW_S = 0.2
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "check", "read a training state and compare every chunk with its checksum", run)
+    parser.add_argument("state", metavar="DIR", type=Path, help="a run's --out directory (its newest state), its "
+                                                                "state/, or one state in it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ratel.train.states import find_state
+
+    path = find_state(args.state, "DIR")
+    begun = perf_counter()
+    try:
+        checked = _check(path, begun)
+    except RatelError as error:
+        if args.json:
+            print(json.dumps({"state": str(path), "ok": False, "problem": str(error)}, indent=2))
+        raise
+    seconds = perf_counter() - begun
+    if args.json:
+        print(json.dumps({"state": str(path), "ok": True, **checked, "seconds": seconds,
+                          "bytes_per_s": checked["num_bytes"] / seconds}, indent=2))
+    else:
+        print(f"{path}: whole; {checked['units']} units, {format_bytes(checked['num_bytes'])} in "
+              f"{format_seconds(seconds)} ({format_bytes(checked['num_bytes'] / seconds)}/s)")
+
+
+def _check(path: Path, begun: float) -> dict[str, int]:
+    from ratel.runtime.state import SavedState
+
+    saved = SavedState(path)
+    units = saved.manifest["units"]
+    total = sum(plane["num_bytes"] for unit in units for plane in unit["planes"].values())
+    with _ProgressLine(total, begun) as line:
+        saved.verify(line.advance)
+    return {"units": len(units), "num_bytes": total}
+
+
+class _ProgressLine:
+    """One line on a terminal, drawn over itself."""
+
+    def __init__(self, total_bytes: int, begun: float) -> None:
+        self._total, self._begun, self._done, self._drawn = total_bytes, begun, 0, begun
+        self._is_shown = sys.stderr.isatty()
+
+    def advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        now = perf_counter()
+        if self._is_shown and now - self._drawn > _REDRAW_S:
+            self._drawn = now
+            rate = format_bytes(self._done / (now - self._begun))
+            sys.stderr.write(f"\r\033[K{format_bytes(self._done)} of {format_bytes(self._total)}  {rate}/s")
+            sys.stderr.flush()
+
+    def __enter__(self) -> "_ProgressLine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._is_shown:
+            sys.stderr.write("\r\033[K")

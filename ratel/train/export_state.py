@@ -1,0 +1,78 @@
+"""A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a time."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratel import models
+from ratel.data import load_tokenizer
+from ratel.errors import RatelError
+from ratel.models import Parts
+from ratel.models.presets import PRESETS
+from ratel.plan.shape import UnitSpec
+from ratel.runtime.export import export_model
+from ratel.runtime.session import DTYPES
+from ratel.runtime.state import SavedState
+from ratel.train.options import read_run
+from ratel.train.states import find_state
+
+
+def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None) -> Path:
+    """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model. Returns it.
+
+    ``model``, ``dtype``: by default the run's own, as its config.json has them. Every chunk that is read is verified.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
+    path = find_state(state, "--state")
+    saved, options = SavedState(path), read_run(path.parent.parent)
+    source = model if model is not None else _model_of_run(options, path)
+    parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
+                        seed=saved.training["seed"])
+    try:
+        saved.check_model(parts.spec)
+        _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options)
+    finally:
+        parts.close()
+    return out
+
+
+def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any]) -> None:
+    extra = saved.training["extra"]
+    tokenizer = _tokenizer(source, options) if extra.get("has_tokenizer") else None  # before the long work
+    export_model(parts, lambda unit: merged(saved, unit), out, DTYPES[dtype])
+    if tokenizer is not None:
+        tokenizer.chat_template = extra["chat_template"]
+        tokenizer.save_pretrained(out)
+
+
+def merged(saved: SavedState, unit: UnitSpec) -> Tensor:
+    """The fp32 master: ``(hi << 16) + lo`` on the bits. Elements without `lo` are bf16 values."""
+    bits = saved.read(unit.index, "hi").view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    lo = saved.read(unit.index, "lo")
+    if lo is not None:
+        bits[: lo.numel()] += lo  # wraps around, as it must
+    return bits.view(torch.float32)
+
+
+def _model_of_run(options: dict[str, Any], state: Path) -> str:
+    model = options.get("model")
+    if model is None:
+        raise RatelError(f"is not said: there is no config.json of a run beside {state}", field="--model",
+                         remedy="Give the directory or preset that the run was started with")
+    if not os.path.isdir(model) and model not in PRESETS:
+        raise RatelError(f"the run's model ({model}) is neither a directory here nor a preset", field="--model",
+                         remedy="Give the directory or preset with its configuration")
+    return model
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+    """As `ratel train` finds it. One that was given as an object has left only the name of its type."""
+    named = options.get("tokenizer")
+    if named is not None and not os.path.isdir(named):
+        raise RatelError("the run's tokenizer is not a directory here", field="tokenizer", value=named,
+                         remedy="Export from the run's Python program with Session.load and Session.export")
+    return load_tokenizer(named if named is not None else source)
