@@ -56,6 +56,8 @@ class Attempt:
         if self.earlier:
             self._note_what_changed(self.earlier)
         self.out.open(keep_results=self.earlier is not None)
+        if self.earlier:
+            self.out.states.prune(self.config.keep)  # a kill may have left parts of others
         self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path), "resume": False})
         if self._is_planned:
             self._write_plan()
