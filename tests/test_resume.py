@@ -150,13 +150,25 @@ def test_other_options_are_named_and_recorded(model: Path, text: Path, tmp_path:
 
 def test_a_run_that_is_complete_is_only_exported(model: Path, text: Path, whole: Path, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    """As after a kill between the last state and the model."""
+    """As after a kill between the last state and the model, with parts of states left."""
     train(model, text, tmp_path, save_every=3, export=False)
+    for name in ("step-00000006.old", "step-00000009.partial"):
+        (tmp_path / "state" / name).mkdir()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     train(model, None, tmp_path, resume=True, export=True, quiet=False)
     assert "--steps 8 is reached: nothing is left to train" in capsys.readouterr().out
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and states(tmp_path) == ["step-00000008"]
     assert_same_run(tmp_path, whole)
+
+
+def test_a_file_that_asks_for_overwriting_can_be_resumed_with(model: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("overwrite = true\nsave-every = 2\n")
+    train(model, text, tmp_path / "out", config=file, steps=4, schedule="constant")
+    train(model, None, tmp_path / "out", config=file, resume=True, schedule="cosine")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["overwrite"], config["save_every"], config["schedule"]) == (False, 2, "cosine")
+    assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 9))
 
 
 def test_a_model_object_gets_the_weights_of_a_complete_run(tmp_path: Path) -> None:
