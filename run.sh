@@ -108,7 +108,8 @@ case ${1:-} in
         shift
         install test
         cd "$ROOT"
-        exec "$VENV/bin/python" -m pytest -q "$@"
+        # A process per core, up to four; the tests of one file share a process and what they have set up.
+        exec "$VENV/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"
         ;;
     -h | --help)
         sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
