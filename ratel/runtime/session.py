@@ -248,7 +248,9 @@ class Session:
         self.flush()
         training = {"steps": self._attempts, "updates": self._updates_made, "seed": self.seed, "dtype": self.dtype,
                     "hyper": self._hyper, "max_grad_norm": self._clip, "extra": extra or {}}
-        return save_state(Path(path), self.plan.spec, self._read_if_any, training)
+        saved = save_state(Path(path), self.plan.spec, self._read_if_any, training)
+        self._meter.read()  # what saving reads is not the next step's
+        return saved
 
     def load(self, path: "str | os.PathLike") -> dict[str, Any]:
         """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was saved with.

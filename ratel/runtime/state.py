@@ -47,7 +47,7 @@ def save_state(path: Path, spec: ModelSpec, read_plane: Callable[[UnitSpec, str]
     partial = path.with_name(path.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _make_directory(partial)
         with ThreadPoolExecutor(thread_name_prefix="ratel-checksum") as pool:
             units = [_write_unit(partial, unit, read_plane, pool) for unit in spec.units]
         manifest = {"format": FORMAT, "version": VERSION, "chunk_bytes": CHUNK_BYTES, "checksum": "crc32",
@@ -189,6 +189,14 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_directory(path: Path) -> None:
+    """With its parents; each new name is on disk before anything is put under it."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir()
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:
