@@ -115,9 +115,10 @@ def _alternate(actions: dict[str, Action], repeats: int) -> dict[str, list[float
     for step in range(repeats + 1):
         for name, action in actions.items():
             time.sleep(SETTLE_S)
+            action(2 * step + 1)  # wakes threads and cores: a sleeping core takes a good part of a short measurement
             begun = time.perf_counter()
-            action(step + 1)
-            if step > 0:  # the first round maps memory and wakes threads
+            action(2 * step + 2)
+            if step > 0:  # the first round maps memory
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 

@@ -1,7 +1,6 @@
 """Writes the trained model as a Hugging Face directory, a few units in memory at a time."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.plan.shape import UnitSpec
+from ratel.runtime.state import replace_directory
 from ratel.units import GIB
 
 SHARD_BYTES = GIB
@@ -30,7 +30,7 @@ def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Pa
     partial.mkdir(parents=True)
     parts.save_config(partial, dtype)
     _write_shards(parts, read_unit, partial, dtype)
-    _replace(partial, path)
+    replace_directory(partial, path)
     return path
 
 
@@ -81,12 +81,3 @@ def _tensors_of(unit: UnitSpec, parts: Parts, read_unit: Callable[[UnitSpec], Te
         flat = ((flat.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return {p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params}
 
-
-def _replace(partial: Path, path: Path) -> None:
-    """Put the complete directory in place of an older one."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
