@@ -16,7 +16,7 @@ from ratel.errors import NonFiniteError, RatelError
 from ratel.train.inputs import endless
 from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
-from ratel.train.output import choose
+from ratel.train.output import RunDirectory, choose
 from ratel.train.schedule import make_schedule
 
 pytestmark = pytest.mark.unit
@@ -239,6 +239,20 @@ def test_without_out_each_run_gets_a_directory_of_its_own(monkeypatch: pytest.Mo
         directory.open()
         names.append(str(directory.path))
     assert names == ["runs/demo", "runs/demo-2", "runs/demo-3"]
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
+    def directory() -> RunDirectory:
+        return choose(str(tmp_path / "out"), "demo", may_exist=True)
+
+    with directory() as first:
+        first.open()
+        first.write_json("config", {"mine": True})
+        with directory() as second, pytest.raises(RatelError, match="another run is writing to it"):
+            second.open()
+        assert "mine" in (tmp_path / "out" / "config.json").read_text(), "the second removed the first one's results"
+    with directory() as third:
+        third.open()
 
 
 def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The run's directory: what it holds, when it may be used again, how a file appears in it."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -13,10 +14,15 @@ RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model"
 
 
 class RunDirectory:
-    """``OUT``. Only the files of a run are ever replaced or removed; anything else in it is the user's."""
+    """``OUT``. Only the files of a run are ever replaced or removed; anything else in it is the user's.
+
+    One run at a time: from ``open`` until the context ends the directory itself is locked. The kernel gives the lock of a
+    process that died back, so that none can be stale.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: int | None = None
         self.metrics, self.model = path / "metrics.jsonl", path / "model"
         self.states = StateDirectory(path / "state")
 
@@ -27,10 +33,27 @@ class RunDirectory:
         """Make the directory and remove an earlier run's results, so that none is mistaken for this run's."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             for name in [] if keep_results else self.earlier_results():
                 _remove(self.path / name)
         except OSError as error:
             raise RatelError(f"cannot be used: {error.strerror}", field="--out", value=self.path) from error
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RatelError("another run is writing to it", field="--out", value=self.path,
+                             remedy="Wait for that run, or give another directory") from error
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_json(self, name: str, content: Any) -> None:
         """Whole or not at all: a reader never sees half a file."""

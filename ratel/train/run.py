@@ -43,7 +43,7 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
-    with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display:
+    with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display, out:
         with open_session(config, model, loss_fn) as session:
             earlier = take_up(out, session) if config.resume else None
             vocab_size = session.parts.spec.vocab_size if session.parts.is_causal_lm else None
