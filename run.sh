@@ -11,6 +11,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 VENV=$ROOT/.venv
 TORCH=${RATEL_TORCH:-torch==2.13.0}
+SITE_PACKAGES='import sysconfig; print(*dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")), sep="\n")'
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input)
 
 say() { printf 'run.sh: %s\n' "$*" >&2; }
@@ -66,6 +67,10 @@ make_venv() {
     fi
     say "making $VENV"
     "$python" -m venv --clear ${options[@]+"${options[@]}"} "$VENV"
+    if [[ -n ${options[*]-} ]] && ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
+        # That Python is a virtual environment itself: ours has the system's packages, not those of its parent.
+        "$python" -c "$SITE_PACKAGES" >"$("$VENV/bin/python" -c "$SITE_PACKAGES" | head -n 1)/ratel_parent.pth"
+    fi
 }
 
 install() {

@@ -23,7 +23,10 @@ elif [[ $1 == -m && $2 == pip ]]; then
     if [[ $* == *install* ]]; then echo "pip ${*: -1}" >>"$FAKE_LOG"; fi
 elif [[ $1 == -m && $2 == pytest ]]; then
     shift 2; echo pytest "$@"
+elif [[ $* == *sysconfig* ]]; then
+    site=$(dirname "$0")/../site; mkdir -p "$site"; echo "$site"
 elif [[ $* == *"import torch"* ]]; then
+    if [[ -n ${FAKE_PARENT_IS_VENV:-} && $0 == *.venv* ]]; then [[ -f $(dirname "$0")/../site/ratel_parent.pth ]]; exit; fi
     exit "${FAKE_TORCH_STATUS:-0}"
 else
     exec REAL_PYTHON "$@"
@@ -68,6 +71,14 @@ def test_the_first_start_installs_and_the_second_does_not(checkout: Path) -> Non
     second = start(checkout, "--model", "other")
     assert second.stdout.splitlines()[-1] == "other" and second.stderr == ""
     assert len(installs(checkout)) == 2
+
+
+def test_the_pytorch_of_a_virtual_environment_is_used_too(checkout: Path) -> None:
+    """`--system-site-packages` shows what the system has, not what the environment it was called from has."""
+    done = start(checkout, "doctor", FAKE_PARENT_IS_VENV="1")
+    assert done.returncode == 0 and installs(checkout) == ["wheel", str(checkout)], done
+    link = (checkout / ".venv" / "site" / "ratel_parent.pth").read_text().strip()
+    assert Path(link).resolve() == (checkout.parent / "site").resolve()
 
 
 @pytest.mark.parametrize("changed", ["setup.py", "nvme_ds/csrc/a.cpp", "op_ds/build.py"])
