@@ -30,8 +30,8 @@ def step_section(name: str, results: list[dict]) -> list[str]:
         hardware = good[0]["hardware"]
         lines += [f"{hardware['gpu'] or 'CPU'}, torch {hardware['torch']}, `python benchmarks/step.py ...` with the options "
                   "in the table.", ""]
-    lines += ["| model | batch x seq | options | s/step | tokens/s | TFLOP/s | bound by | of bound | GPU peak | DRAM (RSS) "
-              "| SSD read + written |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += ["| model | batch x seq | micro-batches | options | s/step | tokens/s | TFLOP/s | bound by | of bound | GPU peak | DRAM (RSS) "
+              "| SSD read + written |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in results:
         shape = f"{r['batch_size']} x {r['seq_len']}"
         if "error" in r:
@@ -41,7 +41,7 @@ def step_section(name: str, results: list[dict]) -> list[str]:
                             for key, value in r["options"].items())
         peak = f"{r['gpu_peak_bytes'] / GIB:.1f} GiB" if r["gpu_peak_bytes"] else ""
         moved = f"{r['ssd_read_bytes'] / GIB:.1f} + {r['ssd_written_bytes'] / GIB:.1f} GiB"
-        lines.append(f"| {r['model']} {r['parameters'] / 1e9:.2f} B | {shape} | {options} | {r['step_s']:.3f} | "
+        lines.append(f"| {r['model']} {r['parameters'] / 1e9:.2f} B | {shape} | {r['plan']['work']['micro_batches']} | {options} | {r['step_s']:.3f} | "
                      f"{r['tokens_per_s']:,.0f} | {r['tflops_6pn']:.0f} | {r['bound_by']} | {r['fraction_of_bound']:.0%} | "
                      f"{peak} | {r['rss_bytes'] / GIB:.1f} GiB | {moved} |")
     return [*lines, ""]

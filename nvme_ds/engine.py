@@ -62,7 +62,7 @@ class Engine:
     def create_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
                       stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
                       keep: bool = False) -> Volume:
-        """New files ``<directory>/<name>.<index>``, allocated in full (contents undefined), replacing files of these
+        """New files ``<directory>/<name>.<index>``, allocated in full and read as zeros, replacing files of these
         names.
 
         weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall

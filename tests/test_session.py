@@ -140,6 +140,16 @@ def test_eager_updates_cannot_be_clipped(ssd_dir: Path) -> None:
         assert not session.step(batches("llama", 1)[0]).skipped
 
 
+def test_preparing_twice_is_refused(ssd_dir: Path) -> None:
+    from ratel.errors import RatelError
+
+    with open_session(build("llama"), ssd_dir) as session:
+        plan = session.prepare(4, 16)
+        with pytest.raises(RatelError, match="prepared already"):
+            session.prepare(8, 16)
+        assert session.plan is plan and not session.step(batches("llama", 1)[0]).skipped
+
+
 def test_two_sessions_on_one_directory_are_refused(ssd_dir: Path) -> None:
     from ratel.errors import RatelError
 

@@ -118,6 +118,10 @@ class Session:
         if not self.parts.is_causal_lm:
             raise RatelError("a model with its own loss is prepared by its first batch", field="prepare",
                              remedy="Call step(batch)")
+        self._check_usable()
+        if self._machinery is not None:
+            raise RatelError("the session is prepared already", field="prepare",
+                             value=f"{self._shape.rows} rows of {self._shape.positions}", remedy="Make a new session")
         return self._prepare({"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)})
 
     def _prepare(self, batch: Any) -> Plan:

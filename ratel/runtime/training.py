@@ -43,13 +43,13 @@ class Training:
             self._submit(hyper, closing_order(self._plan))
         loss = self._vertical.train(micros, targets=targets, step=attempt)
         norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
-        finite = bool(torch.isfinite(norm))
+        loss_value, finite = float(loss), bool(torch.isfinite(norm))
         if finite:
             hyper = replace(hyper, grad_scale=clip_scale(norm, self._clip))
         applied = self._decide(hyper, finite) if self._plan.deferred else self._conclude_eager(finite)
         if applied:
             self._update_on_gpu(hyper)
-        return float(loss), float(norm), applied
+        return loss_value, float(norm), applied
 
     def _decide(self, hyper: Hyper, finite: bool) -> bool:
         """Deferred mode: start all updates in forward order, or drop all gradients."""
