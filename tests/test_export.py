@@ -26,7 +26,8 @@ def test_transformers_loads_what_was_trained(family: str, dtype: str, ssd_dir: P
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(export, "SHARD_BYTES", 1 << 15)  # several shards
+    monkeypatch.setattr(export, "PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 0)
     with trained(family, ssd_dir) as session:
         session.export(tmp_path / "model", dtype=dtype)
         masters = session.state_dict()

@@ -12,9 +12,11 @@ from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.state import replace_directory
-from ratel.units import GIB
+from ratel.units import MIB
 
-SHARD_BYTES = GIB
+PIECE_ELEMENTS = 1 << 22
+SHARD_BYTES = 64 * MIB
+"""Small models stay in one file; the margin that the plan leaves the process covers it."""
 
 
 def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Path, dtype: torch.dtype) -> Path:
@@ -56,13 +58,14 @@ def _write_shards(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], directo
 
 
 def _grouped(parts: Parts, dtype: torch.dtype) -> Iterator[list[UnitSpec]]:
-    """Units in the order of the spec, as many to a shard as fit."""
+    """Units in the order of the spec. A shard holds no more than the largest unit, for which the plan has room."""
     units = [*parts.spec.units, *([parts.unused] if parts.unused else [])]
+    limit = max(SHARD_BYTES, max(unit.num_params for unit in units) * dtype.itemsize)
     group: list[UnitSpec] = []
     held = 0
     for unit in units:
         num_bytes = unit.num_params * dtype.itemsize
-        if group and held + num_bytes > SHARD_BYTES:
+        if group and held + num_bytes > limit:
             yield group
             group, held = [], 0
         group.append(unit)
@@ -77,7 +80,15 @@ def _tensors_of(unit: UnitSpec, parts: Parts, read_unit: Callable[[UnitSpec], Te
         parts.read_unit(unit, flat)
     else:
         flat = read_unit(unit)
-    if dtype is torch.bfloat16:
-        flat = ((flat.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-    return {p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params}
+    return {p.name: _converted(flat[p.offset : p.end], dtype).view(p.shape) for p in unit.params}
 
+
+def _converted(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in ``dtype``, made in pieces: a conversion as a whole would hold the values three times over."""
+    result = torch.empty(values.numel(), dtype=dtype)
+    for begin in range(0, values.numel(), PIECE_ELEMENTS):
+        piece = values[begin : begin + PIECE_ELEMENTS]
+        if dtype is torch.bfloat16:
+            piece = ((piece.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+        result[begin : begin + PIECE_ELEMENTS] = piece
+    return result
