@@ -52,3 +52,8 @@ def format_seconds(seconds: float) -> str:
 
 def align_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def format_count(number: int, noun: str) -> str:
+    """``1 step``, ``2,000 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

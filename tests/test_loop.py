@@ -259,6 +259,16 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RatelError, match="--out: is not a directory"):
         choose(str(tmp_path / "file"), "demo", may_exist=False)
+    with pytest.raises(RatelError, match="--out: is not a directory"):
+        choose(str(tmp_path / "file" / "below" / "it"), "demo", may_exist=False)
+
+
+def test_out_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("ratel.train.output.os.access", lambda path, mode: asked.append(Path(path)))
+    with pytest.raises(RatelError, match="--out: is not writable .*Give a directory"):
+        choose(str(tmp_path / "new" / "below"), "demo", may_exist=False)
+    assert asked == [tmp_path] and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -9,7 +9,7 @@ import numpy as np
 from ratel.data.records import Chat, Record, RecordError, Text, decode, parse_line
 from ratel.data.sources import MAX_LINE_BYTES, MIN_TEXT_BYTES, LineError, Source, scan_jsonl, scan_text
 from ratel.errors import RatelError
-from ratel.units import GIB, format_bytes
+from ratel.units import GIB, format_bytes, format_count
 
 CHECKED_BYTES = GIB
 """How much of a corpus is checked record by record before training starts (some seconds). What lies beyond is checked
@@ -74,7 +74,7 @@ class Corpus:
 
     def describe(self) -> str:
         files = self._names() if len(self.sources) <= 2 else f"{len(self.sources)} files"
-        return f"{len(self):,} documents ({format_bytes(self.num_bytes)}) in {files}"
+        return f"{format_count(len(self), 'document')} ({format_bytes(self.num_bytes)}) in {files}"
 
     def _names(self) -> str:
         names = [source.name for source in self.sources[:3]]

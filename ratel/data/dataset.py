@@ -19,6 +19,7 @@ from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, find_sources
 from ratel.data.stream import Position, Reader, RowStream
 from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab, pad_id
 from ratel.errors import RatelError
+from ratel.units import format_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,10 +127,11 @@ class Dataset:
     def describe(self) -> str:
         text = self._reader.corpus.describe()
         if self._eval_corpus is not None:
-            return f"{text}; evaluation: {len(self._eval_rows)} sequences of {self._eval_corpus.describe()}"
+            return f"{text}; evaluation: {format_count(len(self._eval_rows), 'sequence')} of {self._eval_corpus.describe()}"
         if not self._eval_rows:
             return f"{text}; nothing held out for evaluation"
-        return f"{text}; {self.num_eval_documents} documents ({len(self._eval_rows)} sequences) held out for evaluation"
+        documents = format_count(self.num_eval_documents, "document")
+        return f"{text}; {documents} ({format_count(len(self._eval_rows), 'sequence')}) held out for evaluation"
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was handed out, as JSON values; small, whatever the corpus."""

@@ -379,6 +379,9 @@ class _Protected:
             self._session._machinery.exchange.close()
 
 
+_SSD_REMEDY = "Give a directory on a local disk that you may write to"
+
+
 def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, ...]:
     if ssd is None:
         return ()
@@ -387,9 +390,10 @@ def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, .
         try:
             Path(name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RatelError(f"cannot be made: {error.strerror}", field="ssd", value=name) from error
+            raise RatelError(f"cannot be made: {error.strerror}", field="ssd", value=name,
+                             remedy=_SSD_REMEDY) from error
         if not os.access(name, os.W_OK | os.X_OK):
-            raise RatelError("is not writable", field="ssd", value=name)
+            raise RatelError("is not writable", field="ssd", value=name, remedy=_SSD_REMEDY)
     return tuple(os.fspath(name) for name in names)
 
 

@@ -52,6 +52,8 @@ class Attempt:
             self._prepare_session()
         if self._is_planned:
             self.display.note(self.session.plan.describe())
+            if self.session.device.type == "cpu":
+                self.display.note("the model computes on the CPU: \"GPU\" means ordinary memory here")
         self.display.note(self.inputs.description)
         if self.earlier:
             self._note_what_changed(self.earlier)

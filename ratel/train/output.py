@@ -11,6 +11,7 @@ from ratel.errors import RatelError
 from ratel.train.states import StateDirectory
 
 RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial", "state")
+_REMEDY = "Give a directory that you may write to, or that can be made"
 
 
 class RunDirectory:
@@ -37,7 +38,7 @@ class RunDirectory:
             for name in [] if keep_results else self.earlier_results():
                 _remove(self.path / name)
         except OSError as error:
-            raise RatelError(f"cannot be used: {error.strerror}", field="--out", value=self.path) from error
+            raise RatelError(f"cannot be used: {error.strerror}", field="--out", value=self.path, remedy=_REMEDY) from error
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -72,8 +73,11 @@ def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory
     Nothing is touched yet: `RunDirectory.open` does that once the run is known to start.
     """
     path = Path(out) if out is not None else _first_free(Path("runs"), model_name)
-    if path.exists() and not path.is_dir():
-        raise RatelError("is not a directory", field="--out", value=path)
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not existing.is_dir():
+        raise RatelError("is not a directory", field="--out", value=existing)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RatelError("is not writable", field="--out", value=path, remedy=_REMEDY)
     directory = RunDirectory(path)
     if directory.earlier_results() and not may_exist:
         raise RatelError(f"already holds a run ({', '.join(directory.earlier_results())})", field="--out", value=path,

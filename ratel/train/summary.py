@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 from ratel.train.loop import Progress
 from ratel.train.output import RunDirectory
-from ratel.units import format_seconds
+from ratel.units import format_count, format_seconds
 
 
 def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported: bool) -> Iterator[str]:
-    before = f", {progress.steps_before} steps of them before it was resumed;" if progress.steps_before else " in"
-    yield (f"{progress.steps} steps, {progress.tokens:,} tokens{before} {format_seconds(seconds)} "
+    before = f", {format_count(progress.steps_before, 'step')} of them before it was resumed;" if progress.steps_before else " in"
+    yield (f"{format_count(progress.steps, 'step')}, {format_count(progress.tokens, 'token')}{before} {format_seconds(seconds)} "
            f"({progress.tokens / max(progress.train_s, 1e-9):,.0f} tok/s in training)")
     yield _losses(progress)
     if progress.bound_by and progress.steps:
@@ -22,7 +22,7 @@ def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported
     yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json"
     state = out.states.newest()
     if state is not None:
-        yield f"{state}: the training state; `ratel train --out {out.path} --resume` continues (up to --steps)"
+        yield f"{state}: the training state; `ratel train --out {out.path} --resume` continues from it, up to --steps N"
 
 
 def _losses(progress: Progress) -> str:
@@ -32,5 +32,5 @@ def _losses(progress: Progress) -> str:
         step, loss = max(progress.eval_losses.items())
         parts.append(f"evaluation {loss:.4f} after step {step}")
     if len(finite) < progress.steps:
-        parts.append(f"{progress.steps - len(finite)} steps skipped")
+        parts.append(f"{format_count(progress.steps - len(finite), 'step')} skipped")
     return ", ".join(parts)
