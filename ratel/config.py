@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
-from ratel.units import parse_bytes, parse_rate
+from ratel.units import MIB, parse_bytes, parse_rate
 
 Reader = Callable[[Any, str], Any]
 
@@ -96,6 +96,8 @@ def _read_betas(value: Any, flag: str) -> tuple[float, float]:
 
 def _bytes(value: Any, flag: str) -> int:
     num_bytes = parse_bytes(value, field=flag)
+    if isinstance(value, str) and value.strip().isdigit() and 0 < num_bytes < MIB:
+        raise RatelError(f"is {num_bytes} bytes", field=flag, value=value, remedy=f"Write the unit: {value.strip()}GiB")
     if num_bytes == 0:
         raise RatelError("must be above 0", field=flag, value=value, remedy="Leave it out to take it from the machine")
     return num_bytes

@@ -46,6 +46,7 @@ def test_every_field_has_an_option_with_help() -> None:
     ({"betas": "0.9"}, "--betas: must be two numbers"),
     ({"betas": (0.9, 1.0)}, "--betas: must be below 1"),
     ({"dram": "lots"}, "--dram: not a size"),
+    ({"gpu_memory": "24"}, "--gpu-memory: is 24 bytes.*Write the unit: 24GiB"),
     ({"gpu_memory": 0}, "--gpu-memory: must be above 0"),
     ({"ssd_bandwidth": "0GB/s"}, "--ssd-bandwidth: must be above 0"),
     ({"ssd": "/a,/b,/a"}, "--ssd: names the same directory twice"),

@@ -23,7 +23,7 @@ LAYERS = {
         "ratel.lora", "ratel.sparse", "ratel.dist"),
     4: ("ratel.runtime",),
     5: ("ratel.train",),
-    6: ("ratel.api", "ratel.cli", "ratel.__main__", "ratel"),
+    6: ("ratel.cli", "ratel.__main__", "ratel"),
 }
 DOOR = "ratel.native"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "rich", "aiofiles", "psutil"}
@@ -162,7 +162,7 @@ PLANTED = {
     "third party in layer 0": ("ratel/errors.py", "def f():\n    import numpy", "standard library only"),
     "torch in the planner": ("ratel/plan/cost.py", "def f():\n    import torch", "the planner is pure"),
     "heavy at the top": ("ratel/cli.py", "import torch", "so that --help is instant"),
-    "heavy of our own at the top": ("ratel/api.py", "from ratel.runtime import session", "so that --help is instant"),
+    "heavy of our own at the top": ("ratel/__init__.py", "from ratel.runtime import session", "so that --help is instant"),
     "no layer": ("ratel/helpers.py", "", "ratel.helpers belongs to no layer"),
 }
 

@@ -17,6 +17,7 @@ from ratel.train.inputs import endless
 from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
 from ratel.train.output import RunDirectory, choose
+from ratel.train.summary import summarize
 from ratel.train.schedule import make_schedule
 
 pytestmark = pytest.mark.unit
@@ -284,3 +285,12 @@ def test_mistakes_touch_nothing(fake_run: Any, tmp_path: Path, arguments: dict, 
     with pytest.raises(RatelError, match=message):
         module.train("demo", out=tmp_path / "new", quiet=True, **arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_summary_of_a_longer_run_averages_its_last_losses(tmp_path: Path) -> None:
+    out = RunDirectory(tmp_path)
+    short = Progress(losses=[3.0, 2.0], tokens=20, train_s=1.0)
+    assert "loss 3.0000 -> 2.0000" in list(summarize(short, 1.0, out, exported=False))
+    losses = [5.0] * 20 + [1.0, 3.0] * 5
+    longer = Progress(losses=losses, tokens=20, train_s=1.0)
+    assert "loss 5.0000 -> 2.0000 (mean of the last 10)" in list(summarize(longer, 1.0, out, exported=False))

@@ -25,9 +25,19 @@ def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported
         yield f"{state}: the training state; `ratel train --out {out.path} --resume` continues from it, up to --steps N"
 
 
+FEW_STEPS = 10
+
+
+def _course(losses: list[float]) -> str:
+    """From the first loss to the last; one batch says little, so in a longer run to the mean of the last ones."""
+    if len(losses) < 2 * FEW_STEPS:
+        return f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    return f"loss {losses[0]:.4f} -> {sum(losses[-FEW_STEPS:]) / FEW_STEPS:.4f} (mean of the last {FEW_STEPS})"
+
+
 def _losses(progress: Progress) -> str:
     finite = [loss for loss in progress.losses if math.isfinite(loss)]
-    parts = [f"loss {finite[0]:.4f} -> {finite[-1]:.4f}" if finite else "no loss was finite"]
+    parts = [_course(finite) if finite else "no loss was finite"]
     if progress.eval_losses:
         step, loss = max(progress.eval_losses.items())
         parts.append(f"evaluation {loss:.4f} after step {step}")
