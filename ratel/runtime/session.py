@@ -308,6 +308,8 @@ class Session:
                 self._machinery.pool.close()
                 self._machinery = self._training = self._meter = None  # the planes go now, not at the next collection
             self.parts.close()
+            if self.device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)  # the budget was this session's
 
     def _give_back(self) -> None:
         try:
