@@ -29,9 +29,6 @@ class Event:
         if self._event is not None:
             self._event.synchronize()
 
-    def reached(self) -> bool:
-        return self._event is None or self._event.query()
-
 
 @dataclass(slots=True)
 class Span:

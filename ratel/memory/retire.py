@@ -15,24 +15,14 @@ class Retirer:
     """Calls ``after`` once ``wait`` has returned, in the order of submission, on its own thread."""
 
     def __init__(self, name: str, exchange: Exchange) -> None:
-        self._exchange = exchange
         self._mail = Mailbox(exchange)
-        self._idle = exchange.condition()
-        self._pending = 0
         self._worker = Worker(name, exchange, self._run)
 
     def when(self, wait: Callable[[], None], after: Callable[[], None]) -> None:
-        with self._exchange.lock:
-            self._pending += 1
         self._mail.put((wait, after))
 
     def when_event(self, event: Event, after: Callable[[], None]) -> None:
         self.when(event.synchronize, after)
-
-    def drain(self) -> None:
-        """Block until everything handed over so far has been retired."""
-        with self._exchange.lock:
-            self._exchange.wait_for(self._idle, lambda: self._pending == 0)
 
     def join(self) -> None:
         self._worker.join()
@@ -43,7 +33,3 @@ class Retirer:
             wait()
             jitter.pause()
             after()
-            with self._exchange.lock:
-                self._pending -= 1
-                if self._pending == 0:
-                    self._idle.notify_all()

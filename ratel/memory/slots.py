@@ -25,7 +25,6 @@ class SlotPool:
         self._exchange = exchange
         self._freed = exchange.condition()
         self._free = [Slot(self, buffer) for buffer in buffers]
-        self.num_slots = len(buffers)
 
     def acquire(self) -> Slot:
         with self._exchange.lock:
