@@ -163,8 +163,3 @@ class Checkpoints:
 
 def _shaped(buffer: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-def checkpoint_volume_bytes(plan: Plan) -> int:
-    """What the checkpoints need on SSD; 0 for none."""
-    return plan.ssd_items.get("checkpoints", 0)

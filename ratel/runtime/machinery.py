@@ -16,14 +16,14 @@ from ratel.models import Parts
 from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather
-from ratel.runtime.activations import Checkpoints, checkpoint_volume_bytes
+from ratel.runtime.activations import Checkpoints
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.state import SavedState
 from ratel.runtime.streamer import Source, Streamer
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostCache
-from ratel.store.planes import Store, volume_bytes
+from ratel.store.planes import Store
 from ratel.store.transfer import UnitTransfer, aligned_empty
 
 
@@ -117,7 +117,8 @@ class Machinery:
 
     def _open_volumes(self, plan: Plan, io: IoOptions) -> tuple:
         """Volumes for states and checkpoints, allocated in full: a full disk is found here."""
-        sizes = {"states": volume_bytes(plan), "checkpoints": checkpoint_volume_bytes(plan)}
+        items = plan.ssd_items
+        sizes = {"states": items.get("planes", 0), "checkpoints": items.get("checkpoints", 0)}
         if not any(sizes.values()):
             return None, None
         try:

@@ -6,7 +6,7 @@ import torch
 
 from ratel import native
 from ratel.memory.arena import Arena
-from ratel.plan.placement import DRAM, GPU, PLANES, SSD, plane_bytes, plane_elements
+from ratel.plan.placement import DRAM, GPU, PLANES, SSD, plane_elements
 from ratel.plan.plan import PAGE_BYTES, Plan
 from ratel.units import align_up
 
@@ -42,6 +42,7 @@ class Store:
         self._arena = arena
         self._cursor = 0
         self._planes: list[dict[str, Plane]] = [self._place(unit) for unit in plan.spec.units]
+        assert self._cursor == plan.ssd_items.get("planes", 0), "the volume is laid out for the plan's bytes"
 
     def plane(self, unit: int, name: str) -> Plane:
         return self._planes[unit][name]
@@ -69,9 +70,3 @@ class Store:
             offset, self._cursor = self._cursor, self._cursor + align_up(count * dtype.itemsize, PAGE_BYTES)
             return Plane(name, SSD, count, dtype, offset=offset)
         return Plane(name, tier, count, dtype, tensor=tensor)
-
-
-def volume_bytes(plan: Plan) -> int:
-    """What the store needs on SSD; 0 for none."""
-    return sum(align_up(plane_bytes(u, p, fp32=plan.fp32), PAGE_BYTES) for u in plan.spec.units
-               for p in ((*PLANES, "g") if plan.deferred else PLANES) if plan.placement(u).tier(p) == SSD)
