@@ -1,0 +1,37 @@
+"""What a block computes between its input and its output, as the planner sees it: what could be kept, what it would save.
+
+Pure data, measured or derived elsewhere. A block's backward pass runs the block once more from its input; every inner
+activation that was kept spares that second run the operations that made it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """The result of one operation inside a block that backward needs, per row of a micro-batch."""
+
+    name: str
+    """Unique in the block, and the same in blocks of the same kind: ``self_attn.q_proj``, ``mlp.up_proj``, ``sdpa``."""
+    row_bytes: int
+    row_flops: float
+    """Of the operations that need not be run again when this is kept (and all other kept ones are)."""
+
+    @property
+    def flops_per_byte(self) -> float:
+        return self.row_flops / self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockProfile:
+    """One kind of block at one sequence length. FLOPs count a multiply and an add as two."""
+
+    forward_flops: float
+    """Of one row."""
+    recompute_flops: float
+    """Of one row: what backward runs again with nothing kept. Less than ``forward_flops`` where the last operations of
+    a block serve its output alone, which backward does not need."""
+    inner: tuple[Inner, ...] = ()
+    """In the order in which forward makes them. What is not listed is always recomputed."""
+    seconds: tuple[tuple[int, float, float], ...] = ()
+    """Measured: ``(rows, forward, backward with everything recomputed)``, by rows; empty where nothing was measured."""
