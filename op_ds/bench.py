@@ -24,7 +24,8 @@ DEFAULT_NUM_PARAMS = 1 << 25
 
 # Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and writes all but that.
 BYTES = {"op_ds bf16 grad": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
-         "triad (streaming)": 12, "rescale": 8}
+         "crc32": 4, "triad (streaming)": 12, "rescale": 8}
+CRC_PIECE_BYTES = 1 << 20
 BANDWIDTH_TESTS = ("triad (streaming)", "rescale")
 
 Action = Callable[[int], object]
@@ -91,6 +92,7 @@ def _native_actions(pool: Pool, n: int) -> dict[str, Action]:
         "op_ds bf16 grad": update("bf16"),
         "op_ds fp32 grad": update("fp32"),
         "sum_squares bf16": lambda step: pool.sum_squares(grad.address, n, "bf16"),
+        "crc32": lambda step: pool.crc32(grad.address, 4 * n, CRC_PIECE_BYTES),
         "triad (streaming)": lambda step: pool.triad(spare.address, grad.address, v.address, 0.5, n),
         "rescale": lambda step: pool.rescale(spare.address, 0.999, n),
     }

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "_lib" / "libop_ds.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class LibraryError(ImportError):
@@ -33,6 +33,7 @@ _SIGNATURES = {
     "split": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG),
     "merge": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG),
     "sum_squares": (_POINTER, _POINTER, _INT, _LONG, ctypes.POINTER(ctypes.c_double), ctypes.POINTER(_LONG)),
+    "crc32": (_POINTER, _POINTER, _LONG, _LONG, _POINTER),
     "touch": (_POINTER, _POINTER, _LONG),
     "fill": (_POINTER, _POINTER, _INT, _LONG),
     "copy": (_POINTER, _POINTER, _POINTER, _LONG),

@@ -4,9 +4,13 @@ import ctypes
 import errno
 import os
 import threading
+from typing import TYPE_CHECKING
 
 from op_ds.coefficients import adam_coefficients, check_ranges, decay_factor, to_fp32
 from op_ds.library import AdamPlanes, AdamScalars, load
+
+if TYPE_CHECKING:
+    import numpy
 
 _ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 _DTYPES = {"bf16": 0, "fp32": 1}
@@ -111,6 +115,28 @@ class Pool:
         total, num_nonfinite = ctypes.c_double(), ctypes.c_int64()
         self._call("sum_squares", values, _dtype_code(dtype), n, ctypes.byref(total), ctypes.byref(num_nonfinite))
         return total.value, num_nonfinite.value
+
+    def crc32(self, address: int, num_bytes: int, piece_bytes: int,
+              out: "numpy.ndarray | None" = None) -> "numpy.ndarray":
+        """CRC-32, as ``zlib.crc32`` gives it, of each ``piece_bytes`` of memory; the last piece is what is left.
+
+        Returns uint32, one per piece: ``out`` where it is given (contiguous, of exactly that size), else a new array.
+        Pieces are what the threads share, so one large piece is the work of one thread. Needs numpy.
+        """
+        import numpy
+
+        _check_count(num_bytes, "num_bytes")
+        if piece_bytes < 1:
+            raise ValueError(f"piece_bytes must be at least 1 (given: {piece_bytes})")
+        num_pieces = -(-num_bytes // piece_bytes)
+        if out is None:
+            out = numpy.empty(num_pieces, dtype=numpy.uint32)
+        elif out.dtype != numpy.uint32 or out.shape != (num_pieces,) or not out.flags.carray:
+            raise ValueError(f"out must be a writable contiguous uint32 array of {num_pieces} elements "
+                             f"(given: {out.dtype} of shape {out.shape}, strides {out.strides}, "
+                             f"writable: {out.flags.writeable})")
+        self._call("crc32", address, num_bytes, piece_bytes, out.ctypes.data)
+        return out
 
     def touch(self, address: int, num_bytes: int) -> None:
         """Make the kernel map fresh memory, in parallel. Writes a zero into every page: not for memory in use."""

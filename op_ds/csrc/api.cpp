@@ -10,6 +10,7 @@
 #include <system_error>
 #include <vector>
 
+#include "crc32.h"
 #include "memory.h"
 #include "norm.h"
 #include "pool.h"
@@ -19,14 +20,18 @@ namespace op_ds {
 struct Pool {
   ThreadPool threads;
   const KernelTable* kernels;
+  Crc32Fn crc32;
 };
 
 namespace {
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 constexpr int64_t kGroupsPerBlock = 64;  // 64 Ki elements of a sum: reading only, so a block may be larger
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// 256 KiB are some 10 us of a sum: large enough that the claim costs nothing.
+constexpr int64_t kCrcBlockBytes = int64_t{1} << 18;
+
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // Nothing may leave through the C ABI.
 template <class Body>
@@ -91,7 +96,7 @@ int32_t op_ds_pool_create(int32_t num_threads, int32_t isa, Pool** pool) noexcep
   const op_ds::KernelTable* kernels = op_ds::find_kernels(static_cast<op_ds::Isa>(isa));
   if (kernels == nullptr) return -ENOTSUP;
   return op_ds::guarded([&] {
-    *pool = new Pool{op_ds::ThreadPool(num_threads), kernels};
+    *pool = new Pool{op_ds::ThreadPool(num_threads), kernels, op_ds::find_crc32(static_cast<op_ds::Isa>(isa))};
     return 0;
   });
 }
@@ -149,6 +154,19 @@ int32_t op_ds_sum_squares(Pool* pool, const void* values, int32_t type, int64_t 
     *sum = op_ds::add_pairwise(sums.data(), num_groups);
     *num_nonfinite = nonfinite;
     return 0;
+  });
+}
+
+int32_t op_ds_crc32(Pool* pool, const void* address, int64_t num_bytes, int64_t piece_bytes, uint32_t* sums) noexcept {
+  if (num_bytes < 0 || piece_bytes < 1) return -EINVAL;
+  const auto* bytes = static_cast<const uint8_t*>(address);
+  const int64_t pieces_per_block = std::max<int64_t>(1, op_ds::kCrcBlockBytes / piece_bytes);
+  const int64_t num_pieces = op_ds::ceil_div(num_bytes, piece_bytes);
+  return op_ds::for_blocks(pool, num_pieces, pieces_per_block, [=](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t offset = piece * piece_bytes, count = std::min(piece_bytes, num_bytes - offset);
+      sums[piece] = ~pool->crc32(~uint32_t{0}, bytes + offset, count);
+    }
   });
 }
 

@@ -26,6 +26,9 @@ OP_DS_API int32_t op_ds_merge(op_ds::Pool* pool, const uint16_t* hi, const int16
                               int64_t n) noexcept;
 OP_DS_API int32_t op_ds_sum_squares(op_ds::Pool* pool, const void* values, int32_t type, int64_t n, double* sum,
                                     int64_t* num_nonfinite) noexcept;
+// sums[i] is the CRC-32 of piece i: `piece_bytes` of memory, the last piece what is left.
+OP_DS_API int32_t op_ds_crc32(op_ds::Pool* pool, const void* address, int64_t num_bytes, int64_t piece_bytes,
+                              uint32_t* sums) noexcept;
 OP_DS_API int32_t op_ds_touch(op_ds::Pool* pool, void* address, int64_t num_bytes) noexcept;
 OP_DS_API int32_t op_ds_fill(op_ds::Pool* pool, void* address, int32_t byte, int64_t num_bytes) noexcept;
 OP_DS_API int32_t op_ds_copy(op_ds::Pool* pool, void* target, const void* source, int64_t num_bytes) noexcept;

@@ -2,6 +2,7 @@
 //
 // Asks the processor itself: the compilers' __builtin_cpu_supports reads a table whose layout belongs to their run-time
 // library, and with a clang linked against another one it denied everything without a word.
+#include "crc32.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,6 +15,8 @@ namespace {
 struct Features {
   bool avx2 = false;
   bool avx512 = false;
+  bool clmul = false;   // with AVX2
+  bool vclmul = false;  // with AVX-512
 };
 
 #if defined(__x86_64__)
@@ -21,12 +24,14 @@ Features detect() noexcept {
   constexpr uint32_t kYmmState = 0x06, kZmmState = 0xe6;  // bits of XCR0: what the operating system saves
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX)) return {};
-  const bool has_fma = c & bit_FMA;
+  const bool has_fma = c & bit_FMA, has_clmul = c & bit_PCLMUL;
   uint32_t saved, upper;
   __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
   const bool avx2 = has_fma && (b & bit_AVX2) && (saved & kYmmState) == kYmmState;
-  return {avx2, avx2 && (b & bit_AVX512F) && (saved & kZmmState) == kZmmState};
+  const bool avx512 = avx2 && (b & bit_AVX512F) && (saved & kZmmState) == kZmmState;
+  const bool clmul = avx2 && has_clmul;
+  return {avx2, avx512, clmul, avx512 && clmul && (c & bit_VPCLMULQDQ)};
 }
 #else
 Features detect() noexcept { return {}; }
@@ -48,6 +53,12 @@ const KernelTable* find_kernels(Isa isa) noexcept {
       return features.avx2 ? avx2_kernels() : scalar_kernels();
   }
   return nullptr;
+}
+
+Crc32Fn find_crc32(Isa isa) noexcept {
+  const Features features = detect();
+  if (features.vclmul && (isa == Isa::kAuto || isa == Isa::kAvx512)) return crc32_vclmul();
+  return features.clmul && isa != Isa::kScalar ? crc32_clmul() : crc32_scalar;
 }
 
 }  // namespace op_ds
