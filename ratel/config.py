@@ -174,13 +174,19 @@ class TrainConfig:
     io_backend: str = _option("auto", _choice("auto", "io_uring", "threads"), MEMORY, "auto|io_uring|threads",
                               "how files are read and written; a forced one never falls back")
     direct: str = _option("auto", _choice("auto", "on", "off"), MEMORY, "auto|on|off", "bypass the page cache")
+    checksums: str = _option("on", _choice("on", "off"), MEMORY, "on|off",
+                             "check every byte that comes back from an SSD against what was written")
     optimizer_threads: int | str = _option("auto", _auto_or(_COUNT), MEMORY, "auto|N", "threads of the CPU optimizer")
 
     out: str | None = _option(None, _optional(_read_text), REPORT, "DIR",
                               "where results go (default: a new directory runs/MODEL or runs/MODEL-2, ...)")
     overwrite: bool = _option(False, _read_switch, REPORT, None, "replace the results of an earlier run in --out")
     save_every: int = _option(0, _AMOUNT, REPORT, "N",
-                              "write the training state to OUT/state every N steps and at the end (0: never)")
+                              "make the training state last every N steps and at the end (0: never)")
+    durable: str = _option("auto", _choice("auto", "step", "checkpoint"), REPORT, "auto|step|checkpoint",
+                           "how: commits in place on the SSDs, with two versions of everything, or copies in OUT/state")
+    keep_best: bool = _option(False, _read_switch, REPORT, None,
+                              "also keep the copy with the lowest evaluation loss")
     keep: int = _option(1, _COUNT, REPORT, "K", "states to keep; an older one goes once a newer one is complete")
     resume: bool = _option(False, _read_switch, REPORT, None,
                            "continue the run in --out from its newest state; options not given are as they were")
@@ -194,6 +200,7 @@ class TrainConfig:
             object.__setattr__(self, spec.name, value)
         self._check_training()
         self._check_places()
+        self._check_saving()
         self._check_resuming()
 
     def _check_training(self) -> None:
@@ -212,6 +219,18 @@ class TrainConfig:
         for flag, tier in (("--tier", self.tier), ("--checkpoint-tier", self.checkpoint_tier)):
             if tier == "ssd" and not self.ssd:
                 raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
+
+    def _check_saving(self) -> None:
+        if self.durable == "step" and self.save_every == 0:
+            object.__setattr__(self, "save_every", 1)
+        if self.durable == "step" and self.keep > 1:
+            raise RatelError("commits in place are one state, the newest", field="--keep", value=self.keep,
+                             remedy="Use --durable checkpoint to keep more")
+        if self.keep_best and not self.eval_every:
+            raise RatelError("nothing says which state is best", field="--keep-best", value=True,
+                             remedy="Give --eval-every N as well")
+        if self.keep_best and not self.save_every:
+            raise RatelError("no states are kept", field="--keep-best", value=True, remedy="Give --save-every N as well")
 
     def _check_resuming(self) -> None:
         if self.resume and self.out is None:

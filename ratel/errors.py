@@ -24,3 +24,10 @@ class NonFiniteError(RuntimeError):
 
 class WorkerError(RuntimeError):
     """A background thread failed; ``__cause__`` is its own exception. Raised at the caller's next call."""
+
+
+class DamagedError(RuntimeError):
+    """Bytes came back from a drive other than they were written. ``where`` names the file and the place in it."""
+
+    def __init__(self, message: str, *, where: str) -> None:
+        super().__init__(f"{where} {message}")

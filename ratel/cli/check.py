@@ -45,11 +45,9 @@ def _check(path: Path, begun: float) -> dict[str, int]:
     from ratel.runtime.state import SavedState
 
     saved = SavedState(path)
-    units = saved.manifest["units"]
-    total = sum(plane["num_bytes"] for unit in units for plane in unit["planes"].values())
-    with _ProgressLine(total, begun) as line:
+    with _ProgressLine(saved.num_bytes, begun) as line:
         saved.verify(line.advance)
-    return {"units": len(units), "num_bytes": total}
+    return {"units": saved.num_units, "num_bytes": saved.num_bytes}
 
 
 class _ProgressLine:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from ratel.errors import NonFiniteError, WorkerError
 
-LOST = ("The session cannot go on and what it has trained is lost; a model that was given as an object keeps the weights it "
-        "came with")
+LOST = ("The session cannot go on and what it has trained is lost, but for what was saved or committed; a model that was given "
+        "as an object keeps the weights it came with")
 
 
 class Closed(RuntimeError):

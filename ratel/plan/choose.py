@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from ratel.errors import RatelError
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, forced_placements,
                                   plane_bytes, weight_class)
-from ratel.plan.plan import Buffers, Plan, Work
+from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.plan.shape import ModelSpec
 from ratel.units import format_bytes
 
@@ -30,6 +30,8 @@ class Request:
     checkpoint_tier: str = "auto"
     on_host: bool = False
     """The device is the CPU."""
+    durable: str = "off"
+    """``auto``, or what `Plan.durable` can be."""
 
 
 def choose(request: Request) -> Plan:
@@ -39,9 +41,28 @@ def choose(request: Request) -> Plan:
         placements = forced_placements(request.spec, request.forced)
     else:
         placements = _fill(request)
-    plan = _plan(request, placements)
+    plan = _with_durability(request, _plan(request, placements))
     _check_budgets(request, plan)
-    return plan
+    return _with_save_pieces(request, plan)
+
+
+def _with_durability(request: Request, plan: Plan) -> Plan:
+    """``auto`` commits in place where that spares more copying than it costs space: most states are on SSD, twice fits."""
+    if request.durable != "auto":
+        return replace(plan, durable=request.durable)
+    commits = replace(plan, durable="step")
+    fits = commits.ssd_bytes <= (request.ssd_budget or 0)
+    return commits if fits and 2 * plan.slot_layout.num_bytes >= commits.slot_layout.num_bytes else replace(
+        plan, durable="checkpoint")
+
+
+def _with_save_pieces(request: Request, plan: Plan) -> Plan:
+    """DRAM that is left over takes what a save copies, so that updates wait for memory instead of for a drive."""
+    if plan.durable == "off":
+        return plan
+    wanted = -(-plan.copied_bytes // plan.save_piece_bytes)
+    spare = max(0, request.dram_budget - plan.dram_bytes) // plan.save_piece_bytes
+    return replace(plan, save_pieces=plan.save_pieces + min(wanted, spare))
 
 
 def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: tuple[str, ...] | None = None) -> Plan:
@@ -49,7 +70,7 @@ def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: 
                 checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                on_host=request.on_host)
+                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES)
 
 
 def _checkpoint_tiers(request: Request) -> tuple[str, ...]:

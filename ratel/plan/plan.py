@@ -4,11 +4,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from ratel.errors import RatelError
+from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
-PAGE_BYTES = 4096
+FEWEST_SAVE_PIECES = 8
+"""Of the saver's buffers: enough for a drive to be kept busy with some while others are filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,62 @@ class Plan:
     """Host memory that the process held before anything of the plan was reserved."""
     on_host: bool = False
     """The device is the CPU: what is "on the GPU" is ordinary memory and counts against the DRAM budget."""
+    durable: str = "off"
+    """How states survive a crash: ``step`` (two slots on SSD and commits in place), ``checkpoint`` (copies at explicit
+    saves) or ``off``."""
+    save_pieces: int = 0
+    """Buffers in DRAM through which states pass on their way to a save."""
+
+    @property
+    def commits(self) -> bool:
+        return self.durable == "step"
+
+    @property
+    def num_slots(self) -> int:
+        return 2 if self.commits else 1
+
+    @property
+    def grain(self) -> int:
+        """Elements under one checksum."""
+        return grain_of(self.buffers.chunk_elements)
+
+    @property
+    def piece_elements(self) -> int:
+        """What a save moves at once, in whole grains."""
+        largest = max((u.num_elements for u in self.spec.units), default=1)
+        return self.grain * max(1, min(PIECE_ELEMENTS, largest) // self.grain)
+
+    @property
+    def save_piece_bytes(self) -> int:
+        """A piece of the widest plane."""
+        return self.piece_elements * 4
+
+    @cached_property
+    def slot_layout(self) -> SlotLayout:
+        """Of the states' volume: the planes that live there; with commits a place for every plane."""
+        def planes_of(unit: UnitSpec) -> list[str]:
+            return [p for p in PLANES if self.commits or self.placement(unit).tier(p) == SSD]
+
+        return lay_out_slot(self.spec, planes_of, fp32=self.fp32)
+
+    def has_states_on_ssd(self, unit: UnitSpec) -> bool:
+        return any(self.placement(unit).tier(p) == SSD and plane_bytes(unit, p, fp32=self.fp32) for p in PLANES)
+
+    @property
+    def copied_bytes(self) -> int:
+        """What an update of everything waits for at a save: planes outside the SSDs, whose next version has no place of
+        its own."""
+        return sum(plane_bytes(u, p, fp32=self.fp32) for u in self.spec.units for p in PLANES
+                   if self.placement(u).tier(p) != SSD)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(plane_bytes(u, p, fp32=self.fp32) for u in self.spec.units for p in PLANES)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Written at each save: what a commit copies, or everything."""
+        return self.copied_bytes if self.commits else self.state_bytes
 
     @property
     def deferred(self) -> bool:
@@ -189,12 +247,15 @@ class Plan:
         items["checkpoints"] = on_dram * self.work.num_micro * _paged(self.work.hidden_bytes)
         if SSD in self.checkpoint_tiers:
             items["checkpoint slots"] = 2 * self.buffers.checkpoint_slots * _paged(self.work.hidden_bytes)
+        items["buffers for saving"] = self.save_pieces * self.save_piece_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
     @cached_property
     def ssd_items(self) -> dict[str, int]:
         """Bytes of the volumes by purpose."""
-        items = {"planes": sum(self._resident_bytes(u, SSD) for u in self.spec.units)}
+        items = {"planes": self.num_slots * self.slot_layout.num_bytes,
+                 "gradients": sum(_paged(plane_bytes(u, "g", fp32=self.fp32)) for u in self.spec.units
+                                  if self.deferred and self.placement(u).g == SSD)}
         on_ssd = sum(tier == SSD for tier in self.checkpoint_tiers)
         items["checkpoints"] = on_ssd * self.work.num_micro * _paged(self.work.hidden_bytes)
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}

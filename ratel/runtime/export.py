@@ -11,7 +11,7 @@ from torch import Tensor
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.state import replace_directory
+from ratel.runtime.durable_files import replace_directory
 from ratel.units import MIB
 
 PIECE_ELEMENTS = 1 << 22

@@ -1,8 +1,10 @@
 """Everything a plan needs to run: memory reserved, files made, threads started; and its orderly end."""
 
 import errno
+import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,18 +15,25 @@ from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer
 from ratel.models import Parts
-from ratel.plan.placement import ELEMENT_BYTES
+from ratel.plan.layout import PAGE_BYTES
+from ratel.plan.placement import ELEMENT_BYTES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather
+from ratel.plan.shape import UnitSpec
 from ratel.runtime.activations import Checkpoints
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
+from ratel.runtime.save_targets import CommitLog
+from ratel.runtime.saver import Saver
 from ratel.runtime.state import SavedState
+from ratel.runtime.state_format import committed_files, describe_planes
 from ratel.runtime.streamer import Source, Streamer
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostCache
+from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
 from ratel.store.transfer import UnitTransfer, aligned_empty
+from ratel.units import align_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,39 +44,49 @@ class IoOptions:
     direct: str = "auto"
     queue_depth: int = 32
     stripe_bytes: int = 1 << 20
+    checksums: bool = True
 
 
 class Machinery:
     """Built once per session. On an error while building, what was built is taken down again."""
 
-    def __init__(self, parts: Parts, plan: Plan, device: torch.device, *, pool: "native.op_ds.Pool",
-                 io: IoOptions) -> None:
-        self.plan, self.pool, self._parts = plan, pool, parts
+    def __init__(self, parts: Parts, plan: Plan, device: torch.device, *, pool: "native.op_ds.Pool", io: IoOptions,
+                 commits: Path | None = None, earlier: SavedState | None = None) -> None:
+        """``commits``: the directory of the records, where the plan commits in place. ``earlier``: a run's commits whose
+        SSD files are to be worked on further."""
+        self.plan, self.pool, self._parts, self._io_options = plan, pool, parts, io
         self.exchange = Exchange()
-        self.engine = self.arena = None
+        self.engine = self.arena = self.log = None
         try:
-            self._build(parts, plan, device, io)
+            self._build(parts, plan, device, io, commits, earlier)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, parts: Parts, plan: Plan, device: torch.device, io: IoOptions) -> None:
+    def _build(self, parts: Parts, plan: Plan, device: torch.device, io: IoOptions, commits: Path | None,
+               earlier: SavedState | None) -> None:
         exchange = self.exchange
         self.lanes = Lanes(device)
-        state_volume, scratch_volume = self._open_volumes(plan, io)
+        self.engine = open_engine(io)
+        state_volume, grad_volume, checkpoint_volume = self._open_volumes(plan, io, commits, earlier)
         self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool)
-        if self.engine is not None:
-            self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
-        self.store = Store(plan, self.arena, device, state_volume)
-        self.transfer = UnitTransfer(self.store, self.engine, self.pool)
-        cache = self.cache = HostCache(plan, self.store, self.arena, self.engine, exchange)
+        self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
+        self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
+        self.io = PlaneIO(self.store, self.engine)
+        self.transfer = UnitTransfer(self.store, self.io, self.pool, self.engine)
+        cache = self.cache = HostCache(plan, self.store, self.arena, self.io, exchange)
         self.copies, self.writes = Retirer("copies", exchange), Retirer("writes", exchange)
-        self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.writes)
+        self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.io,
+                                         self.writes)
         self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
         self.checkpoints = Checkpoints(plan, self.arena, device, exchange, self.lanes, self.copies,
-                                       self.writes, self.engine, scratch_volume)
+                                       self.writes, self.engine, checkpoint_volume)
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
         self.streamer = Streamer(exchange, self.lanes, self.copies, self._source_of)
+        self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,
+                           self.updates, update_order(plan))
+        if plan.commits:
+            self.log = CommitLog(commits, plan, self.store, stripe_bytes=io.stripe_bytes, pattern=_pattern(io))
         assert self.arena.free_bytes == 0, f"{self.arena.free_bytes} bytes of the arena have no use"
 
     def _source_of(self, gather: Gather) -> Source:
@@ -79,10 +98,10 @@ class Machinery:
         for unit in self.plan.spec.units:
             part = master[: unit.num_elements]
             self._parts.read_unit(unit.index, part)
-            self.transfer.write_weights(unit.index, part)
+            self.transfer.write_weights(unit, part)
             for name in ("m", "v"):
                 if self.store.has(unit.index, name):
-                    self.transfer.clear(unit.index, name)
+                    self.transfer.clear(unit, name)
         self.lanes.synchronize()
 
     def import_state(self, saved: SavedState) -> None:
@@ -90,7 +109,20 @@ class Machinery:
         for unit in self.plan.spec.units:
             for name in ELEMENT_BYTES:
                 if self.store.has(unit.index, name):
-                    self.transfer.write(unit.index, name, self._fitted(saved.read(unit.index, name), unit.index, name))
+                    self.transfer.write(unit, name, self._fitted(saved.read(unit.index, name), unit.index, name))
+        self.lanes.synchronize()
+
+    def continue_commits(self, saved: SavedState) -> None:
+        """The volume holds the saved state already: bring what is not on SSD to its tier, and go on from there."""
+        self.store.versions.restore(saved.commit.slots)
+        for unit, name in self.plan.slot_layout.spans:
+            self.store.checksums.restore(saved.commit.slots[unit], unit, name, saved.checksums(unit, name))
+        for unit, name in ((u, n) for u in self.plan.spec.units for n in ELEMENT_BYTES if self.store.has(u.index, n)):
+            if self.plan.placement(unit).tier(name) == SSD:
+                self.transfer.copy_frozen(unit, name)
+            else:
+                self.transfer.recall(unit, name)
+        self.log.take_over(saved.commit.sequence)
         self.lanes.synchronize()
 
     def _fitted(self, values: torch.Tensor | None, unit: int, name: str) -> torch.Tensor:
@@ -107,7 +139,7 @@ class Machinery:
         self.exchange.close()
         if self.engine is not None:
             self.engine.close()
-        for name in ("streamer", "updates", "copies", "writes"):
+        for name in ("streamer", "updates", "copies", "writes", "saver"):
             if hasattr(self, name):
                 getattr(self, name).join()
         if hasattr(self, "lanes"):
@@ -115,24 +147,33 @@ class Machinery:
         if self.arena is not None:
             self.arena.close()
 
-    def _open_volumes(self, plan: Plan, io: IoOptions) -> tuple:
-        """Volumes for states and checkpoints, allocated in full: a full disk is found here."""
+    def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
+        """Volumes for states, gradients and checkpoints, allocated in full: a full disk is found here."""
         items = plan.ssd_items
-        sizes = {"states": items.get("planes", 0), "checkpoints": items.get("checkpoints", 0)}
-        if not any(sizes.values()):
-            return None, None
-        try:
-            self.engine = native.nvme_ds.Engine(backend=io.backend, queue_depth=io.queue_depth,
-                                                bandwidth_bps=io.bandwidth_bps)
-        except OSError as error:
-            raise RatelError(f"the I/O engine cannot start: {error}", field="io_backend", value=io.backend,
-                             remedy="Use --io-backend threads or auto") from error
-        return tuple(self._open_volume(name, size, io) if size else None for name, size in sizes.items())
+        if earlier is not None:
+            states = self._reopen_volume(earlier, items["planes"], io)
+        else:
+            name = volume_name(commits) if plan.commits else "ratel-states"
+            states = self._open_volume(name, items.get("planes", 0), io, keep=plan.commits)
+        return (states, self._open_volume("ratel-gradients", items.get("gradients", 0), io),
+                self._open_volume("ratel-checkpoints", items.get("checkpoints", 0), io))
 
-    def _open_volume(self, name: str, num_bytes: int, io: IoOptions) -> "native.nvme_ds.Volume":
+    def _reopen_volume(self, earlier: SavedState, num_bytes: int, io: IoOptions) -> "native.nvme_ds.Volume":
+        name = earlier.files[0].name.rpartition(".")[0]
         try:
-            return self.engine.create_volume(list(io.directories), f"ratel-{name}", num_bytes,
-                                             stripe_bytes=io.stripe_bytes, direct=io.direct)
+            return self.engine.open_volume([path.parent for path in earlier.files], name, num_bytes,
+                                           stripe_bytes=io.stripe_bytes, direct=io.direct)
+        except OSError as error:
+            raise RatelError(f"cannot be opened: {error}", field="state", value=earlier.files[0],
+                             remedy="End the run that uses it, or resume from another state") from error
+
+    def _open_volume(self, name: str, num_bytes: int, io: IoOptions, *,
+                     keep: bool = False) -> "native.nvme_ds.Volume | None":
+        if num_bytes == 0:
+            return None
+        try:
+            return self.engine.create_volume(list(io.directories), name, num_bytes, stripe_bytes=io.stripe_bytes,
+                                             direct=io.direct, keep=keep)
         except OSError as error:
             if error.errno == errno.EINVAL and io.direct == "on":
                 raise RatelError(str(error), field="direct", value="on", remedy="Use --direct auto, or another directory"
@@ -141,6 +182,46 @@ class Machinery:
                              value=",".join(map(os.fspath, io.directories)),
                              remedy="Give directories on a drive with enough free space that you may write to"
                              ) from error
+
+
+def open_engine(io: IoOptions) -> "native.nvme_ds.Engine":
+    try:
+        return native.nvme_ds.Engine(backend=io.backend, queue_depth=io.queue_depth, bandwidth_bps=io.bandwidth_bps)
+    except OSError as error:
+        raise RatelError(f"the I/O engine cannot start: {error}", field="io_backend", value=io.backend,
+                         remedy="Use --io-backend threads or auto") from error
+
+
+def volume_name(commits: Path) -> str:
+    """Of a run that commits to this directory, and other than what lies there: a state that is resumed elsewhere is read
+    while its successor is written."""
+    own = f"ratel-{hashlib.sha256(os.path.realpath(commits).encode()).hexdigest()[:12]}"
+    taken = {Path(path).name.rpartition(".")[0] for path in committed_files(commits)}
+    return next(name for name in (f"{own}-a", f"{own}-b") if name not in taken)
+
+
+def can_continue(saved: SavedState, plan: Plan, io: IoOptions) -> bool:
+    """Whether the plan would work on just the files, places and grains that the commits have."""
+    if not (saved.is_in_place and plan.commits and all(path.is_file() for path in saved.files)):
+        return False
+    folders = [os.path.realpath(folder) for folder in io.directories]
+    manifest = saved.manifest
+    return ([str(path.parent) for path in saved.files] == folders and manifest["pattern"] == _pattern(io)
+            and manifest["stripe_bytes"] == io.stripe_bytes and manifest["grain"] == plan.grain
+            and manifest["planes"] == describe_planes(plan.spec, plan.slot_layout)
+            and sum(path.stat().st_size for path in saved.files)
+            == align_up(plan.ssd_items["planes"], PAGE_BYTES))
+
+
+def _pattern(io: IoOptions) -> list[int]:
+    return native.nvme_ds.layout.stripe_pattern([1] * len(io.directories))
+
+
+def update_order(plan: Plan) -> list[UnitSpec]:
+    """Units in the order in which a save can have them: those on the GPU are complete when a step is, the others when
+    their update is."""
+    return sorted(plan.spec.units, key=lambda u: (not plan.placement(u).on_gpu, u.kind != "shared",
+                                                  u.index if plan.deferred else -u.index))
 
 
 def param_order(parts: Parts, plan: Plan) -> dict[str, int]:

@@ -24,6 +24,7 @@ from ratel.plan.placement import PLANES
 from ratel.plan.plan import PAGE_BYTES, Plan
 from ratel.plan.shape import UnitSpec
 from ratel.store.host_cache import HostCache, HostSlot
+from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
 from ratel.units import align_up
 
@@ -63,6 +64,8 @@ class Job:
     weights: HostSlot | None = None
     chunks_left: int = 0
     keep: bool = False
+    applied: bool = False
+    """Not so where the step is skipped."""
     write_tickets: list[int] = field(default_factory=list)
 
 
@@ -74,14 +77,14 @@ class Chunk:
     ring: dict[str, torch.Tensor] | None
     """By plane: where the chunk's bytes from SSD go."""
     slot: torch.Tensor | None
-    tickets: list[int]
+    reads: list[Read]
 
 
 class OptimizerPipeline:
     def __init__(self, plan: Plan, store: Store, cache: HostCache, arena: Arena, exchange: Exchange,
-                 pool: "native.op_ds.Pool", engine: "native.nvme_ds.Engine | None", writes: Retirer) -> None:
+                 pool: "native.op_ds.Pool", engine: "native.nvme_ds.Engine | None", io: PlaneIO, writes: Retirer) -> None:
         self._plan, self._store, self._cache, self._exchange = plan, store, cache, exchange
-        self._pool, self._engine, self._writes = pool, engine, writes
+        self._pool, self._engine, self._io, self._writes = pool, engine, io, writes
         self._changed = exchange.condition()
         count = len(plan.spec.units)
         self._asked, self._updated, self._persisted, self._required = ([0] * count for _ in range(4))
@@ -92,6 +95,7 @@ class OptimizerPipeline:
         self._left: dict[int, HostSlot] = {}
         self._kept: dict[int, HostSlot] = {}
         self._flushing = False
+        self._may_update: Callable[[int, int], None] = lambda unit, number: None
         self._never_updated = [u.index for u in plan.spec.units if not u.num_trainable and plan.weights_from_ssd(u)]
         self._ring = [arena.take(plan.ring_slot_bytes) for _ in range(plan.buffers.ring_slots)
                       ] if plan.ring_slot_bytes else []
@@ -105,6 +109,20 @@ class OptimizerPipeline:
         """What has been asked for so far must be done before this step's forward pass uses it."""
         with self._exchange.lock:
             self._required = list(self._asked)
+
+    def hold_back(self, may_update: Callable[[int, int], None]) -> None:
+        """Call this with (unit, number of its update) before each update; it returns once that one may overwrite."""
+        self._may_update = may_update
+
+    def asked(self) -> list[int]:
+        """By unit, how many updates have been asked for."""
+        with self._exchange.lock:
+            return list(self._asked)
+
+    def wait_persisted(self, unit: int, number: int) -> None:
+        """Block until so many updates of the unit are done and on its tier."""
+        with self._exchange.lock:
+            self._exchange.wait_for(self._changed, lambda: self._persisted[unit] >= number)
 
     def submit(self, unit: UnitSpec, hyper: Hyper) -> None:
         """Ask for the unit's update; it starts when its gradient has arrived."""
@@ -169,7 +187,8 @@ class OptimizerPipeline:
     def _load(self) -> None:
         while True:
             job: Job = self._jobs.take()
-            self._wait_persisted(job.unit.index, job.number - 1)
+            # The last write-back of the unit must be on SSD before its planes are read again.
+            self.wait_persisted(job.unit.index, job.number - 1)
             size = self._plan.chunk_of(job.unit)
             bounds = [(a, min(a + size, job.unit.num_trainable)) for a in range(0, job.unit.num_trainable, size)]
             job.chunks_left = len(bounds)
@@ -178,11 +197,6 @@ class OptimizerPipeline:
                 if begin == 0 and self._plan.deferred and self._plan.weights_from_ssd(job.unit):
                     job.weights = self._cache.acquire_ahead(job.unit.index)
                 self._loaded.put(chunk)
-
-    def _wait_persisted(self, unit: int, number: int) -> None:
-        """The last write-back of the unit must be on SSD before its planes are read again."""
-        with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: self._persisted[unit] == number)
 
     def _start_chunk(self, job: Job, begin: int, end: int) -> Chunk:
         planes = self._plan.ring_planes(job.unit)
@@ -195,8 +209,9 @@ class OptimizerPipeline:
             self._exchange.wait_for(self._changed, lambda: bool(self._ring))
             slot = self._ring.pop(0)
         views = self._ring_views(job.unit, planes, slot, end - begin)
-        tickets = [self._submit(job.unit, name, begin, view, write=False) for name, view in views.items()]
-        return Chunk(job, begin, end, views, slot, tickets)
+        reads = [self._io.read(job.unit.index, name, begin, view, native.nvme_ds.OPTIMIZER)
+                 for name, view in views.items()]
+        return Chunk(job, begin, end, views, slot, reads)
 
     def _ring_views(self, unit: UnitSpec, planes: tuple[str, ...], slot: torch.Tensor,
                     count: int) -> dict[str, torch.Tensor]:
@@ -207,13 +222,6 @@ class OptimizerPipeline:
             cursor += align_up(self._plan.chunk_of(unit) * dtype.itemsize, PAGE_BYTES)
         return views
 
-    def _submit(self, unit: UnitSpec, name: str, begin: int, view: torch.Tensor, *, write: bool) -> int:
-        plane = self._store.plane(unit.index, name)
-        submit = self._engine.submit_write if write else self._engine.submit_read
-        priority = native.nvme_ds.WRITEBACK if write else native.nvme_ds.OPTIMIZER
-        return submit(self._store.volume, plane.offset + begin * plane.dtype.itemsize, view.data_ptr(),
-                      view.numel() * view.element_size(), priority)
-
     # --- the updater --------------------------------------------------------------------------------------------
 
     def _update(self) -> None:
@@ -223,12 +231,14 @@ class OptimizerPipeline:
             if chunk.begin == 0:
                 arrival.arrived.synchronize()
                 self._ready_weights(chunk.job)
-            for ticket in chunk.tickets:
-                self._engine.wait(ticket)
+            for read in chunk.reads:
+                self._io.wait(read)
             jitter.pause()
             if self._skips(chunk.job, arrival):
                 self._drop(chunk)
             else:
+                if chunk.begin == 0:
+                    self._may_update(chunk.job.unit.index, chunk.job.number)
                 self._run_adamw(chunk, arrival)
                 self._write_back(chunk)
             chunk.job.chunks_left -= 1
@@ -274,7 +284,7 @@ class OptimizerPipeline:
                          beta2=hyper.beta2, eps=hyper.eps, step=hyper.step, grad_scale=hyper.grad_scale,
                          ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
         self.busy_s += perf_counter() - begun
-        self._applied = job.number
+        self._applied, job.applied = job.number, True
 
     def _chunk_planes(self, chunk: Chunk, arrival: Arrival) -> dict[str, torch.Tensor]:
         unit = chunk.job.unit
@@ -295,11 +305,11 @@ class OptimizerPipeline:
         job = chunk.job
         if job.weights is not None:
             for name, view in self._cache.views(job.weights).items():
-                part = view[chunk.begin : chunk.end]
-                job.write_tickets.append(self._submit(job.unit, name, chunk.begin, part, write=True))
+                job.write_tickets.append(self._io.write(job.unit.index, name, chunk.begin, view[chunk.begin : chunk.end],
+                                                        native.nvme_ds.WRITEBACK))
         if chunk.slot is None:
             return
-        tickets = [self._submit(job.unit, name, chunk.begin, view, write=True)
+        tickets = [self._io.write(job.unit.index, name, chunk.begin, view, native.nvme_ds.WRITEBACK)
                    for name, view in chunk.ring.items() if name != "g"]
         self._writes.when(lambda: self._engine.wait_all(tickets), lambda: self._free_ring(chunk.slot))
 
@@ -324,6 +334,8 @@ class OptimizerPipeline:
                           lambda: self._persist(job))
 
     def _persist(self, job: Job) -> None:
+        if job.applied:
+            self._store.versions.advance(job.unit.index)  # before anyone reads the unit from SSD again
         if job.weights is not None:
             self._cache.release(job.weights)
         with self._exchange.lock:

@@ -58,7 +58,7 @@ class Shape:
 
 def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, optimizer: str, budgets: Budgets,
               directories: tuple[str, ...], micro_batch: int | str, forced: Forced | None, checkpoint_tier: str,
-              buffers: Buffers) -> Plan:
+              buffers: Buffers, durable: str) -> Plan:
     """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
     if optimizer not in ("eager", "deferred"):
         raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
@@ -75,7 +75,7 @@ def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, opt
             return choose(Request(spec=parts.spec, fp32=fp32, optimizer=optimizer, work=work, gpu_budget=gpu_budget,
                                   dram_budget=dram_budget, ssd_budget=_free_bytes(directories), buffers=buffers,
                                   process_bytes=process_bytes, workspace_bytes=workspace, forced=forced,
-                                  accumulators=() if fp32 else _accumulators(parts, work), checkpoint_tier=checkpoint_tier, on_host=on_host))
+                                  accumulators=() if fp32 else _accumulators(parts, work), checkpoint_tier=checkpoint_tier, on_host=on_host, durable=durable))
         except (RatelError, torch.OutOfMemoryError) as error:
             failure = error
             if isinstance(error, RatelError) and error.field not in ("gpu_memory", "dram" if on_host else ""):

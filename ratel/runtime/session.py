@@ -19,12 +19,14 @@ from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.loss import count_targets
-from ratel.runtime.machinery import IoOptions, Machinery
+from ratel.runtime.machinery import IoOptions, Machinery, can_continue
 from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Shape, make_plan
-from ratel.runtime.state import SavedState, save_state
+from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
+from ratel.runtime.saver import Target
+from ratel.runtime.state import SavedState
 from ratel.runtime.training import Training
 from ratel.units import parse_bytes
 
@@ -62,7 +64,9 @@ class Session:
     and a ``loss_fn(model, batch)``. ``gpu_memory``, ``dram``: budgets (``"24GiB"`` or bytes); by default what is free.
     ``ssd``: directories to stripe over. ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one
     tier, ``placement`` single units or planes (`ratel.plan.placement.forced_placements`). ``buffers`` and the thread
-    counts never change a result. Raises RatelError for what cannot work, before anything is reserved.
+    counts never change a result. ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can
+    make a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where
+    it pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. Raises RatelError for what cannot work, before anything is reserved.
     """
 
     def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,
@@ -72,16 +76,18 @@ class Session:
                  micro_batch: int | str = "auto", seed: int = 0, loss_fn: Callable[[Any, Any], Any] | None = None,
                  tier: str = "auto", placement: Forced | None = None, checkpoint_tier: str = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
-                 optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers()) -> None:
+                 optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers(),
+                 durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on") -> None:
         if dtype not in DTYPES:
             raise RatelError("not a type of computation", field="dtype", value=dtype, remedy="Use bf16 or fp32")
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
                              checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
-                             ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads)
+                             ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads, checksums=checksums)
         self.device = require_device(device)
         self._io = IoOptions(directories=_directories(ssd), backend=io_backend, direct=direct,
-                             bandwidth_bps=given["ssd_bandwidth"])
+                             bandwidth_bps=given["ssd_bandwidth"], checksums=checksums == "on")
+        self._durable, self._commits = _check_durable(durable, commits, self._io)
         self._budgets = Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram"))
         self._forced = placement if placement is not None else (None if tier == "auto" else tier)
         self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, given["micro_batch"]
@@ -102,6 +108,7 @@ class Session:
         """What ended the session before its time."""
         self._gives_back = isinstance(model, torch.nn.Module)
         self._attempts = self._updates_made = 0
+        self._saved_at = -1
         self._saved: SavedState | None = None
         self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
                                  attention=attention)
@@ -131,7 +138,8 @@ class Session:
         self._check_length(self._shape.positions)
         plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
                          budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
-                         forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers)
+                         forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers,
+                         durable=self._durable)
         self._machinery = self._build(plan)
         self._plan, m = plan, self._machinery
         self._training = Training(self.parts, plan, m, seed=self.seed, clip=self._clip)
@@ -143,18 +151,28 @@ class Session:
         pool = native.op_ds.Pool(self._threads)
         machinery = None
         try:
-            machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io)
-            if self._saved is None:
-                machinery.import_weights()
-            else:
+            if self._saved is not None:
                 self._saved.check_model(self.parts.spec)
+            goes_on = self._saved is not None and self._goes_on(self._saved, plan)
+            machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io, commits=self._commits,
+                                  earlier=self._saved if goes_on else None)
+            if goes_on:
+                machinery.continue_commits(self._saved)
+            elif self._saved is not None:
                 machinery.import_state(self._saved)
+            else:
+                machinery.import_weights()
         except BaseException:
             if machinery is not None:
                 machinery.close()
             pool.close()
             raise
         return machinery
+
+    def _goes_on(self, saved: SavedState, plan: Plan) -> bool:
+        """Commits are continued where they are, if they are this session's own and the plan lays everything out alike."""
+        return (self._commits is not None and os.path.realpath(saved.path) == os.path.realpath(self._commits)
+                and can_continue(saved, plan, self._io))
 
     @property
     def plan(self) -> Plan:
@@ -227,12 +245,12 @@ class Session:
     def read_master(self, unit: UnitSpec) -> torch.Tensor:
         """The unit's fp32 master weights, 1-D in its layout, on the CPU."""
         self.flush()
-        return self._machinery.transfer.read_weights(unit.index)
+        return self._machinery.transfer.read_weights(unit)
 
     def read_state(self, unit: UnitSpec, plane: str) -> torch.Tensor:
         """A copy of one plane (``hi``, ``lo``, ``m``, ``v``) on the CPU."""
         self.flush()
-        return self._machinery.transfer.read(unit.index, plane)
+        return self._machinery.transfer.read(unit, plane)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All master weights by parameter name, fp32 on the CPU. Whole in memory: for models that fit there."""
@@ -242,19 +260,46 @@ class Session:
             result.update({p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params})
         return result
 
-    def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None) -> Path:
+    def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None, wait: bool = True) -> Path:
         """Write the complete training state as a directory; ``extra`` (JSON) is handed back by `load`.
 
-        An older state of that name is replaced only by a complete one. One unit in memory at a time.
+        An older state of that name is replaced only by a complete one. Without ``wait`` it is written while training goes
+        on, and an error is raised by a later call.
         """
         if self._machinery is None:
             raise RatelError("there is nothing to save before the first step", field="save")
-        self.flush()
+        self._save(DirectoryTarget(Path(path), self.plan, self._machinery.engine), extra, wait)
+        return Path(path)
+
+    def commit(self, *, extra: dict[str, Any] | None = None, wait: bool = False) -> None:
+        """Make the last step last (``durable="step"``): after a crash at any time, `load` of ``commits`` continues from the
+        newest commit that was complete. Training goes on meanwhile, unless ``wait``.
+        """
+        if self._machinery is None or not self.plan.commits:
+            raise RatelError("the session does not commit in place", field="durable", value=self._durable,
+                             remedy='Make it with durable="step" and commits=DIR, and take a step')
+        self._save(CommitTarget(self._machinery.log, self._machinery.engine), extra, wait)
+
+    def _save(self, target: Target, extra: dict[str, Any] | None, wait: bool) -> None:
+        self._check_usable()
         training = {"steps": self._attempts, "updates": self._updates_made, "seed": self.seed, "dtype": self.dtype,
                     "hyper": self._hyper, "max_grad_norm": self._clip, "extra": extra or {}}
-        saved = save_state(Path(path), self.plan.spec, self._read_if_any, training)
-        self._meter.read()  # what saving reads is not the next step's
-        return saved
+        self.wait_saved()
+        with self._noticing():
+            self._machinery.saver.request(target, training)
+        self._saved_at = self._attempts
+        if wait:
+            self.wait_saved()
+            self._meter.read()  # what saving reads is not the next step's
+
+    def wait_saved(self) -> None:
+        """Block until a save or commit under way, if any, is complete."""
+        self._check_usable()
+        if self._machinery is not None:
+            if self._saved_at == self._attempts:
+                self.flush()  # updates kept for a forward pass that may not come would be waited for for ever
+            with self._noticing():
+                self._machinery.saver.wait()
 
     def load(self, path: "str | os.PathLike") -> dict[str, Any]:
         """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was saved with.
@@ -274,10 +319,6 @@ class Session:
         self._saved = saved
         self._attempts, self._updates_made = saved.training["steps"], saved.training["updates"]
         return saved.training["extra"]
-
-    def _read_if_any(self, unit: UnitSpec, plane: str) -> torch.Tensor | None:
-        m = self._machinery
-        return m.transfer.read(unit.index, plane) if m.store.has(unit.index, plane) else None
 
     def export(self, path: "str | os.PathLike", *, dtype: str = "bf16") -> Path:
         """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time."""
@@ -299,6 +340,7 @@ class Session:
         try:
             if self._machinery is not None and self._broken is None:
                 self.flush()
+                self._machinery.saver.wait()
                 if self._gives_back:
                     self._give_back()
         finally:
@@ -353,6 +395,7 @@ class Session:
         if self._machinery is not None:
             with self._noticing():
                 self._exchange.check()
+            self._machinery.saver.check()
 
     @property
     def _exchange(self) -> Exchange:
@@ -397,6 +440,23 @@ def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, .
         if not os.access(name, os.W_OK | os.X_OK):
             raise RatelError("is not writable", field="ssd", value=name, remedy=_SSD_REMEDY)
     return tuple(os.fspath(name) for name in names)
+
+
+def _check_durable(durable: str, commits: "str | os.PathLike | None", io: IoOptions) -> tuple[str, Path | None]:
+    if durable not in ("off", "auto", "step", "checkpoint"):
+        raise RatelError("not a way to keep states", field="durable", value=durable,
+                         remedy="Use off, auto, step or checkpoint")
+    if durable in ("auto", "step") and commits is None:
+        raise RatelError("there is no place for the records of commits", field="commits", value=None,
+                         remedy="Give commits=DIR")
+    if durable == "step" and not io.directories:
+        raise RatelError("commits are made on SSD but no directory was given", field="durable", value=durable,
+                         remedy="Give --ssd DIR, or use --durable checkpoint")
+    if durable == "step" and not io.checksums:
+        raise RatelError("commits hold checksums", field="checksums", value="off",
+                         remedy="Leave them on, or use --durable checkpoint")
+    auto_without_ssd = durable == "auto" and not (io.directories and io.checksums)
+    return "checkpoint" if auto_without_ssd else durable, None if commits is None else Path(commits)
 
 
 def _bytes_or_none(size: str | int | None, field: str) -> int | None:

@@ -1,101 +1,65 @@
-"""A training state as a directory: every plane of every unit, checksummed, and a manifest that is written last.
+"""Reads a training state: one that was copied to a directory, or the commits that a run made in place on its SSDs.
 
-    STATE/manifest.json      what is here, with the checksum of every chunk (docs/state_format.md)
-    STATE/unit-00007.bin     the planes of unit 7, one after the other, each at a multiple of 4096 bytes
+    STATE/manifest.json       where every plane lies in which files, written once
+    STATE/commit-0, commit-1  by turns: which slot holds what, the checksum of every grain, the state of the training
+    STATE/planes.0            the planes; a run that commits in place has them in its --ssd directories
 
-The directory appears under its name only when complete. Tiers, budgets, buffers and devices leave no trace in it.
+Tiers, budgets, buffers and devices leave no trace in it.
 """
 
-import json
 import os
-import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
-from ratel.plan.shape import ModelSpec, UnitSpec
-from ratel.units import MIB, align_up
+from ratel.plan.layout import first_grain, num_grains, pieces
+from ratel.plan.placement import ELEMENT_BYTES
+from ratel.plan.shape import ModelSpec
+from ratel.runtime.durable_files import settled
+from ratel.runtime.state_format import DamagedStateError, describe_model, read_commit, read_manifest
+from ratel.store.planes import DTYPES
 
-FORMAT, VERSION = "ratel-state", 1
-CHUNK_BYTES = 4 * MIB
-ALIGNMENT = 4096
-PLANES = {"hi": torch.bfloat16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
-
-
-class DamagedStateError(RatelError):
-    """A state, or a file of it, is not what was written. ``message`` is the error's, without value and remedy."""
-
-    def __init__(self, message: str, *, value: Path, remedy: str = "Resume from an older state") -> None:
-        self.message = message
-        super().__init__(message, field="state", value=value, remedy=remedy)
-
-
-def save_state(path: Path, spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor | None],
-               training: dict[str, Any]) -> Path:
-    """Write the state; ``read_plane`` gives a plane on the CPU, or None where a unit has none. One unit in memory.
-
-    ``training`` is kept as it is (JSON). An existing directory of that name is replaced once the new one is complete
-    and on disk. Raises RatelError naming the path if the disk is full or fails; what was there before stays.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        _make_directory(partial)
-        with ThreadPoolExecutor(thread_name_prefix="ratel-checksum") as pool:
-            units = [_write_unit(partial, unit, read_plane, pool) for unit in spec.units]
-        manifest = {"format": FORMAT, "version": VERSION, "chunk_bytes": CHUNK_BYTES, "checksum": "crc32",
-                    "model": describe_model(spec), "units": units, "training": training}
-        _write_synced(partial / "manifest.json", _sealed(manifest))
-        _sync_directory(partial)
-        replace_directory(partial, path)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RatelError(f"the state could not be written: {error.strerror or error}", field="state", value=path,
-                         remedy="Free space or give another directory; an earlier state there is untouched") from error
-    return path
-
-
-def describe_model(spec: ModelSpec) -> dict[str, Any]:
-    """The part of a model's shape that a state depends on."""
-    return {"name": spec.name, "units": [json.loads(json.dumps(asdict(unit))) for unit in spec.units]}
-
-
-def _write_unit(directory: Path, unit: UnitSpec, read_plane: Callable, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    name, planes, cursor = f"unit-{unit.index:05d}.bin", {}, 0
-    with open(directory / name, "wb") as file:
-        for plane in PLANES:
-            values = read_plane(unit, plane)
-            if values is None:
-                continue
-            data = memoryview(values.contiguous().view(torch.uint8).numpy())
-            file.seek(cursor)
-            file.write(data)
-            planes[plane] = {"offset": cursor, "num_bytes": len(data), "crc32": list(pool.map(zlib.crc32, _chunks(data)))}
-            cursor = align_up(cursor + len(data), ALIGNMENT)
-        file.truncate(cursor)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"file": name, "planes": planes}
-
-
-def _chunks(data: memoryview) -> list[memoryview]:
-    return [data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES)]
+READERS = 8
+PIECE_GRAINS = 8
 
 
 class SavedState:
-    """A state on disk, its manifest checked; planes are read one at a time and verified chunk by chunk."""
+    """A state on disk, its manifest and its newest commit checked; planes are verified as they are read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = _read_manifest(path)
-        self.training: dict[str, Any] = self.manifest["training"]
+        self.path = settled(path)
+        self.manifest = read_manifest(self.path)
+        self.commit = read_commit(self.path)
+        self.training: dict[str, Any] = self.commit.training
+        self.files = [self.path / name for name in self.manifest["files"]]  # an absolute name stays what it is
+        self._units = [_Shape(entry) for entry in self.manifest["model"]["units"]]
+        self._first_sums = self._index_checksums()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._num_bytes(unit, name) for unit, name in self.planes())
+
+    @property
+    def num_units(self) -> int:
+        return len(self._units)
+
+    @property
+    def is_in_place(self) -> bool:
+        """The run's own SSD files hold the planes."""
+        return self.manifest["num_slots"] == 2
+
+    def planes(self) -> Iterator[tuple[int, str]]:
+        for unit, entry in enumerate(self.manifest["planes"]):
+            for name in entry:
+                yield unit, name
 
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse a state of another model, naming the first difference."""
@@ -111,68 +75,133 @@ class SavedState:
                                         "same parameters frozen")
 
     def read(self, unit: int, plane: str) -> Tensor | None:
-        """A plane of a unit (CPU), or None where the unit has none. Raises RatelError for a chunk that is damaged."""
-        entry = self.manifest["units"][unit]
-        place = entry["planes"].get(plane)
-        if place is None:
+        """A plane of a unit (CPU), or None where the unit has none. Raises RatelError for a grain that is damaged."""
+        if plane not in self.manifest["planes"][unit]:
             return None
-        values = torch.empty(place["num_bytes"], dtype=torch.uint8)
+        values = torch.empty(self._num_bytes(unit, plane), dtype=torch.uint8)
         data = memoryview(values.numpy())
-        file_path = self.path / entry["file"]
-        try:
-            with open(file_path, "rb") as file:
-                file.seek(place["offset"])
-                count = file.readinto(data)
-        except OSError as error:
-            raise DamagedStateError(f"cannot be read: {error.strerror}", value=file_path) from error
-        if count != len(data):
-            raise DamagedStateError(f"is cut short: {count} of {len(data)} bytes of plane {plane}", value=file_path)
-        self._verify(data, place["crc32"], file_path, unit, plane)
-        return values.view(PLANES[plane])
+        item = ELEMENT_BYTES[plane]
+        with self._readers() as (pool, descriptors):
+            list(pool.map(lambda piece: self._read_piece(descriptors, unit, plane, piece,
+                                                         data[piece[0] * item : piece[1] * item]),
+                          self._pieces(unit, plane)))
+        return values.view(DTYPES[plane])
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> int:
-        """Read everything; returns the bytes read. Raises RatelError at the first damaged chunk."""
+        """Read everything; returns the bytes read. Raises RatelError at the first damaged grain."""
+
+        def check(work: tuple[int, str, tuple[int, int]]) -> int:
+            unit, plane, piece = work
+            data = memoryview(bytearray((piece[1] - piece[0]) * ELEMENT_BYTES[plane]))
+            self._read_piece(descriptors, unit, plane, piece, data)
+            return len(data)
+
         total = 0
-        for unit, entry in enumerate(self.manifest["units"]):
-            for plane, place in entry["planes"].items():
-                self.read(unit, plane)
-                total += place["num_bytes"]
-                progress(place["num_bytes"])
+        with self._readers() as (pool, descriptors):
+            for unit, plane in self.planes():
+                for num_bytes in pool.map(check, [(unit, plane, piece) for piece in self._pieces(unit, plane)]):
+                    total += num_bytes
+                    progress(num_bytes)
         return total
 
-    def _verify(self, data: memoryview, expected: list[int], file_path: Path, unit: int, plane: str) -> None:
-        chunk_bytes = self.manifest["chunk_bytes"]
-        parts = [data[begin : begin + chunk_bytes] for begin in range(0, len(data), chunk_bytes)]
-        with ThreadPoolExecutor(thread_name_prefix="ratel-checksum") as pool:
-            for index, (found, wanted) in enumerate(zip(pool.map(zlib.crc32, parts), expected, strict=True)):
-                if found != wanted:
-                    name = self.manifest["model"]["units"][unit]["name"]
-                    raise DamagedStateError(f"is damaged: unit {name}, plane {plane}, chunk {index} has checksum "
-                                            f"{found:08x}, {wanted:08x} was written", value=file_path,
-                                            remedy="Resume from an older state, and check the drive")
+    def checksums(self, unit: int, plane: str) -> np.ndarray:
+        first = self._first_sums[unit, plane]
+        return self.commit.checksums[first : first + self._num_grains(unit, plane)]
+
+    def _index_checksums(self) -> dict[tuple[int, str], int]:
+        index, cursor = {}, 0
+        for unit, plane in self.planes():
+            index[unit, plane] = cursor
+            cursor += self._num_grains(unit, plane)
+        if cursor != len(self.commit.checksums):
+            raise DamagedStateError(f"its commit record has {len(self.commit.checksums)} checksums, its manifest says "
+                                    f"{cursor}", value=self.path)
+        return index
+
+    def _read_piece(self, descriptors: list[int], unit: int, plane: str, piece: tuple[int, int], data: memoryview) -> None:
+        begin = piece[0]
+        at = self._offset(unit, plane) + begin * ELEMENT_BYTES[plane]
+        self._read_bytes(descriptors, at, data, plane)
+        grain = self.manifest["grain"]
+        first = first_grain(self._units[unit], begin, grain)
+        expected, step = self.checksums(unit, plane), grain * ELEMENT_BYTES[plane]
+        for index, start in enumerate(range(0, len(data), step)):
+            found, wanted = zlib.crc32(data[start : start + step]), int(expected[first + index])
+            if found != wanted:
+                name = self.manifest["model"]["units"][unit]["name"]
+                raise DamagedStateError(f"is damaged: unit {name}, plane {plane}, chunk {first + index} has checksum "
+                                        f"{found:08x}, {wanted:08x} was written", value=self._file_at(at + start)[0],
+                                        remedy="Resume from an older state, and check the drive")
+
+    def _read_bytes(self, descriptors: list[int], at: int, data: memoryview, plane: str) -> None:
+        """From the stripes of all files."""
+        stripe, cursor = self.manifest["stripe_bytes"], 0
+        while cursor < len(data):
+            count = min(len(data) - cursor, stripe - (at + cursor) % stripe)
+            path, position, index = self._file_at(at + cursor)
+            try:
+                read = os.preadv(descriptors[index], [data[cursor : cursor + count]], position)
+            except OSError as error:
+                raise DamagedStateError(f"cannot be read: {error.strerror}", value=path) from error
+            if read == 0:
+                raise DamagedStateError(f"is cut short: it ends before byte {position + count}, in plane {plane}",
+                                        value=path)
+            cursor += read
+
+    def _file_at(self, at: int) -> tuple[Path, int, int]:
+        """File, position in it and index of the file, of a byte of the volume."""
+        stripe, pattern = self.manifest["stripe_bytes"], self.manifest["pattern"]
+        number, rest = divmod(at, stripe)
+        cycle, place = divmod(number, len(pattern))
+        index = pattern[place]
+        before = cycle * pattern.count(index) + pattern[:place].count(index)
+        return self.files[index], before * stripe + rest, index
+
+    def _readers(self) -> "_Readers":
+        return _Readers(self.files)
+
+    def _pieces(self, unit: int, plane: str) -> list[tuple[int, int]]:
+        count = self.manifest["planes"][unit][plane]["num_elements"]
+        return pieces(self._units[unit], count, PIECE_GRAINS * self.manifest["grain"])
+
+    def _num_grains(self, unit: int, plane: str) -> int:
+        return num_grains(self._units[unit], self.manifest["planes"][unit][plane]["num_elements"], self.manifest["grain"])
+
+    def _offset(self, unit: int, plane: str) -> int:
+        return self.commit.slots[unit] * self.manifest["slot_bytes"] + self.manifest["planes"][unit][plane]["offset"]
+
+    def _num_bytes(self, unit: int, plane: str) -> int:
+        return self.manifest["planes"][unit][plane]["num_elements"] * ELEMENT_BYTES[plane]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        text = (path / "manifest.json").read_text(encoding="utf-8")
-        manifest = json.loads(text)
-    except OSError as error:
-        raise RatelError(f"is not a complete state: {error.strerror}", field="state", value=path) from error
-    except ValueError as error:
-        raise DamagedStateError(f"its manifest is damaged: {error}", value=path) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RatelError("is not a state of Ratel", field="state", value=path)
-    if manifest["version"] > VERSION:
-        raise RatelError(f"was written in format {manifest['version']}; this version reads up to {VERSION}",
-                         field="state", value=path, remedy="Use the version of Ratel that wrote it, or a newer one")
-    if _sealed({k: v for k, v in manifest.items() if k != "seal"}) != text:
-        raise DamagedStateError("its manifest is damaged: the seal does not match", value=path)
-    return manifest
+class _Shape:
+    """What `ratel.plan.layout` asks of a unit."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.num_trainable: int = entry["num_trainable"]
 
 
-def _sealed(manifest: dict[str, Any]) -> str:
-    """The manifest as text, with the checksum of the text without it."""
-    return json.dumps({**manifest, "seal": zlib.crc32(json.dumps(manifest).encode())})
+class _Readers:
+    """Threads and open files while planes are read."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files, self._stack = files, ExitStack()
+
+    def __enter__(self) -> tuple[ThreadPoolExecutor, list[int]]:
+        with ExitStack() as stack:
+            descriptors = []
+            for path in self._files:
+                try:
+                    descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                except OSError as error:
+                    raise DamagedStateError(f"cannot be read: {error.strerror}", value=path) from error
+                stack.callback(os.close, descriptors[-1])
+            pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="ratel-state"))
+            self._stack = stack.pop_all()
+        return pool, descriptors
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
 
 
 def _first_difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
@@ -182,37 +211,3 @@ def _first_difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
     pairs = zip(mine["params"], other["params"])
     return next((f"parameter {a['name']} {a['shape']} here, {b['name']} {b['shape']} there" for a, b in pairs if a != b),
                 f"the number of parameters: {len(mine['params'])} here, {len(other['params'])} there")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _make_directory(path: Path) -> None:
-    """With its parents; each new name is on disk before anything is put under it."""
-    if not path.is_dir():
-        _make_directory(path.parent)
-        path.mkdir()
-        _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_directory(partial: Path, path: Path) -> None:
-    """Put a complete directory under its name; an older one is removed only then. Durable."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    _sync_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -89,11 +89,9 @@ class Training:
     def _spill(self, unit: UnitSpec, moved: Moved) -> None:
         """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
         m = self._m
-        plane = m.store.plane(unit.index, "g")
 
         def write() -> None:
-            ticket = m.engine.submit_write(m.store.volume, plane.offset, moved.host.data_ptr(), plane.num_bytes,
-                                           native.nvme_ds.WRITEBACK)
+            ticket = m.io.write(unit.index, "g", 0, moved.host, native.nvme_ds.WRITEBACK)
             m.writes.when(lambda: m.engine.wait(ticket), announce)
 
         def announce() -> None:
@@ -106,8 +104,10 @@ class Training:
         """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU optimizer."""
         for unit in self._plan.spec.units:
             if unit.num_trainable and self._plan.placement(unit).on_gpu:
+                self._m.saver.wait_copied(unit.index, 1)
                 with self._m.lanes.work("compute", f"update {unit.name}"):
                     self._update_unit_on_gpu(unit, hyper)
+                self._m.store.versions.advance(unit.index)
 
     def _update_unit_on_gpu(self, unit: UnitSpec, hyper: Hyper) -> None:
         count = unit.num_trainable

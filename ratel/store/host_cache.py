@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 
 from ratel import native
+from ratel.errors import DamagedError
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
 from ratel.plan.placement import weight_class
 from ratel.plan.plan import Plan
+from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
 
 
@@ -26,16 +28,15 @@ class HostSlot:
     buffer: torch.Tensor
     unit: int = -1
     refs: int = 0
-    tickets: list[int] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     reading: threading.Lock = field(default_factory=threading.Lock)
 
 
 class HostCache:
     """Reference-counted slots, by weight class."""
 
-    def __init__(self, plan: Plan, store: Store, arena: Arena, engine: "native.nvme_ds.Engine | None",
-                 exchange: Exchange) -> None:
-        self._plan, self._store, self._engine, self._exchange = plan, store, engine, exchange
+    def __init__(self, plan: Plan, store: Store, arena: Arena, io: PlaneIO, exchange: Exchange) -> None:
+        self._plan, self._store, self._io, self._exchange = plan, store, io, exchange
         self._freed = exchange.condition()
         self._by_unit: dict[int, HostSlot] = {}
         self._unread: set[int] = set()
@@ -81,7 +82,8 @@ class HostCache:
         if slot is None:
             slot = self._by_unit[unit] = self._free[weight_class(self._plan.spec.units[unit])].pop(0)
             slot.unit = unit
-            slot.tickets = self._submit_reads(slot)
+            slot.reads = [self._io.read(unit, name, 0, view, native.nvme_ds.WEIGHT)
+                          for name, view in self.views(slot).items()]
         else:
             self.saved_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
         slot.refs += refs
@@ -91,11 +93,11 @@ class HostCache:
         """Block until the slot's bytes have come from SSD."""
         with slot.reading:
             try:
-                while slot.tickets:
-                    self._engine.wait(slot.tickets[0])
-                    slot.tickets.pop(0)
-            except OSError as error:
-                # Said before another thread finds the ticket gone, whose error would tell the user nothing.
+                while slot.reads:
+                    self._io.wait(slot.reads[0])
+                    slot.reads.pop(0)
+            except (OSError, DamagedError) as error:
+                # Said before another thread finds the read gone, whose error would tell the user nothing.
                 self._exchange.fail(error, f"reading {self._plan.spec.units[slot.unit].name}")
                 raise
         jitter.pause()
@@ -117,8 +119,3 @@ class HostCache:
             views[name] = slot.buffer[cursor : cursor + plane.num_bytes].view(plane.dtype)
             cursor += plane.num_bytes
         return views
-
-    def _submit_reads(self, slot: HostSlot) -> list[int]:
-        return [self._engine.submit_read(self._store.volume, self._store.plane(slot.unit, name).offset, view.data_ptr(),
-                                         view.numel() * view.element_size(), native.nvme_ds.WEIGHT)
-                for name, view in self.views(slot).items()]

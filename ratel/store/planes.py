@@ -8,6 +8,8 @@ from ratel import native
 from ratel.memory.arena import Arena
 from ratel.plan.placement import DRAM, GPU, PLANES, SSD, plane_elements
 from ratel.plan.plan import PAGE_BYTES, Plan
+from ratel.store.checksums import Checksums
+from ratel.store.versions import Versions
 from ratel.units import align_up
 
 DTYPES = {"hi": torch.bfloat16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
@@ -15,40 +17,64 @@ DTYPES = {"hi": torch.bfloat16, "lo": torch.int16, "m": torch.float32, "v": torc
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One plane of one unit. ``tensor`` on GPU and DRAM tiers, ``offset`` (bytes into the volume) on SSD."""
+    """One plane of one unit. ``tensor`` on GPU and DRAM tiers; on SSD `Store.offset` says where."""
 
     name: str
     tier: str
     num_elements: int
     dtype: torch.dtype
     tensor: torch.Tensor | None = None
-    offset: int = -1
 
     @property
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
 
-    @property
-    def address(self) -> int:
-        return self.tensor.data_ptr()
-
 
 class Store:
-    """All planes, by unit index and name. A plane without elements (of a frozen unit) is left out."""
+    """All planes, by unit index and name. A plane without elements (of a frozen unit) is left out.
 
-    def __init__(self, plan: Plan, arena: Arena, device: torch.device, volume: "native.nvme_ds.Volume | None") -> None:
-        self.plan, self.volume, self.device = plan, volume, device
+    On SSD a plane lies at a fixed place of a slot, and `versions` says which slot is current; `checksums` holds what its
+    bytes must add up to. Gradients that wait on SSD have a volume of their own.
+    """
+
+    def __init__(self, plan: Plan, arena: Arena, device: torch.device, volume: "native.nvme_ds.Volume | None",
+                 grad_volume: "native.nvme_ds.Volume | None", pool: "native.op_ds.Pool", *, checksums: bool = True) -> None:
+        self.plan, self.volume, self.grad_volume, self.device = plan, volume, grad_volume, device
         self.grad_dtype = torch.float32 if plan.fp32 else torch.bfloat16
-        self._arena = arena
-        self._cursor = 0
+        self.versions = Versions([plan.has_states_on_ssd(u) for u in plan.spec.units], plan.num_slots)
+        self.checksums = Checksums(plan.spec, pool, grain=plan.grain, num_slots=plan.num_slots, enabled=checksums)
+        self._arena, self._layout = arena, plan.slot_layout
+        self._grads_end = 0
+        self._grad_offsets: dict[int, int] = {}
         self._planes: list[dict[str, Plane]] = [self._place(unit) for unit in plan.spec.units]
-        assert self._cursor == plan.ssd_items.get("planes", 0), "the volume is laid out for the plan's bytes"
+        for (unit, name), span in self._layout.spans.items():
+            self.checksums.add(unit, name, span.num_elements)
 
     def plane(self, unit: int, name: str) -> Plane:
         return self._planes[unit][name]
 
     def has(self, unit: int, name: str) -> bool:
         return name in self._planes[unit]
+
+    def slot_to_read(self, unit: int) -> int:
+        return self.versions.current[unit]
+
+    def slot_to_write(self, unit: int) -> int:
+        return self.versions.successor(unit)
+
+    def volume_of(self, name: str) -> "native.nvme_ds.Volume":
+        return self.grad_volume if name == "g" else self.volume
+
+    def offset(self, slot: int, unit: int, name: str, begin: int = 0) -> int:
+        """Of element ``begin`` of a plane, in bytes of its volume."""
+        item = self._planes[unit][name].dtype.itemsize
+        if name == "g":
+            return self._grad_offsets[unit] + begin * item
+        return slot * self._layout.num_bytes + self._layout.spans[unit, name].offset + begin * item
+
+    def where(self, slot: int, unit: int, name: str) -> str:
+        """For messages: the files, and where in the volume the plane starts."""
+        return f"{', '.join(self.volume_of(name).paths)} (the plane starts at byte {self.offset(slot, unit, name)} of the volume)"
 
     def _place(self, unit) -> dict[str, Plane]:
         place = self.plan.placement(unit)
@@ -58,15 +84,14 @@ class Store:
             dtype = self.grad_dtype if name == "g" else DTYPES[name]
             count = unit.num_trainable if name == "g" else plane_elements(unit, name, fp32=self.plan.fp32)
             if count:
-                planes[name] = self._make(name, place.tier(name), count, dtype)
+                planes[name] = Plane(name, place.tier(name), count, dtype, self._reserve(place.tier(name), count, dtype))
+                if name == "g" and place.g == SSD:
+                    self._grad_offsets[unit.index] = self._grads_end
+                    self._grads_end += align_up(planes[name].num_bytes, PAGE_BYTES)
+                    self.checksums.add(unit.index, "g", count)
         return planes
 
-    def _make(self, name: str, tier: str, count: int, dtype: torch.dtype) -> Plane:
+    def _reserve(self, tier: str, count: int, dtype: torch.dtype) -> torch.Tensor | None:
         if tier == GPU:
-            tensor = torch.zeros(count, dtype=dtype, device=self.device)
-        elif tier == DRAM:
-            tensor = self._arena.take_as(count, dtype)
-        else:
-            offset, self._cursor = self._cursor, self._cursor + align_up(count * dtype.itemsize, PAGE_BYTES)
-            return Plane(name, SSD, count, dtype, offset=offset)
-        return Plane(name, tier, count, dtype, tensor=tensor)
+            return torch.zeros(count, dtype=dtype, device=self.device)
+        return self._arena.take_as(count, dtype) if tier == DRAM else None

@@ -3,80 +3,108 @@
 import torch
 
 from ratel import native
+from ratel.plan.layout import pieces
 from ratel.plan.placement import SSD
-from ratel.store.planes import Plane, Store
+from ratel.plan.shape import UnitSpec
+from ratel.store.plane_io import PlaneIO
+from ratel.store.planes import Store
 
 PIECE_ELEMENTS = 1 << 22
-"""Of a master that is split or merged at once: so the halves of a large unit never exist beside it as a whole."""
+"""Moved at once, a multiple of every grain: the halves of a large unit never exist beside its master as a whole."""
 
 
 class UnitTransfer:
     """Moves one unit's planes between their tier and ordinary memory, synchronously."""
 
-    def __init__(self, store: Store, engine: "native.nvme_ds.Engine | None", pool: "native.op_ds.Pool") -> None:
-        self._store, self._engine, self._pool = store, engine, pool
+    def __init__(self, store: Store, io: PlaneIO, pool: "native.op_ds.Pool",
+                 engine: "native.nvme_ds.Engine | None") -> None:
+        self._store, self._io, self._pool, self._engine = store, io, pool, engine
 
-    def write_weights(self, unit: int, master: torch.Tensor) -> None:
+    def write_weights(self, unit: UnitSpec, master: torch.Tensor) -> None:
         """Split a fp32 CPU master (1-D, the unit's layout) and write `hi` and `lo` where they live."""
         size = min(PIECE_ELEMENTS, master.numel())
         halves = {"hi": aligned_empty(size, torch.bfloat16), "lo": aligned_empty(size, torch.int16)}
-        for begin in range(0, master.numel(), size):
-            part = master[begin : begin + size]
+        for begin, end in pieces(unit, master.numel(), size):
+            part = master[begin:end]
             self._pool.split(part.data_ptr(), *(half.data_ptr() for half in halves.values()), part.numel())
             for name, half in halves.items():
-                count = min(self._count(unit, name) - begin, part.numel())
-                if count > 0:
-                    self._move(unit, name, begin, half[:count], write=True)
+                if begin < self._count(unit, name):
+                    self._move(unit, name, begin, half[: end - begin], write=True)
 
-    def read_weights(self, unit: int) -> torch.Tensor:
+    def read_weights(self, unit: UnitSpec) -> torch.Tensor:
         """The fp32 master, 1-D on the CPU; frozen parameters in bf16 runs have no `lo` and come back as bf16 values."""
         master = torch.empty(self._count(unit, "hi"), dtype=torch.float32)
         size = min(PIECE_ELEMENTS, master.numel())
         hi, lo = aligned_empty(size, torch.bfloat16), aligned_empty(size, torch.int16)
-        for begin in range(0, master.numel(), size):
-            part = master[begin : begin + size]
-            with_lo = min(max(self._count(unit, "lo") - begin, 0), part.numel())
-            self._move(unit, "hi", begin, hi[: part.numel()], write=False)
-            if with_lo:
-                self._move(unit, "lo", begin, lo[:with_lo], write=False)
-            lo[with_lo:] = 0
+        for begin, end in pieces(unit, master.numel(), size):
+            part = master[begin:end]
+            self._move(unit, "hi", begin, hi[: end - begin], write=False)
+            if begin < self._count(unit, "lo"):
+                self._move(unit, "lo", begin, lo[: end - begin], write=False)
+            else:
+                lo.zero_()
             self._pool.merge(hi.data_ptr(), lo.data_ptr(), part.data_ptr(), part.numel())
         return master
 
-    def write(self, unit: int, name: str, values: torch.Tensor) -> None:
-        self._move(unit, name, 0, values, write=True)
+    def write(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
+        for begin, end in pieces(unit, values.numel(), PIECE_ELEMENTS):
+            self._move(unit, name, begin, values[begin:end], write=True)
 
-    def read(self, unit: int, name: str) -> torch.Tensor:
+    def read(self, unit: UnitSpec, name: str) -> torch.Tensor:
         """A copy in ordinary CPU memory."""
-        plane = self._store.plane(unit, name)
+        plane = self._store.plane(unit.index, name)
         values = aligned_empty(plane.num_elements, plane.dtype)
-        self._move(unit, name, 0, values, write=False)
+        for begin, end in pieces(unit, plane.num_elements, PIECE_ELEMENTS):
+            self._move(unit, name, begin, values[begin:end], write=False)
         return values
 
-    def clear(self, unit: int, name: str) -> None:
+    def recall(self, unit: UnitSpec, name: str) -> None:
+        """Bring a plane that lives elsewhere from the copy that a commit has made of it on SSD."""
+        plane = self._store.plane(unit.index, name)
+        buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
+        for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
+            values = buffer[: end - begin]
+            self._io.wait(self._io.read(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER))
+            plane.tensor[begin:end].copy_(values)
+
+    def copy_frozen(self, unit: UnitSpec, name: str) -> None:
+        """From the current version into the other: while the unit lived elsewhere, commits may have written one only."""
+        plane = self._store.plane(unit.index, name)
+        buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
+        for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
+            if 0 < unit.num_trainable <= begin:
+                self._move(unit, name, begin, buffer[: end - begin], write=False)
+                self._write(unit, name, begin, buffer[: end - begin])
+
+    def clear(self, unit: UnitSpec, name: str) -> None:
         """Zero a plane. A new volume reads as zeros, so on SSD there is nothing to write."""
-        plane = self._store.plane(unit, name)
-        if plane.tier != SSD:
+        plane = self._store.plane(unit.index, name)
+        if plane.tier == SSD:
+            self._store.checksums.record_zeros(unit.index, name, plane.dtype)
+        else:
             plane.tensor.zero_()
 
-    def _count(self, unit: int, name: str) -> int:
-        return self._store.plane(unit, name).num_elements if self._store.has(unit, name) else 0
+    def _count(self, unit: UnitSpec, name: str) -> int:
+        return self._store.plane(unit.index, name).num_elements if self._store.has(unit.index, name) else 0
 
-    def _move(self, unit: int, name: str, begin: int, values: torch.Tensor, *, write: bool) -> None:
+    def _move(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor, *, write: bool) -> None:
         """Between ``values`` and the part of the plane that starts at element ``begin``."""
-        plane = self._store.plane(unit, name)
-        if plane.tier == SSD:
-            self._ssd(plane, begin, values, write=write)
-            return
-        part = plane.tensor[begin : begin + values.numel()]
-        part.copy_(values) if write else values.copy_(part)
+        plane = self._store.plane(unit.index, name)
+        if plane.tier != SSD:
+            part = plane.tensor[begin : begin + values.numel()]
+            part.copy_(values) if write else values.copy_(part)
+        elif write:
+            self._write(unit, name, begin, values)
+        else:
+            self._io.wait(self._io.read(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER))
 
-    def _ssd(self, plane: Plane, begin: int, values: torch.Tensor, *, write: bool) -> None:
-        submit = self._engine.submit_write if write else self._engine.submit_read
+    def _write(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
+        """In the current version. Updates leave the frozen part alone, so it goes into every version that will be."""
         assert values.data_ptr() % 4096 == 0 and values.is_contiguous()
-        ticket = submit(self._store.volume, plane.offset + begin * plane.dtype.itemsize, values.data_ptr(),
-                        values.numel() * values.element_size(), native.nvme_ds.OPTIMIZER)
-        self._engine.wait(ticket)
+        frozen = 0 < unit.num_trainable <= begin
+        slots = range(self._store.versions.num_slots) if frozen else [self._store.slot_to_read(unit.index)]
+        for slot in slots:
+            self._engine.wait(self._io.write(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER, slot))
 
 
 def aligned_empty(num_elements: int, dtype: torch.dtype) -> torch.Tensor:

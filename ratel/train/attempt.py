@@ -1,8 +1,10 @@
 """A run with all its parts open: what is done before the loop, around it and after it."""
 
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ class Attempt:
             self._note_what_changed(self.earlier)
         self.out.open(keep_results=self.earlier is not None)
         if self.earlier:
-            self.out.states.prune(self.config.keep)  # a kill may have left parts of others
+            # A kill may have left parts of others. What was best is known once the metrics are read.
+            self.out.states.prune(sys.maxsize)
         self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path), "resume": False})
         if self._is_planned:
             self._write_plan()
@@ -88,7 +91,7 @@ class Attempt:
         try:
             with StopRequest() as stop:
                 self._loop(progress, stop)
-                self._finish()
+                self._finish(progress)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped in step {progress.steps + 1} of {self.config.steps}; the model was not "
                               f"written, metrics are in {self.out.path}", self._result(progress, start)) from None
@@ -115,32 +118,54 @@ class Attempt:
                 metrics.write(entry)
                 self.display.step(entry)
 
-            def save(progress: Progress) -> None:
+            def save(progress: Progress, *, copies: bool = False) -> None:
                 metrics.flush()  # no state may know of steps that metrics.jsonl does not
                 sync(self.out.metrics)
-                self._save(progress)
+                self._save(progress, copies=copies)
 
             loop = Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
                         evaluation=self.inputs.evaluation, eval_every=config.eval_every, save_every=config.save_every,
-                        save=save if config.save_every else None)
+                        save=save if config.save_every else None,
+                        save_best=partial(save, copies=True) if config.keep_best else None)
             if loop.evaluate_late(progress):  # nothing is written yet: the writer opens the file with its first record
                 amend_last(self.out.metrics, {"eval_loss": progress.eval_losses[progress.steps]})
             loop.run(self.inputs.batches, progress)
 
-    def _save(self, progress: Progress) -> None:
-        self.session.save(self.out.states.path_of(progress.steps), extra={
-            "step": progress.steps, "data": self.inputs.position(), "micro_batch": self.session.plan.work.micro_rows,
-            "chat_template": getattr(self.inputs.tokenizer, "chat_template", None),
-            "has_tokenizer": self.inputs.tokenizer is not None})
-        self.out.states.prune(self.config.keep)
+    def _save(self, progress: Progress, *, copies: bool) -> None:
+        """In the background: commit in place if the plan says so, or copy everything out."""
+        extra = {"step": progress.steps, "data": self.inputs.position(),
+                 "micro_batch": self.session.plan.work.micro_rows,
+                 "chat_template": getattr(self.inputs.tokenizer, "chat_template", None),
+                 "has_tokenizer": self.inputs.tokenizer is not None}
+        if self.session.plan.commits and not copies:
+            self.session.commit(extra=extra)
+            return
+        self._prune(progress)
+        path = self.out.states.path_of(progress.steps)
+        if not path.exists():  # it may be the best one and due as well
+            self.session.save(path, extra=extra, wait=False)
+
+    def _prune(self, progress: Progress) -> None:
+        """Once the save under way is complete, those that it makes superfluous go."""
+        self.session.wait_saved()
+        self.out.states.prune(self.config.keep, eval_losses=progress.eval_losses if self.config.keep_best else None)
+        self._drop_stale_commits()
+
+    def _drop_stale_commits(self) -> None:
+        """Of an earlier start of the run, which committed in place, once there is a newer copy."""
+        newest, committed = self.out.states.newest(), self.out.states.committed_step()
+        if committed is not None and newest != self.out.states.commits and not self.session.plan.commits:
+            self.out.states.drop_commits()
 
     def _write_plan(self) -> None:
         self.out.write_json("plan", self.session.plan.to_json())
         self.out.write_json("hardware", {"host": describe_host(), "cuda": describe_cuda(), **self.session.hardware})
 
-    def _finish(self) -> None:
+    def _finish(self, progress: Progress) -> None:
         """Complete the updates that still wait, and write what only then is final."""
         self.session.flush()
+        if self.config.save_every:
+            self._prune(progress)
         if not self._is_planned:
             self._write_plan()  # batches of the user's own had no shape before the first one was seen
         if self.config.export:

@@ -1,5 +1,6 @@
 """The training loop: one step after another, each recorded, until the steps, the data or the user's patience end."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,6 +39,11 @@ class Progress:
     def steps(self) -> int:
         return len(self.losses)
 
+    def is_best(self) -> bool:
+        """Whether the last step was evaluated, and better than any before."""
+        loss = self.eval_losses.get(self.steps, math.nan)
+        return not any(other <= loss for step, other in self.eval_losses.items() if step < self.steps) and loss == loss
+
     def add(self, record: dict[str, Any]) -> None:
         """Count a step by its metrics."""
         self.losses.append(record["loss"])
@@ -55,7 +61,8 @@ class Progress:
 class Loop:
     """``evaluation`` gives the held-out batches anew at each call; ``record`` takes one metrics object per step.
 
-    ``save`` is called every ``save_every`` steps, and where the loop ends.
+    ``save`` is called every ``save_every`` steps, and where the loop ends; ``save_best`` after an evaluation that is the
+    best so far.
     """
 
     session: Trainer
@@ -67,6 +74,7 @@ class Loop:
     eval_every: int = 0
     save: Callable[[Progress], None] | None = None
     save_every: int = 0
+    save_best: Callable[[Progress], None] | None = None
 
     def run(self, batches: Iterator[Any], progress: Progress) -> None:
         """Fill ``progress``. Ends early when ``batches`` does or when a stop was requested."""
@@ -78,6 +86,8 @@ class Loop:
             self._step(batch, progress)
             if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise _diverged(progress.skipped_in_a_row, progress.steps)
+            if self.save_best is not None and progress.is_best():
+                self.save_best(progress)
             if self.save is not None and self.save_every and progress.steps % self.save_every == 0:
                 self.save(progress)
                 saved_at = progress.steps

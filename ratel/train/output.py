@@ -35,6 +35,8 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            if not keep_results:
+                self.states.drop_commits()
             for name in [] if keep_results else self.earlier_results():
                 _remove(self.path / name)
         except OSError as error:
@@ -86,7 +88,7 @@ def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory
 
 
 def _resumable(directory: RunDirectory) -> str:
-    return "--resume to continue that run, " if directory.states.steps() else ""
+    return "--resume to continue that run, " if directory.states.newest() else ""
 
 
 def _first_free(parent: Path, name: str) -> Path:

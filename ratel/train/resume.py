@@ -11,7 +11,7 @@ from typing import Any
 
 from ratel.errors import RatelError
 from ratel.runtime.session import Session
-from ratel.runtime.state import DamagedStateError
+from ratel.runtime.state_format import DamagedStateError
 from ratel.train.loop import Progress
 from ratel.train.options import read_earlier
 from ratel.train.output import RunDirectory

@@ -44,7 +44,7 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
     with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display, out:
-        with open_session(config, model, loss_fn) as session:
+        with open_session(config, model, loss_fn, commits=out.states.commits) as session:
             earlier = take_up(out, session) if config.resume else None
             vocab_size = session.parts.spec.vocab_size if session.parts.is_causal_lm else None
             with open_inputs(config, model=model, data=data if data is not None else config.data,
@@ -61,12 +61,15 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
     return result
 
 
-def open_session(config: TrainConfig, model: Any, loss_fn: Any) -> Session:
+def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | None = None) -> Session:
     names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm",
              "optimizer", "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier", "direct",
-             "optimizer_threads", "attention")
+             "optimizer_threads", "attention", "checksums")
     options = {name: getattr(config, name) for name in names}
-    return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, **options)
+    durable = config.durable if config.save_every and commits is not None else "off"
+    if durable == "auto" and (config.keep > 1 or config.keep_best):
+        durable = "checkpoint"  # commits are one state, the newest
+    return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, durable=durable, commits=commits, **options)
 
 
 def _name_of(thing: Any) -> str | None:

@@ -1,13 +1,19 @@
-"""OUT/state: one directory per saved step. A run resumes from the newest one; any is enough to export from."""
+"""OUT/state: one directory per saved step, and the records of commits. A run resumes from the newest; any is enough to
+export from."""
 
 import os
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
 from ratel.errors import RatelError
+from ratel.runtime.durable_files import beside, remove_files, settled
+from ratel.runtime.state_format import committed_files, read_commit
 
 _NAME = re.compile(r"step-(\d{8,})")
+_PART = re.compile(r"(step-\d{8,}|commits)\.(old|partial)(\.planes\.0)?")
 _COMPLETE = "manifest.json"
 
 
@@ -16,6 +22,7 @@ class StateDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.commits = path / "commits"
 
     def steps(self) -> list[int]:
         """The steps after which there is a complete state, ascending."""
@@ -29,22 +36,51 @@ class StateDirectory:
 
     def newest(self) -> Path | None:
         steps = self.steps()
-        return self.path_of(steps[-1]) if steps else None
+        copy = self.path_of(steps[-1]) if steps else None
+        committed = self.committed_step()
+        return copy if committed is None or (steps and steps[-1] > committed) else self.commits
+
+    def committed_step(self) -> int | None:
+        """The step of the newest commit; a step before all others if it cannot be read, so that the reader says why."""
+        if not (settled(self.commits) / _COMPLETE).is_file():
+            return None
+        with suppress(RatelError, KeyError):
+            return read_commit(settled(self.commits)).training["extra"]["step"]
+        return -1
 
     def before(self, state: Path) -> Path | None:
-        """The newest state that is older than this one."""
-        older = [path for path in map(self.path_of, self.steps()) if path.name < state.name]
+        """The newest copy that is older than this state."""
+        older = [path for path in map(self.path_of, self.steps()) if state == self.commits or path.name < state.name]
         return older[-1] if older else None
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest states, and what killed runs left half written or half removed."""
-        for step in self.steps()[:-keep]:
+    def prune(self, keep: int, *, eval_losses: Mapping[int, float] | None = None) -> None:
+        """Remove all but the ``keep`` newest copies and, given ``eval_losses`` by step, the best; and what killed runs left
+        half written or half removed. No save may be under way."""
+        steps = self.steps()
+        rated = [step for step in steps if step in (eval_losses or {})]
+        kept = {*steps[-keep:], *([min(rated, key=eval_losses.get)] if rated else [])}
+        for step in set(steps) - kept:
             path = self.path_of(step)
             # Under its name it must be whole to the last: a kill in the middle of the removal would leave a torso.
             os.rename(path, path.with_name(path.name + ".old"))
-        for entry in self.path.iterdir():
-            if entry.suffix in (".old", ".partial") and _NAME.fullmatch(entry.stem):
-                rmtree(entry, ignore_errors=True)
+        for entry in self.path.iterdir() if self.path.is_dir() else []:
+            if _PART.fullmatch(entry.name) and not (entry == beside(self.commits) and not self.commits.exists()):
+                _remove(entry)
+
+    def drop_commits(self) -> None:
+        """Remove the commits, with the SSD files that they speak of."""
+        remove_files(committed_files(self.commits))
+        for path in (self.commits, beside(self.commits)):
+            rmtree(path, ignore_errors=True)
+
+
+def _remove(entry: Path) -> None:
+    if entry.name == "commits.old":
+        remove_files(committed_files(entry) - committed_files(entry.with_name("commits")))
+    if entry.is_dir():
+        rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink()
 
 
 def find_state(path: Path, field: str) -> Path:

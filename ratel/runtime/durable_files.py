@@ -1,0 +1,60 @@
+"""Files and directories that are there, whole, after a power failure."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """In place, without cutting the file first: a file of the same length needs no new blocks."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_directory(path: Path) -> None:
+    """With its parents; each new name is on disk before anything is put under it."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir()
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_directory(partial: Path, path: Path, discard: Callable[[Path], object] = shutil.rmtree) -> None:
+    """Put a complete directory under its name; an older one is given to ``discard`` only then."""
+    old = beside(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(partial, path)
+    sync_directory(path.parent)
+    if old.exists():
+        discard(old)
+
+
+def beside(path: Path) -> Path:
+    """Where a directory that is being replaced waits."""
+    return path.with_name(path.name + ".old")
+
+
+def settled(path: Path) -> Path:
+    """Where the directory is. A kill between the two renames of a replacement has left the older one beside its name."""
+    return path if path.exists() or not beside(path).exists() else beside(path)
+
+
+def remove_files(paths: Iterable[str]) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.unlink(path)

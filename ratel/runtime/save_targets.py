@@ -1,0 +1,158 @@
+"""What a save becomes: a directory with a copy of everything, or a commit of what lies in the run's own SSD files."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ratel import native
+from ratel.plan.layout import first_grain, lay_out_slot, num_grains
+from ratel.plan.placement import PLANES, SSD
+from ratel.plan.plan import Plan
+from ratel.plan.shape import UnitSpec
+from ratel.runtime.durable_files import (make_directory, remove_files, replace_directory, sync_directory,
+                                         write_synced)
+from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, committed_files, make_manifest, pack_commit
+from ratel.store.planes import Store
+
+PLANES_FILE = "planes.0"
+STRIPE_BYTES = 1 << 20
+
+
+class DirectoryTarget:
+    """A new directory at ``path``. It has its name only once it is complete; an older one of that name goes last."""
+
+    holds_units = False
+
+    def __init__(self, path: Path, plan: Plan, engine: "native.nvme_ds.Engine") -> None:
+        self.path, self._plan, self._engine = path, plan, engine
+        self._partial = path.with_name(path.name + ".partial")
+        self._layout = lay_out_slot(plan.spec, lambda unit: PLANES, fp32=plan.fp32)
+        self._sums = {key: np.zeros(num_grains(plan.spec.units[key[0]], span.num_elements, plan.grain), dtype=np.uint32)
+                      for key, span in self._layout.spans.items()}
+        self._volume: "native.nvme_ds.Volume | None" = None
+
+    def begin(self) -> None:
+        """Allocates the file in full: a full disk is found before anything is copied."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+        make_directory(self._partial)
+        # Beside the directory, whose name is another each time: the engine keeps a queue for every folder that it sees.
+        self._volume = self._engine.create_volume([self.path.parent], f"{self._partial.name}.planes",
+                                                  self._layout.num_bytes, keep=True)
+
+    def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
+        return PLANES
+
+    def write(self, unit: UnitSpec, plane: str, begin: int, values: torch.Tensor, sums: np.ndarray) -> int:
+        first = first_grain(unit, begin, self._plan.grain)
+        self._sums[unit.index, plane][first : first + len(sums)] = sums
+        span = self._layout.spans[unit.index, plane]
+        return self._engine.submit_write(self._volume, span.offset + begin * span.element_bytes, values.data_ptr(),
+                                         values.numel() * values.element_size(), native.nvme_ds.WRITEBACK)
+
+    def finish(self, training: dict[str, Any]) -> None:
+        self._volume.sync()
+        file = self._volume.paths[0]
+        self._volume.close()
+        os.rename(file, self._partial / PLANES_FILE)
+        spec = self._plan.spec
+        write_synced(self._partial / MANIFEST, make_manifest(
+            spec, self._layout, grain=self._plan.grain, num_slots=1, files=[PLANES_FILE], pattern=[0],
+            stripe_bytes=STRIPE_BYTES))
+        write_synced(self._partial / COMMITS[0], pack_commit(Commit(
+            sequence=0, slots=[0] * len(spec.units), training=training, checksums=_joined(list(self._sums.values())))))
+        sync_directory(self._partial)
+        replace_directory(self._partial, self.path)
+
+    def drop(self) -> None:
+        if self._volume is not None:
+            self._volume.close(unlink=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class CommitLog:
+    """The directory of a run that commits in place: what its SSD files hold, and the records of the commits."""
+
+    def __init__(self, path: Path, plan: Plan, store: Store, *, stripe_bytes: int, pattern: list[int]) -> None:
+        self.path, self.plan, self.store = path, plan, store
+        self._manifest = make_manifest(plan.spec, plan.slot_layout, grain=plan.grain, num_slots=2,
+                                       files=list(store.volume.paths), pattern=pattern, stripe_bytes=stripe_bytes)
+        self._sequence = 0
+        self._is_there = False
+
+    @property
+    def manifest(self) -> bytes:
+        return self._manifest
+
+    def take_over(self, sequence: int) -> None:
+        """The directory is this run's already, and holds a commit of that number."""
+        self._sequence, self._is_there = sequence, True
+
+    def write(self, training: dict[str, Any]) -> None:
+        """Record what is current. When this returns it is what a resumed run will find."""
+        store, sequence = self.store, self._sequence + 1
+        sums = [store.checksums.table(store.versions.current[unit], unit, name) for unit, name in
+                self.plan.slot_layout.spans]
+        record = pack_commit(Commit(sequence=sequence, slots=list(store.versions.current), training=training,
+                                    checksums=_joined(sums)))
+        if self._is_there:
+            write_synced(self.path / COMMITS[sequence % 2], record)
+        else:
+            self._make(COMMITS[sequence % 2], record)
+        self._sequence = sequence  # only now: a write that failed must not be followed by one over the other record
+        store.versions.commit()
+
+    def _make(self, name: str, record: bytes) -> None:
+        """The first commit. It takes the place of an earlier run's, whose files go only now."""
+        partial = self.path.with_name(self.path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        make_directory(partial)
+        write_synced(partial / MANIFEST, self._manifest)
+        write_synced(partial / name, record)
+        sync_directory(partial)
+        replace_directory(partial, self.path, self._discard)
+        self._is_there = True
+
+    def _discard(self, old: Path) -> None:
+        remove_files(committed_files(old) - set(self.store.volume.paths))
+        shutil.rmtree(old)
+
+
+class CommitTarget:
+    """One commit. Planes on SSD are where they must be already; the others are copied beside them."""
+
+    holds_units = True  # until the record is on disk, the version before is what a resumed run would read
+
+    def __init__(self, log: CommitLog, engine: "native.nvme_ds.Engine") -> None:
+        self.path, self._log, self._engine = log.path, log, engine
+
+    def begin(self) -> None:
+        return None
+
+    def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
+        if not self._log.store.versions.include(unit.index):
+            return ()
+        place = self._log.plan.placement(unit)
+        return tuple(plane for plane in PLANES if place.tier(plane) != SSD)
+
+    def write(self, unit: UnitSpec, plane: str, begin: int, values: torch.Tensor, sums: np.ndarray) -> int:
+        store = self._log.store
+        slot = store.versions.current[unit.index]
+        first = first_grain(unit, begin, self._log.plan.grain)
+        store.checksums.table(slot, unit.index, plane)[first : first + len(sums)] = sums
+        return self._engine.submit_write(store.volume, store.offset(slot, unit.index, plane, begin), values.data_ptr(),
+                                         values.numel() * values.element_size(), native.nvme_ds.WRITEBACK)
+
+    def finish(self, training: dict[str, Any]) -> None:
+        self._log.store.volume.sync()
+        self._log.write(training)
+
+    def drop(self) -> None:
+        """What was committed before is untouched, and what was copied is written again by the next commit."""
+
+
+def _joined(sums: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(sums) if sums else np.zeros(0, dtype=np.uint32)

@@ -1,0 +1,49 @@
+"""The one way between memory and a plane on SSD: which version, which place, which checksum."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ratel import native
+from ratel.store.planes import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Bytes of a plane on their way into ``values``; right once `PlaneIO.wait` has returned."""
+
+    ticket: int
+    slot: int
+    unit: int
+    name: str
+    begin: int
+    values: torch.Tensor
+
+
+class PlaneIO:
+    """``begin`` counts elements of the plane; ``values`` are 1-D, contiguous, page aligned and in its dtype."""
+
+    def __init__(self, store: Store, engine: "native.nvme_ds.Engine | None") -> None:
+        self._store, self._engine = store, engine
+
+    def read(self, unit: int, name: str, begin: int, values: torch.Tensor, priority: int) -> Read:
+        """Start reading the current version."""
+        slot = self._store.slot_to_read(unit)
+        ticket = self._engine.submit_read(self._store.volume_of(name), self._store.offset(slot, unit, name, begin),
+                                          values.data_ptr(), values.numel() * values.element_size(), priority)
+        return Read(ticket, slot, unit, name, begin, values)
+
+    def wait(self, read: Read) -> None:
+        """Block until the bytes are there. Raises OSError for a failed transfer, DamagedError for wrong bytes."""
+        self._engine.wait(read.ticket)
+        slot = 0 if read.name == "g" else read.slot
+        self._store.checksums.verify(slot, read.unit, read.name, read.begin, read.values,
+                                     self._store.where(slot, read.unit, read.name))
+
+    def write(self, unit: int, name: str, begin: int, values: torch.Tensor, priority: int,
+              slot: int | None = None) -> int:
+        """Start writing the version that follows, or the one in ``slot``; returns the ticket."""
+        slot = 0 if name == "g" else self._store.slot_to_write(unit) if slot is None else slot
+        self._store.checksums.record(slot, unit, name, begin, values)
+        return self._engine.submit_write(self._store.volume_of(name), self._store.offset(slot, unit, name, begin),
+                                         values.data_ptr(), values.numel() * values.element_size(), priority)
