@@ -170,7 +170,7 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def start(act: Any = lambda number: None, **options: Any) -> tuple[FakeSession, Any]:
         session = FakeSession(act)
-        monkeypatch.setattr(module, "open_session", lambda *args: session)
+        monkeypatch.setattr(module, "open_session", lambda *args, **options: session)
         options = {"steps": 3, "quiet": True, "out": tmp_path / "out", **options}
         return session, lambda: module.train("demo", [3.0, 2.0], **options)
 

@@ -184,16 +184,16 @@ def test_a_model_object_gets_the_weights_of_a_complete_run(tmp_path: Path) -> No
 
 def test_older_states_go_once_newer_ones_are_complete(model: Path, text: Path, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    from ratel.runtime import state
+    from ratel.runtime import save_targets
 
     found_while_saving: list[list[str]] = []
-    original = state.replace_directory
+    original = save_targets.replace_directory
 
     def watched(partial: Path, path: Path) -> None:
-        found_while_saving.append([name for name in states(tmp_path) if not name.endswith(".partial")])
+        found_while_saving.append([name for name in states(tmp_path) if ".partial" not in name])
         original(partial, path)
 
-    monkeypatch.setattr(state, "replace_directory", watched)
+    monkeypatch.setattr(save_targets, "replace_directory", watched)
     train(model, text, tmp_path, save_every=2, keep=2)
     assert found_while_saving == [[], ["step-00000002"], ["step-00000002", "step-00000004"],
                                   ["step-00000004", "step-00000006"]]
@@ -218,7 +218,7 @@ def test_ctrl_c_and_a_new_process(model: Path, text: Path, whole: Path, tmp_path
     second = start("--out", out, "--resume", "--ssd-bandwidth", "1GB/s")
     shown, err = second.communicate(timeout=90)
     assert second.returncode == 0, err
-    assert f"continuing after step {stopped_after} from {out}/state/step-{stopped_after:08d}" in shown
+    assert f"continuing after step {stopped_after} from {out}/state/commits" in shown
     assert "--ssd-bandwidth: was 3000000.0, is 1000000000.0" in shown
     assert_same_run(out, whole)
 

@@ -52,8 +52,7 @@ def test_a_flipped_bit_is_named_and_so_is_the_older_state(plane: str, out: Path,
     from ratel.runtime.state import SavedState
 
     newest = out / "state" / "step-00000004"
-    entry = SavedState(newest).manifest["units"][1]
-    flip(newest / entry["file"], entry["planes"][plane]["offset"] + 5)
+    flip(newest / "planes.0", SavedState(newest).manifest["planes"][1][plane]["offset"] + 5)
     error = refused(out, f"plane {plane}, chunk 0", model)
     assert f"Remove {newest} to resume from {out / 'state' / 'step-00000002'}" in str(error)
     shutil.rmtree(newest)
@@ -63,14 +62,19 @@ def test_a_flipped_bit_is_named_and_so_is_the_older_state(plane: str, out: Path,
 
 def test_damage_without_an_older_state(out: Path, model: Path) -> None:
     shutil.rmtree(out / "state" / "step-00000002")
-    manifest = out / "state" / "step-00000004" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"updates": 4', '"updates": 5'))
+    state = out / "state" / "step-00000004"
+    manifest = (state / "manifest.json").read_text()
+    (state / "manifest.json").write_text(manifest.replace('"slot_bytes": ', '"slot_bytes": 1'))
     refused(out, "the seal does not match.*no older state.*--overwrite", model)
+    (state / "manifest.json").write_text(manifest)
+    record = (state / "commit-0").read_bytes()
+    (state / "commit-0").write_bytes(record.replace(b'"updates": 4', b'"updates": 5'))
+    refused(out, "neither of its commit records is whole.*no older state.*--overwrite", model)
 
 
 def test_a_damaged_state_under_batches_of_the_users_own(model: Path, tmp_path: Path) -> None:
     train(model, batches("llama", 4), tmp_path / "out", steps=2, save_every=1, batch_size=4)
-    flip(next((tmp_path / "out" / "state").glob("*/unit-00001.bin")), 100)
+    flip(next((tmp_path / "out" / "state").glob("*/planes.0")), 100)
     refused(tmp_path / "out", "plane hi, chunk 0", model, batches("llama", 4), batch_size=4)
 
 

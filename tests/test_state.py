@@ -4,13 +4,15 @@ import json
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from families_common import batches, build, loss_fn_of
 from ratel.errors import RatelError
-from ratel.runtime import state
+from ratel.runtime import durable_files
 from ratel.runtime.session import Session
+from ratel.runtime.state import SavedState
 
 pytestmark = pytest.mark.e2e
 STEPS = 6
@@ -72,16 +74,17 @@ def test_other_number_of_directories(ssd_dir: Path, tmp_path: Path) -> None:
 
 def test_every_flipped_bit_is_found(ssd_dir: Path, tmp_path: Path) -> None:
     path = saved_after(1, "llama", ssd_dir, tmp_path / "state")
-    files = sorted(path.glob("unit-*.bin"))
-    manifest = json.loads((path / "manifest.json").read_text())
-    for file, entry in zip(files, manifest["units"], strict=True):
-        for plane, place in entry["planes"].items():
-            flip(file, place["offset"] + place["num_bytes"] // 2)
-            with pytest.raises(RatelError, match=f"plane {plane}, chunk 0") as caught:
-                state.SavedState(path).verify()
-            assert str(file) in str(caught.value)
-            flip(file, place["offset"] + place["num_bytes"] // 2)
-    assert state.SavedState(path).verify() == sum(p["num_bytes"] for e in manifest["units"] for p in e["planes"].values())
+    saved = SavedState(path)
+    for unit, plane in saved.planes():
+        place = saved.manifest["planes"][unit][plane]
+        position = place["offset"] + place["num_elements"] - 1
+        flip(path / "planes.0", position)
+        name = saved.manifest["model"]["units"][unit]["name"]
+        with pytest.raises(RatelError, match=f"unit {name}, plane {plane}, chunk 0") as caught:
+            SavedState(path).verify()
+        assert str(path / "planes.0") in str(caught.value)
+        flip(path / "planes.0", position)
+    assert saved.verify() == saved.num_bytes > 0
 
 
 def flip(file: Path, position: int) -> None:
@@ -102,61 +105,106 @@ def test_refusals(ssd_dir: Path, tmp_path: Path) -> None:
 
     refused("seed 0", seed=1)
     refused("unit|units", family="qwen3")
-    text = (path / "manifest.json").read_text()
-    (path / "manifest.json").write_text(text.replace('"steps": 1', '"steps": 2'))
-    refused("seal")
-    newer = {**json.loads(text), "version": 99}
-    (path / "manifest.json").write_text(json.dumps(newer))
-    refused("format 99")
-    (path / "manifest.json").write_text(text[: len(text) // 2])
-    refused("damaged")
+    manifest, record = (path / "manifest.json").read_text(), (path / "commit-0").read_bytes()
+
+    def refused_with(match: str, name: str, content: bytes) -> None:
+        before = (path / name).read_bytes()
+        (path / name).write_bytes(content)
+        refused(match)
+        (path / name).write_bytes(before)
+
+    refused_with("neither of its commit records", "commit-0", record.replace(b'"steps": 1', b'"steps": 2'))
+    refused_with("neither of its commit records", "commit-0", record[:-1])
+    refused_with("neither of its commit records", "commit-0", record[:100])
+    refused_with("neither of its commit records", "commit-0", record[:-1] + bytes([record[-1] ^ 1]))
+    refused_with("seal", "manifest.json", manifest.replace('"index": 0', '"index": 7').encode())
+    refused_with("format 99", "manifest.json", json.dumps({**json.loads(manifest), "version": 99}).encode())
+    refused_with("damaged", "manifest.json", manifest[: len(manifest) // 2].encode())
+    refused_with("cut short", "planes.0", (path / "planes.0").read_bytes()[:4096])
     (path / "manifest.json").unlink()
     refused("not a complete state")
-    (path / "manifest.json").write_text(text)
-    last = sorted(path.glob("unit-*.bin"))[-1]
-    last.write_bytes(last.read_bytes()[:4096])
-    refused("cut short")
 
 
 def test_a_failed_save_leaves_the_older_state(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_session("llama", ssd_dir) as session:
         session.step(batches("llama", 1)[0])
         path = session.save(tmp_path / "state")
-        before = (path / "manifest.json").read_text()
+        before = (path / "commit-0").read_bytes()
         session.step(batches("llama", 1)[0])
         with monkeypatch.context() as patch:
-            patch.setattr(state.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+            patch.setattr(durable_files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
             with pytest.raises(RatelError, match="No space left"):
                 session.save(path)
-        assert (path / "manifest.json").read_text() == before and state.SavedState(path).verify() > 0
+        assert (path / "commit-0").read_bytes() == before and SavedState(path).verify() > 0
         session.save(path)
-        assert state.SavedState(path).training["steps"] == 2
+        assert SavedState(path).training["steps"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
-def test_a_reader_of_its_own(ssd_dir: Path, tmp_path: Path) -> None:
-    """Written from docs/state_format.md alone: numpy and json, none of our code."""
-    import numpy as np
-
-    with open_session("llama", ssd_dir) as session:
-        session.step(batches("llama", 1)[0])
-        path = session.save(tmp_path / "state")
+@pytest.mark.parametrize("kind", ["a copy", "commits on three directories"])
+def test_a_reader_of_its_own(kind: str, ssd_dir: Path, tmp_path: Path) -> None:
+    in_place = dict(ssd=[ssd_dir / name for name in "abc"], durable="step", commits=tmp_path / "state")
+    with open_session("llama", ssd_dir, **({} if kind == "a copy" else in_place)) as session:
+        for batch in batches("llama", 3):
+            session.step(batch)
+            if session.plan.commits:
+                session.commit()
+        if kind == "a copy":
+            session.save(tmp_path / "state")
+        session.wait_saved()
         expected = session.state_dict()
-    manifest = json.loads((path / "manifest.json").read_text())
-    found = {}
-    for shape, entry in zip(manifest["model"]["units"], manifest["units"], strict=True):
-        raw = (path / entry["file"]).read_bytes()
-        planes = {}
-        for name, place in entry["planes"].items():
-            data = raw[place["offset"] : place["offset"] + place["num_bytes"]]
-            step = manifest["chunk_bytes"]
-            assert [zlib.crc32(data[i : i + step]) for i in range(0, len(data), step)] == place["crc32"]
-            planes[name] = np.frombuffer(data, {"hi": "<u2", "lo": "<i2", "m": "<f4", "v": "<f4"}[name])
-        bits = (planes["hi"].astype(np.int64) << 16) + planes["lo"]
-        master = (bits & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-        for param in shape["params"]:
-            count = int(np.prod(param["shape"]))
-            found[param["name"]] = master[param["offset"] : param["offset"] + count].reshape(param["shape"])
+    found = read_by_the_page(tmp_path / "state")
     assert found.keys() == expected.keys()
     for name, values in found.items():
         assert np.array_equal(values, expected[name].numpy()), name
+
+
+def read_by_the_page(path: Path) -> dict[str, np.ndarray]:
+    """All masters, written from docs/state_format.md alone: numpy, json and zlib, none of our code."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    record = max((whole for name in ("commit-0", "commit-1") if (path / name).exists()
+                  and (whole := unpacked((path / name).read_bytes()))), key=lambda pair: pair[0]["sequence"])
+    head, sums = record
+    sums = list(sums)
+    volume = joined([(path / name).read_bytes() for name in manifest["files"]], manifest)
+    masters = {}
+    for unit, places, slot in zip(manifest["model"]["units"], manifest["planes"], head["slots"], strict=True):
+        planes = {}
+        for name, place in places.items():
+            kind = np.dtype({"hi": "<u2", "lo": "<i2", "m": "<f4", "v": "<f4"}[name])
+            begin = slot * manifest["slot_bytes"] + place["offset"]
+            data = volume[begin : begin + place["num_elements"] * kind.itemsize]
+            planes[name] = np.frombuffer(data, kind)
+            split = min(unit["num_trainable"], place["num_elements"])
+            for part in (planes[name][:split], planes[name][split:]):
+                for at in range(0, len(part), manifest["grain"]):
+                    assert zlib.crc32(part[at : at + manifest["grain"]].tobytes()) == sums.pop(0)
+        bits = planes["hi"].astype(np.int64) << 16
+        if "lo" in planes:
+            bits[: len(planes["lo"])] += planes["lo"]
+        master = (bits & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+        for param in unit["params"]:
+            count = int(np.prod(param["shape"]))
+            masters[param["name"]] = master[param["offset"] : param["offset"] + count].reshape(param["shape"])
+    assert sums == []
+    return masters
+
+
+def unpacked(record: bytes) -> tuple[dict, np.ndarray] | None:
+    line, _, rest = record.partition(b"\n")
+    head = json.loads(line)
+    seal = head.pop("seal")
+    sums = rest[: 4 * head["num_checksums"]]
+    if zlib.crc32(json.dumps(head).encode()) != seal or zlib.crc32(sums) != head["checksums_crc32"]:
+        return None
+    return head, np.frombuffer(sums, "<u4")
+
+
+def joined(files: list[bytes], manifest: dict) -> bytes:
+    """The volume whose stripes were dealt to the files."""
+    stripe, taken, stripes = manifest["stripe_bytes"], [0] * len(files), []
+    while any(at < len(file) for at, file in zip(taken, files)):
+        for index in manifest["pattern"]:
+            stripes.append(files[index][taken[index] : taken[index] + stripe])
+            taken[index] += stripe
+    return b"".join(stripes)

@@ -55,8 +55,8 @@ def test_check_reports_as_json(out: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_check_names_the_damage(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = out / "state" / "step-00000002"
-    file = state / "unit-00002.bin"
-    position = SavedState(state).manifest["units"][2]["planes"]["v"]["offset"] + 9
+    file = state / "planes.0"
+    position = SavedState(state).manifest["planes"][2]["v"]["offset"] + 9
     flip(file, position)
     try:
         status, shown, err = ratel(capsys, "check", state)

@@ -92,31 +92,27 @@ class Saver:
 
     # --- other threads ------------------------------------------------------------------------------------------
 
-    def request(self, target: Target, training: dict[str, Any]) -> Save:
-        """Save what the updates asked for so far lead to. Waits for an earlier save; raises what it failed with."""
-        self.wait()
+    def request(self, target: Target, training: dict[str, Any]) -> None:
+        """Save what the updates asked for so far lead to. An earlier save must have been waited for."""
         save = Save(target, training, self._updates.asked(), self._lanes.record("compute"))
         with self._exchange.lock:
+            assert self._save is None, "one save at a time"
             self._save = save
             self._mail.put(save)
-        return save
 
-    def wait(self) -> None:
-        """Block until the save under way, if any, is complete. Raises RatelError once if it failed."""
+    def wait(self) -> Save | None:
+        """Block until the save under way, if any, has ended, and return it. What it failed with is in it."""
         with self._exchange.lock:
             save = self._save
-            if save is None:
-                return
-            self._exchange.wait_for(self._changed, lambda: save.done)
-            self._save = None
-        raise_failure(save)
+            if save is not None:
+                self._exchange.wait_for(self._changed, lambda: save.done)
+                self._save = None
+        return save
 
-    def check(self) -> None:
-        """As ``wait``, if the save has ended."""
+    def ended(self) -> Save | None:
+        """As ``wait``, but without waiting."""
         with self._exchange.lock:
-            ended = self._save is not None and self._save.done
-        if ended:
-            self.wait()
+            return self.wait() if self._save is not None and self._save.done else None
 
     def wait_copied(self, unit: int, number: int) -> None:
         """Block until the save under way, if any, no longer needs what update ``number`` of the unit overwrites."""
@@ -218,7 +214,7 @@ class Saver:
         """The oldest buffer is full: write it."""
         filling = self._filling[0]
         self._wait_full(filling)
-        sums = self._store.checksums.compute(filling.values)
+        sums = self._store.checksums.compute(filling.unit.index, filling.begin, filling.values)
         jitter.pause()
         ticket = save.target.write(filling.unit, filling.plane, filling.begin, filling.values, sums)
         self._filling.popleft()
@@ -236,10 +232,12 @@ class Saver:
         self._engine.wait(ticket)
 
 
-def raise_failure(save: Save) -> None:
-    if isinstance(save.error, RatelError):
-        raise save.error
-    if save.error is not None:
+def raise_failure(save: Save | None) -> None:
+    """What a save failed with, as the user should read it. The session goes on: its own states are well."""
+    if save is None or save.error is None:
+        return
+    if isinstance(save.error, OSError):
         reason = getattr(save.error, "strerror", None) or save.error
         raise RatelError(f"the state could not be written: {reason}", field="state", value=getattr(save.target, "path", None),
                          remedy="Free space or give another directory; an earlier state there is untouched") from save.error
+    raise save.error

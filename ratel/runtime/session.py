@@ -25,7 +25,7 @@ from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targ
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Shape, make_plan
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
-from ratel.runtime.saver import Target
+from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
 from ratel.runtime.training import Training
 from ratel.units import parse_bytes
@@ -299,7 +299,8 @@ class Session:
             if self._saved_at == self._attempts:
                 self.flush()  # updates kept for a forward pass that may not come would be waited for for ever
             with self._noticing():
-                self._machinery.saver.wait()
+                save = self._machinery.saver.wait()
+            raise_failure(save)
 
     def load(self, path: "str | os.PathLike") -> dict[str, Any]:
         """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was saved with.
@@ -340,7 +341,7 @@ class Session:
         try:
             if self._machinery is not None and self._broken is None:
                 self.flush()
-                self._machinery.saver.wait()
+                self.wait_saved()
                 if self._gives_back:
                     self._give_back()
         finally:
@@ -395,7 +396,7 @@ class Session:
         if self._machinery is not None:
             with self._noticing():
                 self._exchange.check()
-            self._machinery.saver.check()
+            raise_failure(self._machinery.saver.ended())
 
     @property
     def _exchange(self) -> Exchange:

@@ -36,7 +36,7 @@ class Checksums:
     def record(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor) -> None:
         """``values`` (CPU, contiguous) are about to be written at element ``begin`` of the plane."""
         if self.enabled:
-            self._grains(slot, unit, name, begin, values)[:] = self.compute(values)
+            self._grains(slot, unit, name, begin, values)[:] = self.compute(unit, begin, values)
 
     def record_zeros(self, unit: int, name: str, dtype: torch.dtype) -> None:
         """The plane reads as zeros, in every slot."""
@@ -44,7 +44,8 @@ class Checksums:
             return
         sizes = [min(self.grain, end - at) for begin, end in segments(self._spec.units[unit], self._elements[unit, name])
                  for at in range(begin, end, self.grain)]
-        sums = {size: self.compute(torch.zeros(size, dtype=dtype))[0] for size in set(sizes)}
+        sums = {size: self._pool.crc32(zeros.data_ptr(), size * dtype.itemsize, size * dtype.itemsize)[0]
+                for size in set(sizes) for zeros in [torch.zeros(size, dtype=dtype)]}
         for table in self._tables:
             table[unit, name][:] = [sums[size] for size in sizes]
 
@@ -60,23 +61,29 @@ class Checksums:
         """``values`` were read from element ``begin`` on. Raises DamagedError naming ``where``, unit, plane and chunk."""
         if not self.enabled:
             return
-        expected, found = self._grains(slot, unit, name, begin, values), self.compute(values)
+        expected, found = self._grains(slot, unit, name, begin, values), self.compute(unit, begin, values)
         wrong = np.flatnonzero(expected != found)
         if wrong.size:
             index = int(wrong[0])
             chunk = first_grain(self._spec.units[unit], begin, self.grain) + index
             raise damaged(where, self._spec.units[unit].name, name, chunk, int(found[index]), int(expected[index]))
 
-    def compute(self, values: torch.Tensor) -> np.ndarray:
-        item = values.element_size()
-        return self._pool.crc32(values.data_ptr(), values.numel() * item, self.grain * item)
+    def compute(self, unit: int, begin: int, values: torch.Tensor) -> np.ndarray:
+        """uint32, one for each grain of ``values``, which start at element ``begin`` of a plane of the unit."""
+        item, size = values.element_size(), self.grain * values.element_size()
+        split = min(max(self._spec.units[unit].num_trainable - begin, 0), values.numel())
+        parts = [self._pool.crc32(values.data_ptr() + at * item, (end - at) * item, size)
+                 for at, end in ((0, split), (split, values.numel())) if at < end]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def table(self, slot: int, unit: int, name: str) -> np.ndarray:
         return self._tables[slot][unit, name]
 
     def _grains(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor) -> np.ndarray:
-        first = first_grain(self._spec.units[unit], begin, self.grain)
-        return self._tables[slot][unit, name][first : first - (-values.numel() // self.grain)]
+        spec = self._spec.units[unit]
+        first, end = first_grain(spec, begin, self.grain), begin + values.numel()
+        past = num_grains(spec, end, self.grain)
+        return self._tables[slot][unit, name][first:past]
 
 
 def damaged(where: str, unit: str, plane: str, chunk: int, found: int, expected: int) -> DamagedError:
