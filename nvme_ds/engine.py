@@ -20,7 +20,7 @@ from nvme_ds.volume import Volume
 
 logger = logging.getLogger("nvme_ds")
 
-WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK = range(4)
+WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK, BACKGROUND = range(5)
 ALIGNMENT = files.ALIGNMENT
 
 _OPS = ("read", "write", "sync")
@@ -301,7 +301,7 @@ class Engine:
             raise ValueError(f"{num_bytes} bytes at offset {offset} reach past the end, {volume.num_bytes}")
         if error == errno_module.EINVAL:
             raise ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of "
-                             f"{ALIGNMENT} and the priority {priority} one of 0..3")
+                             f"{ALIGNMENT} and the priority {priority} one of 0..{BACKGROUND}")
         raise OSError(error, os.strerror(error))
 
 

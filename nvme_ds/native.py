@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_NAME = "libnvme_ds.so"
 BUILD_COMMAND = "python -m nvme_ds.build"
 

@@ -183,7 +183,7 @@ def test_arguments_are_checked(ssd_dir: Path) -> None:
             with pytest.raises(ValueError, match=field):
                 engine.create_volume(**({"directories": [ssd_dir], "name": "v", "num_bytes": MIB} | {field: wrong}))
         volume, memory = engine.create_volume([ssd_dir], "v", MIB), AlignedBuffer(MIB)
-        for offset, address, num_bytes, priority in [(1, 0, 4096, 0), (0, 8, 4096, 0), (0, 0, 100, 0), (0, 0, 4096, 4),
+        for offset, address, num_bytes, priority in [(1, 0, 4096, 0), (0, 8, 4096, 0), (0, 0, 100, 0), (0, 0, 4096, 5),
                                                      (MIB, 0, 4096, 0)]:
             with pytest.raises(ValueError, match="multiples|past the end"):
                 engine.submit_read(volume, offset, memory.address + address, num_bytes, priority)

@@ -7,9 +7,9 @@
 #define NDS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace nvme_ds {
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 constexpr uint64_t kAlignment = 4096;  // covers the logical block of every NVMe format in use
-constexpr int kNumPriorities = 4;
+constexpr int kNumPriorities = 5;
 }  // namespace nvme_ds
 
 // What went wrong first in a ticket (or a sync). Offsets are those of the file named by path.
