@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import errno as errno_module
-import logging
 import os
 import threading
 import time
@@ -13,21 +12,20 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 from nvme_ds import files, native
-from nvme_ds.errors import IoError
+from nvme_ds.errors import IoError, StallError
 from nvme_ds.layout import file_sizes, stripe_pattern
-from nvme_ds.options import BACKENDS, caps_by_directory, check_layout, check_options
+from nvme_ds.options import BACKENDS, caps_by_directory, check_layout, check_options, choose_backend
 from nvme_ds.volume import Volume
 
-logger = logging.getLogger("nvme_ds")
-
-WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK = range(4)
+WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK, BACKGROUND = range(5)
 ALIGNMENT = files.ALIGNMENT
 
 _OPS = ("read", "write", "sync")
-_FAULT_BITS = {None: 0, "read": 1, "write": 2, "sync": 4}
+_FAULT_BITS = {None: 0, "read": 1, "write": 2, "sync": 4, "any": 7}
 _TOTALLED = ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_ops", "queued", "in_flight")
 _SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
 _EXIT_PATIENCE_S = 5.0
+_UNFINISHED = (-errno_module.EINPROGRESS, native.STALLED)
 
 
 class Engine:
@@ -36,17 +34,20 @@ class Engine:
     backend: ``auto`` takes io_uring where the kernel allows it, else threads; a forced choice that is impossible raises
     OSError. queue_depth: requests the kernel holds per directory. num_threads: per directory, of the ``threads``
     backend. request_bytes: longest single request. bandwidth_bps: cap per directory on reads and writes together, one
-    number or ``{directory: bytes per second}``.
+    number or ``{directory: bytes per second}``. stall_timeout_s: how long the kernel may hold requests of a directory
+    without answering any before waiting raises StallError.
     """
 
     def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 16, request_bytes: int = 1 << 20,
-                 bandwidth_bps: float | Mapping[str, float] | None = None) -> None:
-        check_options(backend, queue_depth, num_threads, request_bytes)
+                 bandwidth_bps: float | Mapping[str, float] | None = None, stall_timeout_s: float = 120.0) -> None:
+        check_options(backend, queue_depth, num_threads, request_bytes, stall_timeout_s)
         self._native = native.library()
-        self.backend = _choose_backend(self._native, backend, queue_depth)
+        self.backend = choose_backend(self._native, backend, queue_depth)
         self.request_bytes = request_bytes
+        self.stall_timeout_s = stall_timeout_s
         self._caps = caps_by_directory(bandwidth_bps)
-        options = native.EngineOptions(BACKENDS[self.backend], queue_depth, num_threads, request_bytes)
+        options = native.EngineOptions(BACKENDS[self.backend], queue_depth, num_threads, request_bytes,
+                                       int(stall_timeout_s * 1e9))
         self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
         self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle)
         self._devices: dict[str, int] = {}
@@ -55,6 +56,7 @@ class Engine:
         self._lock = threading.Lock()
         self._thread_local = threading.local()
         self._closed = False
+        self._abandoned = False
         self._no_direct = False
 
     # Volumes
@@ -120,9 +122,11 @@ class Engine:
             return self._devices[folder]
 
     def _sync_volume(self, volume: Volume) -> None:
-        failure = self._failure()
-        failure.error = 0
-        self._raise_for(self._native.volume_sync(self._handle, volume.handle, failure), failure)
+        self._require_open()
+        ticket = self._native.submit_sync(self._handle, volume.handle)
+        if ticket < 0:
+            self._refuse(-ticket, volume, 0, 0, 0, 0)
+        self.wait(ticket)
 
     def _close_volume(self, volume: Volume) -> None:
         with self._lock:
@@ -166,8 +170,11 @@ class Engine:
         return bool(status)
 
     def wait(self, ticket: int, timeout_s: float | None = None) -> None:
-        """Block until the transfer is over, without the GIL. Once per ticket, from any thread. IoError if it failed;
-        TimeoutError if it is still running, then the ticket can be waited for again. Ctrl-C gets through."""
+        """Block until the transfer is over, without the GIL. Once per ticket, from any thread. IoError if it failed.
+
+        TimeoutError (after ``timeout_s``) and StallError (its device has stopped answering) say that it still runs:
+        the memory stays in use and the ticket can be waited for again. Ctrl-C gets through.
+        """
         if self._closed:
             raise _canceled()
         failure = self._failure()
@@ -179,11 +186,13 @@ class Engine:
 
     def wait_all(self, tickets: Iterable[int]) -> None:
         """Wait for every ticket, then raise the first error among them, if any: the memory is free to reuse either
-        way."""
+        way. StallError is raised at once, and leaves this ticket and those after it to be waited for again."""
         first_error: OSError | None = None
         for ticket in tickets:
             try:
                 self.wait(ticket)
+            except StallError:
+                raise
             except OSError as error:
                 first_error = first_error or error
         if first_error is not None:
@@ -191,13 +200,15 @@ class Engine:
 
     def _wait_in_slices(self, ticket: int, timeout_s: float | None, failure) -> int:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
+        status = -errno_module.EINPROGRESS
+        while not self._abandoned:
             left_us = _SLICE_US if deadline_s is None else int((deadline_s - time.monotonic()) * 1e6)
             if left_us <= 0:
                 raise TimeoutError(f"ticket {ticket} is not done after {timeout_s} s")
-            status = self._native.wait(self._handle, ticket, min(left_us, _SLICE_US), failure)
-            if status != -errno_module.EINPROGRESS:
+            before, status = status, self._native.wait(self._handle, ticket, min(left_us, _SLICE_US), failure)
+            if status not in _UNFINISHED or _is_stalled(before, status):
                 return status
+        raise _canceled()
 
     # Observation and faults
 
@@ -233,16 +244,26 @@ class Engine:
 
     def inject(self, *, max_delay_us: int = 0, seed: int = 0, fail_op: str | None = None, fail_after_n: int = 0,
                fail_count: int = 1, errno: int = errno_module.EIO, short_transfers: bool = False,
-               no_direct: bool = False) -> None:
+               no_direct: bool = False, flip_op: str | None = None, flip_after_n: int = 0, flip_count: int = 1,
+               torn_after_n: int = 0, torn_count: int = 0, stall_op: str | None = None, stall_after_n: int = 0) -> None:
         """Test hook; each call replaces the last, so a call without arguments turns everything off.
 
-        max_delay_us: finished requests are held back at random. fail_op: ``read``, ``write``, ``sync`` or ``any``;
-        after fail_after_n of them, the next fail_count fail with ``errno``. short_transfers: about half of the requests
-        are cut short. no_direct: volumes made from now on find no O_DIRECT.
+        What is random follows ``seed``. Operations are counted as they are handed to the kernel: ``request_bytes`` of a
+        transfer at most, each continuation of a short one anew, a sync once per file. *op* is ``read``, ``write``,
+        ``sync`` or ``any``; after *after_n* of them the next *count* are hit.
+
+        max_delay_us: finished requests are held back at random. fail: they fail with ``errno``. short_transfers: about
+        half of the requests are cut short. no_direct: volumes made from now on find no O_DIRECT. flip: one bit is
+        inverted without a word, of a read in the memory, of a write in the file. torn: a write reports success, and
+        only a prefix of it (a multiple of 512 bytes, or nothing) is in the file. stall: from then on they get no answer
+        at all, until the next call of this function.
         """
-        bits = 7 if fail_op == "any" else _FAULT_BITS[fail_op]
-        faults = native.Faults(seed=seed, max_delay_us=max_delay_us, fail_op=bits, fail_after_n=fail_after_n,
-                               fail_count=fail_count if bits else 0, fail_errno=errno, short_transfers=short_transfers)
+        faults = native.Faults(
+            seed=seed, max_delay_us=max_delay_us, short_transfers=short_transfers, fail_errno=errno,
+            fail_op=_FAULT_BITS[fail_op], fail_after_n=fail_after_n, fail_count=fail_count if fail_op else 0,
+            flip_op=_FAULT_BITS[flip_op], flip_after_n=flip_after_n, flip_count=flip_count if flip_op else 0,
+            torn_after_n=torn_after_n, torn_count=torn_count, stall_op=_FAULT_BITS[stall_op],
+            stall_after_n=stall_after_n)
         self._native.inject(self._handle, ctypes.byref(faults))
         self._no_direct = no_direct
 
@@ -250,17 +271,38 @@ class Engine:
 
     def close(self, timeout_s: float | None = None) -> None:
         """Cancel what waits, let the kernel finish what it has (it writes into the caller's memory), end the threads,
-        close the volumes. Waiters of cancelled tickets get IoError(ECANCELED). TimeoutError when the device keeps
-        requests longer; then close() may be called again."""
+        close the volumes. Waiters of cancelled tickets get IoError(ECANCELED). TimeoutError when a device keeps
+        requests longer than ``timeout_s`` or has stopped answering; then close() may be called again, or abandon().
+        """
         self._closed = True
+        if self._abandoned:
+            return
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._native.engine_close(self._handle, _SLICE_US) == -errno_module.EINPROGRESS:
+        before = -errno_module.EINPROGRESS
+        while (status := self._native.engine_close(self._handle, _SLICE_US)) in _UNFINISHED:
             if deadline_s is not None and time.monotonic() >= deadline_s:
                 raise TimeoutError(f"requests are still in flight after {timeout_s} s")
+            if _is_stalled(before, status):
+                raise TimeoutError(f"requests are in flight and none was answered for {self.stall_timeout_s} s")
+            before = status
         self._finalizer.detach()
         self._native.engine_destroy(self._handle)
         for volume in list(self._volumes.values()):
             volume.close()
+
+    def abandon(self) -> None:
+        """Give up an engine that close() cannot end: every further call is refused, nothing waits for it any more, not
+        even the interpreter at its exit. Idempotent.
+
+        Threads, files, locks on them and registered memory stay with the process. The device may still answer: memory
+        of transfers that were not seen to be over must stay mapped and unused until the process ends.
+        """
+        self._closed = self._abandoned = True
+        self._finalizer.detach()
+        with self._lock:
+            for volume in self._volumes.values():
+                volume._give_up()  # before another thread's close() ends and would remove their files
+        self._native.engine_abandon(self._handle)  # also cancels what the kernel does not have yet
 
     def __enter__(self) -> Engine:
         return self
@@ -284,8 +326,9 @@ class Engine:
         if status == 0:
             return
         if failure is not None and failure.error:
-            raise IoError(failure.error, os.fsdecode(failure.path), op=_OPS[failure.op], offset=failure.offset,
-                          num_bytes=failure.num_bytes)
+            kind = StallError if status == native.STALLED else IoError
+            raise kind(failure.error, os.fsdecode(failure.path), op=_OPS[failure.op], offset=failure.offset,
+                       num_bytes=failure.num_bytes)
         if self._closed:
             raise _canceled()
         if status == -errno_module.ESRCH:
@@ -301,8 +344,14 @@ class Engine:
             raise ValueError(f"{num_bytes} bytes at offset {offset} reach past the end, {volume.num_bytes}")
         if error == errno_module.EINVAL:
             raise ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of "
-                             f"{ALIGNMENT} and the priority {priority} one of 0..3")
+                             f"{ALIGNMENT} and the priority {priority} one of 0..{BACKGROUND}")
         raise OSError(error, os.strerror(error))
+
+
+def _is_stalled(before: int, status: int) -> bool:
+    """Silence must show twice in a row: a process that was stopped for minutes finds the answers of that time still
+    unread, and its engine's threads need a moment."""
+    return before == status == native.STALLED
 
 
 def _canceled() -> IoError:
@@ -315,25 +364,12 @@ def _checked(status: int, what: str) -> int:
     return status
 
 
-def _choose_backend(functions, backend: str, queue_depth: int) -> str:
-    if backend == "threads":
-        return backend
-    error = -functions.uring_probe(queue_depth)
-    if error == 0:
-        return "io_uring"
-    reason = "not in this kernel or this build" if error == errno_module.ENOSYS else os.strerror(error)
-    if backend == "io_uring":
-        raise OSError(error, f"io_uring is not available here ({reason}): containers and the sysctl "
-                             "kernel.io_uring_disabled may forbid it. Choose backend auto or threads")
-    logger.warning("io_uring is not available here (%s); using threads", reason)
-    return "threads"
-
-
 def _shut_down(functions, handle: int) -> None:
     """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the
     process."""
     deadline_s = time.monotonic() + _EXIT_PATIENCE_S
-    while functions.engine_close(handle, _SLICE_US) == -errno_module.EINPROGRESS:
-        if time.monotonic() >= deadline_s:
+    while (status := functions.engine_close(handle, _SLICE_US)) in _UNFINISHED:
+        if status == native.STALLED or time.monotonic() >= deadline_s:
+            functions.engine_abandon(handle)
             return
     functions.engine_destroy(handle)

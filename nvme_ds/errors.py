@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno as errno_module
 import os
 
 
@@ -15,8 +16,17 @@ class IoError(OSError):
 
     def __init__(self, errno: int, path: str, *, op: str, offset: int, num_bytes: int) -> None:
         where = f"{op} of {num_bytes} bytes at offset {offset}" if num_bytes else op
-        super().__init__(errno, f"{where} failed: {os.strerror(errno)}", path)
+        reason = "the device does not answer" if errno == errno_module.ETIMEDOUT else os.strerror(errno)
+        super().__init__(errno, f"{where} failed: {reason}", path)
         self.op, self.offset, self.num_bytes = op, offset, num_bytes
+
+
+class StallError(IoError):
+    """A device has requests and has answered none of them for ``stall_timeout_s``; ``filename`` is a file on it.
+
+    ``errno`` is ETIMEDOUT. The transfer goes on, and so does the kernel's use of its memory: wait again, or close the
+    engine and give it up.
+    """
 
 
 class NoSpaceError(OSError):

@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-ABI_VERSION = 1
+ABI_VERSION = 3
+STALLED = -100_000  # kStalled of csrc/abi.h
 LIBRARY_NAME = "libnvme_ds.so"
 BUILD_COMMAND = "python -m nvme_ds.build"
 
@@ -26,12 +27,15 @@ class Counters(ctypes.Structure):
 
 
 class Faults(ctypes.Structure):
-    _fields_ = [("seed", c_uint64), ("max_delay_us", c_uint64), ("fail_after_n", c_uint64), ("fail_count", c_uint64),
-                ("fail_op", c_int32), ("fail_errno", c_int32), ("short_transfers", c_int32)]
+    _fields_ = [*((name, c_uint64) for name in (
+        "seed", "max_delay_us", "fail_after_n", "fail_count", "flip_after_n", "flip_count", "torn_after_n", "torn_count",
+        "stall_after_n")), *((name, c_int32) for name in (
+            "fail_op", "fail_errno", "flip_op", "stall_op", "short_transfers"))]
 
 
 class EngineOptions(ctypes.Structure):
-    _fields_ = [("backend", c_int32), ("queue_depth", c_uint32), ("num_threads", c_uint32), ("request_bytes", c_uint64)]
+    _fields_ = [("backend", c_int32), ("queue_depth", c_uint32), ("num_threads", c_uint32), ("request_bytes", c_uint64),
+                ("stall_timeout_ns", c_int64)]
 
 
 class VolumeSpec(ctypes.Structure):
@@ -49,10 +53,10 @@ class ReferenceSpec(ctypes.Structure):
 # name -> (result, arguments). Those of _SHORT never sleep, so they keep the GIL: getting it back can take 5 ms.
 _LONG = {
     "engine_close": (c_int32, [c_int64, c_int64]),
+    "engine_abandon": (c_int32, [c_int64]),
     "engine_destroy": (c_int32, [c_int64]),
     "device_add": (c_int32, [c_int64, c_double]),
     "volume_add": (c_int64, [c_int64, POINTER(VolumeSpec)]),
-    "volume_sync": (c_int32, [c_int64, c_int64, POINTER(Failure)]),
     "volume_close": (c_int32, [c_int64, c_int64]),
     "wait": (c_int32, [c_int64, c_int64, c_int64, POINTER(Failure)]),
     "buffer_register": (c_int32, [c_int64, c_uint64, c_uint64]),
@@ -64,6 +68,7 @@ _SHORT = {
     "uring_probe": (c_int32, [c_uint32]),
     "engine_create": (c_int64, [POINTER(EngineOptions)]),
     "submit": (c_int64, [c_int64, c_int64, c_int32, c_uint64, c_uint64, c_uint64, c_int32]),
+    "submit_sync": (c_int64, [c_int64, c_int64]),
     "done": (c_int32, [c_int64, c_int64]),
     "num_tickets": (c_int64, [c_int64]),
     "busy_ns": (c_int64, [c_int64]),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 from nvme_ds.files import ALIGNMENT
 
+logger = logging.getLogger("nvme_ds")
+
 BACKENDS = {"io_uring": 0, "threads": 1}
+MAX_STALL_TIMEOUT_S = 365 * 86400.0  # in nanoseconds far below what the native side counts to
 MAX_QUEUE_DEPTH = 4096  # what every io_uring kernel grants one ring
 
 
-def check_options(backend: str, queue_depth: int, num_threads: int, request_bytes: int) -> None:
+def check_options(backend: str, queue_depth: int, num_threads: int, request_bytes: int, stall_timeout_s: float) -> None:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: choose auto, io_uring or threads (given: {backend!r})")
     if not 1 <= queue_depth <= MAX_QUEUE_DEPTH:
@@ -20,6 +26,24 @@ def check_options(backend: str, queue_depth: int, num_threads: int, request_byte
         raise ValueError(f"num_threads: must be at least 1 (given: {num_threads})")
     if request_bytes < ALIGNMENT or request_bytes % ALIGNMENT or request_bytes > 1 << 30:
         raise ValueError(f"request_bytes: must be a multiple of {ALIGNMENT} up to 1 GiB (given: {request_bytes})")
+    if not 0 < stall_timeout_s <= MAX_STALL_TIMEOUT_S:
+        raise ValueError(f"stall_timeout_s: must be above 0 and at most {MAX_STALL_TIMEOUT_S:.0f} "
+                         f"(given: {stall_timeout_s})")
+
+
+def choose_backend(functions: SimpleNamespace, backend: str, queue_depth: int) -> str:
+    """``io_uring`` or ``threads``; OSError for a forced choice that is impossible here."""
+    if backend == "threads":
+        return backend
+    error = -functions.uring_probe(queue_depth)
+    if error == 0:
+        return "io_uring"
+    reason = "not in this kernel or this build" if error == errno.ENOSYS else os.strerror(error)
+    if backend == "io_uring":
+        raise OSError(error, f"io_uring is not available here ({reason}): containers and the sysctl "
+                             "kernel.io_uring_disabled may forbid it. Choose backend auto or threads")
+    logger.warning("io_uring is not available here (%s); using threads", reason)
+    return "threads"
 
 
 def check_layout(folders: list[str], name: str, num_bytes: int, stripe_bytes: int, weights: list[float],

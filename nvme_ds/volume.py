@@ -22,8 +22,12 @@ class Volume:
         self._closed = False
 
     def sync(self) -> None:
-        """Make every completed write durable (fdatasync of each file). Wait for the writes' tickets first. IoError on
-        failure."""
+        """Make every completed write durable (fdatasync of every file). Wait for the writes' tickets first.
+
+        IoError names the first file that failed, StallError one whose device does not answer. After a failure nothing
+        is known about writes since the last sync that succeeded, and the next one may succeed all the same (the kernel
+        reports a lost write once): write them again first.
+        """
         self._engine._sync_volume(self)
 
     def close(self, unlink: bool | None = None) -> None:
@@ -34,6 +38,10 @@ class Volume:
         self._closed = True
         self._engine._close_volume(self)
         self._remove_files(not self.keep if unlink is None else unlink)
+
+    def _give_up(self) -> None:
+        """Closed without a word to the device; its files stay."""
+        self._closed = True
 
     def _remove_files(self, unlink: bool) -> None:
         for path in self.paths if unlink else []:

@@ -139,7 +139,7 @@ class Region:
         self.wait_shuffled([self.start(nvme_ds.Engine.submit_write, 0, num_bytes)])
 
     def start(self, submit, begin: int, end: int) -> int:
-        priority = self.random.randrange(4)
+        priority = self.random.randrange(5)
         return submit(self.engine, self.volume, self.offset + begin, self.memory.address + begin, end - begin, priority)
 
     def wait_shuffled(self, tickets: list[int]) -> None:

@@ -79,14 +79,45 @@ def test_a_truncated_file_is_an_error_not_a_hang(backend: str, ssd_dir: Path) ->
         assert (error.errno, error.offset, error.num_bytes) == (errno.ENODATA, MIB - 32 * KIB, 32 * KIB)
 
 
-def test_a_failed_sync_is_reported(ssd_dir: Path) -> None:
-    with Engine() as engine:
+def test_a_failed_sync_is_reported(backend: str, ssd_dir: Path) -> None:
+    with Engine(backend=backend) as engine:
         volume = engine.create_volume([ssd_dir], "v", MIB)
         engine.inject(fail_op="sync", errno=errno.EIO)
         with pytest.raises(IoError, match="sync failed") as caught:
             volume.sync()
-        assert caught.value.filename == volume.paths[0]
+        error = caught.value
+        assert (error.errno, error.filename, error.op, error.offset) == (errno.EIO, volume.paths[0], "sync", 0)
         volume.sync()
+        stats = engine.stats()
+        assert (stats["reads"], stats["writes"], stats["errors"]) == (0, 0, 1)
+
+
+def test_a_sync_reaches_every_file_whatever_the_others_answer(backend: str, ssd_dir: Path) -> None:
+    folders = [ssd_dir / str(index) for index in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    with Engine(backend=backend) as engine:
+        volume = engine.create_volume(folders, "v", 3 * MIB)
+        for num_failing in (1, 2, 3):
+            engine.reset_stats()
+            engine.inject(fail_op="sync", fail_count=num_failing, errno=errno.ENOSPC)
+            with pytest.raises(IoError) as caught:
+                volume.sync()
+            assert caught.value.errno == errno.ENOSPC and caught.value.filename in volume.paths
+            assert engine.stats()["errors"] == num_failing, "the hook is used up: all three were asked"
+        volume.sync()
+
+
+def test_an_interrupted_sync_is_repeated_and_a_closed_volume_refuses(backend: str, ssd_dir: Path) -> None:
+    with Engine(backend=backend) as engine:
+        volume = engine.create_volume([ssd_dir], "v", MIB)
+        for code in (errno.EINTR, errno.EAGAIN):
+            engine.inject(fail_op="sync", fail_count=3, errno=code)
+            volume.sync()
+        assert engine.stats()["errors"] == 0
+        volume.close()
+        with pytest.raises(ValueError, match="is closed"):
+            volume.sync()
 
 
 def test_a_full_disk_is_found_at_creation(ssd_dir: Path) -> None:
@@ -170,6 +201,7 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("options", [
     {"backend": "aio"}, {"queue_depth": 0}, {"num_threads": 0}, {"request_bytes": 1000}, {"bandwidth_bps": -1.0},
+    {"stall_timeout_s": 0.0}, {"stall_timeout_s": float("inf")}, {"stall_timeout_s": float("nan")},
 ])
 def test_engine_options_are_checked(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -183,7 +215,7 @@ def test_arguments_are_checked(ssd_dir: Path) -> None:
             with pytest.raises(ValueError, match=field):
                 engine.create_volume(**({"directories": [ssd_dir], "name": "v", "num_bytes": MIB} | {field: wrong}))
         volume, memory = engine.create_volume([ssd_dir], "v", MIB), AlignedBuffer(MIB)
-        for offset, address, num_bytes, priority in [(1, 0, 4096, 0), (0, 8, 4096, 0), (0, 0, 100, 0), (0, 0, 4096, 4),
+        for offset, address, num_bytes, priority in [(1, 0, 4096, 0), (0, 8, 4096, 0), (0, 0, 100, 0), (0, 0, 4096, 5),
                                                      (MIB, 0, 4096, 0)]:
             with pytest.raises(ValueError, match="multiples|past the end"):
                 engine.submit_read(volume, offset, memory.address + address, num_bytes, priority)

@@ -46,12 +46,12 @@ def test_classes_go_in_order(backend: str, ssd_dir: Path) -> None:
     with Engine(backend=backend, queue_depth=1, num_threads=1, bandwidth_bps=8 * MIB) as engine:
         volume, memory = engine.create_volume([ssd_dir], "v", 2 * MIB), AlignedBuffer(64 * KIB)
         first = submit_many(engine, volume, memory, 4, nvme_ds.WRITEBACK)  # busy while the rest is queued
-        by_class = {priority: submit_many(engine, volume, memory, 2, priority) for priority in (3, 2, 1, 0)}
-        for priority in (0, 1, 2):
+        by_class = {priority: submit_many(engine, volume, memory, 2, priority) for priority in (4, 3, 2, 1, 0)}
+        for priority in (0, 1, 2, 3):
             engine.wait_all(by_class[priority])
-            later = [ticket for lower in range(priority + 1, 4) for ticket in by_class[lower]]
+            later = [ticket for lower in range(priority + 1, 5) for ticket in by_class[lower]]
             assert num_done(engine, later) <= 1
-        engine.wait_all(first + by_class[3])
+        engine.wait_all(first + by_class[4])
 
 
 def test_write_back_does_not_starve(backend: str, ssd_dir: Path) -> None:
@@ -61,6 +61,17 @@ def test_write_back_does_not_starve(backend: str, ssd_dir: Path) -> None:
         engine.wait_all(submit_many(engine, volume, memory, 2, nvme_ds.WRITEBACK))
         assert num_done(engine, urgent) < 40
         engine.wait_all(urgent)
+
+
+def test_background_traffic_gets_one_request_in_sixteen(backend: str, ssd_dir: Path) -> None:
+    with Engine(backend=backend, queue_depth=1, num_threads=1, bandwidth_bps=16 * MIB) as engine:
+        volume, memory = engine.create_volume([ssd_dir], "v", 8 * MIB), AlignedBuffer(64 * KIB)
+        urgent = submit_many(engine, volume, memory, 60, nvme_ds.OPTIMIZER)
+        engine.wait_all(submit_many(engine, volume, memory, 2, nvme_ds.BACKGROUND))
+        # Two of them need 30 others to be passed over by; the first few of those went before they were submitted.
+        assert 30 <= num_done(engine, urgent) < 50
+        engine.wait_all(urgent)
+        engine.wait_all(submit_many(engine, volume, memory, 8, nvme_ds.BACKGROUND))
 
 
 def test_low_classes_leave_slots_to_urgent_ones(backend: str, ssd_dir: Path) -> None:

@@ -7,9 +7,10 @@
 #define NDS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace nvme_ds {
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 3;
 constexpr uint64_t kAlignment = 4096;  // covers the logical block of every NVMe format in use
-constexpr int kNumPriorities = 4;
+constexpr int kNumPriorities = 5;
+constexpr int32_t kStalled = -100'000;  // no errno: not done, and a device that should answer does not
 }  // namespace nvme_ds
 
 // What went wrong first in a ticket (or a sync). Offsets are those of the file named by path.
@@ -39,8 +40,15 @@ struct nds_faults {
     uint64_t max_delay_us;
     uint64_t fail_after_n;
     uint64_t fail_count;
-    int32_t fail_op;  // bit set: 1 reads, 2 writes, 4 syncs
+    uint64_t flip_after_n;
+    uint64_t flip_count;
+    uint64_t torn_after_n;
+    uint64_t torn_count;
+    uint64_t stall_after_n;
+    int32_t fail_op;  // bit set: 1 reads, 2 writes, 4 syncs; so are the other two
     int32_t fail_errno;
+    int32_t flip_op;
+    int32_t stall_op;
     int32_t short_transfers;
 };
 
@@ -49,6 +57,7 @@ struct nds_engine_options {
     uint32_t queue_depth;
     uint32_t num_threads;
     uint64_t request_bytes;
+    int64_t stall_timeout_ns;
 };
 
 struct nds_volume_spec {

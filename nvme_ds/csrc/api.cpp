@@ -6,6 +6,7 @@
 #include <new>
 #include <system_error>
 #include <unordered_map>
+#include <vector>
 
 #include "abi.h"
 #include "engine.h"
@@ -17,6 +18,7 @@ struct Registry {
     std::mutex mutex;
     int64_t next = 1;
     std::unordered_map<int64_t, std::shared_ptr<Engine>> engines;
+    std::vector<std::shared_ptr<Engine>> abandoned;
 };
 
 // Never destroyed: at process exit an engine that was not closed may still have threads.
@@ -74,9 +76,25 @@ NDS_EXPORT int64_t nds_engine_create(const nds_engine_options* options) noexcept
     });
 }
 
-// Stops submitting and waits up to timeout_us for the kernel to finish; -EINPROGRESS: call again.
+// Stops submitting and waits up to timeout_us for the kernel to finish; -EINPROGRESS: call again; kStalled: the same,
+// and a device has stopped answering.
 NDS_EXPORT int32_t nds_engine_close(int64_t handle, int64_t timeout_us) noexcept {
     return with_engine(handle, [&](Engine& engine) { return engine.close(timeout_us); });
+}
+
+// For an engine that close() cannot end: its handle is gone, all that its threads may still touch stays.
+NDS_EXPORT int32_t nds_engine_abandon(int64_t handle) noexcept {
+    return guarded([&] {
+        std::shared_ptr<Engine> engine = find(handle);
+        if (!engine) return -EBADF;
+        {
+            std::lock_guard<std::mutex> held(registry().mutex);
+            registry().abandoned.push_back(engine);
+            registry().engines.erase(handle);
+        }
+        engine->abandon();
+        return 0;
+    });
 }
 
 // Only after close() returned 0: joins threads that have already left their loops.
@@ -106,10 +124,6 @@ NDS_EXPORT int64_t nds_volume_add(int64_t handle, const nds_volume_spec* spec) n
     return with_engine(handle, [&](Engine& engine) -> int64_t { return engine.add_volume(*spec); });
 }
 
-NDS_EXPORT int32_t nds_volume_sync(int64_t handle, int64_t volume, nds_failure* failure) noexcept {
-    return with_engine(handle, [&](Engine& engine) { return engine.sync_volume(volume, *failure); });
-}
-
 NDS_EXPORT int32_t nds_volume_close(int64_t handle, int64_t volume) noexcept {
     return with_engine(handle, [&](Engine& engine) { return engine.close_volume(volume); });
 }
@@ -121,6 +135,11 @@ NDS_EXPORT int64_t nds_submit(int64_t handle, int64_t volume, int32_t op, uint64
     });
 }
 
+NDS_EXPORT int64_t nds_submit_sync(int64_t handle, int64_t volume) noexcept {
+    return with_engine(handle, [&](Engine& engine) -> int64_t { return engine.submit_sync(volume); });
+}
+
+// -EINPROGRESS: not done; kStalled: the same, and its device has stopped answering, which `failure` describes.
 NDS_EXPORT int32_t nds_wait(int64_t handle, int64_t ticket, int64_t timeout_us, nds_failure* failure) noexcept {
     failure->error = 0;
     return with_engine(handle, [&](Engine& engine) { return engine.wait(ticket, timeout_us, *failure); });

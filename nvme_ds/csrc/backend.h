@@ -16,6 +16,7 @@ public:
     virtual ~Backend() = default;  // joins
     virtual void wake() = 0;       // something was pushed, or the device was stopped
     virtual bool exited_before(int64_t deadline_ns) = 0;
+    virtual void detach() = 0;  // nobody will join; the backend and its device must then never be destroyed
 
     // Fixed buffers; -ENOTSUP where the backend has none.
     virtual int add_buffer(uint64_t address, uint64_t num_bytes);

@@ -55,6 +55,7 @@ Part* Device::take(std::unique_lock<std::mutex>&, int64_t* wait_ns) {
     if (queue_.in_flight() == 1) {
         busy_.enter(now);
         engine_busy_.enter(now);
+        answered_ns_.store(now, std::memory_order_relaxed);
     }
     max_in_flight_ = std::max<uint64_t>(max_in_flight_, queue_.in_flight());
     bucket_.take(part->num_bytes, now);
@@ -75,6 +76,9 @@ void Device::fail(Part& part, int error) {
 }
 
 Outcome Device::absorb(Part& part, int64_t result) {
+    answered_ns_.store(now_ns(), std::memory_order_relaxed);
+    faults.settle(part, result);
+    if (part.op == Op::kSync && result >= 0) return Outcome::kFinished;
     if (result > 0) {
         count(part, static_cast<uint64_t>(result));
         uint64_t advanced = static_cast<uint64_t>(result);
@@ -98,6 +102,7 @@ void Device::finish(Part& part) {
     {
         std::lock_guard<std::mutex> held(mutex_);
         queue_.release(part);
+        part.finished = true;
         if (queue_.in_flight() == 0) {
             const int64_t now = now_ns();
             busy_.leave(now);
@@ -105,6 +110,20 @@ void Device::finish(Part& part) {
         }
     }
     part.ticket->part_finished();
+}
+
+bool Device::silent_locked(int64_t limit_ns) const {
+    return queue_.in_flight() > 0 && now_ns() - answered_ns_.load(std::memory_order_relaxed) >= limit_ns;
+}
+
+bool Device::silent(int64_t limit_ns) const {
+    std::lock_guard<std::mutex> held(mutex_);
+    return silent_locked(limit_ns);
+}
+
+bool Device::stuck(const Part& part, int64_t limit_ns) const {
+    std::lock_guard<std::mutex> held(mutex_);
+    return !part.finished && silent_locked(limit_ns);
 }
 
 void Device::read_counters(nds_counters& out) const {

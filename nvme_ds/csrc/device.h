@@ -38,14 +38,19 @@ public:
     Part* take(std::unique_lock<std::mutex>& held, int64_t* wait_ns);
     bool drained(std::unique_lock<std::mutex>& held) const;  // stopped, and nothing in flight any more
     bool stopped(std::unique_lock<std::mutex>&) const { return stopped_; }
-    Outcome absorb(Part& part, int64_t result);
+    Outcome absorb(Part& part, int64_t result);  // what the kernel answered, or an injected error in its place
     void finish(Part& part);
     void count_fixed() { fixed_ops_.fetch_add(1, std::memory_order_relaxed); }
+
+    // Waiting side. Silent: the kernel has had something all the time since limit_ns ago, and has answered nothing.
+    bool silent(int64_t limit_ns) const;
+    bool stuck(const Part& part, int64_t limit_ns) const;  // not finished, and its device silent
 
     void read_counters(nds_counters& out) const;
     void reset_counters();
 
 private:
+    bool silent_locked(int64_t limit_ns) const;
     void count(const Part& part, uint64_t num_bytes);
     void fail(Part& part, int error);
 
@@ -57,6 +62,7 @@ private:
     BusyClock busy_;
     BusyClock& engine_busy_;
     uint64_t max_in_flight_ = 0;
+    std::atomic<int64_t> answered_ns_{0};  // last answer, or when the first request after a pause was taken
     std::atomic<uint64_t> bytes_[2]{};
     std::atomic<uint64_t> operations_[2]{};
     std::atomic<uint64_t> errors_{0};

@@ -1,7 +1,5 @@
 #include "engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
@@ -13,6 +11,8 @@ namespace {
 
 using ReadLock = std::shared_lock<std::shared_mutex>;
 using WriteLock = std::unique_lock<std::shared_mutex>;
+
+constexpr uint8_t kSyncPriority = 0;  // whoever waits for it has nothing else to do
 
 }  // namespace
 
@@ -59,19 +59,6 @@ std::shared_ptr<Volume> Engine::volume(int64_t id) const {
     return found == volumes_.end() ? nullptr : found->second;
 }
 
-int Engine::sync_volume(int64_t id, nds_failure& failure) {
-    const std::shared_ptr<Volume> target = volume(id);
-    if (!target) return -EBADF;
-    for (const VolumeFile& file : target->files()) {
-        int error = faults_.error_for(Op::kSync);
-        if (!error && ::fdatasync(file.fd) != 0) error = errno;
-        if (!error) continue;
-        fill_failure(failure, error, static_cast<int>(Op::kSync), 0, 0, file.path);
-        return -error;
-    }
-    return 0;
-}
-
 int Engine::close_volume(int64_t id) {
     WriteLock held(mutex_);
     return volumes_.erase(id) ? 0 : -EBADF;
@@ -82,9 +69,10 @@ void Engine::split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset,
     ticket.parts.reserve(num_bytes / options_.request_bytes + 2);
     while (num_bytes > 0) {
         const Extent extent = volume.layout().extent_at(offset, std::min(num_bytes, options_.request_bytes));
-        ticket.parts.push_back({&ticket, volume.files()[extent.file].fd, extent.file, op,
-                                static_cast<uint8_t>(priority), volume.direct(), 0, extent.file_offset,
-                                reinterpret_cast<char*>(address), extent.num_bytes, 0});
+        const VolumeFile& file = volume.files()[extent.file];
+        ticket.parts.push_back({&ticket, file.device, file.fd, extent.file, op, static_cast<uint8_t>(priority),
+                                volume.direct(), false, 0, extent.file_offset, reinterpret_cast<char*>(address),
+                                extent.num_bytes, 0});
         offset += extent.num_bytes;
         address += extent.num_bytes;
         num_bytes -= extent.num_bytes;
@@ -115,20 +103,48 @@ int64_t Engine::submit(int64_t volume_id, Op op, uint64_t offset, uint64_t addre
     if (num_bytes > target->num_bytes() || offset > target->num_bytes() - num_bytes) return -ERANGE;
     auto ticket = std::make_shared<Ticket>(target);
     split(*ticket, *target, op, offset, address, num_bytes, priority);
+    return launch(ticket, *target);
+}
+
+// On the backend's threads and not on the caller's: a device that never answers must not take the caller with it.
+int64_t Engine::submit_sync(int64_t volume_id) {
+    const std::shared_ptr<Volume> target = volume(volume_id);
+    if (!target) return -EBADF;
+    auto ticket = std::make_shared<Ticket>(target);
+    uint32_t index = 0;
+    for (const VolumeFile& file : target->files())
+        ticket->parts.push_back({ticket.get(), file.device, file.fd, index++, Op::kSync, kSyncPriority, false, false, 0,
+                                 0, nullptr, 0, 0});
+    return launch(ticket, *target);
+}
+
+int64_t Engine::launch(const std::shared_ptr<Ticket>& ticket, const Volume& volume) {
     ticket->start(ticket);
     const int64_t id = tickets_.insert(ticket);
     ReadLock held(mutex_);
-    dispatch(*ticket, *target);
+    dispatch(*ticket, volume);
     return id;
 }
 
 int Engine::wait(int64_t ticket_id, int64_t timeout_us, nds_failure& failure) {
     const std::shared_ptr<Ticket> ticket = tickets_.find(ticket_id);
     if (!ticket) return -ESRCH;
-    const bool done = timeout_us > 0 ? ticket->wait_until(now_ns() + timeout_us * 1000) : ticket->done();
-    if (!done) return -EINPROGRESS;
+    if (timeout_us <= 0 && !ticket->done()) return -EINPROGRESS;
+    if (!ticket->wait_until(now_ns() + timeout_us * 1000))
+        return report_stall(*ticket, failure) ? kStalled : -EINPROGRESS;
     tickets_.forget(ticket_id);
     return ticket->failure(failure);
+}
+
+// The ticket goes on: the kernel may still write into its memory.
+bool Engine::report_stall(const Ticket& ticket, nds_failure& failure) const {
+    const auto part = std::find_if(ticket.parts.begin(), ticket.parts.end(), [this](const Part& p) {
+        return p.device->stuck(p, options_.stall_timeout_ns);
+    });
+    if (part == ticket.parts.end()) return false;
+    fill_failure(failure, ETIMEDOUT, static_cast<int>(part->op), part->file_offset, part->num_bytes,
+                 ticket.path_of(*part));
+    return true;
 }
 
 int Engine::done(int64_t ticket_id) const {
@@ -187,8 +203,21 @@ int Engine::close(int64_t timeout_us) {
     const int64_t deadline_ns = now_ns() + timeout_us * 1000;
     ReadLock held(mutex_);
     for (const Unit& unit : units_)
-        if (!unit.backend->exited_before(deadline_ns)) return -EINPROGRESS;
+        if (!unit.backend->exited_before(deadline_ns))
+            return unit.device->silent(options_.stall_timeout_ns) ? kStalled : -EINPROGRESS;
     return 0;
+}
+
+void Engine::abandon() {
+    close(0);
+    WriteLock held(mutex_);
+    for (const Unit& unit : units_) unit.backend->detach();
+}
+
+void Engine::inject(const nds_faults& faults) {
+    faults_.configure(faults);
+    ReadLock held(mutex_);
+    for (const Unit& unit : units_) unit.backend->wake();  // may hold requests that the former faults stalled
 }
 
 }  // namespace nvme_ds

@@ -27,9 +27,9 @@ public:
     // All of these return -errno on failure.
     int add_device(double bandwidth_bps);
     int64_t add_volume(const nds_volume_spec& spec);
-    int sync_volume(int64_t id, nds_failure& failure);
     int close_volume(int64_t id);
     int64_t submit(int64_t volume_id, Op op, uint64_t offset, uint64_t address, uint64_t num_bytes, int priority);
+    int64_t submit_sync(int64_t volume_id);
     int wait(int64_t ticket_id, int64_t timeout_us, nds_failure& failure);
     int done(int64_t ticket_id) const;
     int register_buffer(uint64_t address, uint64_t num_bytes);
@@ -39,8 +39,9 @@ public:
     int64_t busy_ns() const { return static_cast<int64_t>(busy_.total_ns(now_ns())); }
     int buffer_error() const;
     void reset_counters();
-    void inject(const nds_faults& faults) { faults_.configure(faults); }
+    void inject(const nds_faults& faults);
     int close(int64_t timeout_us);
+    void abandon();  // close(), and nobody joins the threads: the engine must never be destroyed
 
 private:
     struct Unit {
@@ -53,6 +54,8 @@ private:
     void split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset, uint64_t address, uint64_t num_bytes,
                int priority);
     void dispatch(Ticket& ticket, const Volume& volume);
+    int64_t launch(const std::shared_ptr<Ticket>& ticket, const Volume& volume);
+    bool report_stall(const Ticket& ticket, nds_failure& failure) const;
     Backend& backend_of(const Device& device) const;
 
     nds_engine_options options_;

@@ -5,17 +5,20 @@
 
 namespace nvme_ds {
 
+class Device;
 class Ticket;
 
 enum class Op : int32_t { kRead = 0, kWrite = 1, kSync = 2 };
 
 struct Part {
     Ticket* ticket;
+    Device* device;
     int fd;
     uint32_t file;
     Op op;
     uint8_t priority;
     bool direct;
+    bool finished;  // under the device's lock
     uint16_t retries;
     uint64_t file_offset;
     char* address;

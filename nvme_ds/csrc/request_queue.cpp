@@ -5,7 +5,7 @@
 
 namespace nvme_ds {
 
-// An eighth of the slots is kept from the two low classes: a device whose queue is full of write-back would make an
+// An eighth of the slots is kept from the low classes: a device whose queue is full of write-back would make an
 // urgent read wait for all of it, whatever the order of our own queue.
 RequestQueue::RequestQueue(unsigned depth)
     : depth_(depth), low_depth_(depth == 1 ? 1 : depth - std::max(1u, depth / 8)) {}
@@ -14,11 +14,12 @@ bool RequestQueue::admissible(int priority) const {
     return in_flight_ < depth_ && (priority < kFirstLow || low_in_flight_ < low_depth_);
 }
 
-// Lower classes first, except that a class passed over eight times in a row gets one request through: an endless stream
-// of urgent reads slows write-back to a ninth, and never to nothing.
+// Lower classes first, except that a class passed over eight times in a row (the last one: fifteen times) gets one
+// request through: an endless stream of urgent reads slows write-back to a ninth, background traffic to a sixteenth,
+// and neither to nothing.
 int RequestQueue::choose() const {
     for (int priority = kNumPriorities - 1; priority > 0; --priority)
-        if (passed_over_[priority] >= kMaxPassedOver && !waiting_[priority].empty() && admissible(priority))
+        if (passed_over_[priority] >= kMaxPassedOver[priority] && !waiting_[priority].empty() && admissible(priority))
             return priority;
     for (int priority = 0; priority < kNumPriorities; ++priority)
         if (!waiting_[priority].empty() && admissible(priority)) return priority;

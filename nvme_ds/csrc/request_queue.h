@@ -23,8 +23,8 @@ public:
     size_t num_waiting() const;
 
 private:
-    static constexpr int kFirstLow = 2;  // optimizer and write-back traffic
-    static constexpr unsigned kMaxPassedOver = 8;
+    static constexpr int kFirstLow = 2;  // optimizer, write-back and background traffic
+    static constexpr std::array<unsigned, kNumPriorities> kMaxPassedOver{0, 8, 8, 8, 15};
 
     bool admissible(int priority) const;
     int choose() const;

@@ -19,8 +19,7 @@ void Backend::remove_buffer(uint64_t) {}
 
 namespace {
 
-int64_t transfer(const Part& part, uint64_t num_bytes) {
-    char* address = part.address + part.done_bytes;
+int64_t transfer(const Part& part, char* address, uint64_t num_bytes) {
     const off_t offset = static_cast<off_t>(part.file_offset + part.done_bytes);
     const ssize_t result = part.op == Op::kRead ? ::pread(part.fd, address, num_bytes, offset)
                                                 : ::pwrite(part.fd, address, num_bytes, offset);
@@ -50,6 +49,11 @@ public:
         work_arrived_.notify_all();
     }
 
+    void detach() override {
+        for (std::thread& thread : threads_)
+            if (thread.joinable()) thread.detach();
+    }
+
     bool exited_before(int64_t deadline_ns) override { return latch_.wait_until(deadline_ns); }
 
 private:
@@ -71,8 +75,11 @@ private:
     }
 
     Outcome step(Part& part) {
+        device_.faults.wait_while_stalled(part.op);
         if (const int error = device_.faults.error_for(part.op)) return device_.absorb(part, -error);
-        return device_.absorb(part, transfer(part, device_.faults.limit(part.remaining())));
+        if (part.op == Op::kSync) return device_.absorb(part, ::fdatasync(part.fd) == 0 ? 0 : -errno);
+        const uint64_t num_bytes = device_.faults.limit(part.remaining());
+        return device_.absorb(part, transfer(part, device_.faults.memory_for(part, num_bytes), num_bytes));
     }
 
     void run(Part& part) {

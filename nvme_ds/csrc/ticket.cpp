@@ -24,12 +24,17 @@ void Ticket::record_error(const Part& part, int error) {
 
 void Ticket::part_finished() {
     if (remaining_.fetch_sub(1) != 1) return;
-    // The volume goes before anyone is told: a waiter may close it next and expect its files and locks to be free.
-    volume_.reset();
     std::shared_ptr<Ticket> self = std::move(self_);
     std::lock_guard<std::mutex> lock(mutex_);
+    // The volume goes before anyone is told: a waiter may close it next and expect its files and locks to be free.
+    volume_.reset();
     done_ = true;
     finished_.notify_all();
+}
+
+std::string Ticket::path_of(const Part& part) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return volume_ ? volume_->files()[part.file].path : std::string();
 }
 
 bool Ticket::done() const {

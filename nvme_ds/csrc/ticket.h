@@ -28,6 +28,7 @@ public:
 
     bool done() const;
     bool wait_until(int64_t deadline_ns);
+    std::string path_of(const Part& part) const;  // empty once the ticket is done
     int failure(nds_failure& out) const;  // 0 or -errno; call when done
 
 private:

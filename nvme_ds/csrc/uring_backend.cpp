@@ -68,6 +68,10 @@ public:
         [[maybe_unused]] const ssize_t written = ::write(wake_fd_, &one, sizeof(one));
     }
 
+    void detach() override {
+        if (thread_.joinable()) thread_.detach();
+    }
+
     bool exited_before(int64_t deadline_ns) override { return latch_.wait_until(deadline_ns); }
     int add_buffer(uint64_t address, uint64_t num_bytes) override { return buffers_.add(address, num_bytes); }
     void remove_buffer(uint64_t address) override { buffers_.remove(address); }
@@ -80,10 +84,16 @@ private:
         bool finished;
     };
 
+    struct Stalled {
+        uint64_t generation;  // of the faults that stalled it
+        Part* part;
+    };
+
     void loop() {
         for (;;) {
             reap();
             release_held();
+            release_stalled();
             const int64_t cap_wait_ns = fill();
             const bool congested = submit();
             if (all_done()) break;
@@ -111,31 +121,42 @@ private:
     }
 
     void start(Part& part) {
-        if (const int error = device_.faults.error_for(part.op))
+        if (const uint64_t generation = device_.faults.stall(part.op))
+            stalled_.push_back({generation, &part});
+        else if (const int error = device_.faults.error_for(part.op))
             handle(part, -error);
         else
             prepare(part);
     }
 
     void prepare(Part& part) {
-        io_uring_sqe* sqe =
-            ring_.next_sqe();  // never full: the ring has at least as many entries as the device has slots
-        const uint64_t address = reinterpret_cast<uint64_t>(part.address) + part.done_bytes;
-        const uint64_t num_bytes = device_.faults.limit(part.remaining());
-        const int slot = buffers_.index_of(address, num_bytes);
-        const bool write = part.op == Op::kWrite;
-        sqe->opcode = slot >= 0 ? (write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED)
-                                : (write ? IORING_OP_WRITE : IORING_OP_READ);
-        if (slot >= 0) {
-            sqe->buf_index = static_cast<uint16_t>(slot);
-            device_.count_fixed();
+        // Never full: the ring has at least as many entries as the device has slots.
+        io_uring_sqe* sqe = ring_.next_sqe();
+        if (part.op == Op::kSync) {
+            sqe->opcode = IORING_OP_FSYNC;
+            sqe->fsync_flags = IORING_FSYNC_DATASYNC;
+        } else {
+            prepare_transfer(part, *sqe);
         }
         sqe->fd = part.fd;
-        sqe->addr = address;
-        sqe->len = static_cast<uint32_t>(num_bytes);
-        sqe->off = part.file_offset + part.done_bytes;
         sqe->user_data = reinterpret_cast<uint64_t>(&part);
         queued_.push_back(&part);
+    }
+
+    void prepare_transfer(const Part& part, io_uring_sqe& sqe) {
+        const uint64_t num_bytes = device_.faults.limit(part.remaining());
+        const uint64_t address = reinterpret_cast<uint64_t>(device_.faults.memory_for(part, num_bytes));
+        const int slot = buffers_.index_of(address, num_bytes);
+        const bool write = part.op == Op::kWrite;
+        sqe.opcode = slot >= 0 ? (write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED)
+                               : (write ? IORING_OP_WRITE : IORING_OP_READ);
+        if (slot >= 0) {
+            sqe.buf_index = static_cast<uint16_t>(slot);
+            device_.count_fixed();
+        }
+        sqe.addr = address;
+        sqe.len = static_cast<uint32_t>(num_bytes);
+        sqe.off = part.file_offset + part.done_bytes;
     }
 
     // True when the kernel is short of resources and the rest must be offered again.
@@ -191,6 +212,13 @@ private:
         }
     }
 
+    void release_stalled() {
+        if (stalled_.empty() || stalled_.front().generation == device_.faults.generation()) return;
+        std::vector<Stalled> released;
+        released.swap(stalled_);
+        for (const Stalled& stalled : released) start(*stalled.part);
+    }
+
     void park(int64_t cap_wait_ns, bool congested) {
         int64_t wait_ns = congested ? Device::kRetryDelayNs : cap_wait_ns;
         for (const Held& held : held_) {
@@ -214,6 +242,7 @@ private:
     int wake_fd_;
     std::deque<Part*> queued_;  // in the submission ring, not yet taken by the kernel
     std::vector<Held> held_;
+    std::vector<Stalled> stalled_;
     std::thread thread_;
 };
 
@@ -226,7 +255,9 @@ std::unique_ptr<Backend> make_uring_backend(Device& device, unsigned queue_depth
 int probe_uring(unsigned queue_depth) {
     try {
         Ring ring(queue_depth);
-        return ring.supports(IORING_OP_READ) && ring.supports(IORING_OP_WRITE) ? 0 : -EOPNOTSUPP;
+        for (unsigned opcode : {IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC})
+            if (!ring.supports(opcode)) return -EOPNOTSUPP;
+        return 0;
     } catch (const std::system_error& error) {
         return -error.code().value();
     }
