@@ -98,7 +98,8 @@ def _no_weights(directory: Path) -> RatelError:
         return RatelError("the weights are in pickled .bin files, which can run code when loaded", field="model",
                           value=directory, remedy="Convert them with transformers: from_pretrained, save_pretrained")
     return RatelError(f"there is no model{SUFFIX} and no model{INDEX_SUFFIX} in the directory", field="model",
-                      value=directory, remedy="Give a directory with safetensors weights, or a preset to start from scratch")
+                      value=directory,
+                      remedy="Give a directory with safetensors weights, or a preset to start from scratch")
 
 
 def read_header(path: Path, field: str = "model") -> dict[str, StoredTensor]:
