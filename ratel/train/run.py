@@ -66,6 +66,8 @@ def open_session(config: TrainConfig, model: Any, loss_fn: Any) -> Session:
              "optimizer", "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier", "direct",
              "optimizer_threads", "attention")
     options = {name: getattr(config, name) for name in names}
+    if not config.resume:  # the state that a run resumes from has moments of its own
+        options["optimizer_state"] = config.optimizer_state
     return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, **options)
 
 
