@@ -9,9 +9,10 @@ from typing import Any
 from ratel.errors import RatelError
 
 __version__ = "0.1.0"
-__all__ = ["RatelError", "Session", "TrainResult", "__version__", "train"]
+__all__ = ["RatelError", "Session", "TrainResult", "__version__", "load_adamw_state", "save_adamw_state", "train"]
 
-_FACES = {"Session": "ratel.runtime.session", "TrainResult": "ratel.train.run"}
+_FACES = {"Session": "ratel.runtime.session", "TrainResult": "ratel.train.run",
+          "load_adamw_state": "ratel.optimizer_state", "save_adamw_state": "ratel.optimizer_state"}
 
 
 def __getattr__(name: str) -> Any:

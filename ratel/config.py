@@ -132,6 +132,9 @@ class TrainConfig:
                                ".txt or .jsonl file, or a directory of them (default: the bundled example text)")
     tokenizer: str | None = _option(None, _optional(_read_text), MODEL, "DIR",
                                     "directory with a tokenizer (default: the model's own; bytes where it has none)")
+    optimizer_state: str | None = _option(None, _optional(_read_text), MODEL, "DIR|FILE",
+                                          "AdamW's moments and step count to start from, as `ratel export --optimizer` "
+                                          "and ratel.save_adamw_state write them (default: none)")
     eval_data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR", "held-out text to evaluate on")
     eval_fraction: float = _option(0.01, _SHARE, MODEL, "F",
                                    "without --eval-data, hold out this share of the documents (0: none)")

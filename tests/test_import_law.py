@@ -20,7 +20,7 @@ LAYERS = {
     1: NATIVE_PACKAGES,
     2: ("ratel.plan",),
     3: ("ratel.native", "ratel.memory", "ratel.store", "ratel.data", "ratel.monitor", "ratel.hardware", "ratel.models",
-        "ratel.lora", "ratel.sparse", "ratel.dist"),
+        "ratel.optimizer_state", "ratel.lora", "ratel.sparse", "ratel.dist"),
     4: ("ratel.runtime",),
     5: ("ratel.train",),
     6: ("ratel.cli", "ratel.__main__", "ratel"),

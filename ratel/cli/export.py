@@ -14,9 +14,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the model goes; a new directory")
     parser.add_argument("--model", metavar="DIR|PRESET", help="what the run was started from (default: as it says)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the weights (default: the run's)")
+    parser.add_argument("--optimizer", action="store_true",
+                        help="write AdamW's moments as well, as optimizer.safetensors for PyTorch; add --dtype fp32 to go "
+                             "on exactly, because bf16 rounds the weights")
 
 
 def run(args: argparse.Namespace) -> None:
     from ratel.train.export_state import export_state
 
-    print(export_state(args.state, args.out, model=args.model, dtype=args.dtype))
+    print(export_state(args.state, args.out, model=args.model, dtype=args.dtype, optimizer=args.optimizer))

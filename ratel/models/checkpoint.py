@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
-from ratel.models.safetensors_files import StoredTensor, TensorFiles
+from ratel.models.safetensors_files import StoredTensor, TensorFiles, model_files
 from ratel.models.weights import view
 from ratel.plan.shape import ParamSpec, UnitSpec
 
@@ -35,7 +35,7 @@ class CheckpointSource:
 
     def __init__(self, directory: Path, module: nn.Module) -> None:
         self._directory, self._module = directory, module
-        self._files = TensorFiles(directory)
+        self._files = TensorFiles(model_files(directory))
         self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self._recipes = self._find_recipes()
 

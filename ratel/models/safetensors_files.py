@@ -1,7 +1,8 @@
-"""The safetensors files of a directory: what is in them, checked from their headers, and one tensor at a time."""
+"""Safetensors files that belong together: what is in them, checked from their headers, and one tensor at a time."""
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored dtypes a weight can be read from."""
@@ -40,13 +41,12 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """Raises RatelError if the directory has no safetensors, or a header is not what the format says."""
+    """Raises RatelError, under the name of the option ``field``, if a header is not what the format says."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, paths: Iterable[Path], field: str = "model") -> None:
         self.tensors: dict[str, StoredTensor] = {}
-        for path in _list_files(directory):
-            self.tensors.update(read_header(path))
+        for path in paths:
+            self.tensors.update(read_header(path, field))
         self._open_path: Path | None = None
         self._open_file: Any = None
 
@@ -63,33 +63,46 @@ class TensorFiles:
         self._open_file = self._open_path = None
 
 
-def _list_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.exists():
-        if (directory / SINGLE).exists():
-            return [directory / SINGLE]
+def model_files(directory: Path) -> list[Path]:
+    """The files with the weights. Raises RatelError if there are none."""
+    paths = files_of(directory, "model", "model")
+    if not paths:
         raise _no_weights(directory)
+    return paths
+
+
+def files_of(directory: Path, stem: str, field: str) -> list[Path]:
+    """The files that the index ``stem.safetensors.index.json`` names, or ``stem.safetensors``; none without both."""
+    index = directory / (stem + INDEX_SUFFIX)
+    if index.exists():
+        return indexed_files(index, field)
+    single = directory / (stem + SUFFIX)
+    return [single] if single.exists() else []
+
+
+def indexed_files(index: Path, field: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise RatelError(f"not an index of safetensors files ({error!r})", field="model", value=index,
+        raise RatelError(f"not an index of safetensors files ({error!r})", field=field, value=index,
                          remedy=REMEDY) from error
     for name in names:
-        if not (directory / name).is_file():
-            raise RatelError("a file that the index names is missing", field="model", value=directory / name,
+        if not (index.parent / name).is_file():
+            raise RatelError("a file that the index names is missing", field=field, value=index.parent / name,
                              remedy=REMEDY)
-    return [directory / name for name in names]
+    return [index.parent / name for name in names]
 
 
 def _no_weights(directory: Path) -> RatelError:
     if any(directory.glob("*.bin")):
         return RatelError("the weights are in pickled .bin files, which can run code when loaded", field="model",
                           value=directory, remedy="Convert them with transformers: from_pretrained, save_pretrained")
-    return RatelError(f"there is no {SINGLE} and no {INDEX} in the directory", field="model", value=directory,
+    return RatelError(f"there is no model{SUFFIX} and no model{INDEX_SUFFIX} in the directory", field="model",
+                      value=directory,
                       remedy="Give a directory with safetensors weights, or a preset to start from scratch")
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path, field: str = "model") -> dict[str, StoredTensor]:
     """The tensors of one file. Checks that the file is as long as its header says."""
     try:
         num_bytes = path.stat().st_size
@@ -103,10 +116,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         _check_sizes(header)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise RatelError(f"not a readable safetensors file ({error})", field="model", value=path,
+        raise RatelError(f"not a readable safetensors file ({error})", field=field, value=path,
                          remedy=REMEDY) from error
     if 8 + header_bytes + end > num_bytes:
-        raise RatelError(f"the file is cut off: {num_bytes:,} of {8 + header_bytes + end:,} bytes", field="model",
+        raise RatelError(f"the file is cut off: {num_bytes:,} of {8 + header_bytes + end:,} bytes", field=field,
                          value=path, remedy=REMEDY)
     return tensors
 

@@ -1,8 +1,8 @@
 """Writes the trained model as a Hugging Face directory, a few units in memory at a time."""
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,67 +10,46 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 from ratel.models import Parts
+from ratel.models.shards import SHARD_BYTES, Piece, write_shards
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.durable_files import replace_directory
-from ratel.units import MIB
 
 PIECE_ELEMENTS = 1 << 22
-SHARD_BYTES = 64 * MIB
-"""Small models stay in one file; the margin that the plan leaves the process covers it."""
 
 
-def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Path, dtype: torch.dtype) -> Path:
+def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Path, dtype: torch.dtype,
+                 beside: Callable[[Path], None] | None = None) -> Path:
     """Write ``path`` (replaced as a whole once complete): config, sharded safetensors, index. Returns it.
 
     ``read_unit`` gives a unit's fp32 weights, 1-D in its layout. In bf16 they are rounded half up on the bits, as the
-    `hi` plane is, so that the exported model is the one that was trained.
+    `hi` plane is, so that the exported model is the one that was trained. ``beside`` writes further files into the
+    directory that it is given, before that has its name.
     """
     if path.exists() and not path.is_dir():
         raise RatelError("is a file", field="export", value=path, remedy="Give a directory")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    parts.save_config(partial, dtype)
-    _write_shards(parts, read_unit, partial, dtype)
-    replace_directory(partial, path)
+    unfinished = path.with_name(path.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    parts.save_config(unfinished, dtype)
+    _write_shards(parts, read_unit, unfinished, dtype)
+    if beside is not None:
+        beside(unfinished)
+    replace_directory(unfinished, path)
     return path
 
 
 def _write_shards(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], directory: Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
-
-    groups = list(_grouped(parts, dtype))
-    single = len(groups) == 1
-    weight_map, total_bytes = {}, 0
-    for index, units in enumerate(groups, start=1):
-        name = "model.safetensors" if single else f"model-{index:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {}
-        for unit in units:
-            tensors |= _tensors_of(unit, parts, read_unit, dtype)
-        if index == len(groups):
-            tensors |= {key: value.contiguous() for key, value in parts.persistent_buffers().items()}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-    if not single:
-        index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1), encoding="utf-8")
-
-
-def _grouped(parts: Parts, dtype: torch.dtype) -> Iterator[list[UnitSpec]]:
-    """Units in the order of the spec. A shard holds no more than the largest unit, for which the plan has room."""
+    """A shard holds no more than the largest unit, for which the plan has room."""
     units = [*parts.spec.units, *([parts.unused] if parts.unused else [])]
-    limit = max(SHARD_BYTES, max(unit.num_params for unit in units) * dtype.itemsize)
-    group: list[UnitSpec] = []
-    held = 0
-    for unit in units:
-        num_bytes = unit.num_params * dtype.itemsize
-        if group and held + num_bytes > limit:
-            yield group
-            group, held = [], 0
-        group.append(unit)
-        held += num_bytes
-    yield group
+    pieces = [Piece(num_bytes=unit.num_params * dtype.itemsize,
+                    make=partial(_tensors_of, unit, parts, read_unit, dtype)) for unit in units]
+    write_shards(directory, "model", [*pieces, _buffers(parts)], metadata={"format": "pt"}, shard_bytes=SHARD_BYTES)
+
+
+def _buffers(parts: Parts) -> Piece:
+    """Counted as nothing, so that they never make a shard of their own: a model's buffers are a few KB."""
+    return Piece(num_bytes=0,
+                 make=lambda: {key: value.contiguous() for key, value in parts.persistent_buffers().items()})
 
 
 def _tensors_of(unit: UnitSpec, parts: Parts, read_unit: Callable[[UnitSpec], Tensor],

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,7 @@ from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery, can_continue
 from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
+from ratel.runtime.moments import check_moments, export_moments, import_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Shape, make_plan
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
@@ -64,17 +66,19 @@ class Session:
     and a ``loss_fn(model, batch)``. ``gpu_memory``, ``dram``: budgets (``"24GiB"`` or bytes); by default what is free.
     ``ssd``: directories to stripe over. ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one
     tier, ``placement`` single units or planes (`ratel.plan.placement.forced_placements`). ``buffers`` and the thread
-    counts never change a result. ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can
-    make a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where
-    it pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. Raises RatelError for what cannot work, before anything is reserved.
+    counts never change a result. ``optimizer_state``: a file or directory with the moments and the step count to start
+    from (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
+    a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where it
+    pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. Raises RatelError
+    for what cannot work, before anything is reserved.
     """
 
     def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,
                  ssd: "str | os.PathLike | list | tuple | None" = None, device: str = "auto", dtype: str = "bf16",
                  lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, max_grad_norm: float | None = 1.0, optimizer: str = "auto",
-                 micro_batch: int | str = "auto", seed: int = 0, loss_fn: Callable[[Any, Any], Any] | None = None,
-                 tier: str = "auto", placement: Forced | None = None, checkpoint_tier: str = "auto",
+                 optimizer_state: "str | os.PathLike | None" = None, micro_batch: int | str = "auto", seed: int = 0,
+                 loss_fn: Callable[[Any, Any], Any] | None = None, tier: str = "auto", placement: Forced | None = None, checkpoint_tier: str = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
                  optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers(),
                  durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on") -> None:
@@ -107,13 +111,15 @@ class Session:
         self._broken: BaseException | None = None
         """What ended the session before its time."""
         self._gives_back = isinstance(model, torch.nn.Module)
-        self._attempts = self._updates_made = 0
-        self._saved_at = -1
+        self._attempts, self._saved_at = 0, -1
         self._saved: SavedState | None = None
         self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
                                  attention=attention)
         try:
             self.parts.check_source()
+            self._moments = open_moments(optimizer_state)
+            self._updates_made = self._moments.step if self._moments is not None else 0
+            check_moments(self._moments, self.parts)
         except BaseException:
             self.parts.close()
             raise
@@ -135,6 +141,7 @@ class Session:
         self._shape = Shape.of(batch, count_rows(batch))
         if not self.parts.is_causal_lm:
             self.parts.probe(batch)
+            check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
         plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
                          budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
@@ -162,6 +169,8 @@ class Session:
                 machinery.import_state(self._saved)
             else:
                 machinery.import_weights()
+                if self._moments is not None:
+                    import_moments(machinery, self._moments)
         except BaseException:
             if machinery is not None:
                 machinery.close()
@@ -317,17 +326,21 @@ class Session:
         if saved.training["seed"] != self.seed:
             raise RatelError(f"the state was made with seed {saved.training['seed']}", field="seed", value=self.seed,
                              remedy="Give the same seed: dropout depends on it")
-        self._saved = saved
+        self._saved, self._moments = saved, None  # the state has moments of its own
         self._attempts, self._updates_made = saved.training["steps"], saved.training["updates"]
         return saved.training["extra"]
 
-    def export(self, path: "str | os.PathLike", *, dtype: str = "bf16") -> Path:
-        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time."""
+    def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False) -> Path:
+        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time.
+
+        ``optimizer``: with the moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
+        """
         if self._machinery is None:
             raise RatelError("there is nothing to export before the first step", field="export")
         from ratel.runtime.export import export_model
 
-        return export_model(self.parts, self.read_master, Path(path), DTYPES[dtype])
+        moments = partial(export_moments, self.plan.spec, self.read_state, self._updates_made) if optimizer else None
+        return export_model(self.parts, self.read_master, Path(path), DTYPES[dtype], moments)
 
     # --- the end ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a time."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from ratel.models import Parts
 from ratel.models.presets import PRESETS
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.export import export_model
+from ratel.runtime.moments import export_moments
 from ratel.runtime.session import DTYPES
 from ratel.runtime.state import SavedState
 from ratel.train.options import read_run
 from ratel.train.states import find_state
 
 
-def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None) -> Path:
+def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None,
+                 optimizer: bool = False) -> Path:
     """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model. Returns it.
 
-    ``model``, ``dtype``: by default the run's own, as its config.json has them. Every chunk that is read is verified.
+    ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with the moments, for
+    PyTorch. Every chunk that is read is verified.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
@@ -34,16 +38,19 @@ def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str
                         seed=saved.training["seed"])
     try:
         saved.check_model(parts.spec)
-        _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options)
+        _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
     finally:
         parts.close()
     return out
 
 
-def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any]) -> None:
+def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any],
+            optimizer: bool) -> None:
     extra = saved.training["extra"]
     tokenizer = _tokenizer(source, options) if extra.get("has_tokenizer") else None  # before the long work
-    export_model(parts, lambda unit: merged(saved, unit), out, DTYPES[dtype])
+    moments = partial(export_moments, parts.spec, lambda unit, plane: saved.read(unit.index, plane),
+                      saved.training["updates"]) if optimizer else None
+    export_model(parts, lambda unit: merged(saved, unit), out, DTYPES[dtype], moments)
     if tokenizer is not None:
         tokenizer.chat_template = extra["chat_template"]
         tokenizer.save_pretrained(out)

@@ -11,7 +11,7 @@ from ratel.errors import RatelError
 
 _OF_ONE_START = ("resume", "overwrite")
 """What is asked for once: it is not an option of the run that is continued."""
-_UNREMARKABLE = (*_OF_ONE_START, "out", "quiet", "log_every")
+_UNREMARKABLE = (*_OF_ONE_START, "out", "quiet", "log_every", "optimizer_state")
 
 
 def complete(given: Mapping[str, Any], file: str | os.PathLike[str] | None) -> TrainConfig:

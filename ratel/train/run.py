@@ -69,6 +69,8 @@ def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | 
     durable = config.durable if config.save_every and commits is not None else "off"
     if durable == "auto" and (config.keep > 1 or config.keep_best):
         durable = "checkpoint"  # commits are one state, the newest
+    if not config.resume:  # the state that a run resumes from has moments of its own
+        options["optimizer_state"] = config.optimizer_state
     return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, durable=durable, commits=commits, **options)
 
 

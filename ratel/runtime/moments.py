@@ -1,0 +1,56 @@
+"""AdamW's moments between their tiers and files that PyTorch reads, one plane of one unit in memory at a time."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ratel.models import Parts
+from ratel.models.shards import SHARD_BYTES, Piece
+from ratel.models.weights import view
+from ratel.optimizer_state.files import MOMENTS, MomentFiles, key_of
+from ratel.optimizer_state.writing import write_moments
+from ratel.plan.shape import ModelSpec, UnitSpec
+from ratel.runtime.machinery import Machinery
+from ratel.store.transfer import aligned_empty
+
+PLANES = dict(zip(("m", "v"), MOMENTS))
+
+
+def export_moments(spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor], step: int, directory: Path) -> None:
+    """Write the moments of all trained parameters into ``directory``. ``read_plane`` gives a plane on the CPU."""
+    pieces = [Piece(num_bytes=unit.num_trainable_params * torch.float32.itemsize,
+                    make=partial(_tensors_of, unit, plane, read_plane))
+              for unit in spec.units if unit.num_trainable for plane in PLANES]
+    write_moments(directory, pieces, step=step, shard_bytes=SHARD_BYTES)
+
+
+def _tensors_of(unit: UnitSpec, plane: str, read_plane: Callable[[UnitSpec, str], Tensor]) -> dict[str, Tensor]:
+    flat = read_plane(unit, plane)
+    return {key_of(PLANES[plane], p.name): view(flat, p) for p in unit.params if p.trainable}
+
+
+def open_moments(path: "str | os.PathLike[str] | None") -> MomentFiles | None:
+    return None if path is None else MomentFiles(Path(path), "optimizer_state")
+
+
+def check_moments(files: MomentFiles | None, parts: Parts) -> None:
+    """Refuse moments that are not this model's, as soon as it is known what of it is trained."""
+    if files is not None and parts.probed:
+        files.check(param for unit in parts.spec.units for param in unit.params if param.trainable)
+
+
+def import_moments(machinery: Machinery, files: MomentFiles) -> None:
+    """Bring the moments of every unit to their tiers. `check_moments` comes before."""
+    for unit in machinery.plan.spec.units:
+        for plane, moment in PLANES.items() if unit.num_trainable else ():
+            values = aligned_empty(unit.num_trainable, torch.float32).zero_()
+            for param in unit.params:
+                if param.trainable:
+                    view(values, param).copy_(files.read(moment, param))
+            files.close()
+            machinery.transfer.write(unit, plane, values)
+    machinery.lanes.synchronize()
