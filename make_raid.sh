@@ -63,7 +63,8 @@ check_arguments() {
     fi
     [[ -n $MOUNT ]] || misuse "--mount DIR is missing"
     # The line for /etc/fstab separates its fields with blanks.
-    [[ $MOUNT == /* && $MOUNT != *[[:space:]]* ]] || misuse "--mount must be an absolute path without blanks (given: $MOUNT)"
+    [[ $MOUNT == /* && $MOUNT != *[[:space:]]* ]] ||
+        misuse "--mount must be an absolute path without blanks (given: $MOUNT)"
     [[ $FS == xfs || $FS == ext4 ]] || misuse "--fs is xfs or ext4 (given: $FS)"
     [[ $CHUNK =~ ^[1-9][0-9]*[KM]$ ]] || misuse "--chunk is a number of K or M, like 512K (given: $CHUNK)"
     [[ $OPTIONS =~ ^[^[:space:]]+$ ]] || misuse "--options is a list without blanks (given: $OPTIONS)"

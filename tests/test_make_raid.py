@@ -129,8 +129,8 @@ def test_by_default_it_says_what_it_would_do_and_changes_nothing(machine: Machin
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert [line for line in lines if line.split()[0] in ("mdadm", "mkfs.xfs", "mount")] == commands(machine)
     assert f"{A} 3.5T FAST DRIVE" in lines and "everything on them is lost" in lines[0]
-    assert lines[-1] == (f"Nothing was changed. To do it: sudo {SCRIPT} --mount {machine.mount} --array {ARRAY} {A} {B} "
-                         "--apply")
+    assert lines[-1] == (f"Nothing was changed. To do it: sudo {SCRIPT} --mount {machine.mount} --array {ARRAY} "
+                         f"{A} {B} --apply")
     assert machine.changes == [] and not machine.mount.exists()
 
 
@@ -248,8 +248,9 @@ def test_a_mount_point_in_use_is_refused(machine: Machine) -> None:
 
 def test_drives_are_examined_again_after_the_answer(machine: Machine) -> None:
     """The stand-in for `id`, which is asked just before the question, mounts a drive behind the script's back."""
-    late = "import json, os\nfacts = json.load(open(os.environ['MACHINE']))\n" \
-           f"facts['drives']['{A}']['mounts'] = ['/late']\njson.dump(facts, open(os.environ['MACHINE'], 'w'))\nprint(0)\n"
+    late = ("import json, os\nfacts = json.load(open(os.environ['MACHINE']))\n"
+            f"facts['drives']['{A}']['mounts'] = ['/late']\n"
+            "json.dump(facts, open(os.environ['MACHINE'], 'w'))\nprint(0)\n")
     (machine.programs / "id").write_text(f"#!{sys.executable} -SE\n{late}")
     refused(machine, machine.make(A, B, "--apply", answer="yes\n"), f"{A} is mounted at /late")
 

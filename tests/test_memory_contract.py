@@ -2,20 +2,19 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
+from benchmarks.machine_memory import Cgroup, Machine, remove_group
+from limit_common import taken_away
 from memory_run import BUFFERS, POSITIONS, ROWS, VOCAB, config
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
@@ -76,66 +75,27 @@ def deep_state_bytes(deep: int) -> int:
 # --- a limit that the kernel holds ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    """A memory control group, version 1 or 2."""
-
-    path: Path
-    version: int
-
-    def limit(self, num_bytes: int) -> None:
-        self._write("memory.limit_in_bytes" if self.version == 1 else "memory.max", num_bytes)
-        for swap in ("memory.memsw.limit_in_bytes",) if self.version == 1 else ("memory.swap.max",):
-            if (self.path / swap).exists():
-                self._write(swap, num_bytes if self.version == 1 else 0)
-
-    @property
-    def kills(self) -> int:
-        """Processes that the limit has cost so far."""
-        text = (self.path / ("memory.oom_control" if self.version == 1 else "memory.events")).read_text()
-        return int(dict(line.split() for line in text.splitlines()).get("oom_kill", 0))
-
-    def run(self, runs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-        """A process that is in the group from its first instruction on."""
-        enter = f"echo $$ > {shlex.quote(str(self.path / 'cgroup.procs'))} && exec {shlex.join(command(runs))}"
-        return subprocess.run(["sh", "-c", enter], env=environment(), capture_output=True, text=True, timeout=110)
-
-    def _write(self, name: str, value: int) -> None:
-        (self.path / name).write_text(str(value))
-
-
-def make_group() -> Group:
-    """Below the root's group for memory; raises OSError where that is not allowed."""
-    root = Path("/sys/fs/cgroup")
-    version = 1 if (root / "memory" / "memory.limit_in_bytes").exists() else 2
-    path = (root / "memory" if version == 1 else root) / f"ratel-test-{uuid.uuid4().hex}"
-    path.mkdir()
-    group = Group(path, version)
-    try:
-        group.limit(1 << 50)  # of version 1 the limit with swap can only be lowered after the one without
-    except OSError:
-        path.rmdir()
-        raise
-    return group
+def run_in(group: Cgroup, runs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
+    return subprocess.run(group.enter(command(runs)), env=environment(), capture_output=True, text=True, timeout=110)
 
 
 @pytest.fixture
-def group() -> Iterator[Group]:
+def group() -> Iterator[Cgroup]:
     try:
-        made = make_group()
+        made = Cgroup.create()
     except OSError as error:
         pytest.skip(f"no memory control group can be made here ({error.strerror}); it takes root and a writable cgroup")
     yield made
-    made.path.rmdir()
+    remove_group(made.path)
 
 
 @pytest.mark.e2e
-def test_states_on_ssd_train_in_a_fraction_of_their_size(group: Group, ssd_dir: Path, deep: int,
+def test_states_on_ssd_train_in_a_fraction_of_their_size(group: Cgroup, ssd_dir: Path, deep: int,
                                                         deep_state_bytes: int) -> None:
     """All of Python, PyTorch and the run together stay within a third of the states. Kernel memory counts there too."""
     limit = deep_state_bytes // TIMES_SMALLER
     group.limit(limit)
-    done = group.run([dict(layers=deep, steps=2, tier="ssd", dram=limit, ssd=str(ssd_dir), direct="on")])
+    done = run_in(group, [dict(layers=deep, steps=2, tier="ssd", dram=limit, ssd=str(ssd_dir), direct="on")])
     assert done.returncode == 0, f"died with {done.returncode} under a limit of {limit} bytes: {done.stderr}"
     (found,) = json.loads(done.stdout)
     assert "refused" not in found, found
@@ -146,7 +106,7 @@ def test_states_on_ssd_train_in_a_fraction_of_their_size(group: Group, ssd_dir: 
 
 
 @pytest.mark.e2e
-def test_the_same_limit_stops_what_does_not_keep_to_it(group: Group, deep: int, deep_state_bytes: int) -> None:
+def test_the_same_limit_stops_what_does_not_keep_to_it(group: Cgroup, deep: int, deep_state_bytes: int) -> None:
     """Told the truth, a run is refused with what is missing; told of memory that is not there, it is killed."""
     limit = deep_state_bytes // TIMES_SMALLER
     with Session(config(deep), device="cpu", tier="dram", dram=limit, buffers=BUFFERS) as session:
@@ -154,15 +114,15 @@ def test_the_same_limit_stops_what_does_not_keep_to_it(group: Group, deep: int, 
             session.prepare(ROWS, POSITIONS)
     assert refusal.value.field == "dram" and "--ssd" in refusal.value.remedy
     group.limit(limit)
-    done = group.run([dict(layers=deep, steps=1, tier="dram", dram="1TiB")])
+    done = run_in(group, [dict(layers=deep, steps=1, tier="dram", dram="1TiB")])
     assert done.returncode in (-9, 137) and group.kills > 0
 
 
 @pytest.mark.e2e
-def test_a_run_that_is_told_nothing_keeps_to_the_limit_it_finds(group: Group, ssd_dir: Path, least_bytes: int) -> None:
+def test_a_run_that_is_told_nothing_keeps_to_the_limit_it_finds(group: Cgroup, ssd_dir: Path, least_bytes: int) -> None:
     limit = least_bytes + int(240e6)
     group.limit(limit)
-    done = group.run([dict(layers=10, steps=1, ssd=str(ssd_dir), direct="on")])
+    done = run_in(group, [dict(layers=10, steps=1, ssd=str(ssd_dir), direct="on")])
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
     assert found["on_ssd_bytes"] > 0 and found["on_dram_bytes"] > 0  # neither all of it nor none
@@ -240,7 +200,6 @@ def test_activations_on_a_cpu_device_are_in_the_plan(ssd_dir: Path) -> None:
 
 # --- memory taken away ----------------------------------------------------------------------------------------------
 
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 TAKEN_BYTES = 3 * GIB
 WIDE, WIDE_PARAMETERS = 2304, 63.7e6
 """A width, and the parameters of a layer at that width: few units, quickly planned."""
@@ -249,26 +208,19 @@ WIDE, WIDE_PARAMETERS = 2304, 63.7e6
 @pytest.fixture
 def take_memory() -> Iterator[Any]:
     """A function that reserves huge pages of ``TAKEN_BYTES`` in all; they are given back whatever happens."""
-    if os.geteuid() != 0 or not os.access(HUGE_PAGES, os.W_OK):
-        pytest.skip("reserving huge pages takes root")
-    if psutil.virtual_memory().available < 4 * TAKEN_BYTES:
+    available = Machine().available_bytes()
+    if available < 4 * TAKEN_BYTES:
         pytest.skip(f"less than {4 * TAKEN_BYTES // GIB} GiB are free; others on the machine need what there is")
-    before = int(HUGE_PAGES.read_text())
-    page_bytes = int(next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()
-                          if line.startswith("Hugepagesize"))) * 1024
+    with ExitStack() as stack:
 
-    def take() -> int:
-        """Returns the bytes that were really reserved."""
-        HUGE_PAGES.write_text(str(before + TAKEN_BYTES // page_bytes))
-        reserved = (int(HUGE_PAGES.read_text()) - before) * page_bytes
-        if reserved < TAKEN_BYTES * 3 // 4:
-            pytest.skip(f"the kernel found only {reserved} bytes of huge pages: memory is fragmented or limited")
-        return reserved
+        def take() -> int:
+            """Returns the bytes that were really reserved."""
+            try:
+                return stack.enter_context(taken_away(TAKEN_BYTES)).taken_bytes
+            except RatelError as refusal:
+                pytest.skip(f"huge pages cannot be had here: {refusal}")
 
-    try:
         yield take
-    finally:
-        HUGE_PAGES.write_text(str(before))
 
 
 @pytest.mark.e2e
