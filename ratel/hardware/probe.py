@@ -1,0 +1,205 @@
+"""``ratel doctor --probe``: the numbers a planner needs of this machine, measured in under a minute."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ratel import models, native
+from ratel.hardware import block_rates, rates
+from ratel.hardware.copies import Link, measure_device_memory, measure_dram
+from ratel.hardware.device import choose_dtype, require_device
+from ratel.hardware.host import available_memory, describe_cpu, describe_memory, usable_cores
+from ratel.hardware.probe_cache import Key, load, store
+from ratel.hardware.ssd_rates import measure_ssds
+from ratel.hardware.storage import describe_directory
+from ratel.hardware.timing import repeated_beside
+from ratel.plan.hardware import Hardware
+from ratel.units import GIB, MIB
+
+METHOD = 1
+"""Raised when what is measured, or how, changes: earlier results are then not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is moved and for how long. Arrays are several times larger than the caches of current processors."""
+
+    rate_s: float = 0.5
+    dram_bytes: int = 1536 * MIB
+    adam_params: int = 1 << 26
+    copy_bytes: int = 256 * MIB
+    ssd_file_bytes: int = GIB
+    ssd_s: float = 2.0
+    all_ssds_s: float = 24.0
+    """What the patterns of all directories may take; many directories get less than ``ssd_s`` for each pattern."""
+    cuda_rows: tuple[int, ...] = (1, 2, 8, 16)
+    cuda_positions: int = 1024
+    cpu_rows: tuple[int, ...] = (1, 2, 4)
+    cpu_positions: int = 32
+
+    def rows(self, device: torch.device) -> tuple[tuple[int, ...], int]:
+        return (self.cuda_rows, self.cuda_positions) if device.type == "cuda" else (self.cpu_rows, self.cpu_positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was measured: what a planner takes, and what explains it."""
+
+    hardware: Hardware
+    adam_beside_copies_params_per_s: float
+    """The CPU optimizer while both directions of the link are busy."""
+    block_model: str
+    block_seq_len: int
+    block_seconds: tuple[tuple[int, float, float], ...]
+    """As ``BlockProfile.seconds``, of the largest block."""
+    seconds: float
+    """That the measurements took."""
+
+
+def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "auto", refresh: bool = False,
+          effort: Effort = Effort(), progress: Callable[[str], None] = lambda text: None) -> Probe:
+    """Measure this machine, or take what was measured on it before with the same processor, GPU, directories, drives,
+    model and versions. ``model``: whose block is timed, as ``ratel.models.load`` takes it; by default one of 4096 wide.
+
+    Raises RatelError for a model, directory or device that cannot be used.
+    """
+    where, directories = require_device(device), tuple(dict.fromkeys(directories))
+    key = _key(where, directories, model)
+    found = None if refresh else load(key, Probe)
+    if found is None:
+        found = measure(directories, model, where, effort, progress)
+        store(key, found)
+    return found
+
+
+def measure(directories: tuple[str, ...], model: Any, device: torch.device, effort: Effort,
+            progress: Callable[[str], None] = lambda text: None) -> Probe:
+    """All measurements, one after the other, so that none disturbs another."""
+    begin, threads = time.perf_counter(), max(1, usable_cores() - 1)
+    progress("blocks")
+    block = _measure_block(model, device, effort)
+    progress("memory")
+    with _pool(usable_cores()) as pool:
+        dram_bps = measure_dram(pool, min(effort.dram_bytes, available_memory() // 8), effort.rate_s)
+        gpu_bps = measure_device_memory(device, effort.copy_bytes, effort.rate_s)
+        progress("copies and the CPU optimizer")
+        link = Link(device, pool, effort.copy_bytes)
+        try:
+            h2d_bps, d2h_bps, duplex_bps = link.rates(effort.rate_s)
+            adam = _adam(threads, effort)
+            with repeated_beside(link.both_to_the_end):
+                adam_beside = _adam(threads, effort)
+        finally:
+            link.close()
+    progress("SSDs")
+    patterns = 3 * len(directories) + 1
+    ssds, limit_bps = measure_ssds(directories, effort.ssd_file_bytes, min(effort.ssd_s, effort.all_ssds_s / patterns))
+    dram_bytes = _dram_bytes()
+    hardware = Hardware(
+        name=_name(device), source="measured", gpu_bytes=_gpu_bytes(device, dram_bytes), gpu_flops=block.flops,
+        gpu_half_tokens=block.half_tokens, gpu_bps=gpu_bps, h2d_bps=h2d_bps, d2h_bps=d2h_bps, duplex_bps=duplex_bps,
+        dram_bytes=dram_bytes, dram_bps=dram_bps, cores=usable_cores(), adam_params_per_s=adam, ssds=ssds,
+        ssd_limit_bps=limit_bps)
+    return Probe(hardware=hardware, adam_beside_copies_params_per_s=adam_beside, block_model=block.model,
+                 block_seq_len=block.seq_len, block_seconds=block.seconds, seconds=time.perf_counter() - begin)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    model: str
+    seq_len: int
+    seconds: block_rates.BlockSeconds
+    flops: float
+    half_tokens: float
+
+
+def _measure_block(model: Any, device: torch.device, effort: Effort) -> _Block:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[choose_dtype(device)]
+    parts = models.load(_wide_llama() if model is None else model, dtype=dtype, device=device)
+    try:
+        rows, seq_len = effort.rows(device)
+        seq_len = min(seq_len, parts.spec.max_seq_len or seq_len)
+        batches = [(count, _tokens(count, seq_len, device)) for count in rows]
+        seconds = block_rates.measure_block(parts, batches, device, limit_s=effort.rate_s)
+        row_flops = block_rates.forward_flops(parts, batches[0][1], device) / batches[0][0]
+    finally:
+        parts.close()
+    # Forward, forward again for backward, and backward of twice its FLOPs.
+    points = [(count * seq_len, forward + backward) for count, forward, backward in seconds]
+    flops, half_tokens = block_rates.fit_saturation(points, 4 * row_flops / seq_len)
+    return _Block(model="Llama, 4096 wide" if model is None else parts.name, seq_len=seq_len, seconds=seconds,
+                  flops=flops, half_tokens=half_tokens)
+
+
+def _tokens(rows: int, seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Any token will do: hidden states are drawn at random."""
+    return {"input_ids": torch.zeros(rows, seq_len, dtype=torch.long, device=device)}
+
+
+def _wide_llama() -> Any:
+    """A block of 218 M parameters, the size of those of models with 8 B."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=1024, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2,
+                       num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[Any]:
+    pool = native.op_ds.Pool(threads)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _adam(threads: int, effort: Effort) -> float:
+    """With the threads that a session has by default, on what an eighth of the free memory holds at most."""
+    num_params = min(effort.adam_params, available_memory() // (8 * rates.ADAMW_BYTES))
+    return rates.measure_adamw(threads, num_params=num_params, limit_s=effort.rate_s)["params_per_s"]
+
+
+def _dram_bytes() -> int:
+    memory = describe_memory()
+    return min(memory["total_bytes"], memory["limit_bytes"] or memory["total_bytes"])
+
+
+def _gpu_bytes(device: torch.device, dram_bytes: int) -> int:
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else dram_bytes
+
+
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU device"
+
+
+def _name(device: torch.device) -> str:
+    return f"{describe_cpu()['model']}, {_gpu_name(device)}"
+
+
+def _key(device: torch.device, directories: tuple[str, ...], model: Any) -> Key:
+    """What a result depends on. A directory is the same as long as it is on the same device."""
+    drives = [describe_directory(path) for path in directories]
+    return {"method": METHOD, "torch": str(torch.__version__), "cuda": torch.version.cuda, "cpu": describe_cpu(),
+            "gpu": _gpu_name(device), "dram_bytes": _dram_bytes(),
+            "ssd": [[drive["path"], drive["device"], drive["file_system"]] for drive in drives],
+            "model": None if model is None else _model_key(model)}
+
+
+def _model_key(model: Any) -> str:
+    """Shapes decide: those of the configuration, where there is one on disk."""
+    from pathlib import Path
+
+    if not isinstance(model, (str, Path)):
+        return repr(model)
+    config = Path(model).expanduser() / "config.json"
+    return config.read_text(encoding="utf-8") if config.is_file() else str(model)

@@ -1,0 +1,63 @@
+"""Measurements of this machine, kept in the user's cache directory: one file for each thing they depend on."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ratel.plan.hardware import Hardware, Ssd
+
+Key = dict[str, Any]
+"""Everything a result depends on, as JSON has it."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratel" / "hardware"
+
+
+def cache_file(key: Key) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_directory() / f"{digest[:24]}.json"
+
+
+def load(key: Key, make: Callable[..., T]) -> T | None:
+    """What was stored under this key; None if there is nothing, or nothing that can be used."""
+    try:
+        content = json.loads(cache_file(key).read_text(encoding="utf-8"))
+        if content["key"] != json.loads(json.dumps(key)):
+            return None
+        result = content["result"]
+        return make(**{**result, "hardware": hardware_from_json(result["hardware"]),
+                       "block_seconds": tuple(tuple(point) for point in result["block_seconds"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s cannot be used (%s); this machine is measured again", cache_file(key), error)
+        return None
+
+
+def store(key: Key, result: Any) -> None:
+    """Replaces the file at once: a reader never sees half of it. A cache that cannot be written is only said."""
+    path = cache_file(key)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"key": key, "result": asdict(result)}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        log.warning("the measurements cannot be kept: %s", error)
+
+
+def hardware_to_json(hardware: Hardware) -> dict[str, Any]:
+    return asdict(hardware)
+
+
+def hardware_from_json(content: dict[str, Any]) -> Hardware:
+    return Hardware(**{**content, "ssds": tuple(Ssd(**ssd) for ssd in content["ssds"])})

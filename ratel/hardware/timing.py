@@ -1,0 +1,61 @@
+"""How long a thing takes when it is done again and again."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_GROUP_S = 0.02
+_LARGEST_GROUP = 50
+
+
+def median_seconds(action: Callable[[], object], *, limit_s: float,
+                   settle: Callable[[], object] = lambda: None) -> float:
+    """Seconds of one call, the median over groups of calls; ``settle`` waits for what the calls have started.
+
+    Calls of a group follow each other without waiting, as in training, where the next kernel is launched while the last
+    one runs. The first call warms up and does not count. If the second takes ``limit_s`` by itself, it is the result;
+    else at least two groups are timed, and then until ``limit_s``.
+    """
+    action()
+    settle()
+    second_s = _group_seconds(action, 1, settle)
+    if second_s >= limit_s:
+        return second_s
+    calls = max(1, min(_LARGEST_GROUP, int(_GROUP_S / max(second_s, 1e-9))))
+    begin, found = time.perf_counter(), []
+    while len(found) < 2 or time.perf_counter() - begin < limit_s:
+        found.append(_group_seconds(action, calls, settle) / calls)
+    return statistics.median(found)
+
+
+def _group_seconds(action: Callable[[], object], calls: int, settle: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        action()
+    settle()
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def repeated_beside(action: Callable[[], object]) -> Iterator[None]:
+    """``action`` runs again and again in a thread of its own while the block runs; its error is raised at the end."""
+    over, failures = threading.Event(), []
+
+    def repeat() -> None:
+        try:
+            while not over.is_set():
+                action()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=repeat, name="ratel-probe", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if failures:
+        raise failures[0]
