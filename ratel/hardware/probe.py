@@ -131,6 +131,8 @@ def _measure_block(model: Any, device: torch.device, effort: Effort) -> _Block:
         row_flops = block_rates.forward_flops(parts, batches[0][1], device) / batches[0][0]
     finally:
         parts.close()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the allocator would keep what the largest micro-batch took
     # Forward, forward again for backward, and backward of twice its FLOPs.
     points = [(count * seq_len, forward + backward) for count, forward, backward in seconds]
     flops, half_tokens = block_rates.fit_saturation(points, 4 * row_flops / seq_len)
