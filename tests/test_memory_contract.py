@@ -241,7 +241,8 @@ def planned(layers: int, ssd_dir: Path) -> Plan:
     with Session(config(layers, WIDE), device="cpu") as session:
         return make_plan(session.parts, {"input_ids": torch.zeros(ROWS, POSITIONS, dtype=torch.long)}, device=device,
                          fp32=False, optimizer="deferred", budgets=Budgets(gpu=None, dram=None), micro_batch="auto",
-                         directories=(str(ssd_dir),), forced=None, checkpoint_tier="auto", buffers=BUFFERS)
+                         directories=(str(ssd_dir),), forced=None, checkpoint_tier="auto", buffers=BUFFERS,
+                         durable="off")
 
 
 # --- the GPU --------------------------------------------------------------------------------------------------------
