@@ -141,9 +141,6 @@ class Limit:
     def enter(self, command: list[str]) -> list[str]:
         return command if self.group is None else self.group.enter(command)
 
-    def holds(self) -> bool:
-        return self.watcher.poll() is None
-
 
 @contextmanager
 def limit_dram(limit_bytes: int, method: str = "huge-pages", machine: Machine = Machine()) -> Iterator[Limit]:
@@ -227,8 +224,7 @@ def run(command: list[str], limit_bytes: int, method: str, machine: Machine = Ma
         child = subprocess.Popen(limit.enter(command), preexec_fn=_die_with_parent)
         with _passing_signals(child):
             status = child.wait()
-        lasted = limit.holds()
-    if not lasted:
+    if limit.watcher.returncode != 0:
         print("limit_dram: the memory came back before the command ended: do not trust its result", file=sys.stderr)
         return 1
     return status if status >= 0 else 128 - status
