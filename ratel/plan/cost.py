@@ -24,9 +24,9 @@ class Prediction:
 
     step_s: float
     forward_s: float
-    """From the end of the step before to the end of the last block's forward pass."""
+    """To the end of the last block's forward pass, with what it waits for: deferred updates, but not eager ones."""
     backward_s: float
-    """The rest of the step: loss, backward, and eager updates as far as the next step waits for them."""
+    """The rest: loss, backward, updates on the GPU, and eager updates as far as the next step waits for them."""
     forward: dict[str, float]
     backward: dict[str, float]
     tokens_per_s: float
@@ -117,10 +117,9 @@ def _compute_seconds(plan: Plan, gpu: GpuSeconds) -> tuple[float, float]:
 
 def _prediction(plan: Plan, times: Times, forward: dict[str, float], backward: dict[str, float],
                 moved: Traffic) -> Prediction:
-    # DRAM is no stage of the recurrence unless the optimizer runs; a pass of copies alone can still be bound by it.
-    forward_s = max(times.forward_s, forward["dram"])
-    backward_s = max(times.step_s - times.forward_s, backward["dram"])
-    step_s = forward_s + backward_s
+    # The recurrence lets urgent transfers and copies pass each other; no resource does more work than there is time.
+    step_s = max(times.step_s, *(forward[name] + backward[name] for name in RESOURCES))
+    forward_s, backward_s = times.forward_s, step_s - times.forward_s
     return Prediction(step_s=step_s, forward_s=forward_s, backward_s=backward_s, forward=forward, backward=backward,
                       tokens_per_s=plan.work.rows * plan.work.seq_len / step_s, ssd_read=moved.ssd_read,
                       ssd_written=moved.ssd_written)

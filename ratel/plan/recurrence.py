@@ -87,15 +87,20 @@ class Slots:
 
 
 class _Ssd:
-    """Reads that the GPU waits for go first; the rest is done in what time they leave."""
+    """What the GPU waits for goes first, reads beside writes; updates are done in what time that leaves."""
 
     def __init__(self) -> None:
-        self._first = self._rest = self._owed = 0.0
+        self._reads = self._writes = self._rest = self._owed = 0.0
 
-    def first(self, ready: float, seconds: float) -> float:
-        self._first = max(self._first, ready) + seconds
+    def read(self, ready: float, seconds: float) -> float:
+        self._reads = max(self._reads, ready) + seconds
         self._owed += seconds
-        return self._first
+        return self._reads
+
+    def write(self, ready: float, seconds: float) -> float:
+        self._writes = max(self._writes, ready) + seconds
+        self._owed += seconds
+        return self._writes
 
     def rest(self, ready: float, seconds: float) -> float:
         self._rest = max(self._rest + self._owed, ready) + seconds
@@ -127,6 +132,8 @@ class _Steps:
         self._opened = max(self._opened, began)
         self._todo = iter(self._schedule)
         self._price = self._prices[0]
+        if not self._plan.deferred:
+            computed = self._first_landing(computed)
         for stage in self._plan.spec.stages[:-1]:
             self._using(stage, lambda stage=stage: self._forward(stage))
         forward_s = self._compute - computed
@@ -138,6 +145,11 @@ class _Steps:
         if self._plan.deferred:
             self._pending = update_order(self._plan)
         return Times(step_s=self._norm_known - began, forward_s=forward_s)
+
+    def _first_landing(self, computed: float) -> float:
+        """When the first stage can start: what eager updates of the step before take until then is that step's."""
+        units = [u for u in self._plan.spec.stages[0].units if not self._plan.placements[u].on_gpu]
+        return max([computed, *map(self._landing, units)])
 
     # --- the GPU ------------------------------------------------------------------------------------------------
 
@@ -194,7 +206,7 @@ class _Steps:
         self._d2h = max(self._d2h, self._compute, slot) + moved.d2h * self._price.d2h
         self._saved[block, micro] = self._d2h
         if moved.ssd_written:
-            written = self._ssd.rest(self._d2h, moved.ssd_written * self._price.ssd)
+            written = self._ssd.write(self._d2h, moved.ssd_written * self._price.ssd)
             self._staging_out.release(written)
             self._saved[block, micro] = written
 
@@ -222,19 +234,18 @@ class _Steps:
         ready = max(self._norm_known, self._arrived[index]) if plan.deferred else self._arrived[index]
         own_weights = plan.host_weight_bytes(unit) if plan.deferred else 0
         slot = self._host_slots[weight_class(unit)].acquire() if own_weights else 0.0
-        read_s = (moved.ssd_read + own_weights) * price.ssd
-        ahead_s = min(plan.buffers.ring_slots * plan.ring_slot_bytes * price.ssd, read_s)
-        read = 0.0
-        if moved.ssd_bytes + own_weights:
-            may_read = max(self._norm_known, slot) if plan.deferred else ready - ahead_s
-            read = self._ssd.rest(max(may_read, self._persisted[index]), read_s)
+        read, written = moved.ssd_read + own_weights, moved.ssd_written
+        ring = plan.buffers.ring_slots * plan.ring_slot_bytes
+        through = 0.0
+        if read + written:
+            may_read = max(self._norm_known, slot) if plan.deferred else ready - min(ring, read) * price.ssd
+            through = self._ssd.rest(max(may_read, self._persisted[index]), (read + written) * price.ssd)
         self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
-        self._updated[index] = max(self._cpu, read)
-        self._persisted[index] = self._updated[index]
-        if moved.ssd_written:
-            self._persisted[index] = self._ssd.rest(read, moved.ssd_written * price.ssd)
+        # Chunks are read while others are written; only what the ring holds is left to write after the last one is read.
+        self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
+        self._persisted[index] = max(self._updated[index], through)
         if not plan.deferred and plan.weights_from_ssd(unit):
-            self._host_slots[weight_class(unit)].release(max(self._persisted[index], self._updated[index]))
+            self._host_slots[weight_class(unit)].release(self._persisted[index])
 
     # --- gathers ------------------------------------------------------------------------------------------------
 
@@ -254,7 +265,7 @@ class _Steps:
         ready = self._opened
         if moved.ssd_written:
             self._opened = max(self._opened, self._staging_in.acquire())
-            ready = self._ssd.first(self._opened, moved.ssd_written * self._price.ssd)
+            ready = self._ssd.read(self._opened, moved.ssd_written * self._price.ssd)
         self._h2d = max(self._h2d, ready, self._back_slots.acquire()) + moved.d2h * self._price.h2d
         if moved.ssd_written:
             self._staging_in.release(self._h2d)
@@ -268,7 +279,7 @@ class _Steps:
         ready = self._opened
         if moved.ssd_read and not taken_over:
             self._opened = max(self._opened, self._host_slots[cls].acquire())
-            ready = self._ssd.first(self._opened, moved.ssd_read * self._price.ssd)
+            ready = self._ssd.read(self._opened, moved.ssd_read * self._price.ssd)
         self._h2d = max(self._h2d, ready, self._weight_slots[cls].acquire()) + moved.h2d * self._price.h2d
         if moved.ssd_read and not gather.keep_for_update:
             self._host_slots[cls].release(max(self._h2d, self._persisted[index]) if taken_over else self._h2d)
