@@ -238,8 +238,10 @@ class _Steps:
         ring = plan.buffers.ring_slots * plan.ring_slot_bytes
         through = 0.0
         if read + written:
-            may_read = max(self._norm_known, slot) if plan.deferred else ready - min(ring, read) * price.ssd
-            through = self._ssd.rest(max(may_read, self._persisted[index]), (read + written) * price.ssd)
+            # What is written has been computed, and no more is read ahead of that than the ring holds.
+            may_read = max(self._cpu, ready) - min(ring, read) * price.ssd
+            may_read = max(may_read, self._persisted[index], slot, self._norm_known if plan.deferred else 0.0)
+            through = self._ssd.rest(may_read, (read + written) * price.ssd)
         self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
         # Chunks are read while others are written; only what the ring holds is left to write after the last one is read.
         self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
