@@ -6,18 +6,9 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from ratel.plan.pipes import Pipe
+from ratel.plan.timeline import Span
 
 Process = Generator["Event", None, None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """What one resource did from ``begin_s`` to ``end_s``, in seconds from the first step's start."""
-
-    lane: str
-    name: str
-    begin_s: float
-    end_s: float
 
 
 class Event:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from ratel.plan.compute import UPDATE_BYTES, GpuSeconds
-from ratel.plan.events import Clock, Event, Memory, Pool, Process, Queue, Span, TwoWay
+from ratel.plan.events import Clock, Event, Memory, Pool, Process, Queue, TwoWay
 from ratel.plan.hardware import Hardware
 from ratel.plan.pipes import SsdRates, link, ssd_rates
 from ratel.plan.placement import plane_bytes, weight_class
@@ -18,6 +18,7 @@ from ratel.plan.plan import Plan
 from ratel.plan.recurrence import CLASSES, closing_units, step_schedule, update_order
 from ratel.plan.schedule import Gather
 from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.timeline import Span
 from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
                                 update_traffic)
 
