@@ -152,6 +152,8 @@ class TwoWay:
         self._beside = (pipe.in_beside_bps, pipe.out_beside_bps)
         self._queues: tuple[list, list] = ([], [])
         self._moving: list[_Moving | None] = [None, None]
+        self.moved = [0.0, 0.0]
+        """Bytes that were asked for, by direction."""
         self._since_s, self._count = 0.0, 0
         self._version = 0
 
@@ -159,6 +161,7 @@ class TwoWay:
         """Ask for a transfer; a smaller ``urgency`` goes first. The event happens when it is complete."""
         done = Event()
         self._count += 1
+        self.moved[direction] += num_bytes
         heappush(self._queues[direction], (urgency, self._count, name, num_bytes, done))
         self._change()
         return done

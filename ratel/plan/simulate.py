@@ -38,6 +38,8 @@ class Simulation:
     spans: tuple[Span, ...] = field(repr=False)
     """Of all steps."""
     step_ends_s: tuple[float, ...]
+    moved: dict[str, float]
+    """Bytes of all steps by lane: ``h2d``, ``d2h``, ``ssd read``, ``ssd write``."""
 
 
 def simulate(plan: Plan, hardware: Hardware, *, steps: int = 5) -> Simulation:
@@ -46,7 +48,9 @@ def simulate(plan: Plan, hardware: Hardware, *, steps: int = 5) -> Simulation:
     machine = _Machine(plan, hardware)
     machine.clock.run(machine.clock.start(_Engine(plan, machine).train(steps)))
     ends = machine.step_ends_s
-    return Simulation(step_s=(ends[-1] - ends[-3]) / 2, spans=tuple(machine.clock.spans), step_ends_s=tuple(ends))
+    moved = dict(zip(("h2d", "d2h", "ssd read", "ssd write"), machine.link.moved + machine.ssd.moved))
+    return Simulation(step_s=(ends[-1] - ends[-3]) / 2, spans=tuple(machine.clock.spans), step_ends_s=tuple(ends),
+                      moved=moved)
 
 
 class _Machine:
