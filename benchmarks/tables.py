@@ -17,7 +17,8 @@ GIB = 1 << 30
 HEAD = """# Evaluation data
 
 Made by `python benchmarks/tables.py` from `benchmarks/results/*.json`; each section names the command that measured it.
-Rates of other systems are not repeated here: `benchmarks/results` holds only what commands of this repository printed.
+Rates of other systems are repeated only where a section says so, to compare a prediction with: everything else is what
+commands of this repository measured.
 TFLOP/s count 6 x parameters x tokens. "Bound" is the busy time of the step's busiest resource; "of bound" is that over
 the step's own time, 100% being a step that costs its slowest resource and nothing more.
 """
@@ -68,6 +69,28 @@ def io_section(name: str, result: dict) -> list[str]:
     return [*lines, *bench.table(result).splitlines(), "```", ""]
 
 
+def paper_section(name: str, result: dict) -> list[str]:
+    """Figures of another system as its paper gives them, beside the cost model's for the same system and for Ratel."""
+    lines = [f"## Predicted: {name}", "",
+             "Nothing here was measured. `python benchmarks/paper.py --save` configures the cost model of docs/planner.md to "
+             "do what the system of the Ratel paper (ICDE 2025) did, on the machines `4090` and `3090` of "
+             "`ratel/plan/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this project "
+             "would do there, with updates under backward (eager) and with exact clipping (deferred). A figure that others of "
+             "the same paper contradict is not counted.", "",
+             f"Mean error {result['mean_error']:.1%}; {result['sizes_met']} of {result['sizes']} model sizes met.", "",
+             "| figure | case | unit | paper | model | error | Ratel, eager | Ratel, deferred | not counted because |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for p in result["points"]:
+        error = "" if p["error"] is None else f"{p['error']:+.0%}"
+        cells = [p["figure"], p["case"], p["unit"], p["paper"], p["ours"], error, p["ratel"], p["ratel_clipping"], p["reason"]]
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return [*lines, ""]
+
+
+def _cell(content: float | str | None) -> str:
+    return "" if content is None else content if isinstance(content, str) else f"{content:,.1f}"
+
+
 def document() -> str:
     parts = [HEAD]
     for path in sorted(RESULTS.glob("*.json")):
@@ -79,8 +102,10 @@ def document() -> str:
             parts += adam_section(path.stem, content if isinstance(content, list) else [content])
         elif kind == "io":
             parts += io_section(path.stem, content)
+        elif kind == "paper":
+            parts += paper_section(path.stem, content)
         else:
-            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json with KIND step, adam or io")
+            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json with KIND step, adam, io or paper")
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -1,6 +1,14 @@
-"""A machine in numbers, measured by the probe or written down from data sheets. Rates are bytes, FLOPs or parameters per second."""
+"""A machine in numbers, measured by the probe or written down from data sheets. Rates are bytes, FLOPs or parameters
+per second."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ratel.errors import RatelError
+
+MACHINES = Path(__file__).parent / "machines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +22,7 @@ class Ssd:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """``source`` says where the numbers come from: ``measured``, ``data sheet`` or ``paper``."""
+    """``source`` begins with ``measured``, ``data sheet`` or ``paper`` and says where the numbers come from."""
 
     name: str
     source: str
@@ -38,3 +46,75 @@ class Hardware:
     ssds: tuple[Ssd, ...] = ()
     ssd_limit_bps: float | None = None
     """What all SSDs together can move in both directions, where something (a controller, PCIe) limits their sum."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_flops", "gpu_bps", "h2d_bps", "d2h_bps", "duplex_bps", "dram_bps", "adam_params_per_s"):
+            _check_rate(name, getattr(self, name))
+        for ssd in self.ssds:
+            for name, rate in asdict(ssd).items():
+                _check_rate(f"ssds.{name}", rate)
+        if self.ssd_limit_bps is not None:
+            _check_rate("ssd_limit_bps", self.ssd_limit_bps)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ssds": [asdict(ssd) for ssd in self.ssds]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Hardware":
+        """The inverse of ``to_json``. Raises RatelError that names a field which is unknown or missing."""
+        _check_fields(cls, content, "hardware")
+        ssds = []
+        for ssd in content.get("ssds", ()):
+            _check_fields(Ssd, ssd, "hardware.ssds")
+            ssds.append(Ssd(**ssd))
+        return cls(**{**content, "ssds": tuple(ssds)})
+
+
+def load_hardware(name: str, *, ssds: int | None = None) -> Hardware:
+    """A machine by name (``4090``, ``h200-box``, ...) or from a JSON file, with ``ssds`` devices like its first.
+
+    Raises RatelError for a name that is neither, an unknown field, and SSDs asked of a machine that has none to copy.
+    """
+    path = MACHINES / f"{name}.json"
+    if not path.exists():
+        path = Path(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise RatelError("neither a machine known here nor a readable file", field="hardware", value=name,
+                         remedy=f"Known are {', '.join(machine_names())}") from None
+    except ValueError as error:
+        raise RatelError(f"not JSON ({error})", field="hardware", value=name, remedy="Write it as --json prints it") from None
+    hardware = Hardware.from_json(content)
+    return hardware if ssds is None else with_ssds(hardware, ssds)
+
+
+def machine_names() -> list[str]:
+    return sorted(path.stem for path in MACHINES.glob("*.json"))
+
+
+def with_ssds(hardware: Hardware, count: int) -> Hardware:
+    """The machine with ``count`` devices like its first one."""
+    if count < 0 or (count > 0 and not hardware.ssds):
+        raise RatelError("cannot be made of this machine's devices", field="ssds", value=count,
+                         remedy="Name one device under ssds in the hardware file")
+    return replace(hardware, ssds=hardware.ssds[:1] * count)
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not (isinstance(rate, (int, float)) and rate > 0):
+        raise RatelError("a rate must be more than nothing", field=f"hardware.{name}", value=rate,
+                         remedy="Give it in units per second")
+
+
+def _check_fields(cls: type, content: dict[str, Any], where: str) -> None:
+    if not isinstance(content, dict):
+        raise RatelError("not an object of named numbers", field=where, value=repr(content))
+    known = {f.name: f for f in fields(cls)}
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise RatelError("no such number is known", field=f"{where}.{unknown[0]}", value=content[unknown[0]],
+                         remedy=f"Known are {', '.join(known)}")
+    missing = [name for name in known if name not in content and name not in ("ssds", "ssd_limit_bps")]
+    if missing:
+        raise RatelError("is missing", field=f"{where}.{missing[0]}", remedy="Copy a file of ratel/plan/machines and change it")

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from ratel.errors import RatelError
+from ratel.plan.activations import BlockProfile
 from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
@@ -66,6 +67,10 @@ class Plan:
     checkpoint_tiers: tuple[str, ...]
     """By block."""
     work: Work
+    profiles: tuple[BlockProfile, ...] = field(default=(), repr=False)
+    """By block; blocks of one kind share one. Empty: not known."""
+    kept: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), repr=False)
+    """By block: ``(name, tier)`` of each inner activation that is kept until backward. What is absent is recomputed."""
     buffers: Buffers = Buffers()
     workspace_bytes: int = 0
     """GPU memory left to PyTorch's allocator for activations inside a stage."""

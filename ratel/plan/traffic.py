@@ -6,9 +6,10 @@ the turn are gathered once and save a read.
 
 from dataclasses import dataclass
 
+from ratel.plan.activations import Inner
 from ratel.plan.placement import ELEMENT_BYTES, GPU, SSD, plane_bytes
 from ratel.plan.plan import PAGE_BYTES, Plan
-from ratel.plan.schedule import gathers
+from ratel.plan.schedule import unit_gathers
 from ratel.plan.shape import UnitSpec
 from ratel.units import align_up
 
@@ -29,6 +30,41 @@ class Traffic:
         return Traffic(ssd_read=self.ssd_read + other.ssd_read, ssd_written=self.ssd_written + other.ssd_written,
                        h2d=self.h2d + other.h2d, d2h=self.d2h + other.d2h)
 
+    @property
+    def ssd_bytes(self) -> int:
+        return self.ssd_read + self.ssd_written
+
+    @property
+    def dram_bytes(self) -> int:
+        """Each byte that comes to DRAM or leaves it is written or read there once."""
+        return self.ssd_bytes + self.h2d + self.d2h
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTraffic:
+    """A step's traffic by the pass that moves it. The turn (loss) belongs to the backward pass.
+
+    Updates run under backward (eager) or under the next forward pass (deferred), and are therefore apart.
+    """
+
+    forward: Traffic
+    backward: Traffic
+    updates: Traffic
+
+
+def pass_traffic(plan: Plan) -> PassTraffic:
+    """One training step in steady state, at the plan's batch shape."""
+    turn = len(plan.spec.stages) - 1
+    weights = unit_gathers(plan, training=True)
+    out, back = _activation_traffic(plan)
+    units = [u for u in plan.spec.units if u.num_trainable and not plan.placement(u).on_gpu]
+    zero = Traffic()
+    return PassTraffic(
+        forward=sum((gather_traffic(plan, g.unit) for p, g in weights if p < turn), zero) + out,
+        backward=sum((gather_traffic(plan, g.unit) for p, g in weights if p >= turn), zero) + back
+        + sum((gradient_traffic(plan, u) for u in units), zero),
+        updates=sum((update_traffic(plan, u) for u in units), zero))
+
 
 def step_traffic(plan: Plan, *, after_flush: bool = False) -> Traffic:
     """One training step with its updates, at the plan's batch shape.
@@ -36,36 +72,73 @@ def step_traffic(plan: Plan, *, after_flush: bool = False) -> Traffic:
     In deferred mode the update's copy of a unit's weights serves the next forward pass too. The first step, and one
     ``after_flush``, has no such copy and reads those weights once more.
     """
-    total = _gather_traffic(plan) + _checkpoint_traffic(plan)
-    for unit in plan.spec.units:
-        if unit.num_trainable and not plan.placement(unit).on_gpu:
-            total += _update_traffic(plan, unit)
-            if plan.deferred and after_flush:
-                total += Traffic(ssd_read=plan.host_weight_bytes(unit))
+    passes = pass_traffic(plan)
+    total = passes.forward + passes.backward + passes.updates
+    if plan.deferred and after_flush:
+        total += Traffic(ssd_read=sum(plan.host_weight_bytes(u) for u in plan.spec.units
+                                      if u.num_trainable and not plan.placement(u).on_gpu))
     return total
 
 
-def _gather_traffic(plan: Plan) -> Traffic:
-    """Weights on their way to the GPU, as often as the schedule says."""
-    units = [plan.spec.units[g.unit] for g in gathers(plan, training=True) if not g.is_checkpoint]
-    return Traffic(ssd_read=sum(plan.host_weight_bytes(u) for u in units),
-                   h2d=sum(u.num_elements * plan.weight_bytes for u in units))
+def gather_traffic(plan: Plan, index: int) -> Traffic:
+    """One unit's weights on their way to the GPU."""
+    unit = plan.spec.units[index]
+    return Traffic(ssd_read=plan.host_weight_bytes(unit), h2d=unit.num_elements * plan.weight_bytes)
 
 
-def _update_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
-    """The gradient up; optimizer planes from SSD and back; weights back, which a gather has read, or spares reading."""
+def gradient_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
+    """The unit's gradient up to DRAM, and on to SSD where it waits there for its (deferred) update."""
+    spilled = plane_bytes(unit, "g", fp32=plan.fp32) if "g" in plan.ring_planes(unit) else 0
+    return Traffic(ssd_written=spilled, d2h=unit.num_trainable * plan.grad_bytes + NORM_BYTES)
+
+
+def update_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
+    """Optimizer planes from SSD and back; weights back, which a gather has read, or spares reading."""
     ring = {p: plane_bytes(unit, p, fp32=plan.fp32) for p in plan.ring_planes(unit)}
     weights = sum(ELEMENT_BYTES[p] * unit.num_trainable for p in plan.weights_from_ssd(unit))
-    # A gradient on SSD is written before the update and read by it; the other planes are read first and written back.
-    return Traffic(ssd_read=sum(ring.values()), ssd_written=sum(ring.values()) + weights,
-                   d2h=unit.num_trainable * plan.grad_bytes + NORM_BYTES)
+    # The gradient is read and then forgotten; the other planes are read and written back.
+    return Traffic(ssd_read=sum(ring.values()), ssd_written=sum(ring.values()) - ring.get("g", 0) + weights)
 
 
-def _checkpoint_traffic(plan: Plan) -> Traffic:
-    """Each block's input out and back once per micro-batch; on SSD in whole slots, over PCIe the rows there are."""
+def activation_traffic(plan: Plan, block: int, rows: int) -> Traffic:
+    """What leaves the GPU in one micro-batch's forward pass through a block: its input, and what is kept of its inside.
+
+    The same bytes come back in backward. SSD moves whole slots of a full micro-batch, PCIe the rows there are.
+    """
+    input_row = plan.work.hidden_bytes // plan.work.micro_rows
+    total = _leaving(plan, input_row, plan.checkpoint_tiers[block], rows)
+    for inner, tier in kept_inner(plan, block):
+        total += _leaving(plan, inner.row_bytes, tier, rows)
+    return total
+
+
+def kept_inner(plan: Plan, block: int) -> list[tuple[Inner, str]]:
+    """The inner activations of a block that are kept, with their tiers."""
+    if not plan.kept:
+        return []
+    inner = {i.name: i for i in plan.profiles[block].inner}
+    return [(inner[name], tier) for name, tier in plan.kept[block]]
+
+
+def _leaving(plan: Plan, row_bytes: int, tier: str, rows: int) -> Traffic:
+    if tier == GPU:
+        return Traffic()
+    slot = align_up(row_bytes * plan.work.micro_rows, PAGE_BYTES) if tier == SSD else 0
+    return Traffic(ssd_written=slot, d2h=row_bytes * rows)
+
+
+def _activation_traffic(plan: Plan) -> tuple[Traffic, Traffic]:
+    """All activations on their way out, and on their way back."""
+    out = sum((activation_traffic(plan, block, rows) for block in range(len(plan.checkpoint_tiers))
+               for rows in micro_rows(plan)), Traffic())
+    return out, returning(out)
+
+
+def returning(out: Traffic) -> Traffic:
+    return Traffic(ssd_read=out.ssd_written, h2d=out.d2h)
+
+
+def micro_rows(plan: Plan) -> list[int]:
+    """Rows of each micro-batch; the last one may be short."""
     work = plan.work
-    on_ssd = sum(tier == SSD for tier in plan.checkpoint_tiers)
-    off_gpu = sum(tier != GPU for tier in plan.checkpoint_tiers)
-    written = on_ssd * work.num_micro * align_up(work.hidden_bytes, PAGE_BYTES)
-    crossed = off_gpu * (work.hidden_bytes // work.micro_rows) * work.rows
-    return Traffic(ssd_read=written, ssd_written=written, h2d=crossed, d2h=crossed)
+    return [min(work.micro_rows, work.rows - begin) for begin in range(0, work.rows, work.micro_rows)]

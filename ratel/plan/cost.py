@@ -1,0 +1,125 @@
+"""Predicts the time of a step: how long each resource is busy in each pass, and what of it is exposed.
+
+The busy times are plain quotients of bytes, FLOPs and parameters by rates; their maximum is the step's bound. The step
+takes a little more, because the first gather of a pass, the last gradient and the last update have nothing to hide
+under; ``ratel/plan/recurrence.py`` follows the stages to find how much. docs/planner.md has the formulas.
+"""
+
+from dataclasses import dataclass
+
+from ratel.errors import RatelError
+from ratel.plan.compute import UPDATE_BYTES, GpuSeconds
+from ratel.plan.hardware import Hardware
+from ratel.plan.pipes import link, ssd_rates
+from ratel.plan.plan import Plan
+from ratel.plan.recurrence import Prices, Times, follow
+from ratel.plan.traffic import Traffic, micro_rows, pass_traffic
+
+RESOURCES = ("compute", "h2d", "d2h", "cpu optimizer", "dram", "ssd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of one step in steady state. ``forward`` and ``backward``: seconds for which each of RESOURCES is busy."""
+
+    step_s: float
+    forward_s: float
+    """To the end of the last block's forward pass, with what it waits for: deferred updates, but not eager ones."""
+    backward_s: float
+    """The rest: loss, backward, updates on the GPU, and eager updates as far as the next step waits for them."""
+    forward: dict[str, float]
+    backward: dict[str, float]
+    tokens_per_s: float
+    ssd_read: int
+    ssd_written: int
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        return {name: self.forward[name] + self.backward[name] for name in RESOURCES}
+
+    @property
+    def bound_by(self) -> str:
+        """The busiest resource."""
+        busy = self.busy_s
+        return max(RESOURCES, key=busy.__getitem__)
+
+    @property
+    def bound_s(self) -> float:
+        """What the step would take if everything else were hidden."""
+        return max(self.busy_s.values())
+
+    @property
+    def exposed_s(self) -> float:
+        return self.step_s - self.bound_s
+
+
+def predict(plan: Plan, hardware: Hardware) -> Prediction:
+    """The step time of ``plan`` on ``hardware``. Raises RatelError if the plan uses SSDs and the machine has none."""
+    gpu = GpuSeconds(plan, hardware)
+    passes = pass_traffic(plan)
+    params = sum(u.num_trainable for u in plan.spec.units if not plan.placement(u).on_gpu)
+    none = Traffic()
+    early = _PassWork(traffic=passes.forward + (passes.updates if plan.deferred else none),
+                      params=params if plan.deferred else 0)
+    late = _PassWork(traffic=passes.backward + (none if plan.deferred else passes.updates),
+                     params=0 if plan.deferred else params)
+    prices = (_prices(early, hardware), _prices(late, hardware))
+    times = follow(plan, gpu, prices)
+    compute = _compute_seconds(plan, gpu)
+    forward, backward = (_busy(work, hardware, price, seconds)
+                         for work, price, seconds in zip((early, late), prices, compute))
+    return _prediction(plan, times, forward, backward, early.traffic + late.traffic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PassWork:
+    traffic: Traffic
+    params: int
+    """Updated by the CPU during the pass."""
+
+
+def _prices(work: _PassWork, hardware: Hardware) -> Prices:
+    """What a byte or a parameter costs while the pass's other traffic shares its pipe: total seconds over total work."""
+    moved = work.traffic
+    h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h)
+    params = max(work.params, 1)
+    update = max(1 / hardware.adam_params_per_s, (UPDATE_BYTES + moved.dram_bytes / params) / hardware.dram_bps)
+    return Prices(ssd=_ssd_seconds(moved, hardware) / max(moved.ssd_bytes, 1), h2d=h2d_s / max(moved.h2d, 1),
+                  d2h=d2h_s / max(moved.d2h, 1), update=update)
+
+
+def _ssd_seconds(moved: Traffic, hardware: Hardware) -> float:
+    if not moved.ssd_bytes:
+        return 0.0
+    rates = ssd_rates(hardware)
+    if rates is None:
+        raise RatelError("the plan uses SSDs, of which the machine has none", field="hardware.ssds", value=hardware.name,
+                         remedy="Plan without --ssd, or give the hardware file its SSDs")
+    return rates.seconds(moved.ssd_read, moved.ssd_written)
+
+
+def _busy(work: _PassWork, hardware: Hardware, prices: Prices, compute_s: float) -> dict[str, float]:
+    moved = work.traffic
+    dram_bytes = moved.dram_bytes + UPDATE_BYTES * work.params
+    return {"compute": compute_s, "h2d": moved.h2d * prices.h2d, "d2h": moved.d2h * prices.d2h,
+            "cpu optimizer": work.params / hardware.adam_params_per_s, "dram": dram_bytes / hardware.dram_bps,
+            "ssd": moved.ssd_bytes * prices.ssd}
+
+
+def _compute_seconds(plan: Plan, gpu: GpuSeconds) -> tuple[float, float]:
+    forward = backward = 0.0
+    for stage in plan.spec.stages:
+        for rows in micro_rows(plan):
+            there, back = gpu.block(stage.index - 1, rows) if stage.kind == "block" else gpu.ends(stage, rows)
+            forward, backward = forward + there, backward + back
+    return forward, backward + sum(gpu.update(u) for u in plan.spec.units if plan.placement(u).on_gpu)
+
+
+def _prediction(plan: Plan, times: Times, forward: dict[str, float], backward: dict[str, float],
+                moved: Traffic) -> Prediction:
+    # The recurrence lets urgent transfers and copies pass each other; no resource does more work than there is time.
+    step_s = max(times.step_s, *(forward[name] + backward[name] for name in RESOURCES))
+    forward_s, backward_s = times.forward_s, step_s - times.forward_s
+    return Prediction(step_s=step_s, forward_s=forward_s, backward_s=backward_s, forward=forward, backward=backward,
+                      tokens_per_s=plan.work.rows * plan.work.seq_len / step_s, ssd_read=moved.ssd_read,
+                      ssd_written=moved.ssd_written)

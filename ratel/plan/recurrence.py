@@ -1,0 +1,300 @@
+"""When each stage of a step is done, stage by stage: the maximum of what it waits for, plus its own time.
+
+Every resource does its work in a fixed order, so that all of it is maxima and sums: more of a resource can never make
+a step slower here, and a step of a hundred blocks takes milliseconds to predict. What the simulator
+(``ratel/plan/simulate.py``) has and this leaves out are chunks: a unit's update is one piece here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+
+from ratel.plan.compute import GpuSeconds
+from ratel.plan.placement import DRAM, GPU, weight_class
+from ratel.plan.plan import Plan
+from ratel.plan.schedule import Gather, gathers
+from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
+                                update_traffic)
+
+MOST_STEPS = 12
+"""Steps followed at most until two take the same time; two or three are enough unless the optimizer lags behind."""
+
+CLASSES = ("block", "ends", "shared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Seconds per byte, and per parameter that the CPU updates, in one pass."""
+
+    ssd: float
+    h2d: float
+    d2h: float
+    update: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    step_s: float
+    forward_s: float
+
+
+def follow(plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> Times:
+    """Steady state: steps are followed until two in a row take the same time. ``prices``: of forward and backward."""
+    steps = _Steps(plan, gpu, prices)
+    times = steps.run()
+    for _ in range(MOST_STEPS):
+        before, times = times, steps.run()
+        if abs(times.step_s - before.step_s) <= 1e-9 * times.step_s:
+            break
+    return times
+
+
+def closing_units(plan: Plan) -> dict[int, list[UnitSpec]]:
+    """By stage: the trained units whose gradients are complete when its backward pass is."""
+    closing: dict[int, list[UnitSpec]] = {s.index: [] for s in plan.spec.stages}
+    seen: set[int] = set()
+    for stage in plan.spec.stages:
+        fresh = [plan.spec.units[u] for u in stage.units if u not in seen]
+        closing[stage.index] = [u for u in fresh if u.num_trainable]
+        seen.update(u.index for u in fresh)
+    return closing
+
+
+def update_order(plan: Plan) -> list[UnitSpec]:
+    """Deferred mode: units that the CPU updates, in the order in which forward needs them."""
+    units = [u for u in plan.spec.units if u.num_trainable and not plan.placement(u).on_gpu]
+    return sorted(units, key=lambda u: (u.kind != "shared", u.index))
+
+
+def step_schedule(plan: Plan) -> list[Gather]:
+    """The step's gathers; one brings back all that left the GPU of a block and micro-batch, its input or its inside."""
+    leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in range(len(plan.checkpoint_tiers)))
+    return gathers(replace(plan, checkpoint_tiers=leaving), training=True)
+
+
+class Slots:
+    """The times at which the slots of a pool are free."""
+
+    def __init__(self, count: int) -> None:
+        self._free = [0.0] * count
+
+    def acquire(self) -> float:
+        return heappop(self._free)
+
+    def release(self, at: float) -> None:
+        heappush(self._free, at)
+
+
+class _Ssd:
+    """What the GPU waits for goes first, reads beside writes; updates are done in what time that leaves."""
+
+    def __init__(self) -> None:
+        self._reads = self._writes = self._rest = self._owed = 0.0
+
+    def read(self, ready: float, seconds: float) -> float:
+        self._reads = max(self._reads, ready) + seconds
+        self._owed += seconds
+        return self._reads
+
+    def write(self, ready: float, seconds: float) -> float:
+        self._writes = max(self._writes, ready) + seconds
+        self._owed += seconds
+        return self._writes
+
+    def rest(self, ready: float, seconds: float) -> float:
+        self._rest = max(self._rest + self._owed, ready) + seconds
+        self._owed = 0.0
+        return self._rest
+
+
+class _Steps:
+    """The clocks of all resources: each is the time at which what it was last asked for is done."""
+
+    def __init__(self, plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> None:
+        self._plan, self._gpu, self._prices, self._price = plan, gpu, prices, prices[0]
+        self._update_price = prices[0] if plan.deferred else prices[1]
+        self._schedule, self._closing, self._rows = step_schedule(plan), closing_units(plan), micro_rows(plan)
+        self._ssd = _Ssd()
+        self._opened = self._h2d = self._compute = self._d2h = self._cpu = self._norm_known = 0.0
+        self._updated, self._arrived, self._persisted = ([0.0] * len(plan.spec.units) for _ in range(3))
+        self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
+        self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
+        self._back_slots, self._staging_out, self._staging_in = (Slots(plan.buffers.checkpoint_slots) for _ in range(3))
+        self._landed: dict[int | tuple[int, int], float] = {}
+        self._uses: dict[int, int] = {}
+        self._saved: dict[tuple[int, int], float] = {}
+        self._pending: list[UnitSpec] = []
+
+    def run(self) -> Times:
+        """One step, from the end of the backward pass before it (updates on the GPU go on) to the end of its own."""
+        began, computed = self._norm_known, self._compute
+        self._opened = max(self._opened, began)
+        self._todo = iter(self._schedule)
+        self._price = self._prices[0]
+        if not self._plan.deferred:
+            computed = self._first_landing(computed)
+        for stage in self._plan.spec.stages[:-1]:
+            self._using(stage, lambda stage=stage: self._forward(stage))
+        forward_s = self._compute - computed
+        self._price = self._prices[1]
+        for stage in reversed(self._plan.spec.stages):
+            self._using(stage, lambda stage=stage: self._backward(stage))
+        self._norm_known = self._compute
+        self._compute += sum(self._gpu.update(u) for u in self._plan.spec.units if self._plan.placement(u).on_gpu)
+        if self._plan.deferred:
+            self._pending = update_order(self._plan)
+        return Times(step_s=self._norm_known - began, forward_s=forward_s)
+
+    def _first_landing(self, computed: float) -> float:
+        """When the first stage can start: what eager updates of the step before take until then is that step's."""
+        units = [u for u in self._plan.spec.stages[0].units if not self._plan.placements[u].on_gpu]
+        return max([computed, *map(self._landing, units)])
+
+    # --- the GPU ------------------------------------------------------------------------------------------------
+
+    def _using(self, stage: StageSpec, work: Callable[[], None]) -> None:
+        units = [u for u in stage.units if not self._plan.placements[u].on_gpu]
+        for unit in units:
+            self._compute = max(self._compute, self._landing(unit))
+        work()
+        for unit in units:
+            self._uses[unit] -= 1
+            if not self._uses[unit]:
+                del self._landed[unit]
+                self._weight_slots[self._class(unit)].release(self._compute)
+
+    def _forward(self, stage: StageSpec) -> None:
+        for micro, rows in enumerate(self._rows):
+            if stage.kind != "block":
+                self._compute += self._gpu.ends(stage, rows)[0]
+                continue
+            self._save(stage.index - 1, micro)
+            self._compute += self._gpu.block(stage.index - 1, rows)[0]
+
+    def _backward(self, stage: StageSpec) -> None:
+        closing = [u for u in self._closing[stage.index] if not self._plan.placement(u).on_gpu]
+        for unit in closing:
+            self._compute = max(self._compute, self._grad_slots[weight_class(unit)].acquire())
+        for micro, rows in enumerate(self._rows):
+            if stage.kind != "block":
+                self._compute += self._gpu.ends(stage, rows)[1]
+                continue
+            key = (stage.index - 1, micro)
+            leaves = bool(self._activations(*key).d2h)
+            self._compute = max(self._compute, self._landing(key) if leaves else 0.0)
+            self._compute += self._gpu.block(stage.index - 1, rows)[1]
+            if leaves:
+                del self._landed[key]
+                self._back_slots.release(self._compute)
+        for unit in closing:
+            self._leave(unit)
+
+    def _class(self, unit: int) -> str:
+        return weight_class(self._plan.spec.units[unit])
+
+    # --- activations and gradients on their way out ------------------------------------------------------------
+
+    def _activations(self, block: int, micro: int) -> Traffic:
+        return activation_traffic(self._plan, block, self._rows[micro])
+
+    def _save(self, block: int, micro: int) -> None:
+        moved = self._activations(block, micro)
+        if not moved.d2h:
+            return
+        slot = self._staging_out.acquire() if moved.ssd_written else 0.0
+        self._d2h = max(self._d2h, self._compute, slot) + moved.d2h * self._price.d2h
+        self._saved[block, micro] = self._d2h
+        if moved.ssd_written:
+            written = self._ssd.write(self._d2h, moved.ssd_written * self._price.ssd)
+            self._staging_out.release(written)
+            self._saved[block, micro] = written
+
+    def _leave(self, unit: UnitSpec) -> None:
+        """A complete gradient: to DRAM, then to SSD or straight into its update."""
+        moved, cls = gradient_traffic(self._plan, unit), weight_class(unit)
+        passing = self._plan.grads_pass_through(unit)
+        slot = self._host_grads[cls].acquire() if passing else 0.0
+        self._d2h = max(self._d2h, self._compute, slot) + moved.d2h * self._price.d2h
+        self._grad_slots[cls].release(self._d2h)
+        self._arrived[unit.index] = self._d2h
+        if moved.ssd_written:
+            self._arrived[unit.index] = self._ssd.rest(self._d2h, moved.ssd_written * self._price.ssd)
+        if not self._plan.deferred:
+            self._update(unit)
+        if passing:
+            self._host_grads[cls].release(self._arrived[unit.index] if self._plan.deferred else self._updated[unit.index])
+
+    # --- updates ------------------------------------------------------------------------------------------------
+
+    def _update(self, unit: UnitSpec) -> None:
+        """Reads go ahead of the gradient by what the ring holds; write-backs trail."""
+        plan, price, index = self._plan, self._update_price, unit.index
+        moved = update_traffic(plan, unit)
+        ready = max(self._norm_known, self._arrived[index]) if plan.deferred else self._arrived[index]
+        own_weights = plan.host_weight_bytes(unit) if plan.deferred else 0
+        slot = self._host_slots[weight_class(unit)].acquire() if own_weights else 0.0
+        read, written = moved.ssd_read + own_weights, moved.ssd_written
+        ring = plan.buffers.ring_slots * plan.ring_slot_bytes
+        through = 0.0
+        if read + written:
+            # What is written has been computed, and no more is read ahead of that than the ring holds.
+            may_read = max(self._cpu, ready) - min(ring, read) * price.ssd
+            may_read = max(may_read, self._persisted[index], slot, self._norm_known if plan.deferred else 0.0)
+            through = self._ssd.rest(may_read, (read + written) * price.ssd)
+        self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
+        # Chunks are read while others are written; only what the ring holds is left to write after the last one is read.
+        self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
+        self._persisted[index] = max(self._updated[index], through)
+        if not plan.deferred and plan.weights_from_ssd(unit):
+            self._host_slots[weight_class(unit)].release(self._persisted[index])
+
+    # --- gathers ------------------------------------------------------------------------------------------------
+
+    def _landing(self, key: int | tuple[int, int]) -> float:
+        """When a gather has landed; those before it in the schedule are started first."""
+        while key not in self._landed:
+            gather = next(self._todo)
+            if gather.is_checkpoint:
+                self._fetch(gather.checkpoint)
+            else:
+                self._gather(gather)
+        return self._landed[key]
+
+    def _fetch(self, key: tuple[int, int]) -> None:
+        moved = self._activations(*key)
+        self._opened = max(self._opened, self._saved[key])
+        ready = self._opened
+        if moved.ssd_written:
+            self._opened = max(self._opened, self._staging_in.acquire())
+            ready = self._ssd.read(self._opened, moved.ssd_written * self._price.ssd)
+        self._h2d = max(self._h2d, ready, self._back_slots.acquire()) + moved.d2h * self._price.h2d
+        if moved.ssd_written:
+            self._staging_in.release(self._h2d)
+        self._landed[key] = self._h2d
+
+    def _gather(self, gather: Gather) -> None:
+        index, plan = gather.unit, self._plan
+        unit, moved, cls = plan.spec.units[index], gather_traffic(plan, index), self._class(index)
+        taken_over = self._finish_update(index)
+        self._opened = max(self._opened, self._updated[index])
+        ready = self._opened
+        if moved.ssd_read and not taken_over:
+            self._opened = max(self._opened, self._host_slots[cls].acquire())
+            ready = self._ssd.read(self._opened, moved.ssd_read * self._price.ssd)
+        self._h2d = max(self._h2d, ready, self._weight_slots[cls].acquire()) + moved.h2d * self._price.h2d
+        if moved.ssd_read and not gather.keep_for_update:
+            self._host_slots[cls].release(max(self._h2d, self._persisted[index]) if taken_over else self._h2d)
+        self._landed[index], self._uses[index] = self._h2d, gather.uses
+
+    def _finish_update(self, index: int) -> bool:
+        """Deferred: make the updates up to this unit's. True if the unit's was among them: its weights are in DRAM."""
+        while any(u.index == index for u in self._pending):
+            self._update(self._pending.pop(0))
+            if not any(u.index == index for u in self._pending):
+                return True
+        return False
+
+
+def _pools(count_of: Callable[[str], int]) -> dict[str, Slots]:
+    return {cls: Slots(count_of(cls)) for cls in CLASSES}

@@ -1,0 +1,409 @@
+"""Runs a plan's schedule against a machine's numbers, event by event: the same threads, slots and queues as the engine.
+
+Every function below that yields is one thread or one stream of ``ratel/runtime`` and does what that does, with
+transfers and computation that only take time. The result checks the closed form (``ratel/plan/cost.py``) and can be
+drawn (``ratel/plan/timeline.py``).
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+from ratel.plan.compute import UPDATE_BYTES, GpuSeconds
+from ratel.plan.events import Clock, Event, Memory, Pool, Process, Queue, TwoWay
+from ratel.plan.hardware import Hardware
+from ratel.plan.pipes import SsdRates, link, ssd_rates
+from ratel.plan.placement import plane_bytes, weight_class
+from ratel.plan.plan import Plan
+from ratel.plan.recurrence import CLASSES, closing_units, step_schedule, update_order
+from ratel.plan.schedule import Gather
+from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.timeline import Span
+from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
+                                update_traffic)
+
+MOST_CHUNKS = 24
+"""Pieces of one unit's update at most: a unit of 3 B parameters has 770 chunks, which would simulate for a minute."""
+
+CHUNKS_AHEAD = 4
+"""Chunks by which the CPU may be ahead of DRAM: so far its waits for others' bursts even out."""
+
+WEIGHT, ACTIVATION, OPTIMIZER, WRITE_BACK = range(4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    step_s: float
+    """Of the last two steps, in steady state."""
+    spans: tuple[Span, ...] = field(repr=False)
+    """Of all steps."""
+    step_ends_s: tuple[float, ...]
+    moved: dict[str, float]
+    """Bytes of all steps by lane: ``h2d``, ``d2h``, ``ssd read``, ``ssd write``."""
+
+
+def simulate(plan: Plan, hardware: Hardware, *, steps: int = 5) -> Simulation:
+    """Run ``steps`` (at least 3) steps; the first ones fill the pipeline."""
+    assert steps >= 3, "the first two steps are not in steady state"
+    machine = _Machine(plan, hardware)
+    machine.clock.run(machine.clock.start(_Engine(plan, machine).train(steps)))
+    ends = machine.step_ends_s
+    moved = dict(zip(("h2d", "d2h", "ssd read", "ssd write"), machine.link.moved + machine.ssd.moved))
+    return Simulation(step_s=(ends[-1] - ends[-3]) / 2, spans=tuple(machine.clock.spans), step_ends_s=tuple(ends),
+                      moved=moved)
+
+
+class _Machine:
+    """Resources."""
+
+    def __init__(self, plan: Plan, hardware: Hardware) -> None:
+        self.clock = Clock()
+        self.memory = Memory(self.clock, hardware.dram_bps)
+        self.link = TwoWay(self.clock, self.memory, link(hardware), ("h2d", "d2h"))
+        # A machine without SSDs is only given plans that move nothing there.
+        rates = ssd_rates(hardware) or SsdRates(read_bps=1.0, write_bps=1.0, mixed_bps=1.0)
+        self.ssd = TwoWay(self.clock, self.memory, rates.pipe, ("ssd read", "ssd write"))
+        self.gpu = GpuSeconds(plan, hardware)
+        self.adam_params_per_s = hardware.adam_params_per_s
+        self.step_ends_s: list[float] = []
+
+    def read(self, num_bytes: float, name: str, urgency: int) -> Event:
+        return self.ssd.move(TwoWay.IN, num_bytes, name, urgency) if num_bytes else Event(done=True)
+
+    def write(self, num_bytes: float, name: str, urgency: int) -> Event:
+        return self.ssd.move(TwoWay.OUT, num_bytes, name, urgency) if num_bytes else Event(done=True)
+
+
+@dataclass(slots=True, eq=False)
+class _HostSlot:
+    """The DRAM copy of a unit whose weights live on SSD; given back by its last holder."""
+
+    unit: int
+    holders: int
+    filled: Event
+    kept: bool = False
+    """A deferred update has left it to the next forward pass."""
+
+
+@dataclass(slots=True)
+class _Update:
+    """What the update of one unit in one step waits for, and who waits for it."""
+
+    unit: UnitSpec
+    arrived: Event = field(default_factory=Event)
+    """The gradient is in DRAM, or on SSD if that is where it waits."""
+    updated: Event = field(default_factory=Event)
+    persisted: Event = field(default_factory=Event)
+    slot: _HostSlot | None = None
+
+
+@dataclass(slots=True)
+class _Chunk:
+    update: _Update
+    share: float
+    """Of the unit's parameters."""
+    read: Event
+    is_first: bool
+    is_last: bool
+
+
+class _Engine:
+    """The runtime's threads. Names follow ``ratel/runtime``."""
+
+    def __init__(self, plan: Plan, machine: _Machine) -> None:
+        self._plan, self._m, self._clock = plan, machine, machine.clock
+        self._rows, self._closing, self._schedule = micro_rows(plan), closing_units(plan), step_schedule(plan)
+        self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
+        self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
+        slots = plan.buffers.checkpoint_slots
+        self._back_slots, self._staging_out, self._staging_in = Pool(slots), Pool(slots), Pool(slots)
+        self._ring = Pool(plan.buffers.ring_slots)
+        self._held: dict[int, _HostSlot] = {}
+        self._updates: dict[int, _Update] = {}
+        """By unit: of the step that is running (eager), or of the one before it (deferred)."""
+        self._jobs, self._loaded, self._leaving = Queue(), Queue(), Queue()
+        self._landed: dict[int | tuple[int, int], Event] = defaultdict(Event)
+        self._saved: dict[tuple[int, int], Event] = defaultdict(Event)
+        self._uses: dict[int, int] = {}
+        self._copies: deque[Event] = deque()
+        for process in (self._load(), self._update_chunks(), self._copy_out()):
+            self._clock.start(process)
+
+    # --- the main thread ----------------------------------------------------------------------------------------
+
+    def train(self, steps: int) -> Process:
+        plan = self._plan
+        order = update_order(plan) if plan.deferred else _closing_order(plan, self._closing)
+        for _ in range(steps):
+            before, self._arrivals = self._updates, {u.index: _Update(u) for u in order}
+            if not plan.deferred:
+                self._submit(order, self._arrivals)
+            self._start_gathers(before)
+            yield from self._forward_and_backward()
+            self._m.step_ends_s.append(self._clock.now_s)
+            if plan.deferred:
+                self._submit(order, self._arrivals)
+            for unit in plan.spec.units:
+                if plan.placement(unit).on_gpu and unit.num_trainable:
+                    yield from self._compute(f"update {unit.name}", self._m.gpu.update(unit))
+
+    def _forward_and_backward(self) -> Process:
+        stages = self._plan.spec.stages
+        for stage in stages[:-1]:
+            yield from self._using(stage, self._forward(stage))
+        for stage in reversed(stages):
+            yield from self._using(stage, self._backward(stage))
+
+    def _compute(self, name: str, seconds: float) -> Process:
+        begin_s = self._clock.now_s
+        yield self._clock.delay(seconds)
+        self._clock.record("compute", name, begin_s)
+
+    def _using(self, stage: StageSpec, work: Process) -> Process:
+        units = [u for u in stage.units if not self._plan.placements[u].on_gpu]
+        for unit in units:
+            yield self._landed[unit]
+        yield from work
+        for unit in units:
+            self._uses[unit] -= 1
+            if self._uses[unit] == 0:
+                del self._landed[unit]
+                self._weight_slots[self._class(unit)].release()
+
+    def _forward(self, stage: StageSpec) -> Process:
+        for micro, rows in enumerate(self._rows):
+            if stage.kind == "block":
+                yield from self._save(stage.index - 1, micro)
+                seconds = self._m.gpu.block(stage.index - 1, rows)[0]
+            else:
+                seconds = self._m.gpu.ends(stage, rows)[0]
+            yield from self._compute(f"{stage.name} forward", seconds)
+
+    def _backward(self, stage: StageSpec) -> Process:
+        closing = [u for u in self._closing[stage.index] if not self._plan.placement(u).on_gpu]
+        for unit in closing:
+            yield self._grad_slots[weight_class(unit)].acquire()
+        for micro, rows in enumerate(self._rows):
+            if stage.kind != "block":
+                yield from self._compute(f"{stage.name} backward", self._m.gpu.ends(stage, rows)[1])
+                continue
+            leaves = self._activations(stage.index - 1, micro).d2h > 0
+            if leaves:
+                yield self._landed[stage.index - 1, micro]
+            yield from self._compute(f"{stage.name} backward", self._m.gpu.block(stage.index - 1, rows)[1])
+            if leaves:
+                del self._landed[stage.index - 1, micro]
+                self._back_slots.release()
+        for unit in closing:
+            yield from self._leave(unit)
+
+    def _class(self, unit: int) -> str:
+        return weight_class(self._plan.spec.units[unit])
+
+    # --- what leaves the GPU ------------------------------------------------------------------------------------
+
+    def _activations(self, block: int, micro: int) -> Traffic:
+        return activation_traffic(self._plan, block, self._rows[micro])
+
+    def _save(self, block: int, micro: int) -> Process:
+        moved = self._activations(block, micro)
+        if not moved.d2h:
+            return
+        if moved.ssd_written:
+            yield self._staging_out.acquire()
+        copied = self._saved[block, micro]
+        if moved.ssd_written:
+            copied = Event()
+            copied.then(lambda: self._clock.start(self._write_activation(block, micro, moved)))
+        self._leaving.put((moved.d2h, f"activations {block}.{micro}", copied))
+        self._copies.append(copied)
+        if len(self._copies) > 2 * len(self._rows):
+            yield self._copies.popleft()
+
+    def _write_activation(self, block: int, micro: int, moved: Traffic) -> Process:
+        yield self._m.write(moved.ssd_written, f"activations {block}.{micro}", ACTIVATION)
+        self._staging_out.release()
+        self._saved[block, micro].set()
+
+    def _leave(self, unit: UnitSpec) -> Process:
+        moved, cls = gradient_traffic(self._plan, unit), weight_class(unit)
+        if self._plan.grads_pass_through(unit):
+            yield self._host_grads[cls].acquire()
+        update = self._arrivals[unit.index]
+        copied = Event()
+        copied.then(self._grad_slots[cls].release)
+        copied.then(lambda: self._clock.start(self._arrive(update, moved, cls)))
+        self._leaving.put((moved.d2h, f"gradient {unit.name}", copied))
+
+    def _arrive(self, update: _Update, moved: Traffic, cls: str) -> Process:
+        if moved.ssd_written:
+            yield self._m.write(moved.ssd_written, f"gradient {update.unit.name}", WRITE_BACK)
+            self._host_grads[cls].release()
+        update.arrived.set()
+
+    def _copy_out(self) -> Process:
+        """The ``d2h`` stream: one copy after the other."""
+        while True:
+            yield self._leaving.some()
+            num_bytes, name, copied = self._leaving.take()
+            done = self._m.link.move(TwoWay.OUT, num_bytes, name)
+            yield done
+            copied.set()
+
+    # --- the reader and the uploader ----------------------------------------------------------------------------
+
+    def _start_gathers(self, before: dict[int, _Update]) -> None:
+        opened = Queue()
+        self._clock.start(self._read(opened, before))
+        self._clock.start(self._upload(opened))
+
+    def _read(self, opened: Queue, before: dict[int, _Update]) -> Process:
+        for gather in self._schedule:
+            if gather.is_checkpoint:
+                yield self._saved[gather.checkpoint]
+                del self._saved[gather.checkpoint]
+                moved = self._activations(*gather.checkpoint)
+                if moved.ssd_written:
+                    yield self._staging_in.acquire()
+                read = self._m.read(moved.ssd_written, f"activations {gather.checkpoint}", ACTIVATION)
+                opened.put((gather, read, None))
+                continue
+            if gather.unit in before:
+                yield before[gather.unit].updated
+            slot = yield from self._hold(gather.unit)
+            if slot is not None:
+                self._hand_on(gather, slot)
+            opened.put((gather, slot.filled if slot else Event(done=True), slot))
+
+    def _hold(self, unit: int) -> Generator[Event, None, _HostSlot | None]:
+        """The DRAM copy of weights on SSD, read if no one holds it."""
+        num_bytes = gather_traffic(self._plan, unit).ssd_read
+        if not num_bytes:
+            return None
+        if unit not in self._held:
+            yield self._host_slots[self._class(unit)].acquire()
+            read = self._m.read(num_bytes, self._plan.spec.units[unit].name, WEIGHT)
+            self._held[unit] = _HostSlot(unit, 0, read)
+        self._held[unit].holders += 1
+        return self._held[unit]
+
+    def _hand_on(self, gather: Gather, slot: _HostSlot) -> None:
+        """An eager update will use this copy; a deferred one has left it here."""
+        if gather.keep_for_update:
+            slot.holders += 1
+            self._updates[gather.unit].slot = slot
+        if slot.kept:
+            slot.kept = False
+            self._let_go(slot)
+
+    def _let_go(self, slot: _HostSlot) -> None:
+        slot.holders -= 1
+        if slot.holders == 0:
+            del self._held[slot.unit]
+            self._host_slots[self._class(slot.unit)].release()
+
+    def _upload(self, opened: Queue) -> Process:
+        for _ in self._schedule:
+            yield opened.some()
+            gather, read, slot = opened.take()
+            if gather.is_checkpoint:
+                key, name = gather.checkpoint, f"activations {gather.checkpoint}"
+                yield self._back_slots.acquire()
+                num_bytes, on_ssd = (lambda m: (m.d2h, m.ssd_written))(self._activations(*key))
+                after = self._staging_in.release if on_ssd else None
+            else:
+                key, name = gather.unit, self._plan.spec.units[gather.unit].name
+                yield self._weight_slots[self._class(key)].acquire()
+                num_bytes, self._uses[key] = gather_traffic(self._plan, key).h2d, gather.uses
+                after = (lambda slot=slot: self._let_go(slot)) if slot else None
+            yield read
+            copied = self._m.link.move(TwoWay.IN, num_bytes, name)
+            copied.then(self._landed[key].set)
+            if after:
+                copied.then(after)
+
+    # --- the loader and the updater -----------------------------------------------------------------------------
+
+    def _submit(self, units: list[UnitSpec], updates: dict[int, _Update]) -> None:
+        self._updates = updates
+        for unit in units:
+            self._jobs.put(updates[unit.index])
+
+    def _load(self) -> Process:
+        persisted: dict[int, Event] = {}
+        while True:
+            yield self._jobs.some()
+            update = self._jobs.take()
+            unit = update.unit
+            yield persisted.get(unit.index, Event(done=True))
+            persisted[unit.index] = update.persisted
+            yield from self._load_unit(update)
+
+    def _load_unit(self, update: _Update) -> Process:
+        unit, plan = update.unit, self._plan
+        planes = plan.ring_planes(unit)
+        num_bytes = sum(plane_bytes(unit, p, fp32=plan.fp32) for p in planes)
+        size = max(plan.chunk_of(unit), -(-unit.num_trainable // MOST_CHUNKS))
+        for begin in range(0, unit.num_trainable, size):
+            share = min(size, unit.num_trainable - begin) / unit.num_trainable
+            if "g" in planes:
+                yield update.arrived
+            if planes:
+                yield self._ring.acquire()
+            read = self._m.read(num_bytes * share, f"states {unit.name}", OPTIMIZER)
+            if begin == 0 and plan.deferred:
+                update.slot = yield from self._hold(unit.index)
+            self._loaded.put(_Chunk(update, share, read, is_first=begin == 0, is_last=begin + size >= unit.num_trainable))
+
+    def _update_chunks(self) -> Process:
+        behind: deque[Event] = deque()
+        while True:
+            yield self._loaded.some()
+            chunk = self._loaded.take()
+            update = chunk.update
+            yield update.arrived
+            if chunk.is_first and update.slot is not None:
+                yield update.slot.filled
+            yield chunk.read
+            begin_s, params = self._clock.now_s, chunk.share * update.unit.num_trainable
+            through_s = self._m.memory.take(UPDATE_BYTES * params)
+            yield self._clock.delay(params / self._m.adam_params_per_s)
+            self._clock.record("cpu optimizer", update.unit.name, begin_s)
+            done = self._clock.delay(max(through_s - self._clock.now_s, 0.0))
+            done.then(lambda chunk=chunk: self._write_back(chunk))
+            behind.append(done)
+            if len(behind) > CHUNKS_AHEAD:
+                yield behind.popleft()
+
+    def _write_back(self, chunk: _Chunk) -> None:
+        update, unit = chunk.update, chunk.update.unit
+        ring = {p: plane_bytes(unit, p, fp32=self._plan.fp32) for p in self._plan.ring_planes(unit)}
+        in_ring = sum(num_bytes for p, num_bytes in ring.items() if p != "g")
+        weights = update_traffic(self._plan, unit).ssd_written - in_ring
+        written = self._m.write(chunk.share * weights, f"weights {unit.name}", WRITE_BACK)
+        if ring:
+            written = self._m.write(chunk.share * in_ring, f"states {unit.name}", WRITE_BACK)
+            written.then(self._ring.release)
+        if chunk.is_last:
+            self._finish(update, written)
+
+    def _finish(self, update: _Update, written: Event) -> None:
+        if not self._plan.deferred:
+            self._host_grads[weight_class(update.unit)].release()
+        slot = update.slot
+        if slot is not None and self._plan.deferred:
+            slot.holders += 1
+            slot.kept = True
+        update.updated.set()
+        if slot is not None:
+            written.then(lambda: self._let_go(slot))
+        written.then(update.persisted.set)
+
+
+def _closing_order(plan: Plan, closing: dict[int, list[UnitSpec]]) -> list[UnitSpec]:
+    """Eager mode: units that the CPU updates, in the order in which their gradients are complete."""
+    return [u for s in reversed(plan.spec.stages) for u in closing[s.index] if not plan.placement(u).on_gpu]
+
+
+def _pools(count_of: Callable[[str], int]) -> dict[str, Pool]:
+    return {cls: Pool(count_of(cls)) for cls in CLASSES}
