@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ratel.errors import RatelError
+from ratel.plan.activations import BlockProfile
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, forced_placements,
                                   plane_bytes, weight_class)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
@@ -28,6 +29,9 @@ class Request:
     buffers: Buffers = Buffers()
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
+    profiles: tuple[BlockProfile, ...] = ()
+    kept: tuple[tuple[tuple[str, str], ...], ...] = ()
+    """Inner activations, as in the plan."""
     on_host: bool = False
     """The device is the CPU."""
     durable: str = "off"
@@ -41,9 +45,14 @@ def choose(request: Request) -> Plan:
         placements = forced_placements(request.spec, request.forced)
     else:
         placements = _fill(request)
-    plan = _with_durability(request, _plan(request, placements))
+    plan = finished(request, with_placements(request, placements))
     _check_budgets(request, plan)
-    return _with_save_pieces(request, plan)
+    return plan
+
+
+def finished(request: Request, plan: Plan) -> Plan:
+    """With the way in which states are made to last, and what memory is left for it."""
+    return _with_save_pieces(request, _with_durability(request, plan))
 
 
 def _with_durability(request: Request, plan: Plan) -> Plan:
@@ -65,29 +74,34 @@ def _with_save_pieces(request: Request, plan: Plan) -> Plan:
     return replace(plan, save_pieces=plan.save_pieces + min(wanted, spare))
 
 
-def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: tuple[str, ...] | None = None) -> Plan:
+def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
+                    checkpoints: tuple[str, ...] | None = None) -> Plan:
     return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
                 checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES)
+                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, kept=request.kept)
+
+
+def place_checkpoints(request: Request, tier: str) -> tuple[str, ...]:
+    """All to one tier; but the last block's input is still on the GPU when backward needs it."""
+    num_blocks = sum(s.kind == "block" for s in request.spec.stages)
+    return (tier,) * (num_blocks - 1) + (GPU,)
 
 
 def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
-    """The last block's input is still on the GPU when backward needs it; the others go to one tier.
-
-    ``auto`` keeps them on the GPU where nothing limits it or they take less than a tenth of it, else moves them to
+    """``auto`` keeps them on the GPU where nothing limits it or they take less than a tenth of it, else moves them to
     DRAM, or to SSD where they would take more than half of the DRAM budget.
     """
-    num_blocks = sum(s.kind == "block" for s in request.spec.stages)
     tier = request.checkpoint_tier
     if tier == "auto":
+        num_blocks = sum(s.kind == "block" for s in request.spec.stages)
         total = num_blocks * request.work.num_micro * request.work.hidden_bytes
         spills = request.ssd_budget is not None and total > request.dram_budget / 2
         small = request.gpu_budget is None or total <= request.gpu_budget / 10
         # On a CPU device they would fill the same DRAM from either side.
         tier = GPU if small and not (request.on_host and spills) else SSD if spills else DRAM
-    return (tier,) * (num_blocks - 1) + (GPU,)
+    return place_checkpoints(request, tier)
 
 
 def _fill(request: Request) -> tuple[UnitPlacement, ...]:
@@ -105,7 +119,7 @@ def _fill_gpu(request: Request, placements: list[UnitPlacement]) -> None:
     for unit in order:
         before = placements[unit.index]
         placements[unit.index] = UnitPlacement.all_on(GPU)
-        if not _fits_device(request, _plan(request, tuple(placements))):
+        if not _fits_device(request, with_placements(request, tuple(placements))):
             placements[unit.index] = before
             if weight_class(unit) == "block":
                 break
@@ -125,7 +139,7 @@ def _fill_dram(request: Request, placements: list[UnitPlacement]) -> None:
             if place.on_gpu:
                 continue
             placements[unit.index] = replace(place, **{plane: DRAM})
-            if _plan(request, tuple(placements)).dram_bytes > request.dram_budget:
+            if with_placements(request, tuple(placements)).dram_bytes > request.dram_budget:
                 placements[unit.index] = place
 
 

@@ -1,0 +1,172 @@
+"""Finds the plan with the shortest predicted step: a fixed grid of choices, each filled to the budgets and predicted.
+
+The grid does not depend on budgets or rates, and filling never stops short of what fits. So a budget that grows only adds
+candidates, and a rate that grows makes none of them slower: more of any resource never makes the chosen step slower.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ratel.plan.activations import BlockProfile, Inner
+from ratel.plan.choose import Request, choose, finished, place_checkpoints, with_placements
+from ratel.plan.cost import Prediction, predict
+from ratel.plan.hardware import Hardware
+from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, forced_placements
+from ratel.plan.plan import Buffers, Plan
+
+LEAN = Buffers(weight_slots=2, grad_slots=1, host_weight_slots=2, host_grad_slots=2, ring_slots=2, chunk_elements=1 << 20,
+               checkpoint_slots=2)
+"""Few buffers, but something still moves while something else is used."""
+FEWEST = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1, chunk_elements=1 << 20,
+                 checkpoint_slots=1)
+"""What the largest models are trained with."""
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+"""Of all inner activations, best first: how many a tier may keep."""
+
+HEAT = ("hi", "g", "lo", "m", "v")
+"""By SSD traffic saved per byte of DRAM held: `hi` is read twice and written once, the others once each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    plan: Plan
+    prediction: Prediction
+    considered: int
+    """Candidates that fitted."""
+
+
+def search(requests: list[Request], hardware: Hardware) -> Choice:
+    """The best plan for any of the requests, which differ in the micro-batch and what depends on it.
+
+    Raises RatelError, as `ratel.plan.choose.choose` does for the last request, if none fits.
+    """
+    given = requests[0].buffers
+    sizes = [given, LEAN, FEWEST] if given == Buffers() else [given]
+    for buffers in sizes:
+        found = _best([replace(request, buffers=buffers) for request in requests], hardware)
+        if found is not None:
+            return found
+    choose(replace(requests[-1], buffers=sizes[-1]))
+    raise AssertionError("the simple rule found a place where the search found none")
+
+
+def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
+    """Of equal ones the first: larger micro-batches, less moved."""
+    best: Choice | None = None
+    considered = 0
+    for plan in (plan for request in requests for plan in candidates(request)):
+        considered += 1
+        prediction = predict(plan, hardware)
+        if best is None or prediction.step_s < best.prediction.step_s:
+            best = Choice(plan=plan, prediction=prediction, considered=considered)
+    return best and replace(best, considered=considered)
+
+
+def candidates(request: Request) -> Iterator[Plan]:
+    """Every choice of the grid that fits, filled."""
+    for checkpoints, kept in product(_checkpoint_choices(request), _kept_choices(request)):
+        plan = _filled(replace(request, kept=kept), checkpoints)
+        if plan is not None:
+            yield plan
+
+
+def fits(request: Request, plan: Plan) -> bool:
+    return (_fits_gpu(request, plan) and plan.dram_bytes <= request.dram_budget
+            and plan.ssd_bytes <= (request.ssd_budget or 0))
+
+
+# --- what is tried ----------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_choices(request: Request) -> list[tuple[str, ...]]:
+    if request.checkpoint_tier != "auto":
+        return [place_checkpoints(request, request.checkpoint_tier)]
+    tiers = [GPU, DRAM] + ([SSD] if request.ssd_budget is not None else [])
+    return [place_checkpoints(request, tier) for tier in tiers]
+
+
+def _kept_choices(request: Request) -> list[tuple]:
+    """Inner activations on each tier: the best per byte on the GPU, the next in DRAM, then on SSD."""
+    if request.kept or not any(profile.inner for profile in request.profiles):
+        return [request.kept]
+    items = _by_worth(request.profiles)
+    on_ssd = (0.0, 0.5, 1.0) if request.ssd_budget is not None else (0.0,)
+    shares = [(g, d, s) for g, d, s in product(SHARES, SHARES, on_ssd) if g + d + s <= 1]
+    return list(dict.fromkeys(_assigned(request.profiles, items, *share) for share in shares))
+
+
+def _by_worth(profiles: tuple[BlockProfile, ...]) -> list[tuple[int, Inner]]:
+    """(block, inner) by FLOPs saved per byte; the later block first, which is needed again soonest."""
+    pairs = [(block, inner) for block, profile in enumerate(profiles) for inner in profile.inner]
+    return sorted(pairs, key=lambda pair: (-pair[1].flops_per_byte, -pair[0], pair[1].name))
+
+
+def _assigned(profiles: tuple[BlockProfile, ...], items: list[tuple[int, Inner]], on_gpu: float, in_dram: float,
+              on_ssd: float) -> tuple:
+    ends = [round(len(items) * share) for share in (on_gpu, on_gpu + in_dram, on_gpu + in_dram + on_ssd)]
+    tiers = [GPU] * ends[0] + [DRAM] * (ends[1] - ends[0]) + [SSD] * (ends[2] - ends[1])
+    chosen = {(block, inner.name): tier for (block, inner), tier in zip(items, tiers)}
+    return tuple(tuple((inner.name, chosen[block, inner.name]) for inner in profile.inner if (block, inner.name) in chosen)
+                 for block, profile in enumerate(profiles))
+
+
+# --- filling ----------------------------------------------------------------------------------------------------------
+
+
+def _filled(request: Request, checkpoints: tuple[str, ...]) -> Plan | None:
+    """As much as fits on the GPU, then in DRAM, the rest on SSD; None where even that does not fit."""
+    if request.forced is not None:
+        plan = with_placements(request, forced_placements(request.spec, request.forced), checkpoints)
+    else:
+        plan = _fill_dram(request, checkpoints, _fill_gpu(request, checkpoints))
+    plan = finished(request, plan)
+    return plan if fits(request, plan) else None
+
+
+def _fill_gpu(request: Request, checkpoints: tuple[str, ...]) -> tuple[UnitPlacement, ...]:
+    """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
+    rest = UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD)
+    order = [u.index for u in sorted(request.spec.units, key=lambda u: (u.kind != "shared", u.index))]
+
+    def placed(count: int) -> tuple[UnitPlacement, ...]:
+        chosen = set(order[:count])
+        return tuple(UnitPlacement.all_on(GPU) if u.index in chosen else rest for u in request.spec.units)
+
+    if request.gpu_budget is None:
+        return placed(0)
+    return placed(_largest(len(order), lambda count: _fits_gpu(request, with_placements(request, placed(count), checkpoints))))
+
+
+def _fits_gpu(request: Request, plan: Plan) -> bool:
+    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room for the rest."""
+    spare_dram = not request.on_host or request.ssd_budget is None or plan.dram_bytes <= request.dram_budget
+    return plan.gpu_bytes <= (request.gpu_budget if request.gpu_budget is not None else plan.gpu_bytes) and spare_dram
+
+
+def _fill_dram(request: Request, checkpoints: tuple[str, ...], placements: tuple[UnitPlacement, ...]) -> Plan:
+    """One kind of plane after the other, hottest first, in forward order."""
+    if request.ssd_budget is None:
+        return with_placements(request, placements, checkpoints)
+    order = [(plane, unit.index) for plane in HEAT for unit in request.spec.units if not placements[unit.index].on_gpu]
+
+    def plan_with(count: int) -> Plan:
+        planes: dict[int, dict[str, str]] = {}
+        for plane, unit in order[:count]:
+            planes.setdefault(unit, {})[plane] = DRAM
+        moved = tuple(replace(place, **planes.get(unit, {})) for unit, place in enumerate(placements))
+        return with_placements(request, moved, checkpoints)
+
+    return plan_with(_largest(len(order), lambda count: plan_with(count).dram_bytes <= request.dram_budget))
+
+
+def _largest(most: int, is_possible: Callable[[int], bool]) -> int:
+    """The largest count up to ``most`` that is possible, of counts that are possible from 0 on; 0 if none is."""
+    if is_possible(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_possible(middle) else (low, middle)
+    return low
