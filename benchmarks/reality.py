@@ -20,10 +20,11 @@ from ratel.hardware.host import describe_host
 from ratel.hardware.probe import probe
 from ratel.memory.resident import peak_bytes, reset_peak
 from ratel.plan.cost import predict
-from ratel.plan.hardware import Hardware
+from ratel.plan.hardware import Hardware, with_cap
 from ratel.plan.simulate import simulate
 from ratel.runtime.session import Session
 from ratel.train.step_bench import use_quick_weights
+from ratel.units import parse_rate
 
 OFF = dict(max_grad_norm=0.0)
 HALF = {"*": "dram", "block.*": {"m": "ssd", "v": "ssd"}}
@@ -96,7 +97,8 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
         torch.cuda.reset_peak_memory_stats()
         options = {"gpu_memory": "24GiB", **options}
     reset_peak()
-    capped = _capped(machine, options.get("ssd_bandwidth"))
+    rate = options.get("ssd_bandwidth")
+    capped = with_cap(machine, None if rate is None else parse_rate(rate))
     with Session(make_config(*entry["model"]), device="cuda" if cuda else "cpu", ssd=[args.ssd], **options) as session:
         use_quick_weights(session)
         plan = session.prepare(entry["batch"], entry["seq"])
@@ -109,21 +111,6 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
             "error": predicted.step_s / measured_s - 1, "bound_by": predicted.bound_by, "busy_s": predicted.busy_s,
             "gpu_peak_bytes": torch.cuda.max_memory_reserved() if cuda else None, "gpu_planned_bytes": plan.gpu_bytes,
             "dram_peak_bytes": peak_bytes(), "dram_planned_bytes": plan.dram_bytes}
-
-
-def _capped(machine: Hardware, rate: str | None) -> Hardware:
-    """What a bandwidth cap, on reads and writes together, makes of the machine's SSD."""
-    from dataclasses import replace
-
-    from ratel.plan.hardware import Ssd
-    from ratel.units import parse_rate
-
-    if rate is None:
-        return machine
-    cap = parse_rate(rate)
-    ssds = tuple(Ssd(read_bps=min(cap, s.read_bps), write_bps=min(cap, s.write_bps), mixed_bps=min(cap, s.mixed_bps))
-                 for s in machine.ssds)
-    return replace(machine, ssds=ssds, ssd_limit_bps=None)
 
 
 def _step(session: Session, entry: dict[str, Any], index: int) -> float:

@@ -68,7 +68,7 @@ def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "
     Raises RatelError for a model, directory or device that cannot be used.
     """
     where, directories = require_device(device), tuple(dict.fromkeys(directories))
-    key = _key(where, directories, model)
+    key = key_of(where, directories, model)
     found = None if refresh else load(key, Probe)
     if found is None:
         found = measure(directories, model, where, effort, progress)
@@ -188,7 +188,7 @@ def _name(device: torch.device) -> str:
     return f"{describe_cpu()['model']}, {_gpu_name(device)}"
 
 
-def _key(device: torch.device, directories: tuple[str, ...], model: Any) -> Key:
+def key_of(device: torch.device, directories: tuple[str, ...], model: Any) -> Key:
     """What a result depends on. A directory is the same as long as it is on the same device."""
     drives = [describe_directory(path) for path in directories]
     return {"method": METHOD, "torch": str(torch.__version__), "cuda": torch.version.cuda, "cpu": describe_cpu(),

@@ -101,6 +101,15 @@ def with_ssds(hardware: Hardware, count: int) -> Hardware:
     return replace(hardware, ssds=hardware.ssds[:1] * count)
 
 
+def with_cap(hardware: Hardware, bps: float | None) -> Hardware:
+    """The machine with each SSD slowed down to a rate of reads and writes together (``--ssd-bandwidth``)."""
+    if bps is None:
+        return hardware
+    ssds = tuple(Ssd(read_bps=min(bps, s.read_bps), write_bps=min(bps, s.write_bps), mixed_bps=min(bps, s.mixed_bps))
+                 for s in hardware.ssds)
+    return replace(hardware, ssds=ssds)
+
+
 def _check_rate(name: str, rate: float) -> None:
     if not (isinstance(rate, (int, float)) and rate > 0):
         raise RatelError("a rate must be more than nothing", field=f"hardware.{name}", value=rate,

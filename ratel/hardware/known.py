@@ -1,0 +1,42 @@
+"""The machine as a session's planner takes it: measured before, named by the user, or measured now, briefly."""
+
+import torch
+
+from ratel.hardware import probe
+from ratel.hardware.probe_cache import load, store
+from ratel.plan.hardware import Hardware, load_hardware, with_cap, with_ssds
+
+BRIEF = probe.Effort(rate_s=0.15, dram_bytes=768 << 20, adam_params=1 << 25, copy_bytes=128 << 20, ssd_file_bytes=256 << 20,
+                     ssd_s=0.5, all_ssds_s=4.0, cuda_rows=(2, 8))
+"""A few seconds, once per machine and directories, where nobody has run `ratel doctor --probe`."""
+
+AUTO, NONE = "auto", "none"
+
+
+def hardware_for(given: "str | Hardware", device: torch.device, directories: tuple[str, ...],
+                 cap_bps: float | None) -> Hardware | None:
+    """``given``: a machine, its name or file; ``auto``: this one; ``none``: plan by the simple rule, without predicting.
+
+    On a CPU device, where nothing is transferred, ``auto`` is ``none``. Raises RatelError for a name that is not known, and
+    a machine without SSDs where directories are given.
+    """
+    if given == NONE or (given == AUTO and device.type != "cuda"):
+        return None
+    if given == AUTO:
+        found = _this_machine(device, directories)
+    else:
+        found = given if isinstance(given, Hardware) else load_hardware(given)
+        found = with_ssds(found, len(directories)) if len(found.ssds) != len(directories) else found
+    return with_cap(found, cap_bps)
+
+
+def _this_machine(device: torch.device, directories: tuple[str, ...]) -> Hardware:
+    key = probe.key_of(device, directories, None)
+    found = load(key, probe.Probe)
+    brief = {**key, "effort": "brief"}
+    if found is None:
+        found = load(brief, probe.Probe)
+    if found is None:
+        found = probe.measure(directories, None, device, BRIEF)
+        store(brief, found)
+    return found.hardware
