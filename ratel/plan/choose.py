@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 from ratel.errors import RatelError
+from ratel.plan.activations import BlockProfile
+from ratel.plan.forced_kept import Kept
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, forced_placements,
                                   plane_bytes, weight_class)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
@@ -28,6 +30,9 @@ class Request:
     buffers: Buffers = Buffers()
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
+    profiles: tuple[BlockProfile, ...] = ()
+    kept: Kept = ()
+    """Inner activations, as in the plan."""
     on_host: bool = False
     """The device is the CPU."""
     durable: str = "off"
@@ -70,7 +75,7 @@ def _plan(request: Request, placements: tuple[UnitPlacement, ...], checkpoints: 
                 checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES)
+                on_host=request.on_host, profiles=request.profiles, kept=request.kept, save_pieces=FEWEST_SAVE_PIECES)
 
 
 def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
@@ -130,7 +135,8 @@ def _fill_dram(request: Request, placements: list[UnitPlacement]) -> None:
 
 
 def _check_tiers(request: Request) -> None:
-    if request.ssd_budget is None and (request.checkpoint_tier == SSD or _forces_ssd(request.forced)):
+    keeps_on_ssd = any(tier == SSD for block in request.kept for _, tier in block)
+    if request.ssd_budget is None and (request.checkpoint_tier == SSD or keeps_on_ssd or _forces_ssd(request.forced)):
         raise RatelError("something was placed on SSD but no directory was given", field="ssd",
                          remedy="Give --ssd DIR on a fast drive")
 
