@@ -24,6 +24,8 @@ from ratel.runtime.block_profile import inner_numbers, profile_of
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.op_trace import trace
 from ratel.runtime.session import Session
+from ratel.units import GIB
+from test_memory_contract import measures
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]
 FAMILIES = [*CAUSAL, "patches", "gpt2-dropout", *OWN]
@@ -359,3 +361,28 @@ def test_a_plan_counts_what_is_kept(tier: str, ssd_dir: Path) -> None:
                      "dram": [away, {"inner activations": 4 * 2 * paged}, {}],
                      "ssd": [away, {"inner activation slots": 2 * 3 * paged}, {"inner activations": 4 * 2 * paged}]}[tier]
     assert not any("inner" in name for name in plans["recompute"].host_items)
+
+
+def runs(device: str, ssd: Path, **options: Any) -> list[dict[str, Any]]:
+    """Measures of training with each choice, of 512 tokens at once."""
+    base = dict(layers=2, steps=1, rows=4, positions=256, micro_batch=2, tier="dram", device=device, ssd=str(ssd), **options)
+    return measures([{**base, "activations": choice} for choice in ("recompute", "gpu", "dram", "ssd")])
+
+
+@pytest.mark.e2e
+def test_no_choice_takes_more_memory_than_its_plan_says(ssd_dir: Path) -> None:
+    """On a CPU device all of it is DRAM: 65 MB more in the plan, and in the peak."""
+    found = runs("cpu", ssd_dir, dtype="fp32")
+    for run in found:
+        assert run["peak_bytes"] <= run["dram_bytes"]
+    assert len({tuple(run["losses"]) for run in found}) == 1
+    assert found[1]["items"]["device: inner activations kept"] == found[2]["items"]["inner activations"] > 65e6
+    assert found[1]["peak_bytes"] > found[0]["peak_bytes"] + 30e6
+
+
+@pytest.mark.gpu
+def test_no_choice_takes_more_gpu_memory_than_its_plan_says(ssd_dir: Path) -> None:
+    found = runs("cuda", ssd_dir, gpu_memory="4GiB")
+    for run in found:
+        assert run["gpu_allocated_bytes"] <= run["gpu_bytes"] <= 4 * GIB
+    assert len({tuple(run["losses"]) for run in found}) == 1

@@ -9,7 +9,7 @@ from ratel.plan.placement import TIERS
 AUTO, RECOMPUTE = "auto", "recompute"
 
 Activations = str | dict[str, "str | dict[str, str]"]
-"""``auto``, ``recompute`` or a tier for everything; or block-name patterns to one of these or to these by inner activation."""
+"""``auto``, ``recompute`` or a tier for everything; or block-name patterns to one of these, or to these by name."""
 
 Kept = tuple[tuple[tuple[str, str], ...], ...]
 """By block: ``(name, tier)`` of every inner activation that is kept, in the order in which forward makes them."""

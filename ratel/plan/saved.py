@@ -1,4 +1,4 @@
-"""What forward keeps for backward: block inputs (checkpoints) and inner activations, and the slots that they pass through."""
+"""What forward keeps for backward, block inputs (checkpoints) and inner activations, and the slots that it passes."""
 
 from collections import Counter
 from collections.abc import Iterable

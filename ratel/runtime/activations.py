@@ -77,7 +77,8 @@ class Activations:
             self._kept[key] = tensors
             return
         parts, num_bytes = lay_out_parts(tensors)
-        self._check_size(place, num_bytes)
+        if num_bytes > place.num_bytes:
+            raise _too_large(place, tensors[0])
         slot = self._staging_out[place.is_inner, place.num_bytes].acquire() if place.tier == SSD else None
         host = slot.buffer if slot else self._in_dram[key]
         self._lanes.wait("d2h", self._lanes.record("compute"))
@@ -159,12 +160,6 @@ class Activations:
             self._left[key] = left
             self._changed.notify_all()
 
-    def _check_size(self, place: Saved, num_bytes: int) -> None:
-        if num_bytes > place.num_bytes:
-            raise RatelError(f"block {place.block} is given hidden states of more bytes than the first block "
-                             f"({num_bytes}, not {place.num_bytes})", field="checkpoint_tier", value=place.tier,
-                             remedy="Use --checkpoint-tier gpu")
-
     def _hold(self, place: Saved, copied: Event, tensors: list[Tensor]) -> None:
         """Keep the tensors until their copies are complete; their memory must not be reused before."""
         held = [(copied, tensor) for tensor in tensors]
@@ -218,6 +213,13 @@ class Activations:
                 for staging in (self._staging_out, self._staging_in):
                     buffers = [arena.take(align_up(num_bytes, PAGE_BYTES)) for _ in range(count)]
                     staging[inner, num_bytes] = SlotPool(self._exchange, buffers)
+
+
+def _too_large(place: Saved, hidden: Tensor) -> RatelError:
+    assert not place.is_inner, f"{place.name} of block {place.block} is larger than the plan has room for"
+    return RatelError(f"block {place.block} is given hidden states of more bytes than the first block ({hidden.dtype} "
+                      f"{tuple(hidden.shape)})", field="checkpoint_tier", value=place.tier,
+                      remedy="Use --checkpoint-tier gpu")
 
 
 def _key_of(gather: Gather) -> Key:

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ratel.models.inputs import BlockCall, leaves
+from ratel.models.parts import TRIAL_ERRORS
 from ratel.runtime.block_profile import inner_numbers
 from ratel.runtime.op_trace import OpTrace
 from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, poisoned
@@ -51,7 +52,9 @@ def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]
             run()
         results = {name: kept[name] + recorder.extras[name] for name in numbers}
         return _agrees(expected, run, seed, everything, results)
-    except (Diverged, KeyError):
+    except torch.OutOfMemoryError:
+        raise
+    except (Diverged, *TRIAL_ERRORS):
         return False
 
 

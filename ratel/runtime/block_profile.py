@@ -34,6 +34,12 @@ def plain_profile(trace: OpTrace, rows: int) -> BlockProfile:
     return BlockProfile(forward_flops=flops, recompute_flops=flops)
 
 
+def guessed_profile(num_parameters: int, positions: int) -> BlockProfile:
+    """Of a block that could not be traced: every parameter is multiplied with every position once."""
+    flops = 2.0 * num_parameters * positions
+    return BlockProfile(forward_flops=flops, recompute_flops=flops)
+
+
 def forward_flops(trace: OpTrace, rows: int) -> float:
     return sum(op.flops for op in trace.ops) / rows
 

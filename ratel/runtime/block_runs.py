@@ -14,10 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ratel.errors import RatelError
 from ratel.models import Parts
+from ratel.models.blocks import count_elements
 from ratel.models.inputs import BlockInputs
+from ratel.models.parts import TRIAL_ERRORS
 from ratel.plan.activations import BlockProfile
-from ratel.runtime.block_kinds import Form, Kind, form_of, is_exact, kind_of
-from ratel.runtime.block_profile import inner_numbers, kept_bytes, plain_profile, profile_of
+from ratel.runtime.block_kinds import Form, form_of, is_exact, kind_of
+from ratel.runtime.block_profile import (guessed_profile, inner_numbers, kept_bytes, plain_profile,
+                                         profile_of)
 from ratel.runtime.op_trace import OpTrace, trace
 from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, Save
 
@@ -28,11 +31,13 @@ class BlockRuns:
     """What has been learned about the blocks of one model. Not for use from two threads at once."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts = self._parts = parts
-        self._kinds = [kind_of(block) for block in parts.blocks]
-        self._traces: dict[tuple[Kind, Form], OpTrace] = {}
+        self.parts = parts
+        kinds = [kind_of(block) for block in parts.blocks]
+        self._kinds = [kinds.index(kind) for kind in kinds]
+        """By block: the first block of its kind."""
+        self._traces: dict[tuple[int, Form], OpTrace] = {}
         self._programs: dict[tuple, Program] = {}
-        self._in_full: set[Kind] = set()
+        self._in_full: set[int] = set()
         """Kinds whose second run leaves nothing out."""
         self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
         self._recorded: dict[tuple[int, int], tuple[Program, dict[str, list[Any]]]] = {}
@@ -42,7 +47,7 @@ class BlockRuns:
 
     def first_alike(self, block: int) -> int:
         """The first block of the same kind."""
-        return self._kinds.index(self._kinds[block])
+        return self._kinds[block]
 
     def learn(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
         """Trace the kind of this block with arguments of this form, on random hidden states.
@@ -50,19 +55,25 @@ class BlockRuns:
         It is to be run again in full if other values make other operations, or if a second run that leaves things out
         is not exact (`is_exact`). ``seed`` sets the random generators, always to the same state.
         """
-        inputs = inputs.with_leaves()
-        with torch.enable_grad():
-            found = self._trace(block, _random_like(hidden), inputs)
-            leaf = _random_like(hidden)
-            if not found.is_like(self._trace(block, leaf, inputs)):
-                self._run_in_full(block, "what it does depends on values")
-            elif not is_exact(found, lambda: self._parts.block(block, leaf, inputs), seed):
-                self._run_in_full(block, "what it does cannot be followed")
+        inputs, leaf = inputs.with_leaves(), _random_like(hidden)
+        try:
+            with torch.enable_grad():
+                found, again = (self._trace(block, values, inputs) for values in (_random_like(hidden), leaf))
+                if not found.is_like(again):
+                    self._run_in_full(block, "what it does depends on values")
+                elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
+                    self._run_in_full(block, "what it does cannot be followed")
+        except torch.OutOfMemoryError:
+            raise
+        except TRIAL_ERRORS as error:  # code that does not run under a dispatch mode, or not on random values
+            self._run_in_full(block, f"what it does cannot be traced ({type(error).__name__}: {error})")
 
-    def profile(self, block: int, hidden: Tensor, inputs: BlockInputs) -> BlockProfile:
-        """Of a block whose kind has been learned with arguments of this form."""
-        found = self._traces[self._key(block, hidden, inputs)]
-        return (plain_profile if self._kinds[block] in self._in_full else profile_of)(found, hidden.shape[0])
+    def profile(self, block: int, hidden: Tensor, inputs: BlockInputs, rows: int) -> BlockProfile:
+        """Of a block whose kind has been learned with arguments of this form, those of ``rows`` rows."""
+        found = self._traces.get(self._key(block, hidden, inputs))
+        if found is None:
+            return guessed_profile(count_elements(self.parts.blocks[block]), hidden[..., 0].numel() // rows)
+        return (plain_profile if self._kinds[block] in self._in_full else profile_of)(found, rows)
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:
         """From now on forward keeps these results, by block: names, and the most bytes that each may take."""
@@ -74,7 +85,7 @@ class BlockRuns:
         """Forward. What the block keeps is given to ``save`` while it runs."""
         known = self._key(block, hidden, inputs) in self._traces  # else it is learned in backward
         if not known or not self._kept[block] or self._kinds[block] in self._in_full:
-            return self._parts.block(block, hidden, inputs)
+            return self.parts.block(block, hidden, inputs)
         # With a graph, as in the second run: without one, attention leaves out what its backward needs.
         with torch.enable_grad():
             return self._record(block, micro, hidden.detach().requires_grad_(), inputs.with_leaves(), save).detach()
@@ -94,7 +105,7 @@ class BlockRuns:
                                  f"({error}): its gradient would be wrong", field="model",
                                  remedy="Make its forward depend on its arguments and weights alone") from error
         if self._kinds[block] in self._in_full:
-            return self._parts.block(block, hidden, inputs)
+            return self.parts.block(block, hidden, inputs)
         if self._key(block, hidden, inputs) not in self._traces:
             return self._run_traced(block, hidden, inputs, keep_graph=True)
         try:
@@ -102,17 +113,13 @@ class BlockRuns:
         except Diverged as error:
             self._run_in_full(block, f"it did not do what it did before ({error})")
         seed()
-        return self._parts.block(block, hidden, inputs)
-
-    def forget(self) -> None:
-        """A step has ended, perhaps before its time."""
-        self._recorded.clear()
+        return self.parts.block(block, hidden, inputs)
 
     def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         program = self._program(block, leaf, inputs, self._kept[block])
         recorder = Recorder(program, save)
         with saved_tensors_hooks(lambda tensor: None, lambda packed: packed), recorder:
-            output = self._parts.block(block, leaf, inputs)
+            output = self.parts.block(block, leaf, inputs)
         if recorder.complete:
             self._recorded[block, micro] = program, recorder.extras
         else:
@@ -122,15 +129,15 @@ class BlockRuns:
     def _replay(self, block: int, hidden: Tensor, inputs: BlockInputs, program: Program,
                 results: dict[str, list[Any]]) -> Tensor:
         if not program.saves_work:
-            return self._parts.block(block, hidden, inputs)
+            return self.parts.block(block, hidden, inputs)
         with Replayer(program, results) as replayer:
-            output = self._parts.block(block, hidden, inputs)
+            output = self.parts.block(block, hidden, inputs)
         replayer.finish()
         return output
 
     # --- what is known ------------------------------------------------------------------------------------------
 
-    def _key(self, block: int, hidden: Tensor, inputs: BlockInputs) -> tuple[Kind, Form]:
+    def _key(self, block: int, hidden: Tensor, inputs: BlockInputs) -> tuple[int, Form]:
         return self._kinds[block], form_of(hidden, inputs.calls[block])
 
     def _trace(self, block: int, leaf: Tensor, inputs: BlockInputs) -> OpTrace:
@@ -138,7 +145,7 @@ class BlockRuns:
         return self._traces[self._key(block, leaf, inputs)]
 
     def _run_traced(self, block: int, leaf: Tensor, inputs: BlockInputs, *, keep_graph: bool) -> Tensor:
-        output, found = trace(lambda: self._parts.block(block, leaf, inputs), self._parts.blocks[block],
+        output, found = trace(lambda: self.parts.block(block, leaf, inputs), self.parts.blocks[block],
                               keep_graph=keep_graph)
         self._traces[self._key(block, leaf, inputs)] = found
         self._programs.clear()

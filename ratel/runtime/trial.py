@@ -73,7 +73,7 @@ def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple
             _attach(parts, unit, device, random=True)
         for hidden, inputs in heads:
             blocks.learn(block, hidden, inputs, lambda: seed_generators(device, 0))
-        profiles[block] = blocks.profile(block, *heads[0])
+        profiles[block] = blocks.profile(block, *heads[0], count_rows(batches[0]))
         for unit in units:
             parts.attach(unit.index, None)
     return tuple(profiles[block] for block in first_alike)
