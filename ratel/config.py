@@ -174,6 +174,9 @@ class TrainConfig:
                         "force all model states into one tier")
     checkpoint_tier: str = _option("auto", _choice("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",
                                    "force the blocks' saved inputs into one tier")
+    activations: str = _option("auto", _choice("auto", "recompute", "gpu", "dram", "ssd"), MEMORY,
+                               "auto|recompute|gpu|dram|ssd",
+                               "what becomes of results inside blocks that backward needs: computed again, or kept in a tier")
     io_backend: str = _option("auto", _choice("auto", "io_uring", "threads"), MEMORY, "auto|io_uring|threads",
                               "how files are read and written; a forced one never falls back")
     direct: str = _option("auto", _choice("auto", "on", "off"), MEMORY, "auto|on|off", "bypass the page cache")
@@ -219,7 +222,8 @@ class TrainConfig:
                              remedy="Give --eval-data FILE or --eval-fraction 0.01 as well")
 
     def _check_places(self) -> None:
-        for flag, tier in (("--tier", self.tier), ("--checkpoint-tier", self.checkpoint_tier)):
+        for flag, tier in (("--tier", self.tier), ("--checkpoint-tier", self.checkpoint_tier),
+                           ("--activations", self.activations)):
             if tier == "ssd" and not self.ssd:
                 raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
 

@@ -16,7 +16,7 @@ from ratel.plan.placement import forced_placements
 from ratel.plan.plan import Buffers, Plan, Work
 from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.plan.traffic import Traffic, step_traffic
-from ratel.runtime.activations import Checkpoints
+from ratel.runtime.activations import Activations
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.session import Session
 from ratel.runtime.weights import WeightSource
@@ -110,10 +110,10 @@ class Copies:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.h2d = self.d2h = 0
         self._count(patch, WeightSource, "fill", "h2d", lambda self, result, *_: result.nbytes)
-        self._count(patch, Checkpoints, "fill", "h2d", lambda self, result, *_: result.nbytes)
+        self._count(patch, Activations, "fill", "h2d", lambda self, result, *_: result.nbytes)
         self._count(patch, Gradients, "_move", "d2h", lambda self, result, unit, grad, norm: grad.nbytes + norm.nbytes)
-        self._count(patch, Checkpoints, "save", "d2h", lambda self, result, block, micro, hidden:
-                    hidden.nbytes * (self._plan.checkpoint_tiers[block] != "gpu"))
+        self._count(patch, Activations, "save", "d2h", lambda self, result, key, tensors:
+                    sum(t.nbytes for t in tensors) * (self._place(key).tier != "gpu"))
 
     def _count(self, patch: pytest.MonkeyPatch, owner: type, name: str, lane: str, size: Callable[..., int]) -> None:
         original = getattr(owner, name)
@@ -187,6 +187,10 @@ CASES = {
     "dram": dict(tier="dram"),
     "gpu, checkpoints on ssd": dict(tier="gpu", checkpoint_tier="ssd"),
     "ssd, checkpoints on ssd": dict(tier="ssd", checkpoint_tier="ssd", micro_batch=1),
+    "inner activations in dram": dict(tier="ssd", activations="dram"),
+    "inner activations on ssd": dict(tier="dram", activations="ssd", buffers=ONE_EACH),
+    "inner activations anywhere": dict(tier="gpu", checkpoint_tier="ssd", micro_batch=1, activations={
+        "*": {"mlp.*": "ssd", "sdpa": "gpu", "self_attn.?_proj": "dram"}, "block.2": "recompute", "block.3": "ssd"}),
     "fp32": dict(tier="ssd", dtype="fp32"),
     "fp32, mixed": dict(placement=MIXED, dtype="fp32", checkpoint_tier="ssd"),
 }

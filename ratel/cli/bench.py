@@ -50,7 +50,8 @@ def _add_step(parts: Any) -> None:
     parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip here (default: 1.0)")
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories for states")
     for flag, choices in (("device", ["auto", "cuda", "cpu"]), ("tier", ["auto", "gpu", "dram", "ssd"]),
-                          ("checkpoint-tier", ["auto", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
+                          ("checkpoint-tier", ["auto", "gpu", "dram", "ssd"]),
+                          ("activations", ["auto", "recompute", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
                           ("optimizer", ["auto", "eager", "deferred"])):
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
     for flag in ("gpu-memory", "dram", "ssd-bandwidth"):
@@ -61,7 +62,7 @@ def _add_step(parts: Any) -> None:
 def _step(args: argparse.Namespace) -> None:
     from ratel.train.step_bench import StepBench, measure, table
 
-    names = ("device", "tier", "checkpoint_tier", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
+    names = ("device", "tier", "checkpoint_tier", "activations", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
              "max_grad_norm")
     bench = StepBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, warmup=args.warmup,
                       steps=args.steps, options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})

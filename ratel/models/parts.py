@@ -90,6 +90,11 @@ class Parts:
         return len(self._traced.stages)
 
     @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The module that runs each block."""
+        return self._traced.stages
+
+    @property
     def probed(self) -> bool:
         return self._layout is not None
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
+from ratel.plan.forced_kept import Kept
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, forced_placements,
                                   plane_bytes, weight_class)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
@@ -30,7 +31,7 @@ class Request:
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
     profiles: tuple[BlockProfile, ...] = ()
-    kept: tuple[tuple[tuple[str, str], ...], ...] = ()
+    kept: Kept = ()
     """Inner activations, as in the plan."""
     on_host: bool = False
     """The device is the CPU."""
@@ -144,7 +145,8 @@ def _fill_dram(request: Request, placements: list[UnitPlacement]) -> None:
 
 
 def _check_tiers(request: Request) -> None:
-    if request.ssd_budget is None and (request.checkpoint_tier == SSD or _forces_ssd(request.forced)):
+    keeps_on_ssd = any(tier == SSD for block in request.kept for _, tier in block)
+    if request.ssd_budget is None and (request.checkpoint_tier == SSD or keeps_on_ssd or _forces_ssd(request.forced)):
         raise RatelError("something was placed on SSD but no directory was given", field="ssd",
                          remedy="Give --ssd DIR on a fast drive")
 

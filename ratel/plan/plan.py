@@ -2,11 +2,13 @@
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
 from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
+from ratel.plan.saved import INPUT, Saved, largest_group, slot_counts
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
@@ -31,6 +33,9 @@ class Buffers:
     chunk_elements: int = 1 << 22
     checkpoint_slots: int = 3
     """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from SSD."""
+    inner_slots: int = 2
+    """The same for inner activations, in units of all that one block keeps of one micro-batch: one in use, the others
+    ahead of it. In forward as many may be on their way out."""
 
     def __post_init__(self) -> None:
         for name, count in asdict(self).items():
@@ -214,14 +219,42 @@ class Plan:
         trained = sum(u.num_trainable > 0 for u in self.streamed(cls))
         return min(trained, self.buffers.grad_slots if cls == "block" else 1)
 
+    @cached_property
+    def saved(self) -> tuple[Saved, ...]:
+        """Everything that forward keeps for backward, in the order in which it makes it."""
+        found = []
+        for block, tier in enumerate(self.checkpoint_tiers):
+            found.append(Saved(block=block, name=INPUT, tier=tier, num_bytes=self.work.hidden_bytes))
+            row_bytes = {inner.name: inner.row_bytes for inner in self.profiles[block].inner} if self.profiles else {}
+            found += [Saved(block=block, name=name, tier=kept_tier, num_bytes=row_bytes[name] * self.work.micro_rows)
+                      for name, kept_tier in (self.kept[block] if self.kept else ())]
+        return tuple(found)
+
+    def saved_of(self, block: int) -> tuple[Saved, ...]:
+        return self._saved_by_block.get(block, ())
+
+    @cached_property
+    def _saved_by_block(self) -> dict[int, tuple[Saved, ...]]:
+        return {block: tuple(group) for block, group in groupby(self.saved, key=lambda saved: saved.block)}
+
     @property
-    def offloads_checkpoints(self) -> bool:
-        return any(tier != GPU for tier in self.checkpoint_tiers)
+    def offloads_saved(self) -> bool:
+        return any(saved.tier != GPU for saved in self.saved)
+
+    def return_slots(self, inner: bool) -> dict[int, int]:
+        """GPU slots for what comes back, checkpoints or inner activations: their number by their bytes."""
+        depth = self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
+        return slot_counts((s for s in self.saved if s.is_inner == inner and s.tier != GPU), depth)
+
+    def staging_slots(self, inner: bool) -> dict[int, int]:
+        """DRAM slots for what goes to SSD; there are as many for what comes back."""
+        depth = self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
+        return slot_counts((s for s in self.saved if s.is_inner == inner and s.tier == SSD), depth)
 
     @cached_property
     def gpu_items(self) -> dict[str, int]:
         """Bytes on the GPU by purpose."""
-        work, buffers = self.work, self.buffers
+        work = self.work
         items = {"resident planes": sum(self._resident_bytes(u, GPU) for u in self.spec.units)}
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
@@ -231,11 +264,13 @@ class Plan:
         if self.fp32:
             items["merge staging"] = max((u.num_elements * 4 for u in self.spec.units), default=0)
             items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
-        kept = sum(tier == GPU for tier in self.checkpoint_tiers)
-        items["checkpoints kept"] = kept * work.num_micro * work.hidden_bytes
+        items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
         items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
-        if self.offloads_checkpoints:
-            items["checkpoint slots"] = buffers.checkpoint_slots * work.hidden_bytes
+        items["checkpoint slots"] = _sum_of(self.return_slots(inner=False))
+        items["inner activations kept"] = self._saved_bytes(GPU, inner=True)
+        items["inner activation slots"] = _sum_of(self.return_slots(inner=True))
+        leaving = largest_group(s for s in self.saved if s.is_inner and s.tier != GPU)
+        items["inner activations on their way out"] = self.buffers.inner_slots * leaving
         items["workspace"] = self.workspace_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
@@ -248,10 +283,9 @@ class Plan:
             items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
         items["gradient norms"] = self.norm_bytes
         items["optimizer ring"] = self.buffers.ring_slots * _paged(self.ring_slot_bytes)
-        on_dram = sum(tier == DRAM for tier in self.checkpoint_tiers)
-        items["checkpoints"] = on_dram * self.work.num_micro * _paged(self.work.hidden_bytes)
-        if SSD in self.checkpoint_tiers:
-            items["checkpoint slots"] = 2 * self.buffers.checkpoint_slots * _paged(self.work.hidden_bytes)
+        for name, inner in (("checkpoint", False), ("inner activation", True)):
+            items[f"{name}s"] = self._saved_bytes(DRAM, inner=inner)
+            items[f"{name} slots"] = 2 * sum(_paged(size) * count for size, count in self.staging_slots(inner).items())
         items["buffers for saving"] = self.save_pieces * self.save_piece_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
@@ -261,8 +295,8 @@ class Plan:
         items = {"planes": self.num_slots * self.slot_layout.num_bytes,
                  "gradients": sum(_paged(plane_bytes(u, "g", fp32=self.fp32)) for u in self.spec.units
                                   if self.deferred and self.placement(u).g == SSD)}
-        on_ssd = sum(tier == SSD for tier in self.checkpoint_tiers)
-        items["checkpoints"] = on_ssd * self.work.num_micro * _paged(self.work.hidden_bytes)
+        items["checkpoints"] = self._saved_bytes(SSD, inner=False)
+        items["inner activations"] = self._saved_bytes(SSD, inner=True)
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
     @cached_property
@@ -321,6 +355,11 @@ class Plan:
             planes.append("g")
         return sum(_paged(plane_bytes(unit, p, fp32=self.fp32)) for p in planes)
 
+    def _saved_bytes(self, tier: str, *, inner: bool) -> int:
+        """Of all micro-batches; in DRAM and on SSD in whole pages."""
+        sizes = [s.num_bytes for s in self.saved if s.tier == tier and s.is_inner == inner]
+        return self.work.num_micro * sum(sizes if tier == GPU else map(_paged, sizes))
+
     def to_json(self) -> dict:
         from ratel.plan.traffic import step_traffic  # it looks at plans, too
 
@@ -328,7 +367,8 @@ class Plan:
                   "planes": asdict(self.placement(u))} for u in self.spec.units]
         return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
                 "optimizer": self.optimizer, "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
-                "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers), "units": units,
+                "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers),
+                "activations": [dict(kept) for kept in self.kept], "units": units,
                 "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
                 "step_traffic_bytes": asdict(step_traffic(self)),
                 "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}
@@ -346,6 +386,10 @@ class Plan:
                 f"{'es' if work.num_micro > 1 else ''}; {self.optimizer} optimizer; "
                 f"GPU {format_bytes(self.gpu_bytes)}, DRAM {format_bytes(self.dram_bytes)}, "
                 f"SSD {format_bytes(self.ssd_bytes)}")
+
+
+def _sum_of(slots: dict[int, int]) -> int:
+    return sum(num_bytes * count for num_bytes, count in slots.items())
 
 
 def _paged(num_bytes: int) -> int:

@@ -70,7 +70,7 @@ def update_order(plan: Plan) -> list[UnitSpec]:
 def step_schedule(plan: Plan) -> list[Gather]:
     """The step's gathers; one brings back all that left the GPU of a block and micro-batch, its input or its inside."""
     leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in range(len(plan.checkpoint_tiers)))
-    return gathers(replace(plan, checkpoint_tiers=leaving), training=True)
+    return gathers(replace(plan, checkpoint_tiers=leaving, kept=()), training=True)
 
 
 class Slots:

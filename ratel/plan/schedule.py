@@ -1,4 +1,4 @@
-"""The order in which a step gathers weights and checkpoints, fixed before the step starts.
+"""The order in which a step gathers weights, checkpoints and inner activations, fixed before the step starts.
 
 A gather may serve two uses: the units around the turn (last in forward, first in backward) stay in their slots.
 """
@@ -7,21 +7,36 @@ from dataclasses import dataclass
 
 from ratel.plan.placement import GPU, weight_class
 from ratel.plan.plan import Plan
+from ratel.plan.saved import INPUT
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Bring one unit's weights, or one checkpoint ``(block, micro)``, into a GPU slot; freed after ``uses`` releases."""
+    """Bring one unit's weights, one checkpoint ``(block, micro)`` or one inner activation ``(block, micro, name)`` into a
+    GPU slot; freed after ``uses`` releases."""
 
     unit: int = -1
     checkpoint: tuple[int, int] = (-1, -1)
+    inner: tuple[int, int, str] = (-1, -1, "")
     uses: int = 1
     keep_for_update: bool = False
     """An eager update follows: the DRAM copy stays until the optimizer has used it."""
 
     @property
+    def is_unit(self) -> bool:
+        return self.unit >= 0
+
+    @property
     def is_checkpoint(self) -> bool:
-        return self.unit < 0
+        return self.checkpoint[0] >= 0
+
+    @property
+    def is_inner(self) -> bool:
+        return self.inner[0] >= 0
+
+    @classmethod
+    def of_saved(cls, block: int, micro: int, name: str) -> "Gather":
+        return cls(checkpoint=(block, micro)) if name == INPUT else cls(inner=(block, micro, name))
 
 
 def _stage_order(plan: Plan, training: bool) -> list[int]:
@@ -57,12 +72,12 @@ def _held_over_the_turn(plan: Plan) -> set[int]:
 def gathers(plan: Plan, *, training: bool, num_micro: int | None = None) -> list[Gather]:
     """All gathers of a step in the order in which they are started. ``num_micro``: of a batch smaller than the plan's.
 
-    All gathers share one copy stream, so order is priority. A block's weights go before the checkpoints of the block
-    that is used before it, as long as the slot they need was freed two uses ago: one freed by the use just before would
-    make the checkpoints behind it wait for that use's computation.
+    All gathers share one copy stream, so order is priority. A block's weights go before what the block that is used
+    before it has saved, as long as the slot they need was freed two uses ago: one freed by the use just before would
+    make what is behind it wait for that use's computation.
     """
     weights = unit_gathers(plan, training=training)
-    if not training or not plan.offloads_checkpoints:
+    if not training or not plan.offloads_saved:
         return [g for _, g in weights]
     ahead = max(plan.weight_slot_count("block") - 2, 0)
     order = _stage_order(plan, training)
@@ -76,9 +91,10 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None) -> list
             result.append(weights[cursor][1])
             cursor += 1
         stage = plan.spec.stages[order[position]]
-        if stage.kind == "block" and plan.checkpoint_tiers[stage.index - 1] != GPU:
-            block = stage.index - 1
-            result += [Gather(checkpoint=(block, micro)) for micro in range(num_micro or plan.work.num_micro)]
+        if stage.kind == "block":
+            returning = [s for s in plan.saved_of(stage.index - 1) if s.tier != GPU]
+            result += [Gather.of_saved(saved.block, micro, saved.name)
+                       for micro in range(num_micro or plan.work.num_micro) for saved in returning]
     return result + [g for _, g in weights[cursor:]]
 
 

@@ -1,9 +1,10 @@
-"""Block inputs (checkpoints) of every micro-batch: kept on the GPU, moved to DRAM, or through DRAM to SSD, and back."""
+"""What forward keeps for backward (block inputs and inner activations): on the GPU, in DRAM, or through DRAM on SSD."""
 
 from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ratel import native
 from ratel.errors import RatelError
@@ -14,8 +15,13 @@ from ratel.memory.retire import Retirer
 from ratel.memory.slots import Slot, SlotPool
 from ratel.plan.placement import DRAM, GPU, SSD
 from ratel.plan.plan import PAGE_BYTES, Plan
+from ratel.plan.saved import INPUT, Saved
 from ratel.plan.schedule import Gather
+from ratel.runtime.packing import Part, flat, lay_out_parts, part_of
 from ratel.units import align_up
+
+Key = tuple[int, int, str]
+"""Block, micro-batch, name: `INPUT` or that of an inner activation."""
 
 MAX_COPIES_BEHIND = 2
 """Checkpoints whose copy to DRAM may still run while the next blocks are launched: what bounds the GPU memory that a
@@ -23,143 +29,203 @@ main thread far ahead of the GPU can hold on to."""
 
 
 @dataclass(slots=True)
-class Saved:
-    """A checkpoint outside the GPU: in DRAM once ``copied``, on SSD once ``written``; bit for bit."""
+class Left:
+    """Something outside the GPU: in DRAM once ``copied``, on SSD once ``written``; bit for bit. None of it
+    (``num_bytes`` 0) where forward has not kept what the plan had room for."""
 
-    shape: torch.Size
-    dtype: torch.dtype
+    num_bytes: int
     copied: Event
     written: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """A checkpoint on its way back. ``slot`` and ``ticket``: the staging slot and the read of one that was on SSD."""
+    """Something on its way back. ``slot`` and ``ticket``: the staging slot and the read of what was on SSD."""
 
-    saved: Saved
-    host: torch.Tensor
+    left: Left
+    host: Tensor
     slot: Slot | None
     ticket: int
 
 
-class Checkpoints:
-    """Saves on the main thread, returns through the streamer (it is the Source of checkpoint gathers)."""
+class Activations:
+    """Saves on the main thread, returns through the streamer (it is the Source of these gathers)."""
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, exchange: Exchange, lanes: Lanes,
                  copies: Retirer, writes: Retirer, engine: "native.nvme_ds.Engine | None",
                  volume: "native.nvme_ds.Volume | None") -> None:
         self._plan, self._lanes, self._exchange = plan, lanes, exchange
         self._copies, self._writes, self._engine, self._volume = copies, writes, engine, volume
-        self._num_bytes = plan.work.hidden_bytes
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
-        self._in_dram: dict[tuple[int, int], torch.Tensor] = self._take_dram(arena)
-        self._saved: dict[tuple[int, int], Saved] = {}
+        self._places: dict[tuple[int, str], Saved] = {(s.block, s.name): s for s in plan.saved}
+        self._kept: dict[Key, list[Tensor]] = {}
+        self._parts: dict[Key, list[Part]] = {}
+        """How to find the tensors again in the bytes of what has left; of the main thread alone."""
+        self._left: dict[Key, Left] = {}
         self._changed = exchange.condition()
-        self._leaving: deque[tuple[Event, torch.Tensor]] = deque()
+        self._leaving: deque[tuple[Event, Tensor]] = deque()
+        self._leaving_inner: deque[list[tuple[Event, Tensor]]] = deque()
+        self._in_dram = self._take_dram(arena)
+        self._offsets = self._lay_out_volume()
         self._make_pools(arena, device)
 
-    def save(self, block: int, micro: int, hidden: torch.Tensor) -> None:
-        key = (block, micro)
-        tier = self._plan.checkpoint_tiers[block]
-        if tier == GPU:
-            self._kept[key] = hidden
-            return
-        self._check_size(block, hidden, tier)
-        slot = self._staging_out.acquire() if tier == SSD else None
-        host = slot.buffer if slot else self._in_dram[key]
-        view = _shaped(host, hidden.shape, hidden.dtype)
-        self._lanes.wait("d2h", self._lanes.record("compute"))
-        with self._lanes.work("d2h", f"checkpoint {block}.{micro}"):
-            view.copy_(hidden, non_blocking=True)
-        copied = self._lanes.record("d2h")
-        self._hold(copied, hidden)
-        saved = Saved(hidden.shape, hidden.dtype, copied, written=slot is None)
-        with self._exchange.lock:
-            self._saved[key] = saved
-            self._changed.notify_all()
-        if slot is not None:
-            self._write_out(key, slot, saved)
+    # --- out ----------------------------------------------------------------------------------------------------
 
-    def kept(self, block: int, micro: int) -> torch.Tensor | None:
-        """The checkpoint if it never left the GPU; given up by this call."""
-        return self._kept.pop((block, micro), None)
+    def save(self, key: Key, tensors: list[Tensor]) -> None:
+        """Whole tensors that nobody writes to any more; an inner activation's come between ``begin`` and ``end``."""
+        place = self._place(key)
+        if place.tier == GPU:
+            self._kept[key] = tensors
+            return
+        parts, num_bytes = lay_out_parts(tensors)
+        if num_bytes > place.num_bytes:
+            raise _too_large(place, tensors[0])
+        slot = self._staging_out[place.is_inner, place.num_bytes].acquire() if place.tier == SSD else None
+        host = slot.buffer if slot else self._in_dram[key]
+        self._lanes.wait("d2h", self._lanes.record("compute"))
+        with self._lanes.work("d2h", _label(key)):
+            for part, tensor in zip(parts, tensors, strict=True):
+                flat(part_of(host, part)).copy_(flat(tensor), non_blocking=True)
+        copied = self._lanes.record("d2h")
+        self._hold(place, copied, tensors)
+        self._parts[key] = parts
+        left = Left(num_bytes, copied, written=slot is None)
+        self._announce(key, left)
+        if slot is not None:
+            self._write_out(key, slot, left)
+
+    def begin(self) -> None:
+        """A block is about to save inner activations. Waits until there is GPU memory for what is on its way out."""
+        while len(self._leaving_inner) >= self._plan.buffers.inner_slots:
+            for copied, _ in self._leaving_inner.popleft():
+                copied.synchronize()
+        self._leaving_inner.append([])
+
+    def end(self, block: int, micro: int) -> None:
+        """The block has run; what it has not saved will not come."""
+        for place in self._plan.saved_of(block):
+            key = (block, micro, place.name)
+            if place.tier != GPU and place.is_inner and key not in self._parts:
+                self._announce(key, Left(0, Event(), written=True))
+
+    # --- back ---------------------------------------------------------------------------------------------------
+
+    def kept(self, key: Key) -> list[Tensor] | None:
+        """What never left the GPU; given up by this call."""
+        return self._kept.pop(key, None)
+
+    def returned(self, key: Key, view: Tensor) -> list[Tensor] | None:
+        """The tensors in the bytes that the streamer has brought back; None if forward has not kept them."""
+        parts = self._parts.pop(key, None)
+        return None if parts is None else [part_of(view, part) for part in parts]
 
     def pool(self, gather: Gather) -> SlotPool:
-        return self._slots
+        place = self._place(_key_of(gather))
+        return self._slots[place.is_inner, place.num_bytes]
 
-    def open(self, gather: Gather) -> "Fetch":
+    def open(self, gather: Gather) -> Fetch:
         """Wait for the forward pass to save it; start its read if it is on SSD."""
-        key = gather.checkpoint
+        key = _key_of(gather)
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: key in self._saved and self._saved[key].written)
-            saved = self._saved.pop(key)
-        if self._plan.checkpoint_tiers[key[0]] == DRAM:
-            return Fetch(saved, self._in_dram[key], None, 0)
-        slot = self._staging_in.acquire()
-        ticket = self._engine.submit_read(self._volume, self._offset(key), slot.buffer.data_ptr(), slot.buffer.numel(),
+            self._exchange.wait_for(self._changed, lambda: key in self._left and self._left[key].written)
+            left = self._left.pop(key)
+        place = self._place(key)
+        if place.tier == DRAM or not left.num_bytes:
+            return Fetch(left, self._in_dram.get(key), None, 0)
+        slot = self._staging_in[place.is_inner, place.num_bytes].acquire()
+        ticket = self._engine.submit_read(self._volume, self._offsets[key], slot.buffer.data_ptr(), slot.buffer.numel(),
                                           native.nvme_ds.ACTIVATION)
-        return Fetch(saved, slot.buffer, slot, ticket)
+        return Fetch(left, slot.buffer, slot, ticket)
 
-    def fill(self, gather: Gather, handle: "Fetch", slot: Slot) -> torch.Tensor:
+    def fill(self, gather: Gather, handle: Fetch, slot: Slot) -> Tensor:
         if handle.slot is not None:
             self._engine.wait(handle.ticket)
-        saved = handle.saved
-        self._lanes.wait("h2d", saved.copied)
-        view = _shaped(slot.buffer, saved.shape, saved.dtype)
-        with self._lanes.work("h2d", "checkpoint"):
-            view.copy_(_shaped(handle.host, saved.shape, saved.dtype), non_blocking=True)
+        view = slot.buffer[: handle.left.num_bytes]
+        if handle.left.num_bytes:
+            self._lanes.wait("h2d", handle.left.copied)
+            with self._lanes.work("h2d", _label(_key_of(gather))):
+                view.copy_(handle.host[: handle.left.num_bytes], non_blocking=True)
         return view
 
-    def done(self, gather: Gather, handle: "Fetch") -> None:
+    def done(self, gather: Gather, handle: Fetch) -> None:
         if handle.slot is not None:
-            self._staging_in.release(handle.slot, Event())
+            handle.slot.pool.release(handle.slot, Event())
 
-    def _check_size(self, block: int, hidden: torch.Tensor, tier: str) -> None:
-        if hidden.numel() * hidden.element_size() > self._num_bytes:
-            raise RatelError(f"block {block} is given hidden states of more bytes than the first block "
-                             f"({hidden.dtype} {tuple(hidden.shape)})", field="checkpoint_tier", value=tier,
-                             remedy="Use --checkpoint-tier gpu")
+    # --- how ----------------------------------------------------------------------------------------------------
 
-    def _hold(self, copied: Event, hidden: torch.Tensor) -> None:
-        """Keep the tensor until its copy is complete; its memory must not be reused before."""
-        self._leaving.append((copied, hidden))
+    def _place(self, key: Key) -> Saved:
+        return self._places[key[0], key[2]]
+
+    def _announce(self, key: Key, left: Left) -> None:
+        with self._exchange.lock:
+            self._left[key] = left
+            self._changed.notify_all()
+
+    def _hold(self, place: Saved, copied: Event, tensors: list[Tensor]) -> None:
+        """Keep the tensors until their copies are complete; their memory must not be reused before."""
+        held = [(copied, tensor) for tensor in tensors]
+        if place.is_inner:
+            self._leaving_inner[-1] += held
+            return
+        self._leaving += held
         while len(self._leaving) > MAX_COPIES_BEHIND * self._plan.work.num_micro:
             self._leaving.popleft()[0].synchronize()
 
-    def _write_out(self, key: tuple[int, int], slot: Slot, saved: Saved) -> None:
+    def _write_out(self, key: Key, slot: Slot, left: Left) -> None:
         def submit() -> None:
-            ticket = self._engine.submit_write(self._volume, self._offset(key), slot.buffer.data_ptr(),
+            ticket = self._engine.submit_write(self._volume, self._offsets[key], slot.buffer.data_ptr(),
                                                slot.buffer.numel(), native.nvme_ds.ACTIVATION)
-            self._writes.when(lambda: self._engine.wait(ticket), lambda: self._wrote(saved, slot))
+            self._writes.when(lambda: self._engine.wait(ticket), lambda: self._wrote(left, slot))
 
-        self._copies.when_event(saved.copied, submit)
+        self._copies.when_event(left.copied, submit)
 
-    def _wrote(self, saved: Saved, slot: Slot) -> None:
-        self._staging_out.release(slot, Event())
+    def _wrote(self, left: Left, slot: Slot) -> None:
+        slot.pool.release(slot, Event())
         with self._exchange.lock:
-            saved.written = True
+            left.written = True
             self._changed.notify_all()
 
-    def _offset(self, key: tuple[int, int]) -> int:
-        on_ssd = [b for b, tier in enumerate(self._plan.checkpoint_tiers) if tier == SSD]
-        index = on_ssd.index(key[0]) * self._plan.work.num_micro + key[1]
-        return index * align_up(self._num_bytes, PAGE_BYTES)
+    # --- where --------------------------------------------------------------------------------------------------
 
-    def _take_dram(self, arena: Arena) -> dict[tuple[int, int], torch.Tensor]:
-        return {(block, micro): arena.take(self._num_bytes)
-                for block, tier in enumerate(self._plan.checkpoint_tiers) if tier == DRAM
-                for micro in range(self._plan.work.num_micro)}
+    def _keys_on(self, tier: str) -> list[tuple[Key, int]]:
+        """Everything that goes to the tier, with its bytes."""
+        return [((s.block, micro, s.name), s.num_bytes) for s in self._plan.saved if s.tier == tier
+                for micro in range(self._plan.work.num_micro)]
+
+    def _take_dram(self, arena: Arena) -> dict[Key, Tensor]:
+        return {key: arena.take(num_bytes) for key, num_bytes in self._keys_on(DRAM)}
+
+    def _lay_out_volume(self) -> dict[Key, int]:
+        offsets, cursor = {}, 0
+        for key, num_bytes in self._keys_on(SSD):
+            offsets[key], cursor = cursor, cursor + align_up(num_bytes, PAGE_BYTES)
+        return offsets
 
     def _make_pools(self, arena: Arena, device: torch.device) -> None:
-        count = self._plan.buffers.checkpoint_slots
-        paged = align_up(self._num_bytes, PAGE_BYTES)
-        if self._plan.offloads_checkpoints:
-            buffers = [torch.empty(self._num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
-            self._slots = SlotPool(self._exchange, buffers)
-        if SSD in self._plan.checkpoint_tiers:
-            self._staging_out = SlotPool(self._exchange, [arena.take(paged) for _ in range(count)])
-            self._staging_in = SlotPool(self._exchange, [arena.take(paged) for _ in range(count)])
+        """By whether it is for inner activations and by the bytes that go in."""
+        self._slots: dict[tuple[bool, int], SlotPool] = {}
+        self._staging_out: dict[tuple[bool, int], SlotPool] = {}
+        self._staging_in: dict[tuple[bool, int], SlotPool] = {}
+        for inner in (False, True):
+            for num_bytes, count in self._plan.return_slots(inner).items():
+                buffers = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+                self._slots[inner, num_bytes] = SlotPool(self._exchange, buffers)
+            for num_bytes, count in self._plan.staging_slots(inner).items():
+                for staging in (self._staging_out, self._staging_in):
+                    buffers = [arena.take(align_up(num_bytes, PAGE_BYTES)) for _ in range(count)]
+                    staging[inner, num_bytes] = SlotPool(self._exchange, buffers)
 
 
-def _shaped(buffer: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+def _too_large(place: Saved, hidden: Tensor) -> RatelError:
+    assert not place.is_inner, f"{place.name} of block {place.block} is larger than the plan has room for"
+    return RatelError(f"block {place.block} is given hidden states of more bytes than the first block ({hidden.dtype} "
+                      f"{tuple(hidden.shape)})", field="checkpoint_tier", value=place.tier,
+                      remedy="Use --checkpoint-tier gpu")
+
+
+def _key_of(gather: Gather) -> Key:
+    return (*gather.checkpoint, INPUT) if gather.is_checkpoint else gather.inner
+
+
+def _label(key: Key) -> str:
+    block, micro, name = key
+    return f"checkpoint {block}.{micro}" if name == INPUT else f"{name} {block}.{micro}"

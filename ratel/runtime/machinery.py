@@ -20,7 +20,7 @@ from ratel.plan.placement import ELEMENT_BYTES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.activations import Checkpoints
+from ratel.runtime.activations import Activations
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.save_targets import CommitLog
@@ -68,7 +68,7 @@ class Machinery:
         exchange = self.exchange
         self.lanes = Lanes(device)
         self.engine = open_engine(io)
-        state_volume, grad_volume, checkpoint_volume = self._open_volumes(plan, io, commits, earlier)
+        state_volume, grad_volume, activation_volume = self._open_volumes(plan, io, commits, earlier)
         self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool)
         self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
         self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
@@ -79,8 +79,8 @@ class Machinery:
         self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.io,
                                          self.writes)
         self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
-        self.checkpoints = Checkpoints(plan, self.arena, device, exchange, self.lanes, self.copies,
-                                       self.writes, self.engine, checkpoint_volume)
+        self.activations = Activations(plan, self.arena, device, exchange, self.lanes, self.copies,
+                                       self.writes, self.engine, activation_volume)
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
         self.streamer = Streamer(exchange, self.lanes, self.copies, self._source_of)
         self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,
@@ -90,7 +90,7 @@ class Machinery:
         assert self.arena.free_bytes == 0, f"{self.arena.free_bytes} bytes of the arena have no use"
 
     def _source_of(self, gather: Gather) -> Source:
-        return self.checkpoints if gather.is_checkpoint else self.weights
+        return self.weights if gather.is_unit else self.activations
 
     def import_weights(self) -> None:
         """Bring every unit from the model's source to its tier, one unit in memory at a time."""
@@ -148,7 +148,7 @@ class Machinery:
             self.arena.close()
 
     def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
-        """Volumes for states, gradients and checkpoints, allocated in full: a full disk is found here."""
+        """Volumes for states, gradients and activations, allocated in full: a full disk is found here."""
         items = plan.ssd_items
         if earlier is not None:
             states = self._reopen_volume(earlier, items["planes"], io)
@@ -156,7 +156,7 @@ class Machinery:
             name = volume_name(commits) if plan.commits else "ratel-states"
             states = self._open_volume(name, items.get("planes", 0), io, keep=plan.commits)
         return (states, self._open_volume("ratel-gradients", items.get("gradients", 0), io),
-                self._open_volume("ratel-checkpoints", items.get("checkpoints", 0), io))
+                self._open_volume("ratel-activations", items.get("checkpoints", 0) + items.get("inner activations", 0), io))
 
     def _reopen_volume(self, earlier: SavedState, num_bytes: int, io: IoOptions) -> "native.nvme_ds.Volume":
         name = earlier.files[0].name.rpartition(".")[0]

@@ -12,11 +12,13 @@ from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.plan.choose import Request, choose
+from ratel.plan.forced_kept import Activations
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan, Work
+from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
-from ratel.runtime.trial import measure_workspace
+from ratel.runtime.trial import try_out
 from ratel.units import GIB, MIB, format_bytes
 
 SATURATING_TOKENS = 16384
@@ -56,10 +58,11 @@ class Shape:
                              remedy="Call prepare(rows, seq_len) with the largest shape before the first step")
 
 
-def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, optimizer: str, budgets: Budgets,
+def make_plan(blocks: BlockRuns, batch: Any, *, device: torch.device, fp32: bool, optimizer: str, budgets: Budgets,
               directories: tuple[str, ...], micro_batch: int | str, forced: Forced | None, checkpoint_tier: str,
-              buffers: Buffers, durable: str) -> Plan:
+              activations: Activations, buffers: Buffers, durable: str) -> Plan:
     """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
+    parts = blocks.parts
     if optimizer not in ("eager", "deferred"):
         raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
                          remedy="Use auto, eager or deferred")
@@ -71,11 +74,14 @@ def make_plan(parts: Parts, batch: Any, *, device: torch.device, fp32: bool, opt
     for micro_rows in _candidates(rows, batch, micro_batch):
         work = _work(parts, batch, rows, micro_rows)
         try:
-            workspace = measure_workspace(parts, _take_rows(batch, micro_rows, device), device)
+            sizes = dict.fromkeys(size for size in (micro_rows, rows % micro_rows) if size)
+            trial = try_out(blocks, [_take_rows(batch, size, device) for size in sizes], device, activations)
             return choose(Request(spec=parts.spec, fp32=fp32, optimizer=optimizer, work=work, gpu_budget=gpu_budget,
                                   dram_budget=dram_budget, ssd_budget=_free_bytes(directories), buffers=buffers,
-                                  process_bytes=process_bytes, workspace_bytes=workspace, forced=forced,
-                                  accumulators=() if fp32 else _accumulators(parts, work), checkpoint_tier=checkpoint_tier, on_host=on_host, durable=durable))
+                                  process_bytes=process_bytes, workspace_bytes=trial.workspace_bytes, forced=forced,
+                                  profiles=trial.profiles, kept=trial.kept,
+                                  accumulators=() if fp32 else _accumulators(parts, work),
+                                  checkpoint_tier=checkpoint_tier, on_host=on_host, durable=durable))
         except (RatelError, torch.OutOfMemoryError) as error:
             failure = error
             if isinstance(error, RatelError) and error.field not in ("gpu_memory", "dram" if on_host else ""):

@@ -16,9 +16,11 @@ from ratel.errors import RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
 from ratel.memory.exchange import Exchange
+from ratel.plan.forced_kept import Activations
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
+from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery, can_continue
 from ratel.runtime.meter import Meter, Usage
@@ -65,9 +67,10 @@ class Session:
     ``model``: Hugging Face directory, preset name, configuration, PreTrainedModel, or any nn.Module with repeated blocks
     and a ``loss_fn(model, batch)``. ``gpu_memory``, ``dram``: budgets (``"24GiB"`` or bytes); by default what is free.
     ``ssd``: directories to stripe over. ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one
-    tier, ``placement`` single units or planes (`ratel.plan.placement.forced_placements`). ``buffers`` and the thread
-    counts never change a result. ``optimizer_state``: a file or directory with the moments and the step count to start
-    from (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
+    tier, ``placement`` single units or planes (`ratel.plan.placement.forced_placements`), ``activations`` what is kept
+    of the inside of blocks (`ratel.plan.forced_kept`). None of these, nor ``buffers`` and the thread counts, change a
+    result. ``optimizer_state``: a file or directory with the moments and the step count to start from
+    (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
     a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where it
     pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. Raises RatelError
     for what cannot work, before anything is reserved.
@@ -78,7 +81,8 @@ class Session:
                  lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, max_grad_norm: float | None = 1.0, optimizer: str = "auto",
                  optimizer_state: "str | os.PathLike | None" = None, micro_batch: int | str = "auto", seed: int = 0,
-                 loss_fn: Callable[[Any, Any], Any] | None = None, tier: str = "auto", placement: Forced | None = None, checkpoint_tier: str = "auto",
+                 loss_fn: Callable[[Any, Any], Any] | None = None, tier: str = "auto", placement: Forced | None = None,
+                 checkpoint_tier: str = "auto", activations: Activations = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
                  optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers(),
                  durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on") -> None:
@@ -87,6 +91,7 @@ class Session:
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
                              checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
+                             activations="auto" if isinstance(activations, dict) else activations,
                              ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads, checksums=checksums)
         self.device = require_device(device)
         self._io = IoOptions(directories=_directories(ssd), backend=io_backend, direct=direct,
@@ -94,6 +99,7 @@ class Session:
         self._durable, self._commits = _check_durable(durable, commits, self._io)
         self._budgets = Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram"))
         self._forced = placement if placement is not None else (None if tier == "auto" else tier)
+        self._activations = activations if isinstance(activations, dict) else given["activations"]
         self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, given["micro_batch"]
         self._clip = given["max_grad_norm"]
         self._optimizer = ("deferred" if self._clip else "eager") if optimizer == "auto" else optimizer
@@ -143,13 +149,14 @@ class Session:
             self.parts.probe(batch)
             check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
-        plan = make_plan(self.parts, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
+        blocks = BlockRuns(self.parts)
+        plan = make_plan(blocks, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
                          budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
-                         forced=self._forced, checkpoint_tier=self._checkpoint_tier, buffers=self._buffers,
-                         durable=self._durable)
+                         forced=self._forced, checkpoint_tier=self._checkpoint_tier, activations=self._activations,
+                         buffers=self._buffers, durable=self._durable)
         self._machinery = self._build(plan)
         self._plan, m = plan, self._machinery
-        self._training = Training(self.parts, plan, m, seed=self.seed, clip=self._clip)
+        self._training = Training(blocks, plan, m, seed=self.seed, clip=self._clip)
         self._meter = Meter(m.lanes, m.updates, m.engine)
         return plan
 

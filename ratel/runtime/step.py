@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from ratel.memory.lanes import Lanes
-from ratel.models import Parts
+from ratel.plan.placement import GPU
 from ratel.plan.plan import Plan
-from ratel.plan.schedule import gathers
+from ratel.plan.saved import INPUT
+from ratel.plan.schedule import Gather, gathers
 from ratel.plan.shape import StageSpec, UnitSpec
-from ratel.runtime.activations import Checkpoints
+from ratel.runtime.activations import Activations
+from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
-from ratel.runtime.streamer import Streamer
+from ratel.runtime.streamer import Streamer, key_of
 from ratel.runtime.weights import WeightSource
 
 
@@ -37,10 +39,11 @@ class Micro:
 
 
 class VerticalStep:
-    def __init__(self, parts: Parts, plan: Plan, streamer: Streamer, weights: WeightSource, checkpoints: Checkpoints,
+    def __init__(self, blocks: BlockRuns, plan: Plan, streamer: Streamer, weights: WeightSource, activations: Activations,
                  gradients: Gradients, lanes: Lanes, *, seed: int, on_gradient: Callable[[UnitSpec, Tensor], None]) -> None:
-        self._parts, self._plan, self._streamer, self._weights = parts, plan, streamer, weights
-        self._checkpoints, self._gradients, self._lanes = checkpoints, gradients, lanes
+        self._blocks, self._parts = blocks, blocks.parts
+        self._plan, self._streamer, self._weights = plan, streamer, weights
+        self._activations, self._gradients, self._lanes = activations, gradients, lanes
         self._seed, self._on_gradient = seed, on_gradient
         self._stages = plan.spec.stages
         self._closing = _closing_stages(plan)
@@ -83,9 +86,20 @@ class VerticalStep:
         block = stage.index - 1
         if save:
             micro.hidden = micro.hidden.contiguous()
-            self._checkpoints.save(block, micro.index, micro.hidden)
+            self._activations.save((block, micro.index, INPUT), [micro.hidden])
         with self._computing(stage, micro, step):
-            micro.hidden = self._parts.block(block, micro.hidden, micro.inputs)
+            run = self._forward_saving if save and len(self._plan.saved_of(block)) > 1 else self._forward_plain
+            micro.hidden = run(block, micro)
+
+    def _forward_plain(self, block: int, micro: Micro) -> Tensor:
+        return self._parts.block(block, micro.hidden, micro.inputs)
+
+    def _forward_saving(self, block: int, micro: Micro) -> Tensor:
+        self._activations.begin()
+        output = self._blocks.first(block, micro.index, micro.hidden, micro.inputs, lambda name, tensors:
+                                    self._activations.save((block, micro.index, name), tensors))
+        self._activations.end(block, micro.index)
+        return output
 
     # --- the turn -----------------------------------------------------------------------------------------------
 
@@ -127,11 +141,13 @@ class VerticalStep:
     def _backward_block(self, stage: StageSpec, micros: list[Micro], step: int) -> None:
         with self._using(stage), self._accumulating(stage):
             for micro in micros:
-                with self._checkpoint(stage.index - 1, micro) as saved:
+                with self._saved(stage.index - 1, micro) as saved:
                     with self._computing(stage, micro, step):
-                        hidden = saved.detach().requires_grad_()
+                        hidden = saved[INPUT][0].detach().requires_grad_()
                         with torch.enable_grad():
-                            output = self._parts.block(stage.index - 1, hidden, micro.inputs)
+                            output = self._blocks.second(stage.index - 1, micro.index, hidden, micro.inputs, saved,
+                                                         lambda: self._seed_for(stage, micro, step))
+                        saved.clear()
                         torch.autograd.backward(output, micro.grad)
                         micro.grad = hidden.grad
                         del output, hidden
@@ -183,21 +199,29 @@ class VerticalStep:
                 self._on_gradient(unit, self._open.pop(unit.index))
 
     @contextmanager
-    def _checkpoint(self, block: int, micro: Micro) -> Iterator[Tensor]:
-        kept = self._checkpoints.kept(block, micro.index)
-        if kept is not None:
-            yield kept
-            return
-        key = ("checkpoint", block, micro.index)
-        yield self._streamer.get(key)
-        self._streamer.release(key)
+    def _saved(self, block: int, micro: Micro) -> Iterator[dict[str, list[Tensor]]]:
+        """What forward has saved of the block, by name."""
+        gathered, saved = [], {}
+        for place in self._plan.saved_of(block):
+            key = (block, micro.index, place.name)
+            if place.tier == GPU:
+                saved[place.name] = self._activations.kept(key)
+            else:
+                gathered.append(key_of(Gather.of_saved(*key)))
+                saved[place.name] = self._activations.returned(key, self._streamer.get(gathered[-1]))
+        yield saved
+        for key in gathered:
+            self._streamer.release(key)
 
     @contextmanager
     def _computing(self, stage: StageSpec, micro: Micro, step: int) -> Iterator[None]:
         """Random numbers depend on step, stage and micro-batch alone: recomputation draws what forward drew."""
-        _seed_generators(self._lanes.device, mix(self._seed, step, stage.index, micro.index))
+        self._seed_for(stage, micro, step)
         with self._lanes.work("compute", stage.name):
             yield
+
+    def _seed_for(self, stage: StageSpec, micro: Micro, step: int) -> None:
+        seed_generators(self._lanes.device, mix(self._seed, step, stage.index, micro.index))
 
     def _own_random_numbers(self) -> AbstractContextManager:
         """The caller's generators are as they were afterwards."""
@@ -238,7 +262,7 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _seed_generators(device: torch.device, seed: int) -> None:
+def seed_generators(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Brings weights and checkpoints into GPU slots ahead of their use, in the order of the step's schedule.
+"""Brings weights, checkpoints and inner activations into GPU slots ahead of their use, in the order of the step's schedule.
 
 Two threads, each a plain loop over the schedule: the *reader* gets the bytes into DRAM (starting SSD reads, or waiting
 for the unit's pending update), the *uploader* moves them into a slot. The main thread calls ``get`` and ``release``.
@@ -21,7 +21,9 @@ Key = tuple
 
 
 def key_of(gather: Gather) -> Key:
-    return ("checkpoint", *gather.checkpoint) if gather.is_checkpoint else ("unit", gather.unit)
+    if gather.is_unit:
+        return "unit", gather.unit
+    return ("checkpoint", *gather.checkpoint) if gather.is_checkpoint else ("inner", *gather.inner)
 
 
 class Source(Protocol):

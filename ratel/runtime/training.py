@@ -7,9 +7,9 @@ import torch
 
 from ratel import native
 from ratel.errors import NonFiniteError
-from ratel.models import Parts
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
+from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.gradients import Moved
 from ratel.runtime.machinery import Machinery
 from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
@@ -19,10 +19,10 @@ from ratel.runtime.step import Micro, VerticalStep, closing_order
 class Training:
     """Decides about updates: when they are asked for, with which scale, or that a step is left out."""
 
-    def __init__(self, parts: Parts, plan: Plan, machinery: Machinery, *, seed: int, clip: float) -> None:
+    def __init__(self, blocks: BlockRuns, plan: Plan, machinery: Machinery, *, seed: int, clip: float) -> None:
         self._plan, self._m, self._clip = plan, machinery, clip
         m = machinery
-        self._vertical = VerticalStep(parts, plan, m.streamer, m.weights, m.checkpoints, m.gradients, m.lanes, seed=seed,
+        self._vertical = VerticalStep(blocks, plan, m.streamer, m.weights, m.activations, m.gradients, m.lanes, seed=seed,
                                       on_gradient=self._on_gradient)
 
     def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> tuple[float, float, bool]:

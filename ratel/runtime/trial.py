@@ -1,47 +1,96 @@
-"""Measures the memory that activations take: one block and one loss chunk, forward and backward, on the spot.
+"""Tries the blocks out: what their second run can leave out, and the memory that activations take, measured on the spot
+for blocks and one loss chunk, forward and backward.
 
 On a GPU the allocator says what the peak was. On a CPU device activations are ordinary memory of this process, and
 Linux says it: the peak of the resident set, started anew before each trial. That includes the scratch buffers of math
 libraries, and is taken over what the process held before, which the plan counts by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes
 from ratel.models import Parts
-from ratel.plan.shape import UnitSpec
+from ratel.models.inputs import BlockInputs
+from ratel.plan.activations import BlockProfile
+from ratel.plan.forced_kept import Activations, Kept, forced_kept
+from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
-from ratel.runtime.micro import with_labels
+from ratel.runtime.micro import count_rows, with_labels
+from ratel.runtime.step import seed_generators
 from ratel.units import MIB
+
+RANDOM_WEIGHTS = 0.02
+"""Standard deviation of weights that stand for real ones where values matter."""
 
 SLACK = 1.10
 """The caching allocator's own fragmentation, over what was measured."""
 SLACK_BYTES = 128 * MIB
 
 
-def measure_workspace(parts: Parts, batch: Any, device: torch.device) -> int:
-    """Bytes that one micro-batch needs beyond planes and slots.
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What was learned about the blocks, what they are to keep, and the memory that this takes."""
+
+    profiles: tuple[BlockProfile, ...]
+    kept: Kept
+    workspace_bytes: int
+    """Of one micro-batch, beyond planes, slots and what is kept."""
+
+
+def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations) -> Trial:
+    """``batches``: one micro-batch of each size that a step has, the largest first.
 
     Raises torch.OutOfMemoryError if it does not fit on the GPU at all.
     """
     cuda = device.type == "cuda"
     meter = _GpuMeter(device) if cuda else _HostMeter()
     with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
-        peak = max(_measure(parts, units, run, device, meter) for run, units in _trials(parts, batch))
+        profiles = _learn(blocks, batches, device)
+        kept = forced_kept(profiles, activations)
+        blocks.keep([_largest_bytes(profile, names, count_rows(batches[0])) for profile, names in zip(profiles, kept)])
+        peak = max(_measure(blocks.parts, units, run, device, meter)
+                   for run, units in _trials(blocks, batches[0], profiles, kept))
     meter.close()
-    return int(max(peak, 0) * SLACK) + meter.slack_bytes
+    return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes)
 
 
-def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], None], device: torch.device,
+def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple[BlockProfile, ...]:
+    """Of every block, at the size of the first batch. Each kind is tried once per batch, on random weights: with zeros
+    all experts would look alike to a router."""
+    parts, profiles = blocks.parts, {}
+    first_alike = [blocks.first_alike(block) for block in range(parts.num_blocks)]
+    with torch.no_grad():
+        heads = [parts.head(batch) for batch in batches]
+    for block in dict.fromkeys(first_alike):
+        units = _units(parts, parts.spec.stages[block + 1])
+        for unit in units:
+            _attach(parts, unit, device, random=True)
+        for hidden, inputs in heads:
+            blocks.learn(block, hidden, inputs, lambda: seed_generators(device, 0))
+        profiles[block] = blocks.profile(block, *heads[0], count_rows(batches[0]))
+        for unit in units:
+            parts.attach(unit.index, None)
+    return tuple(profiles[block] for block in first_alike)
+
+
+def _largest_bytes(profile: BlockProfile, names: tuple[tuple[str, str], ...], rows: int) -> dict[str, int]:
+    row_bytes = {inner.name: inner.row_bytes for inner in profile.inner}
+    return {name: row_bytes[name] * rows for name, _ in names}
+
+
+def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], int], device: torch.device,
              meter: "_GpuMeter | _HostMeter") -> int:
     meter.reset()
     planes = sum(_attach(parts, unit, device) for unit in units)
-    run()
+    elsewhere = run()
     _measure_norms(parts, units)
-    growth = meter.peak_growth() - planes
+    growth = meter.peak_growth() - planes - elsewhere
     for unit in units:
         parts.attach(unit.index, None)
         parts.take_grads(unit.index)
@@ -91,21 +140,42 @@ def _measure_norms(parts: Parts, units: list[UnitSpec]) -> None:
         torch._foreach_norm(grads, 2, dtype=torch.float32)
 
 
-def _trials(parts: Parts, batch: Any):
-    """The largest block, and the tail; each with the units that it uses."""
+def _trials(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
+            kept: Kept) -> Iterator[tuple[Callable[[], None], list[UnitSpec]]]:
+    """The largest block of each kind that keeps other things, and the tail; each with the units that it uses."""
+    parts = blocks.parts
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
-    sizes = {s.index: sum(parts.spec.units[u].num_elements for u in s.units) for s in parts.spec.stages
-             if s.kind == "block"}
-    largest = max(sizes, key=sizes.get)
+    largest: dict[tuple, int] = {}
+    sizes = [sum(u.num_elements for u in _units(parts, s)) for s in parts.spec.stages if s.kind == "block"]
+    for block, size in enumerate(sizes):
+        alike = (blocks.first_alike(block), kept[block])
+        if size > sizes[largest.setdefault(alike, block)]:
+            largest[alike] = block
+    for block in largest.values():
+        yield _block_trial(blocks, block, hidden, inputs), _units(parts, parts.spec.stages[block + 1])
+    yield _tail_trial(parts, batch, hidden), _units(parts, parts.spec.stages[-1])
 
-    def run_block() -> None:
+
+def _block_trial(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs) -> Callable[[], int]:
+    """Both runs of the block, and backward. What it keeps has its own place in the plan: the run says how many bytes."""
+    def run() -> int:
+        saved: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            blocks.first(block, 0, hidden, inputs, saved.__setitem__)
+        num_bytes = sum(t.nbytes for tensors in saved.values() for t in tensors)
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            output = parts.block(largest - 1, leaf, inputs.with_leaves())
+            output = blocks.second(block, 0, leaf, inputs.with_leaves(), saved, lambda: None)
+        saved.clear()
         output.backward(torch.zeros_like(output))
+        return num_bytes
 
-    def run_tail() -> None:
+    return run
+
+
+def _tail_trial(parts: Parts, batch: Any, hidden: Tensor) -> Callable[[], int]:
+    def run() -> int:
         if parts.is_causal_lm:
             chunk = positions_per_chunk(hidden.shape[0], parts.spec.vocab_size)
             chunked_loss(parts.tail_logits, hidden, shifted_targets(with_labels(batch)["labels"]), normalizer=1.0,
@@ -114,13 +184,19 @@ def _trials(parts: Parts, batch: Any):
             leaf = hidden.detach().requires_grad_()
             with torch.enable_grad():
                 parts.tail_loss(leaf, batch).backward()
+        return 0
 
-    for stage, run in ((parts.spec.stages[largest], run_block), (parts.spec.stages[-1], run_tail)):
-        yield run, [parts.spec.units[u] for u in stage.units]
+    return run
 
 
-def _attach(parts: Parts, unit: UnitSpec, device: torch.device) -> int:
-    """Zero weights in place of the real ones; returns their bytes."""
+def _units(parts: Parts, stage: StageSpec) -> list[UnitSpec]:
+    return [parts.spec.units[u] for u in stage.units]
+
+
+def _attach(parts: Parts, unit: UnitSpec, device: torch.device, *, random: bool = False) -> int:
+    """Other weights in place of the real ones, zeros or small ones; returns their bytes."""
     flat = torch.zeros(unit.num_elements, dtype=parts.dtype, device=device)
+    if random:
+        flat.normal_(std=RANDOM_WEIGHTS)
     parts.attach(unit.index, flat)
     return flat.numel() * flat.element_size()

@@ -1,0 +1,98 @@
+"""Which blocks are alike, which arguments are of one form, and whether a second run may be trusted to leave things out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ratel.models.inputs import BlockCall, leaves
+from ratel.models.parts import TRIAL_ERRORS
+from ratel.runtime.block_profile import inner_numbers
+from ratel.runtime.op_trace import OpTrace
+from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, poisoned
+
+Kind = tuple
+"""Equal for blocks with the same submodules, settings and parameters."""
+
+Form = tuple
+"""Equal for arguments with the same shapes, strides and options."""
+
+_POSITION = ("idx", "index", "layer_id", "layer_number")
+"""In the name of a setting: it says which block this is, not what kind of block."""
+
+
+def kind_of(block: nn.Module) -> Kind:
+    return tuple((name, type(child), _settings(child), _parameters(child)) for name, child in block.named_modules())
+
+
+def form_of(hidden: Tensor, call: BlockCall) -> Form:
+    return tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x if isinstance(x, (int, float, str)) else
+                 type(x) for x in (hidden, *leaves((call.args, call.kwargs))))
+
+
+def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]) -> bool:
+    """Whether second runs with nothing kept and with everything kept let autograd save the bits that a full one does,
+    and leave the random generators where it does. ``seed`` sets those; ``run`` runs the block with a graph.
+
+    What is not made holds NaN here, so that a kernel that reads it unseen (one launched past PyTorch's dispatcher) shows.
+    """
+    numbers = inner_numbers(trace)
+    try:
+        seed()
+        expected = _fingerprint(run)
+        if not _agrees(expected, run, seed, Program.make(trace, {}), {}):
+            return False
+        everything, kept = Program.make(trace, numbers), {}
+        seed()
+        recorder = Recorder(everything, kept.__setitem__)
+        with saved_tensors_hooks(lambda tensor: None, lambda packed: packed), recorder:
+            run()
+        results = {name: kept[name] + recorder.extras[name] for name in numbers}
+        return _agrees(expected, run, seed, everything, results)
+    except torch.OutOfMemoryError:
+        raise
+    except (Diverged, *TRIAL_ERRORS):
+        return False
+
+
+def _agrees(expected: list[Tensor], run: Callable[[], Tensor], seed: Callable[[], None], program: Program,
+            results: dict[str, list[Any]]) -> bool:
+    seed()
+    replayer = Replayer(program, results, poisoned)
+
+    def replay() -> Tensor:
+        with replayer:
+            return run()
+
+    found = _fingerprint(replay)
+    replayer.finish()
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def _fingerprint(run: Callable[[], Tensor]) -> list[Tensor]:
+    """Sums over the bits of what autograd saves, in its order; then the states of the generators."""
+    sums: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: sums.append(_bit_sum(tensor)), lambda packed: packed):
+        device = run().device
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return sums + states
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    with _disable_current_modes():  # a hook runs inside the modes of the run that it watches
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        return (flat.view(torch.int32) if flat.numel() % 4 == 0 else flat).sum(dtype=torch.int64)
+
+
+def _settings(module: nn.Module) -> tuple:
+    return tuple(sorted((name, value) for name, value in vars(module).items() if isinstance(value, (int, float, str))
+                        and not any(word in name for word in _POSITION)))
+
+
+def _parameters(module: nn.Module) -> tuple:
+    return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters(recurse=False))

@@ -1,0 +1,169 @@
+"""The two runs of a block in a training step: forward, which may keep inner activations, and the one before backward.
+
+What the second run can leave out is learned from a trace, once for every kind of block and every form of its
+arguments. A kind whose operations depend on values (routing to experts one by one) is always run again in full.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ratel.errors import RatelError
+from ratel.models import Parts
+from ratel.models.blocks import count_elements
+from ratel.models.inputs import BlockInputs
+from ratel.models.parts import TRIAL_ERRORS
+from ratel.plan.activations import BlockProfile
+from ratel.runtime.block_kinds import Form, form_of, is_exact, kind_of
+from ratel.runtime.block_profile import (guessed_profile, inner_numbers, kept_bytes, plain_profile,
+                                         profile_of)
+from ratel.runtime.op_trace import OpTrace, trace
+from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, Save
+
+log = logging.getLogger(__name__)
+
+
+class BlockRuns:
+    """What has been learned about the blocks of one model. Not for use from two threads at once."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        kinds = [kind_of(block) for block in parts.blocks]
+        self._kinds = [kinds.index(kind) for kind in kinds]
+        """By block: the first block of its kind."""
+        self._traces: dict[tuple[int, Form], OpTrace] = {}
+        self._programs: dict[tuple, Program] = {}
+        self._in_full: set[int] = set()
+        """Kinds whose second run leaves nothing out."""
+        self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
+        self._recorded: dict[tuple[int, int], tuple[Program, dict[str, list[Any]]]] = {}
+        """By block and micro-batch: what forward kept, and the parts of it that are not worth moving."""
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def first_alike(self, block: int) -> int:
+        """The first block of the same kind."""
+        return self._kinds[block]
+
+    def learn(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
+        """Trace the kind of this block with arguments of this form, on random hidden states.
+
+        It is to be run again in full if other values make other operations, or if a second run that leaves things out
+        is not exact (`is_exact`). ``seed`` sets the random generators, always to the same state.
+        """
+        inputs, leaf = inputs.with_leaves(), _random_like(hidden)
+        try:
+            with torch.enable_grad():
+                found, again = (self._trace(block, values, inputs) for values in (_random_like(hidden), leaf))
+                if not found.is_like(again):
+                    self._run_in_full(block, "what it does depends on values")
+                elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
+                    self._run_in_full(block, "what it does cannot be followed")
+        except torch.OutOfMemoryError:
+            raise
+        except TRIAL_ERRORS as error:  # code that does not run under a dispatch mode, or not on random values
+            self._run_in_full(block, f"what it does cannot be traced ({type(error).__name__}: {error})")
+
+    def profile(self, block: int, hidden: Tensor, inputs: BlockInputs, rows: int) -> BlockProfile:
+        """Of a block whose kind has been learned with arguments of this form, those of ``rows`` rows."""
+        found = self._traces.get(self._key(block, hidden, inputs))
+        if found is None:
+            return guessed_profile(count_elements(self.parts.blocks[block]), hidden[..., 0].numel() // rows)
+        return (plain_profile if self._kinds[block] in self._in_full else profile_of)(found, rows)
+
+    def keep(self, kept: Sequence[dict[str, int]]) -> None:
+        """From now on forward keeps these results, by block: names, and the most bytes that each may take."""
+        self._kept = kept
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    def first(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
+        """Forward. What the block keeps is given to ``save`` while it runs."""
+        known = self._key(block, hidden, inputs) in self._traces  # else it is learned in backward
+        if not known or not self._kept[block] or self._kinds[block] in self._in_full:
+            return self.parts.block(block, hidden, inputs)
+        # With a graph, as in the second run: without one, attention leaves out what its backward needs.
+        with torch.enable_grad():
+            return self._record(block, micro, hidden.detach().requires_grad_(), inputs.with_leaves(), save).detach()
+
+    def second(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, saved: dict[str, list[Tensor]],
+               seed: Callable[[], None]) -> Tensor:
+        """Run again with a graph for backward. ``saved``: what `first` gave to ``save``, by name.
+
+        Raises RatelError if the block does not do what it did in forward.
+        """
+        program, extras = self._recorded.pop((block, micro), (None, {}))
+        if program is not None:
+            try:
+                return self._replay(block, hidden, inputs, program, {name: saved[name] + extras[name] for name in extras})
+            except Diverged as error:
+                raise RatelError(f"block {block} did something else when it was run again for backward than in forward "
+                                 f"({error}): its gradient would be wrong", field="model",
+                                 remedy="Make its forward depend on its arguments and weights alone") from error
+        if self._kinds[block] in self._in_full:
+            return self.parts.block(block, hidden, inputs)
+        if self._key(block, hidden, inputs) not in self._traces:
+            return self._run_traced(block, hidden, inputs, keep_graph=True)
+        try:
+            return self._replay(block, hidden, inputs, self._program(block, hidden, inputs, {}), {})
+        except Diverged as error:
+            self._run_in_full(block, f"it did not do what it did before ({error})")
+        seed()
+        return self.parts.block(block, hidden, inputs)
+
+    def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
+        program = self._program(block, leaf, inputs, self._kept[block])
+        recorder = Recorder(program, save)
+        with saved_tensors_hooks(lambda tensor: None, lambda packed: packed), recorder:
+            output = self.parts.block(block, leaf, inputs)
+        if recorder.complete:
+            self._recorded[block, micro] = program, recorder.extras
+        else:
+            self._run_in_full(block, "it did not do what it did before")
+        return output
+
+    def _replay(self, block: int, hidden: Tensor, inputs: BlockInputs, program: Program,
+                results: dict[str, list[Any]]) -> Tensor:
+        if not program.saves_work:
+            return self.parts.block(block, hidden, inputs)
+        with Replayer(program, results) as replayer:
+            output = self.parts.block(block, hidden, inputs)
+        replayer.finish()
+        return output
+
+    # --- what is known ------------------------------------------------------------------------------------------
+
+    def _key(self, block: int, hidden: Tensor, inputs: BlockInputs) -> tuple[int, Form]:
+        return self._kinds[block], form_of(hidden, inputs.calls[block])
+
+    def _trace(self, block: int, leaf: Tensor, inputs: BlockInputs) -> OpTrace:
+        self._run_traced(block, leaf, inputs, keep_graph=False)
+        return self._traces[self._key(block, leaf, inputs)]
+
+    def _run_traced(self, block: int, leaf: Tensor, inputs: BlockInputs, *, keep_graph: bool) -> Tensor:
+        output, found = trace(lambda: self.parts.block(block, leaf, inputs), self.parts.blocks[block],
+                              keep_graph=keep_graph)
+        self._traces[self._key(block, leaf, inputs)] = found
+        self._programs.clear()
+        return output
+
+    def _program(self, block: int, hidden: Tensor, inputs: BlockInputs, kept: dict[str, int]) -> Program:
+        key = (*self._key(block, hidden, inputs), tuple(kept.items()))
+        if key not in self._programs:
+            found = self._traces[key[:2]]
+            fitting = {name: number for name, number in inner_numbers(found).items()
+                       if kept_bytes(found.ops[number]) <= kept.get(name, 0)}
+            self._programs[key] = Program.make(found, fitting)
+        return self._programs[key]
+
+    def _run_in_full(self, block: int, reason: str) -> None:
+        log.info("block %d and its like are run again in full for backward: %s", block, reason)
+        self._in_full.add(self._kinds[block])
+
+
+def _random_like(hidden: Tensor) -> Tensor:
+    return torch.randn_like(hidden).requires_grad_()

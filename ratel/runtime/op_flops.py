@@ -1,0 +1,36 @@
+"""Floating-point operations of one operator call, and which operators are worth keeping the result of."""
+
+from typing import Any
+
+from torch.utils.flop_counter import flop_registry
+
+_GROUPED = "aten::_grouped_mm"
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", _GROUPED}
+
+
+def is_attention(func: Any) -> bool:
+    return func._schema.name.startswith("aten::_scaled_dot_product")
+
+
+def is_expensive(func: Any) -> bool:
+    """Matrix products, attention and convolutions. The rest of a block is bound by memory: keeping its results would
+    cost more traffic than it saves."""
+    return func._schema.name in _PRODUCTS or is_attention(func)
+
+
+def num_stored(func: Any) -> int:
+    """How many of its results hold data for backward; attention's others are seeds and limits, a few bytes each."""
+    return 2 if is_attention(func) else 1
+
+
+def flops_of(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> float:
+    """A multiply and an add are two; 0 for what is not expensive. A causal mask is not taken off, as is usual."""
+    if not is_expensive(func):
+        return 0.0
+    if is_attention(func):
+        query, key, value = args[:3]
+        return 2.0 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    if func._schema.name == _GROUPED:  # rows of the left one in groups, each against one matrix
+        return 2.0 * args[0].shape.numel() * args[1].shape[-1]
+    return float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
+
