@@ -170,6 +170,8 @@ class TrainConfig:
     ssd: tuple[str, ...] = _option((), _read_dirs, MEMORY, "DIR[,DIR]", "directories for states, striped over all")
     ssd_bandwidth: float | None = _option(None, _optional(_rate), MEMORY, "RATE",
                                           "slow each SSD directory down to this, to see what another disk would do")
+    hardware: str = _option("auto", _read_text, MEMORY, "auto|none|NAME|FILE",
+                            "rates to plan with (auto: this GPU machine's; none: place by a simple rule instead)")
     tier: str = _option("auto", _choice("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",
                         "force all model states into one tier")
     checkpoint_tier: str = _option("auto", _choice("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",

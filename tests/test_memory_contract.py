@@ -22,7 +22,7 @@ from ratel.plan.choose import Request, choose, minimum_state_bytes
 from ratel.plan.plan import Plan, Work
 from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.prepare import Budgets, make_plan
+from ratel.runtime.prepare import Budgets, Wishes, make_plan
 from ratel.runtime.session import Session
 from ratel.units import GIB, MIB
 
@@ -240,10 +240,10 @@ def planned(layers: int, ssd_dir: Path) -> Plan:
     """The plan of a session that is given no budget; nothing is reserved."""
     device = torch.device("cpu")
     with Session(config(layers, WIDE), device="cpu") as session:
-        return make_plan(BlockRuns(session.parts), {"input_ids": torch.zeros(ROWS, POSITIONS, dtype=torch.long)}, device=device,
-                         fp32=False, optimizer="deferred", budgets=Budgets(gpu=None, dram=None), micro_batch="auto",
-                         directories=(str(ssd_dir),), forced=None, checkpoint_tier="auto", activations="auto",
-                         buffers=BUFFERS, durable="off")
+        wishes = Wishes(fp32=False, optimizer="deferred", budgets=Budgets(gpu=None, dram=None),
+                        directories=(str(ssd_dir),), buffers=BUFFERS)
+        batch = {"input_ids": torch.zeros(ROWS, POSITIONS, dtype=torch.long)}
+        return make_plan(BlockRuns(session.parts), batch, wishes, device).plan
 
 
 # --- the GPU --------------------------------------------------------------------------------------------------------

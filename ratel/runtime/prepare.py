@@ -12,18 +12,24 @@ from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.plan.choose import Request, choose
+from ratel.plan.cost import Prediction
 from ratel.plan.forced_kept import Activations
+from ratel.plan.hardware import Hardware
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan, Work
+from ratel.plan.search import search
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
-from ratel.runtime.trial import try_out
+from ratel.runtime.trial import kept_bytes, try_out
 from ratel.units import GIB, MIB, format_bytes
 
 SATURATING_TOKENS = 16384
 """Tokens of a micro-batch beyond which larger ones gain less than their memory is worth elsewhere. On an H200 with 3.0 B
 parameters and batch 32: 1.85 s a step with 8192 tokens, 1.80 s with 16384, 1.83 s with 32768 (evaluation_data.md)."""
+
+COMPARED = 3
+"""Sizes of micro-batches, from the largest that makes sense downwards, of which the one with the shortest step is taken."""
 
 DRAM_MARGIN = 0.90
 GPU_MARGIN_BYTES = GIB
@@ -58,38 +64,97 @@ class Shape:
                              remedy="Call prepare(rows, seq_len) with the largest shape before the first step")
 
 
-def make_plan(blocks: BlockRuns, batch: Any, *, device: torch.device, fp32: bool, optimizer: str, budgets: Budgets,
-              directories: tuple[str, ...], micro_batch: int | str, forced: Forced | None, checkpoint_tier: str,
-              activations: Activations, buffers: Buffers, durable: str) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What was asked of the plan; what else it needs is found out here."""
+
+    fp32: bool
+    optimizer: str
+    budgets: Budgets
+    directories: tuple[str, ...] = ()
+    micro_batch: int | str = "auto"
+    forced: Forced | None = None
+    checkpoint_tier: str = "auto"
+    activations: Activations = "auto"
+    buffers: Buffers = Buffers()
+    durable: str = "off"
+    hardware: Hardware | None = None
+    """Of the machine, to predict steps with; None: plan by the simple rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    plan: Plan
+    prediction: Prediction | None
+
+
+def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
     """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
-    parts = blocks.parts
-    if optimizer not in ("eager", "deferred"):
-        raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
+    if wishes.optimizer not in ("eager", "deferred"):
+        raise RatelError("not an optimizer mode", field="optimizer", value=wishes.optimizer,
                          remedy="Use auto, eager or deferred")
-    gpu_budget, on_host = _gpu_budget(device, budgets.gpu), device.type == "cpu"
-    held_bytes = resident_bytes()
-    process_bytes = held_bytes + PROCESS_MARGIN_BYTES
-    dram_budget = budgets.dram or int(available_memory() * DRAM_MARGIN) + held_bytes
-    rows = count_rows(batch)
-    for micro_rows in _candidates(rows, batch, micro_batch):
-        work = _work(parts, batch, rows, micro_rows)
+    trials = _Trials(blocks, batch, wishes, device)
+    sizes = _candidates(count_rows(batch), batch, wishes.micro_batch)
+    together = 1 if wishes.hardware is None else COMPARED
+    for begin in range(0, len(sizes), together):
         try:
-            sizes = dict.fromkeys(size for size in (micro_rows, rows % micro_rows) if size)
-            trial = try_out(blocks, [_take_rows(batch, size, device) for size in sizes], device, activations)
-            return choose(Request(spec=parts.spec, fp32=fp32, optimizer=optimizer, work=work, gpu_budget=gpu_budget,
-                                  dram_budget=dram_budget, ssd_budget=_free_bytes(directories), buffers=buffers,
-                                  process_bytes=process_bytes, workspace_bytes=trial.workspace_bytes, forced=forced,
-                                  profiles=trial.profiles, kept=trial.kept,
-                                  accumulators=() if fp32 else _accumulators(parts, work),
-                                  checkpoint_tier=checkpoint_tier, on_host=on_host, durable=durable))
-        except (RatelError, torch.OutOfMemoryError) as error:
+            found = _plan_for(trials, sizes[begin : begin + together], wishes)
+            break
+        except RatelError as error:
             failure = error
-            if isinstance(error, RatelError) and error.field not in ("gpu_memory", "dram" if on_host else ""):
+            if error.field not in ("gpu_memory", "dram" if device.type == "cpu" else ""):
                 raise
-    if isinstance(failure, RatelError):
+    else:
         raise failure
-    raise RatelError(f"one row of the batch does not pass a block within the budget ({failure})", field="gpu_memory",
-                     value=gpu_budget, remedy="Give a larger --gpu-memory or a smaller --seq-len") from failure
+    trials.keep(found.plan)
+    return found
+
+
+def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes) -> Planned:
+    """The best plan with one of these micro-batches."""
+    requests = [request for request in map(trials.request, sizes) if request is not None]
+    if not requests:
+        raise RatelError(f"a micro-batch of {sizes[-1]} does not pass a block within the budget", field="gpu_memory",
+                         value=trials.gpu_budget, remedy="Give a larger --gpu-memory or a smaller --seq-len")
+    if wishes.hardware is None:
+        return Planned(plan=choose(requests[0]), prediction=None)
+    chosen = search(requests, wishes.hardware)
+    return Planned(plan=chosen.plan, prediction=chosen.prediction)
+
+
+class _Trials:
+    """Runs blocks with micro-batches of several sizes, and says what a planner must know of each."""
+
+    def __init__(self, blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> None:
+        self._blocks, self._batch, self._wishes, self._device = blocks, batch, wishes, device
+        self.gpu_budget = _gpu_budget(device, wishes.budgets.gpu)
+        self._held_bytes = resident_bytes()
+        self._dram_budget = wishes.budgets.dram or int(available_memory() * DRAM_MARGIN) + self._held_bytes
+        self._rows = count_rows(batch)
+
+    def request(self, micro_rows: int) -> Request | None:
+        """None if a block does not fit on the GPU with so many rows."""
+        wishes, parts = self._wishes, self._blocks.parts
+        work = _work(parts, self._batch, self._rows, micro_rows)
+        sizes = dict.fromkeys(size for size in (micro_rows, self._rows % micro_rows) if size)
+        try:
+            trial = try_out(self._blocks, [_take_rows(self._batch, size, self._device) for size in sizes], self._device,
+                            wishes.activations, timed=wishes.hardware is not None)
+        except torch.OutOfMemoryError:
+            return None
+        is_free = wishes.activations == "auto" and wishes.hardware is not None
+        return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
+                       gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
+                       ssd_budget=_free_bytes(wishes.directories), buffers=wishes.buffers,
+                       process_bytes=self._held_bytes + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
+                       forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept,
+                       accumulators=() if wishes.fp32 else _accumulators(parts, work),
+                       checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",
+                       durable=wishes.durable)
+
+    def keep(self, plan: Plan) -> None:
+        """From now on blocks keep what the plan says."""
+        self._blocks.keep(kept_bytes(plan.profiles, plan.kept, plan.work.micro_rows))
 
 
 def _candidates(rows: int, batch: Any, micro_batch: int | str) -> list[int]:

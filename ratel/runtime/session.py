@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,8 +15,11 @@ from ratel.config import read_options
 from ratel.errors import RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
+from ratel.hardware.known import hardware_for
 from ratel.memory.exchange import Exchange
 from ratel.plan.forced_kept import Activations
+from ratel.plan.cost import Prediction
+from ratel.plan.hardware import Hardware
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
@@ -27,7 +30,7 @@ from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
 from ratel.runtime.moments import check_moments, export_moments, import_moments, open_moments
 from ratel.runtime.optimizer import Hyper
-from ratel.runtime.prepare import Budgets, Shape, make_plan
+from ratel.runtime.prepare import Budgets, Shape, Wishes, make_plan
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
@@ -72,8 +75,9 @@ class Session:
     result. ``optimizer_state``: a file or directory with the moments and the step count to start from
     (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
     a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where it
-    pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. Raises RatelError
-    for what cannot work, before anything is reserved.
+    pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the
+    rates to plan with (`ratel.hardware.known.hardware_for`). Raises RatelError for what cannot work, before anything is
+    reserved.
     """
 
     def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,
@@ -85,7 +89,8 @@ class Session:
                  checkpoint_tier: str = "auto", activations: Activations = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
                  optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers(),
-                 durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on") -> None:
+                 durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on",
+                 hardware: "str | Hardware" = "auto") -> None:
         if dtype not in DTYPES:
             raise RatelError("not a type of computation", field="dtype", value=dtype, remedy="Use bf16 or fp32")
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
@@ -96,17 +101,24 @@ class Session:
         self.device = require_device(device)
         self._io = IoOptions(directories=_directories(ssd), backend=io_backend, direct=direct,
                              bandwidth_bps=given["ssd_bandwidth"], checksums=checksums == "on")
-        self._durable, self._commits = _check_durable(durable, commits, self._io)
-        self._budgets = Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram"))
-        self._forced = placement if placement is not None else (None if tier == "auto" else tier)
-        self._activations = activations if isinstance(activations, dict) else given["activations"]
-        self._checkpoint_tier, self._buffers, self._micro_batch = checkpoint_tier, buffers, given["micro_batch"]
+        durable, self._commits = _check_durable(durable, commits, self._io)
         self._clip = given["max_grad_norm"]
-        self._optimizer = ("deferred" if self._clip else "eager") if optimizer == "auto" else optimizer
-        if self._clip and self._optimizer == "eager":
+        if optimizer == "auto":
+            optimizer = "deferred" if self._clip else "eager"
+        if self._clip and optimizer == "eager":
             raise RatelError("eager updates start before the norm of all gradients is known, so they cannot be clipped "
                              "by it", field="optimizer", value="eager",
                              remedy="Use deferred (or auto), or switch clipping off with max_grad_norm 0")
+        self._wishes = Wishes(
+            fp32=dtype == "fp32", optimizer=optimizer, directories=self._io.directories, micro_batch=given["micro_batch"],
+            budgets=Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram")),
+            forced=placement if placement is not None else (None if tier == "auto" else tier),
+            checkpoint_tier=checkpoint_tier, buffers=buffers, durable=durable,
+            activations=activations if isinstance(activations, dict) else given["activations"])
+        self._hardware = hardware
+        self.machine: Hardware | None = None
+        self.prediction: Prediction | None = None
+        """Of a step; like ``machine``, where the plan was made with a machine's rates."""
         self._hyper = dict(zip(("beta1", "beta2"), given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"])
         self.lr, self.seed, self.dtype = lr, given["seed"], dtype
         self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else given["optimizer_threads"]
@@ -150,10 +162,9 @@ class Session:
             check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
         blocks = BlockRuns(self.parts)
-        plan = make_plan(blocks, batch, device=self.device, fp32=self.dtype == "fp32", optimizer=self._optimizer,
-                         budgets=self._budgets, directories=self._io.directories, micro_batch=self._micro_batch,
-                         forced=self._forced, checkpoint_tier=self._checkpoint_tier, activations=self._activations,
-                         buffers=self._buffers, durable=self._durable)
+        self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
+        planned = make_plan(blocks, batch, replace(self._wishes, hardware=self.machine), self.device)
+        plan, self.prediction = planned.plan, planned.prediction
         self._machinery = self._build(plan)
         self._plan, m = plan, self._machinery
         self._training = Training(blocks, plan, m, seed=self.seed, clip=self._clip)
@@ -292,7 +303,7 @@ class Session:
         newest commit that was complete. Training goes on meanwhile, unless ``wait``.
         """
         if self._machinery is None or not self.plan.commits:
-            raise RatelError("the session does not commit in place", field="durable", value=self._durable,
+            raise RatelError("the session does not commit in place", field="durable", value=self._wishes.durable,
                              remedy='Make it with durable="step" and commits=DIR, and take a step')
         self._save(CommitTarget(self._machinery.log, self._machinery.engine), extra, wait)
 

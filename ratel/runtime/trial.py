@@ -7,12 +7,13 @@ libraries, and is taken over what the process held before, which the plan counts
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ratel.hardware.timing import median_seconds
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes
 from ratel.models import Parts
 from ratel.models.inputs import BlockInputs
@@ -27,6 +28,9 @@ from ratel.units import MIB
 
 RANDOM_WEIGHTS = 0.02
 """Standard deviation of weights that stand for real ones where values matter."""
+
+TIMING_S = 0.1
+"""Of each pass of each kind of block, where a plan is to be predicted."""
 
 SLACK = 1.10
 """The caching allocator's own fragmentation, over what was measured."""
@@ -43,8 +47,9 @@ class Trial:
     """Of one micro-batch, beyond planes, slots and what is kept."""
 
 
-def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations) -> Trial:
-    """``batches``: one micro-batch of each size that a step has, the largest first.
+def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations, *,
+            timed: bool = False) -> Trial:
+    """``batches``: one micro-batch of each size that a step has, the largest first. ``timed``: measure how long they take.
 
     Raises torch.OutOfMemoryError if it does not fit on the GPU at all.
     """
@@ -53,9 +58,12 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
     with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
         profiles = _learn(blocks, batches, device)
         kept = forced_kept(profiles, activations)
-        blocks.keep([_largest_bytes(profile, names, count_rows(batches[0])) for profile, names in zip(profiles, kept)])
+        blocks.keep(kept_bytes(profiles, kept, count_rows(batches[0])))
         peak = max(_measure(blocks.parts, units, run, device, meter)
                    for run, units in _trials(blocks, batches[0], profiles, kept))
+        if timed:
+            blocks.keep([{} for _ in profiles])
+            profiles = _timed(blocks, batches[0], profiles, device)
     meter.close()
     return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes)
 
@@ -79,9 +87,48 @@ def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple
     return tuple(profiles[block] for block in first_alike)
 
 
-def _largest_bytes(profile: BlockProfile, names: tuple[tuple[str, str], ...], rows: int) -> dict[str, int]:
-    row_bytes = {inner.name: inner.row_bytes for inner in profile.inner}
-    return {name: row_bytes[name] * rows for name, _ in names}
+def kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> list[dict[str, int]]:
+    """By block, what is kept and the most bytes it may take, as `BlockRuns.keep` wants it."""
+    if not kept:
+        return [{} for _ in profiles]
+    row_bytes = [{inner.name: inner.row_bytes for inner in profile.inner} for profile in profiles]
+    return [{name: sizes[name] * rows for name, _ in names} for sizes, names in zip(row_bytes, kept)]
+
+
+def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
+           device: torch.device) -> tuple[BlockProfile, ...]:
+    """With the seconds of both passes of each kind of block, nothing kept."""
+    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    parts, found, rows = blocks.parts, {}, count_rows(batch)
+    with torch.no_grad():
+        hidden, inputs = parts.head(batch)
+    for block in dict.fromkeys(map(blocks.first_alike, range(parts.num_blocks))):
+        units = _units(parts, parts.spec.stages[block + 1])
+        for unit in units:
+            _attach(parts, unit, device, random=True)
+        leaf = torch.randn_like(hidden).requires_grad_()
+        passes = (lambda: _forward(blocks, block, leaf, inputs), lambda: _backward(blocks, block, leaf, inputs, units))
+        found[block] = [median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes]
+        for unit in units:
+            parts.attach(unit.index, None)
+    return tuple(replace(profile, seconds=((rows, *found[blocks.first_alike(block)]),))
+                 for block, profile in enumerate(profiles))
+
+
+def _forward(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs) -> None:
+    with torch.no_grad():
+        blocks.first(block, 0, hidden, inputs, lambda name, tensors: None)
+
+
+def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, units: list[UnitSpec]) -> None:
+    """With taking over the gradients, which reads and writes them once more."""
+    with torch.enable_grad():
+        output = blocks.second(block, 0, leaf, inputs.with_leaves(), {}, lambda: None)
+    output.backward(torch.ones_like(output))
+    for unit in units:
+        for grad in blocks.parts.take_grads(unit.index):
+            if grad is not None:
+                grad.clone()
 
 
 def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], int], device: torch.device,

@@ -1,0 +1,58 @@
+"""A session that plans with a machine's rates does what its plan says, and trains to the same bits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from families_common import batches, build, loss_fn_of
+from ratel.plan.cost import predict
+from ratel.plan.hardware import Hardware, load_hardware
+from ratel.plan.traffic import step_traffic
+from ratel.runtime.session import Session
+
+pytestmark = pytest.mark.numerics
+FAST = load_hardware("h200-box")
+BUDGETS = dict(gpu_memory="24MiB", dram="2GiB")
+
+
+def trained(ssd_dir: Path, family: str = "llama", **options: object) -> tuple[Session, dict[str, torch.Tensor], list]:
+    session = Session(build(family), loss_fn=loss_fn_of(family), device="cpu", ssd=[ssd_dir], lr=1e-3, micro_batch=2,
+                      **{**BUDGETS, **options})
+    with session:
+        outs = [session.step(batch) for batch in batches(family, 4)]
+        return session, session.state_dict(), outs
+
+
+def slow_copies() -> Hardware:
+    return replace(FAST, h2d_bps=1e3, d2h_bps=1e3, duplex_bps=1e3)
+
+
+def slow_compute() -> Hardware:
+    return replace(FAST, gpu_flops=1e6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("machine", [FAST, slow_copies(), slow_compute()], ids=["fast", "slow copies", "slow compute"])
+def test_whatever_is_planned_the_bits_are_the_same(machine: Hardware, family: str, ssd_dir: Path) -> None:
+    _, expected, _ = trained(ssd_dir, family, hardware="none")
+    session, found, outs = trained(ssd_dir, family, hardware=machine)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert session.prediction == predict(session.plan, session.machine)
+    moved = step_traffic(session.plan)
+    usage = [out.usage for out in outs[1:]]  # the first step reads weights that later ones find in DRAM
+    assert sum(u.ssd_read_bytes + u.ssd_written_bytes for u in usage) <= len(usage) * (moved.ssd_read + moved.ssd_written)
+
+
+def test_the_rates_decide(ssd_dir: Path) -> None:
+    """Where copies cost everything nothing inside blocks leaves the GPU."""
+    dear, _, _ = trained(ssd_dir, hardware=slow_copies())
+    tiers = {tier for block in dear.plan.kept for _, tier in block}
+    assert tiers <= {"gpu"}
+    assert all(tier == "gpu" for tier in dear.plan.checkpoint_tiers)
+
+
+def test_the_simple_rule_predicts_nothing(ssd_dir: Path) -> None:
+    session, _, _ = trained(ssd_dir, hardware="none")
+    assert session.prediction is None and session.machine is None
