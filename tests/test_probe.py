@@ -357,3 +357,16 @@ def test_a_gpu_is_measured(cache: Path) -> None:
     assert hardware.gpu_bytes == torch.cuda.mem_get_info()[1] and "CPU device" not in hardware.name
     assert hardware.duplex_bps <= 1.2 * max(hardware.h2d_bps, hardware.d2h_bps)
     assert torch.cuda.get_device_name() in hardware.name and hardware.gpu_flops > 1e12
+
+
+def test_flops_of_shared_keys_and_values() -> None:
+    """Four query heads on two of keys and values, as `enable_gqa` gives them to the kernel."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ratel.hardware.block_rates import _ATTENTION, _attention_flops
+
+    query, key, value = torch.randn(3, 4, 8, 16), torch.randn(3, 2, 8, 16), torch.randn(3, 2, 8, 16)
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ATTENTION, _attention_flops)) as counter:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1))
+    assert counter.get_total_flops() == 4 * 3 * 4 * 8 * 8 * 16
+    assert _attention_flops(query.shape, key.shape, value.shape) == 4 * 3 * 4 * 8 * 8 * 16

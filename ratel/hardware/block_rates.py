@@ -44,9 +44,18 @@ def forward_flops(parts: Parts, batch: Any, device: torch.device, block: int | N
     block = largest_block(parts) if block is None else block
     with _weights(parts, block, device, torch.zeros), _generators_restored(device), torch.no_grad():
         hidden, inputs = parts.head(batch)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ATTENTION, _attention_flops)) as counter:
             parts.block(block, torch.randn_like(hidden), inputs)
     return float(counter.get_total_flops())
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """QK' and PV. PyTorch's own formula refuses query heads that share keys and values; a causal mask is not taken off."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+_ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}") for kind in (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
 
 
 def largest_block(parts: Parts) -> int:

@@ -33,7 +33,7 @@ def hardware_for(given: "str | Hardware", device: torch.device, directories: tup
 def _this_machine(device: torch.device, directories: tuple[str, ...]) -> Hardware:
     key = probe.key_of(device, directories, None)
     found = load(key, probe.Probe)
-    brief = {**key, "effort": "brief"}
+    brief = {**key, "effort": "brief", "ssd": [drive for _, *drive in key["ssd"]]}  # another folder is the same drive
     if found is None:
         found = load(brief, probe.Probe)
     if found is None:
