@@ -15,7 +15,7 @@ from ratel.plan.hardware import Hardware
 from ratel.plan.pipes import SsdRates, link, ssd_rates
 from ratel.plan.placement import plane_bytes, weight_class
 from ratel.plan.plan import Plan
-from ratel.plan.recurrence import CLASSES, closing_units, step_schedule, update_order
+from ratel.plan.recurrence import CLASSES, COPIES_BEHIND, closing_units, step_schedule, update_order
 from ratel.plan.schedule import Gather
 from ratel.plan.shape import StageSpec, UnitSpec
 from ratel.plan.timeline import Span
@@ -217,7 +217,7 @@ class _Engine:
             copied.then(lambda: self._clock.start(self._write_activation(block, micro, moved)))
         self._leaving.put((moved.d2h, f"activations {block}.{micro}", copied))
         self._copies.append(copied)
-        if len(self._copies) > 2 * len(self._rows):
+        if len(self._copies) > COPIES_BEHIND * len(self._rows):
             yield self._copies.popleft()
 
     def _write_activation(self, block: int, micro: int, moved: Traffic) -> Process:
@@ -307,10 +307,9 @@ class _Engine:
             yield opened.some()
             gather, read, slot = opened.take()
             if gather.is_checkpoint:
-                key, name = gather.checkpoint, f"activations {gather.checkpoint}"
+                key, name, moved = gather.checkpoint, f"activations {gather.checkpoint}", self._activations(*gather.checkpoint)
                 yield self._back_slots.acquire()
-                num_bytes, on_ssd = (lambda m: (m.d2h, m.ssd_written))(self._activations(*key))
-                after = self._staging_in.release if on_ssd else None
+                num_bytes, after = moved.d2h, self._staging_in.release if moved.ssd_written else None
             else:
                 key, name = gather.unit, self._plan.spec.units[gather.unit].name
                 yield self._weight_slots[self._class(key)].acquire()
