@@ -87,15 +87,16 @@ def paper_section(name: str, result: dict) -> list[str]:
     lines = [f"## Predicted: {name}", "",
              "Nothing here was measured. `python benchmarks/paper.py --save` configures the cost model of docs/planner.md to "
              "do what the system of the Ratel paper (ICDE 2025) did, on the machines `4090` and `3090` of "
-             "`ratel/plan/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this project "
-             "would do there, with updates under backward (eager) and with exact clipping (deferred). A figure that others of "
-             "the same paper contradict is not counted.", "",
+             "`ratel/plan/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this "
+             "project would do there, with updates under backward (eager) and with exact clipping (deferred). A figure "
+             "that others of the same paper contradict is not counted.", "",
              f"Mean error {result['mean_error']:.1%}; {result['sizes_met']} of {result['sizes']} model sizes met.", "",
              "| figure | case | unit | paper | model | error | Ratel, eager | Ratel, deferred | not counted because |",
              "|---|---|---|---|---|---|---|---|---|"]
     for p in result["points"]:
         error = "" if p["error"] is None else f"{p['error']:+.0%}"
-        cells = [p["figure"], p["case"], p["unit"], p["paper"], p["ours"], error, p["ratel"], p["ratel_clipping"], p["reason"]]
+        cells = [p["figure"], p["case"], p["unit"], p["paper"], p["ours"], error, p["ratel"], p["ratel_clipping"],
+                 p["reason"]]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return [*lines, ""]
 
@@ -120,7 +121,7 @@ def document() -> str:
         elif kind == "paper":
             parts += paper_section(path.stem, content)
         else:
-            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json with KIND step, adam, io, durable or paper")
+            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being step, adam, io, durable or paper")
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The predicted step: by hand for one resource at a time, against the simulator, and how it answers to more hardware."""
+"""The predicted step: by hand for one resource at a time, against the simulator, and with more of each resource."""
 
 import json
 import random
@@ -17,6 +17,7 @@ from ratel.plan.cost import RESOURCES, predict
 from ratel.plan.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
 from ratel.plan.pipes import Pipe, SsdRates, ssd_rates
 from ratel.plan.placement import forced_placements
+from ratel.plan.plan import Buffers
 from ratel.plan.shape import ParamSpec, lay_out
 from ratel.plan.simulate import simulate
 from ratel.plan.timeline import Span, write_trace
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.unit
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
-FAST = Hardware(name="fast", source="measured", gpu_bytes=1, gpu_flops=1e18, gpu_half_tokens=0.0, gpu_bps=1e18, h2d_bps=1e15,
-                d2h_bps=1e15, duplex_bps=1e15, dram_bytes=1, dram_bps=1e16, cores=1, adam_params_per_s=1e15,
+FAST = Hardware(name="fast", source="measured", gpu_bytes=1, gpu_flops=1e18, gpu_half_tokens=0.0, gpu_bps=1e18,
+                h2d_bps=1e15, d2h_bps=1e15, duplex_bps=1e15, dram_bytes=1, dram_bps=1e16, cores=1, adam_params_per_s=1e15,
                 ssds=(Ssd(read_bps=1e15, write_bps=1e15, mixed_bps=1e15),))
 """Everything takes no time, so that one slow resource decides."""
 DEEP = gpt_spec(60, 2048)
@@ -46,7 +47,7 @@ def test_pcie_down_carries_the_weights_twice() -> None:
 
 
 def test_pcie_up_carries_the_gradients_once() -> None:
-    found = predict(make_plan(DEEP, "dram", checkpoints="gpu"), replace(FAST, d2h_bps=1e9, duplex_bps=1e9, h2d_bps=1e15))
+    found = predict(make_plan(DEEP, "dram", checkpoints="gpu"), replace(FAST, d2h_bps=1e9, duplex_bps=1e9))
     assert (found.bound_by, found.backward["d2h"]) == ("d2h", pytest.approx(2 * PARAMS / 1e9, rel=1e-6))
 
 
@@ -247,11 +248,11 @@ def test_the_simulated_timeline_keeps_every_lane_in_order() -> None:
 
 
 def test_one_buffer_of_each_kind_does_not_hang_the_simulator() -> None:
-    from ratel.plan.plan import Buffers
-
-    one = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1, checkpoint_slots=1)
+    one = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1,
+                  checkpoint_slots=1)
     for optimizer in ("eager", "deferred"):
-        plan = make_plan(gpt_spec(8, 2048), "ssd", checkpoints="ssd", optimizer=optimizer, buffers=one, rows=6, micro_rows=2)
+        plan = make_plan(gpt_spec(8, 2048), "ssd", checkpoints="ssd", optimizer=optimizer, buffers=one, rows=6,
+                         micro_rows=2)
         slow = simulate(plan, load_hardware("h200-box")).step_s
         assert slow >= simulate(replace(plan, buffers=Buffers()), load_hardware("h200-box")).step_s * 0.99
 
@@ -310,7 +311,8 @@ def test_a_plan_with_ssds_needs_a_machine_with_ssds() -> None:
 
 
 def test_a_trace_has_one_row_per_lane(tmp_path) -> None:
-    spans = [Span(lane="h2d", name="block.0", begin_s=0.0, end_s=0.5), Span(lane="compute", name="x", begin_s=0.5, end_s=0.75)]
+    spans = [Span(lane="h2d", name="block.0", begin_s=0.0, end_s=0.5),
+             Span(lane="compute", name="x", begin_s=0.5, end_s=0.75)]
     write_trace(tmp_path / "trace.json", spans)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}

@@ -22,7 +22,7 @@ MOST_STEPS = 12
 """Steps followed at most until two take the same time; two or three are enough unless the optimizer lags behind."""
 
 COPIES_BEHIND = 2
-"""Blocks' activations whose copy to DRAM may still run when the next block is launched (ratel/runtime/activations.py)."""
+"""Blocks whose activations may still be on their way to DRAM when the next is launched: ratel/runtime/activations.py."""
 
 CLASSES = ("block", "ends", "shared")
 
@@ -73,7 +73,8 @@ def update_order(plan: Plan) -> list[UnitSpec]:
 
 def step_schedule(plan: Plan) -> list[Gather]:
     """The step's gathers; one brings back all that left the GPU of a block and micro-batch, its input or its inside."""
-    leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in range(len(plan.checkpoint_tiers)))
+    blocks = range(len(plan.checkpoint_tiers))
+    leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in blocks)
     return gathers(replace(plan, checkpoint_tiers=leaving, kept=()), training=True)
 
 
@@ -236,7 +237,8 @@ class _Steps:
         if not self._plan.deferred:
             self._update(unit)
         if passing:
-            self._host_grads[cls].release(self._arrived[unit.index] if self._plan.deferred else self._updated[unit.index])
+            done = self._arrived if self._plan.deferred else self._updated
+            self._host_grads[cls].release(done[unit.index])
 
     # --- updates ------------------------------------------------------------------------------------------------
 
@@ -259,7 +261,7 @@ class _Steps:
             may_read = max(may_read, self._persisted[index], slot, self._norm_known if plan.deferred else 0.0)
             through = self._ssd.rest(may_read, (read + written) * price.ssd)
         self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
-        # Chunks are read while others are written; only what the ring holds is left to write after the last one is read.
+        # Chunks are read while others are written; after the last read only what the ring holds is left to write.
         self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
         self._persisted[index] = max(self._updated[index], through)
         if not plan.deferred and plan.weights_from_ssd(unit):
