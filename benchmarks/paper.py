@@ -1,4 +1,4 @@
-"""Predicts the figures of the Ratel paper (ICDE 2025) with this project's cost model, beside what Ratel as built would do.
+"""Predicts the figures of the Ratel paper (ICDE 2025) with this project's cost model, and what Ratel itself would do.
 
     python benchmarks/paper.py            print every figure
     python benchmarks/paper.py --save     also write benchmarks/results/icde25_paper.json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import paper_figures as figures
 import paper_systems as systems
-from paper_figures import BEST_BATCH, CAPACITY_SHAPES, SEQ_LEN, SHAPES
+from paper_figures import BEST_BATCH, CAPACITY_SHAPES, SEQ_LEN
 from ratel.plan.cost import Prediction
 from ratel.plan.hardware import Hardware, load_hardware, with_ssds
 from ratel.plan.pipes import ssd_rates
@@ -82,8 +82,8 @@ def throughput() -> Iterator[Point]:
 
 
 def best() -> Iterator[Point]:
-    """At the paper's batch where it can be told (for 135B: 26 tokens/s with one SSD that moves 30 bytes per parameter at
-    4.1 GB/s are a step of 24 sequences), else at the best of those that fit the GPU."""
+    """At the paper's batch where it can be told (for 135B: 26 tokens/s with one SSD that moves 30 bytes per parameter
+    at 4.1 GB/s are a step of 24 sequences), else at the best of those that fit the GPU."""
     hardware = load_hardware("4090")
     for model, paper in figures.BEST_TFLOPS_4090.items():
         fitting = [b for b in BATCHES if fits(model, b, hardware.gpu_bytes, hardware.dram_bytes, "ssd")]
@@ -98,7 +98,8 @@ def by_ssds() -> Iterator[Point]:
             yield rate_point("13B by SSDs", "13B", batch, with_ssds(hardware, count), paper, tflops=True,
                              case=f"batch {batch}, {count} SSDs")
     for count, paper in figures.TOKENS_135B_BY_SSDS.items():
-        yield rate_point("135B by SSDs", "135B", BEST_BATCH["135B"], with_ssds(hardware, count), paper, case=f"{count} SSDs")
+        yield rate_point("135B by SSDs", "135B", BEST_BATCH["135B"], with_ssds(hardware, count), paper,
+                         case=f"{count} SSDs")
 
 
 def gradient_offloading() -> Iterator[Point]:
@@ -130,7 +131,8 @@ def _backward_alone(found: Prediction, io_s: float) -> float:
 def _update_seconds(plan: Plan, hardware: Hardware) -> tuple[float, float]:
     with systems.fp32_master():
         moved = pass_traffic(plan).updates
-    return ssd_rates(hardware).seconds(moved.ssd_read, moved.ssd_written), plan.spec.num_params / hardware.adam_params_per_s
+    io_s = ssd_rates(hardware).seconds(moved.ssd_read, moved.ssd_written)
+    return io_s, plan.spec.num_params / hardware.adam_params_per_s
 
 
 OFFLOADING: dict[str, Callable[[str, int, Hardware], float]] = {
@@ -154,7 +156,8 @@ def best_swap() -> Iterator[Point]:
 def _faster_than_the_gpu(batch: int, forward_s: float) -> str | None:
     flops = 2 * spec("13B").num_params * batch * SEQ_LEN / forward_s
     if flops > figures.STATED_FLOPS_4090:
-        return f"{flops / 1e12:.0f} TFLOP/s, more than the {figures.STATED_FLOPS_4090 / 1e12:.0f} that the paper gives the GPU"
+        stated = figures.STATED_FLOPS_4090 / 1e12
+        return f"{flops / 1e12:.0f} TFLOP/s, more than the {stated:.0f} that the paper gives the GPU"
     return None
 
 

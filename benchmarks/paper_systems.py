@@ -65,8 +65,8 @@ def profile(hidden: int) -> BlockProfile:
 def theirs(spec: ModelSpec, batch: int, *, tier: str = DRAM) -> Plan:
     """All states on SSD, eager updates, one micro-batch; a chunk is a layer, and a few layers are buffered."""
     block = max(u.num_elements for u in spec.units if u.kind == "block")
-    buffers = Buffers(weight_slots=2, grad_slots=2, host_weight_slots=3, host_grad_slots=3, ring_slots=5, checkpoint_slots=2,
-                      chunk_elements=align_up(block, UNIT_ALIGN))
+    buffers = Buffers(weight_slots=2, grad_slots=2, host_weight_slots=3, host_grad_slots=3, ring_slots=5,
+                      checkpoint_slots=2, chunk_elements=align_up(block, UNIT_ALIGN))
     return _plan(spec, batch, batch, tier, buffers, "eager", UnitPlacement.all_on(SSD))
 
 
@@ -129,7 +129,8 @@ def with_best_swap(plan: Plan, hardware: Hardware) -> tuple[Plan, Prediction]:
 
 def _overflowing(plan: Plan, hardware: Hardware) -> Plan:
     """Blocks whose activations DRAM has no room for send them to SSD; the first blocks' wait longest and go first."""
-    room = DRAM_SHARE * hardware.dram_bytes - replace(plan, checkpoint_tiers=(GPU,) * len(plan.checkpoint_tiers)).arena_bytes
+    without = replace(plan, checkpoint_tiers=(GPU,) * len(plan.checkpoint_tiers))
+    room = DRAM_SHARE * hardware.dram_bytes - without.arena_bytes
     tiers, kept = list(plan.checkpoint_tiers), list(plan.kept)
     for block in reversed(range(len(tiers) - 1)):
         room -= activation_traffic(plan, block, plan.work.rows).d2h

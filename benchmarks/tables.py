@@ -69,20 +69,34 @@ def io_section(name: str, result: dict) -> list[str]:
     return [*lines, *bench.table(result).splitlines(), "```", ""]
 
 
+def durable_section(name: str, result: dict) -> list[str]:
+    settings = result["settings"]
+    shape = ", ".join(f"{key} {settings[key]}" for key in ("layers", "hidden", "batch", "seq_len", "tier", "optimizer"))
+    lines = [f"## Durability: {name}", "", f"`{result['command']}` ({shape}; {settings['steps']} steps a round, "
+             f"{settings['rounds']} round{'s' if settings['rounds'] > 1 else ''}):", "",
+             "| | s/step | against nothing | written by a save | waited at the end |", "|---|---|---|---|---|"]
+    for way, found in result["ways"].items():
+        last = found["runs"][-1]
+        lines.append(f"| {way} | {found['step_s']:.2f} | {found['ratio']:.2f} | {last['saved_bytes'] / GIB:.1f} GiB | "
+                     f"{last['waited_at_the_end_s']:.1f} s |")
+    return [*lines, ""]
+
+
 def paper_section(name: str, result: dict) -> list[str]:
     """Figures of another system as its paper gives them, beside the cost model's for the same system and for Ratel."""
     lines = [f"## Predicted: {name}", "",
              "Nothing here was measured. `python benchmarks/paper.py --save` configures the cost model of docs/planner.md to "
              "do what the system of the Ratel paper (ICDE 2025) did, on the machines `4090` and `3090` of "
-             "`ratel/plan/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this project "
-             "would do there, with updates under backward (eager) and with exact clipping (deferred). A figure that others of "
-             "the same paper contradict is not counted.", "",
+             "`ratel/plan/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this "
+             "project would do there, with updates under backward (eager) and with exact clipping (deferred). A figure "
+             "that others of the same paper contradict is not counted.", "",
              f"Mean error {result['mean_error']:.1%}; {result['sizes_met']} of {result['sizes']} model sizes met.", "",
              "| figure | case | unit | paper | model | error | Ratel, eager | Ratel, deferred | not counted because |",
              "|---|---|---|---|---|---|---|---|---|"]
     for p in result["points"]:
         error = "" if p["error"] is None else f"{p['error']:+.0%}"
-        cells = [p["figure"], p["case"], p["unit"], p["paper"], p["ours"], error, p["ratel"], p["ratel_clipping"], p["reason"]]
+        cells = [p["figure"], p["case"], p["unit"], p["paper"], p["ours"], error, p["ratel"], p["ratel_clipping"],
+                 p["reason"]]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return [*lines, ""]
 
@@ -102,10 +116,12 @@ def document() -> str:
             parts += adam_section(path.stem, content if isinstance(content, list) else [content])
         elif kind == "io":
             parts += io_section(path.stem, content)
+        elif kind == "durable":
+            parts += durable_section(path.stem, content)
         elif kind == "paper":
             parts += paper_section(path.stem, content)
         else:
-            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json with KIND step, adam, io or paper")
+            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being step, adam, io, durable or paper")
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -24,8 +24,25 @@ def gpt_spec(num_blocks: int, hidden: int, vocab: int = 32000) -> ModelSpec:
     return ModelSpec(name="gpt", units=units, stages=stages, hidden_size=hidden, vocab_size=vocab)
 
 
-def make_plan(spec: ModelSpec, placement: dict | str = "dram", *, rows: int = 8, micro_rows: int = 8, seq_len: int = 1024,
-              optimizer: str = "eager", checkpoints: str = "dram", **more) -> Plan:
+def tied_spec(num_blocks: int, hidden: int, *, frozen: bool = False) -> ModelSpec:
+    """One embedding for both ends, in a unit that both use; ``frozen``: every third block, and half of the others."""
+    units = [lay_out(0, "pre", "pre", [ParamSpec(name="positions", shape=(1024, hidden))])]
+    for i in range(num_blocks):
+        shapes = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
+        params = [ParamSpec(name=f"{i}.{j}", shape=shape, trainable=not frozen or (j > 1 and i % 3 > 0))
+                  for j, shape in enumerate(shapes)]
+        units.append(lay_out(i + 1, f"block.{i}", "block", params))
+    units.append(lay_out(num_blocks + 1, "post", "post", [ParamSpec(name="norm", shape=(hidden,))]))
+    units.append(lay_out(num_blocks + 2, "shared", "shared", [ParamSpec(name="embedding", shape=(50257, hidden))]))
+    shared = units[-1].index
+    uses = [(0, shared), *((i + 1,) for i in range(num_blocks)), (num_blocks + 1, shared)]
+    stages = tuple(StageSpec(index=i, name=units[i].name, kind=units[i].kind, units=used)
+                   for i, used in enumerate(uses))
+    return ModelSpec(name="tied", units=tuple(units), stages=stages, hidden_size=hidden, vocab_size=50257)
+
+
+def make_plan(spec: ModelSpec, placement: dict | str = "dram", *, rows: int = 8, micro_rows: int = 8,
+              seq_len: int = 1024, optimizer: str = "eager", checkpoints: str = "dram", **more) -> Plan:
     blocks = sum(s.kind == "block" for s in spec.stages)
     work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows,
                 hidden_bytes=2 * micro_rows * seq_len * spec.hidden_size)
@@ -80,4 +97,5 @@ def faster(hardware: Hardware, what: str, factor: float) -> Hardware:
 
 
 def _faster_ssds(hardware: Hardware, names: tuple[str, ...], factor: float) -> Hardware:
-    return replace(hardware, ssds=tuple(replace(s, **{n: getattr(s, n) * factor for n in names}) for s in hardware.ssds))
+    ssds = tuple(replace(s, **{n: getattr(s, n) * factor for n in names}) for s in hardware.ssds)
+    return replace(hardware, ssds=ssds)

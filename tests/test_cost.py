@@ -1,13 +1,15 @@
-"""The predicted step: by hand for one resource at a time, against the simulator, and how it answers to more hardware."""
+"""The predicted step: by hand for one resource at a time, against the simulator, and with more of each resource."""
 
 import json
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from plan_common import HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan, random_hardware, random_plan
+from plan_common import (HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan, random_hardware, random_plan,
+                         tied_spec)
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.compute import GpuSeconds
@@ -15,14 +17,18 @@ from ratel.plan.cost import RESOURCES, predict
 from ratel.plan.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
 from ratel.plan.pipes import Pipe, SsdRates, ssd_rates
 from ratel.plan.placement import forced_placements
+from ratel.plan.plan import Buffers
+from ratel.plan.shape import ParamSpec, lay_out
 from ratel.plan.simulate import simulate
 from ratel.plan.timeline import Span, write_trace
 from ratel.plan.traffic import activation_traffic, pass_traffic, step_traffic
 
 pytestmark = pytest.mark.unit
 
-FAST = Hardware(name="fast", source="measured", gpu_bytes=1, gpu_flops=1e18, gpu_half_tokens=0.0, gpu_bps=1e18, h2d_bps=1e15,
-                d2h_bps=1e15, duplex_bps=1e15, dram_bytes=1, dram_bps=1e16, cores=1, adam_params_per_s=1e15,
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+FAST = Hardware(name="fast", source="measured", gpu_bytes=1, gpu_flops=1e18, gpu_half_tokens=0.0, gpu_bps=1e18,
+                h2d_bps=1e15, d2h_bps=1e15, duplex_bps=1e15, dram_bytes=1, dram_bps=1e16, cores=1, adam_params_per_s=1e15,
                 ssds=(Ssd(read_bps=1e15, write_bps=1e15, mixed_bps=1e15),))
 """Everything takes no time, so that one slow resource decides."""
 DEEP = gpt_spec(60, 2048)
@@ -41,7 +47,7 @@ def test_pcie_down_carries_the_weights_twice() -> None:
 
 
 def test_pcie_up_carries_the_gradients_once() -> None:
-    found = predict(make_plan(DEEP, "dram", checkpoints="gpu"), replace(FAST, d2h_bps=1e9, duplex_bps=1e9, h2d_bps=1e15))
+    found = predict(make_plan(DEEP, "dram", checkpoints="gpu"), replace(FAST, d2h_bps=1e9, duplex_bps=1e9))
     assert (found.bound_by, found.backward["d2h"]) == ("d2h", pytest.approx(2 * PARAMS / 1e9, rel=1e-6))
 
 
@@ -140,6 +146,17 @@ def test_the_simulator_confirms_a_model_of_equal_blocks_within_5_percent(seed: i
     assert predict(plan, hardware).step_s == pytest.approx(simulate(plan, hardware).step_s, rel=0.05)
 
 
+@pytest.mark.parametrize("optimizer", ["eager", "deferred"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("placement", ["ssd", "dram", "gpu", {"*": "ssd", "shared": "gpu"}], ids=str)
+def test_the_simulator_confirms_tied_and_frozen_models(placement: dict | str, frozen: bool, optimizer: str) -> None:
+    plan = make_plan(tied_spec(12, 3072, frozen=frozen), placement, rows=6, micro_rows=4, optimizer=optimizer,
+                     checkpoints="ssd")
+    run = simulate(plan, random_hardware(3))
+    assert predict(plan, random_hardware(3)).step_s == pytest.approx(run.step_s, rel=0.05)
+    assert run.moved["h2d"] == 5 * step_traffic(plan).h2d
+
+
 def test_unequal_blocks_are_predicted_within_5_percent_but_for_one_in_ten() -> None:
     """Where some blocks live elsewhere, different resources bind in different parts of a pass. The closed form prices
     bytes by the whole pass's mix of reads and writes, lets prefetches wait until they are needed, and does not see the
@@ -192,6 +209,25 @@ def test_no_step_is_shorter_than_its_bound(seed: int) -> None:
     assert found.step_s == pytest.approx(found.forward_s + found.backward_s)
 
 
+def test_steps_measured_on_the_h200_box_are_predicted() -> None:
+    """llama-3b with 24 GiB of GPU memory: what fits on the GPU in forward order, the rest in DRAM, deferred updates.
+
+    At batch 8 the step is half optimizer, most of it exposed.
+    """
+    results = json.loads((RESULTS / "h200_step_24gib.json").read_text(encoding="utf-8"))
+    shapes = [(3072, 3072), (3072, 2 * 1024), (3072, 3072), (3072, 8192), (3072, 8192), (8192, 3072)]
+    spec = replace(gpt_spec(28, 3072), units=tuple(
+        lay_out(u.index, u.name, u.kind, [ParamSpec(name=str(j), shape=s) for j, s in enumerate(shapes)])
+        if u.kind == "block" else u for u in gpt_spec(28, 3072).units))
+    assert spec.num_params == pytest.approx(results[0]["parameters"], rel=1e-3)
+    for measured in results:
+        work = measured["plan"]["work"]
+        on_gpu = {unit.name: "gpu" for unit in spec.units[: measured["units_on_gpu"]]}
+        plan = make_plan(spec, {"*": "dram", **on_gpu}, rows=work["rows"], micro_rows=work["micro_rows"],
+                         optimizer=measured["plan"]["optimizer"], checkpoints=measured["plan"]["checkpoints"][0])
+        assert predict(plan, load_hardware("h200-box")).step_s == pytest.approx(measured["step_s"], rel=0.08)
+
+
 def test_a_model_of_400_b_is_predicted_in_less_than_a_second() -> None:
     plan = make_plan(gpt_spec(128, 16384, 50257), "ssd", rows=32, micro_rows=8, optimizer="deferred")
     assert plan.spec.num_params > 400e9
@@ -212,11 +248,11 @@ def test_the_simulated_timeline_keeps_every_lane_in_order() -> None:
 
 
 def test_one_buffer_of_each_kind_does_not_hang_the_simulator() -> None:
-    from ratel.plan.plan import Buffers
-
-    one = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1, checkpoint_slots=1)
+    one = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1,
+                  checkpoint_slots=1)
     for optimizer in ("eager", "deferred"):
-        plan = make_plan(gpt_spec(8, 2048), "ssd", checkpoints="ssd", optimizer=optimizer, buffers=one, rows=6, micro_rows=2)
+        plan = make_plan(gpt_spec(8, 2048), "ssd", checkpoints="ssd", optimizer=optimizer, buffers=one, rows=6,
+                         micro_rows=2)
         slow = simulate(plan, load_hardware("h200-box")).step_s
         assert slow >= simulate(replace(plan, buffers=Buffers()), load_hardware("h200-box")).step_s * 0.99
 
@@ -275,7 +311,8 @@ def test_a_plan_with_ssds_needs_a_machine_with_ssds() -> None:
 
 
 def test_a_trace_has_one_row_per_lane(tmp_path) -> None:
-    spans = [Span(lane="h2d", name="block.0", begin_s=0.0, end_s=0.5), Span(lane="compute", name="x", begin_s=0.5, end_s=0.75)]
+    spans = [Span(lane="h2d", name="block.0", begin_s=0.0, end_s=0.5),
+             Span(lane="compute", name="x", begin_s=0.5, end_s=0.75)]
     write_trace(tmp_path / "trace.json", spans)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}

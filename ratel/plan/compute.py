@@ -16,11 +16,11 @@ UPDATE_BYTES = 26
 """Memory traffic of AdamW per parameter: `hi`, `lo`, `m`, `v` and the gradient read, all but the gradient written."""
 
 LOSS_TOKEN_BYTES = 32
-"""GPU memory traffic per token and vocabulary entry: logits and their gradient in bf16 and fp32, each written and read."""
+"""GPU memory traffic per token and vocabulary entry: logits and gradient in bf16 and fp32, each written and read."""
 
 
 def block_profile(plan: Plan, block: int) -> BlockProfile:
-    """What the plan says about a block, or what follows from its parameters: two FLOPs each per token, and attention."""
+    """What the plan says about a block, or what follows from its parameters: two FLOPs each a token, and attention."""
     return plan.profiles[block] if plan.profiles else _derived_profile(plan, block)
 
 

@@ -79,7 +79,7 @@ class _PassWork:
 
 
 def _prices(work: _PassWork, hardware: Hardware) -> Prices:
-    """What a byte or a parameter costs while the pass's other traffic shares its pipe: total seconds over total work."""
+    """What a byte or a parameter costs beside the pass's other traffic: total seconds over total work."""
     moved = work.traffic
     h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h)
     params = max(work.params, 1)
@@ -93,8 +93,8 @@ def _ssd_seconds(moved: Traffic, hardware: Hardware) -> float:
         return 0.0
     rates = ssd_rates(hardware)
     if rates is None:
-        raise RatelError("the plan uses SSDs, of which the machine has none", field="hardware.ssds", value=hardware.name,
-                         remedy="Plan without --ssd, or give the hardware file its SSDs")
+        raise RatelError("the plan uses SSDs, of which the machine has none", field="hardware.ssds",
+                         value=hardware.name, remedy="Plan without --ssd, or give the hardware file its SSDs")
     return rates.seconds(moved.ssd_read, moved.ssd_written)
 
 

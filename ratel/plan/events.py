@@ -118,7 +118,7 @@ class Queue:
 
 
 class Memory:
-    """DRAM as a queue of bytes behind all that moves: a transfer is complete when its bytes have been through here, too.
+    """DRAM as a queue of bytes behind all that moves: a transfer is complete when its bytes have been through it.
 
     The mover does not wait, so that what one burst delays is caught up by the idle time after it.
     """

@@ -84,7 +84,8 @@ def load_hardware(name: str, *, ssds: int | None = None) -> Hardware:
         raise RatelError("neither a machine known here nor a readable file", field="hardware", value=name,
                          remedy=f"Known are {', '.join(machine_names())}") from None
     except ValueError as error:
-        raise RatelError(f"not JSON ({error})", field="hardware", value=name, remedy="Write it as --json prints it") from None
+        raise RatelError(f"not JSON ({error})", field="hardware", value=name,
+                         remedy="Copy a file of ratel/plan/machines and change it") from None
     hardware = Hardware.from_json(content)
     return hardware if ssds is None else with_ssds(hardware, ssds)
 
@@ -126,4 +127,5 @@ def _check_fields(cls: type, content: dict[str, Any], where: str) -> None:
                          remedy=f"Known are {', '.join(known)}")
     missing = [name for name in known if name not in content and name not in ("ssds", "ssd_limit_bps")]
     if missing:
-        raise RatelError("is missing", field=f"{where}.{missing[0]}", remedy="Copy a file of ratel/plan/machines and change it")
+        raise RatelError("is missing", field=f"{where}.{missing[0]}",
+                         remedy="Copy a file of ratel/plan/machines and change it")

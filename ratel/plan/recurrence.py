@@ -5,6 +5,7 @@ a step slower here, and a step of a hundred blocks takes milliseconds to predict
 (``ratel/plan/simulate.py``) has and this leaves out are chunks: a unit's update is one piece here.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
@@ -19,6 +20,9 @@ from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gra
 
 MOST_STEPS = 12
 """Steps followed at most until two take the same time; two or three are enough unless the optimizer lags behind."""
+
+COPIES_BEHIND = 2
+"""Blocks whose activations may still be on their way to DRAM when the next is launched: ratel/runtime/activations.py."""
 
 CLASSES = ("block", "ends", "shared")
 
@@ -69,7 +73,8 @@ def update_order(plan: Plan) -> list[UnitSpec]:
 
 def step_schedule(plan: Plan) -> list[Gather]:
     """The step's gathers; one brings back all that left the GPU of a block and micro-batch, its input or its inside."""
-    leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in range(len(plan.checkpoint_tiers)))
+    blocks = range(len(plan.checkpoint_tiers))
+    leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in blocks)
     return gathers(replace(plan, checkpoint_tiers=leaving, kept=()), training=True)
 
 
@@ -124,7 +129,10 @@ class _Steps:
         self._landed: dict[int | tuple[int, int], float] = {}
         self._uses: dict[int, int] = {}
         self._saved: dict[tuple[int, int], float] = {}
+        self._copies: deque[float] = deque()
         self._pending: list[UnitSpec] = []
+        self._kept: set[int] = set()
+        """Units whose updated weights wait in DRAM for the next forward pass."""
 
     def run(self) -> Times:
         """One step, from the end of the backward pass before it (updates on the GPU go on) to the end of its own."""
@@ -202,8 +210,13 @@ class _Steps:
         moved = self._activations(block, micro)
         if not moved.d2h:
             return
-        slot = self._staging_out.acquire() if moved.ssd_written else 0.0
-        self._d2h = max(self._d2h, self._compute, slot) + moved.d2h * self._price.d2h
+        if moved.ssd_written:
+            # The thread that launches the GPU's work waits for the slot, and so does what it launches next.
+            self._compute = max(self._compute, self._staging_out.acquire())
+        self._d2h = max(self._d2h, self._compute) + moved.d2h * self._price.d2h
+        self._copies.append(self._d2h)
+        if len(self._copies) > COPIES_BEHIND * len(self._rows):
+            self._compute = max(self._compute, self._copies.popleft())
         self._saved[block, micro] = self._d2h
         if moved.ssd_written:
             written = self._ssd.write(self._d2h, moved.ssd_written * self._price.ssd)
@@ -214,8 +227,9 @@ class _Steps:
         """A complete gradient: to DRAM, then to SSD or straight into its update."""
         moved, cls = gradient_traffic(self._plan, unit), weight_class(unit)
         passing = self._plan.grads_pass_through(unit)
-        slot = self._host_grads[cls].acquire() if passing else 0.0
-        self._d2h = max(self._d2h, self._compute, slot) + moved.d2h * self._price.d2h
+        if passing:
+            self._compute = max(self._compute, self._host_grads[cls].acquire())
+        self._d2h = max(self._d2h, self._compute) + moved.d2h * self._price.d2h
         self._grad_slots[cls].release(self._d2h)
         self._arrived[unit.index] = self._d2h
         if moved.ssd_written:
@@ -223,7 +237,8 @@ class _Steps:
         if not self._plan.deferred:
             self._update(unit)
         if passing:
-            self._host_grads[cls].release(self._arrived[unit.index] if self._plan.deferred else self._updated[unit.index])
+            done = self._arrived if self._plan.deferred else self._updated
+            self._host_grads[cls].release(done[unit.index])
 
     # --- updates ------------------------------------------------------------------------------------------------
 
@@ -233,7 +248,10 @@ class _Steps:
         moved = update_traffic(plan, unit)
         ready = max(self._norm_known, self._arrived[index]) if plan.deferred else self._arrived[index]
         own_weights = plan.host_weight_bytes(unit) if plan.deferred else 0
-        slot = self._host_slots[weight_class(unit)].acquire() if own_weights else 0.0
+        slot = 0.0
+        if own_weights:
+            slot = self._host_slots[weight_class(unit)].acquire()
+            self._kept.add(index)
         read, written = moved.ssd_read + own_weights, moved.ssd_written
         ring = plan.buffers.ring_slots * plan.ring_slot_bytes
         through = 0.0
@@ -243,7 +261,7 @@ class _Steps:
             may_read = max(may_read, self._persisted[index], slot, self._norm_known if plan.deferred else 0.0)
             through = self._ssd.rest(may_read, (read + written) * price.ssd)
         self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
-        # Chunks are read while others are written; only what the ring holds is left to write after the last one is read.
+        # Chunks are read while others are written; after the last read only what the ring holds is left to write.
         self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
         self._persisted[index] = max(self._updated[index], through)
         if not plan.deferred and plan.weights_from_ssd(unit):
@@ -276,7 +294,9 @@ class _Steps:
     def _gather(self, gather: Gather) -> None:
         index, plan = gather.unit, self._plan
         unit, moved, cls = plan.spec.units[index], gather_traffic(plan, index), self._class(index)
-        taken_over = self._finish_update(index)
+        self._finish_update(index)
+        taken_over = index in self._kept
+        self._kept.discard(index)
         self._opened = max(self._opened, self._updated[index])
         ready = self._opened
         if moved.ssd_read and not taken_over:
@@ -287,13 +307,10 @@ class _Steps:
             self._host_slots[cls].release(max(self._h2d, self._persisted[index]) if taken_over else self._h2d)
         self._landed[index], self._uses[index] = self._h2d, gather.uses
 
-    def _finish_update(self, index: int) -> bool:
-        """Deferred: make the updates up to this unit's. True if the unit's was among them: its weights are in DRAM."""
+    def _finish_update(self, index: int) -> None:
+        """Deferred: make the updates up to this unit's, which are made in an order of their own."""
         while any(u.index == index for u in self._pending):
             self._update(self._pending.pop(0))
-            if not any(u.index == index for u in self._pending):
-                return True
-        return False
 
 
 def _pools(count_of: Callable[[str], int]) -> dict[str, Slots]:

@@ -9,15 +9,15 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from ratel.plan.compute import UPDATE_BYTES, GpuSeconds
-from ratel.plan.events import Clock, Event, Memory, Pool, Process, Queue, TwoWay
+from ratel.plan.compute import UPDATE_BYTES
+from ratel.plan.events import Event, Pool, Process, Queue, TwoWay
 from ratel.plan.hardware import Hardware
-from ratel.plan.pipes import SsdRates, link, ssd_rates
 from ratel.plan.placement import plane_bytes, weight_class
 from ratel.plan.plan import Plan
-from ratel.plan.recurrence import CLASSES, closing_units, step_schedule, update_order
+from ratel.plan.recurrence import CLASSES, COPIES_BEHIND, closing_units, step_schedule, update_order
 from ratel.plan.schedule import Gather
 from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
 from ratel.plan.timeline import Span
 from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
                                 update_traffic)
@@ -27,8 +27,6 @@ MOST_CHUNKS = 24
 
 CHUNKS_AHEAD = 4
 """Chunks by which the CPU may be ahead of DRAM: so far its waits for others' bursts even out."""
-
-WEIGHT, ACTIVATION, OPTIMIZER, WRITE_BACK = range(4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Simulation:
 def simulate(plan: Plan, hardware: Hardware, *, steps: int = 5) -> Simulation:
     """Run ``steps`` (at least 3) steps; the first ones fill the pipeline."""
     assert steps >= 3, "the first two steps are not in steady state"
-    machine = _Machine(plan, hardware)
+    machine = Machine(plan, hardware)
     machine.clock.run(machine.clock.start(_Engine(plan, machine).train(steps)))
     ends = machine.step_ends_s
     moved = dict(zip(("h2d", "d2h", "ssd read", "ssd write"), machine.link.moved + machine.ssd.moved))
@@ -53,64 +51,10 @@ def simulate(plan: Plan, hardware: Hardware, *, steps: int = 5) -> Simulation:
                       moved=moved)
 
 
-class _Machine:
-    """Resources."""
-
-    def __init__(self, plan: Plan, hardware: Hardware) -> None:
-        self.clock = Clock()
-        self.memory = Memory(self.clock, hardware.dram_bps)
-        self.link = TwoWay(self.clock, self.memory, link(hardware), ("h2d", "d2h"))
-        # A machine without SSDs is only given plans that move nothing there.
-        rates = ssd_rates(hardware) or SsdRates(read_bps=1.0, write_bps=1.0, mixed_bps=1.0)
-        self.ssd = TwoWay(self.clock, self.memory, rates.pipe, ("ssd read", "ssd write"))
-        self.gpu = GpuSeconds(plan, hardware)
-        self.adam_params_per_s = hardware.adam_params_per_s
-        self.step_ends_s: list[float] = []
-
-    def read(self, num_bytes: float, name: str, urgency: int) -> Event:
-        return self.ssd.move(TwoWay.IN, num_bytes, name, urgency) if num_bytes else Event(done=True)
-
-    def write(self, num_bytes: float, name: str, urgency: int) -> Event:
-        return self.ssd.move(TwoWay.OUT, num_bytes, name, urgency) if num_bytes else Event(done=True)
-
-
-@dataclass(slots=True, eq=False)
-class _HostSlot:
-    """The DRAM copy of a unit whose weights live on SSD; given back by its last holder."""
-
-    unit: int
-    holders: int
-    filled: Event
-    kept: bool = False
-    """A deferred update has left it to the next forward pass."""
-
-
-@dataclass(slots=True)
-class _Update:
-    """What the update of one unit in one step waits for, and who waits for it."""
-
-    unit: UnitSpec
-    arrived: Event = field(default_factory=Event)
-    """The gradient is in DRAM, or on SSD if that is where it waits."""
-    updated: Event = field(default_factory=Event)
-    persisted: Event = field(default_factory=Event)
-    slot: _HostSlot | None = None
-
-
-@dataclass(slots=True)
-class _Chunk:
-    update: _Update
-    share: float
-    """Of the unit's parameters."""
-    read: Event
-    is_first: bool
-    is_last: bool
-
-
 class _Engine:
     """The runtime's threads. Names follow ``ratel/runtime``."""
 
-    def __init__(self, plan: Plan, machine: _Machine) -> None:
+    def __init__(self, plan: Plan, machine: Machine) -> None:
         self._plan, self._m, self._clock = plan, machine, machine.clock
         self._rows, self._closing, self._schedule = micro_rows(plan), closing_units(plan), step_schedule(plan)
         self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
@@ -118,8 +62,8 @@ class _Engine:
         slots = plan.buffers.checkpoint_slots
         self._back_slots, self._staging_out, self._staging_in = Pool(slots), Pool(slots), Pool(slots)
         self._ring = Pool(plan.buffers.ring_slots)
-        self._held: dict[int, _HostSlot] = {}
-        self._updates: dict[int, _Update] = {}
+        self._held: dict[int, HostSlot] = {}
+        self._updates: dict[int, Update] = {}
         """By unit: of the step that is running (eager), or of the one before it (deferred)."""
         self._jobs, self._loaded, self._leaving = Queue(), Queue(), Queue()
         self._landed: dict[int | tuple[int, int], Event] = defaultdict(Event)
@@ -135,7 +79,7 @@ class _Engine:
         plan = self._plan
         order = update_order(plan) if plan.deferred else _closing_order(plan, self._closing)
         for _ in range(steps):
-            before, self._arrivals = self._updates, {u.index: _Update(u) for u in order}
+            before, self._arrivals = self._updates, {u.index: Update(u) for u in order}
             if not plan.deferred:
                 self._submit(order, self._arrivals)
             self._start_gathers(before)
@@ -217,7 +161,7 @@ class _Engine:
             copied.then(lambda: self._clock.start(self._write_activation(block, micro, moved)))
         self._leaving.put((moved.d2h, f"activations {block}.{micro}", copied))
         self._copies.append(copied)
-        if len(self._copies) > 2 * len(self._rows):
+        if len(self._copies) > COPIES_BEHIND * len(self._rows):
             yield self._copies.popleft()
 
     def _write_activation(self, block: int, micro: int, moved: Traffic) -> Process:
@@ -235,7 +179,7 @@ class _Engine:
         copied.then(lambda: self._clock.start(self._arrive(update, moved, cls)))
         self._leaving.put((moved.d2h, f"gradient {unit.name}", copied))
 
-    def _arrive(self, update: _Update, moved: Traffic, cls: str) -> Process:
+    def _arrive(self, update: Update, moved: Traffic, cls: str) -> Process:
         if moved.ssd_written:
             yield self._m.write(moved.ssd_written, f"gradient {update.unit.name}", WRITE_BACK)
             self._host_grads[cls].release()
@@ -252,12 +196,12 @@ class _Engine:
 
     # --- the reader and the uploader ----------------------------------------------------------------------------
 
-    def _start_gathers(self, before: dict[int, _Update]) -> None:
+    def _start_gathers(self, before: dict[int, Update]) -> None:
         opened = Queue()
         self._clock.start(self._read(opened, before))
         self._clock.start(self._upload(opened))
 
-    def _read(self, opened: Queue, before: dict[int, _Update]) -> Process:
+    def _read(self, opened: Queue, before: dict[int, Update]) -> Process:
         for gather in self._schedule:
             if gather.is_checkpoint:
                 yield self._saved[gather.checkpoint]
@@ -275,7 +219,7 @@ class _Engine:
                 self._hand_on(gather, slot)
             opened.put((gather, slot.filled if slot else Event(done=True), slot))
 
-    def _hold(self, unit: int) -> Generator[Event, None, _HostSlot | None]:
+    def _hold(self, unit: int) -> Generator[Event, None, HostSlot | None]:
         """The DRAM copy of weights on SSD, read if no one holds it."""
         num_bytes = gather_traffic(self._plan, unit).ssd_read
         if not num_bytes:
@@ -283,11 +227,11 @@ class _Engine:
         if unit not in self._held:
             yield self._host_slots[self._class(unit)].acquire()
             read = self._m.read(num_bytes, self._plan.spec.units[unit].name, WEIGHT)
-            self._held[unit] = _HostSlot(unit, 0, read)
+            self._held[unit] = HostSlot(unit, 0, read)
         self._held[unit].holders += 1
         return self._held[unit]
 
-    def _hand_on(self, gather: Gather, slot: _HostSlot) -> None:
+    def _hand_on(self, gather: Gather, slot: HostSlot) -> None:
         """An eager update will use this copy; a deferred one has left it here."""
         if gather.keep_for_update:
             slot.holders += 1
@@ -296,7 +240,7 @@ class _Engine:
             slot.kept = False
             self._let_go(slot)
 
-    def _let_go(self, slot: _HostSlot) -> None:
+    def _let_go(self, slot: HostSlot) -> None:
         slot.holders -= 1
         if slot.holders == 0:
             del self._held[slot.unit]
@@ -308,9 +252,9 @@ class _Engine:
             gather, read, slot = opened.take()
             if gather.is_checkpoint:
                 key, name = gather.checkpoint, f"activations {gather.checkpoint}"
+                moved = self._activations(*key)
                 yield self._back_slots.acquire()
-                num_bytes, on_ssd = (lambda m: (m.d2h, m.ssd_written))(self._activations(*key))
-                after = self._staging_in.release if on_ssd else None
+                num_bytes, after = moved.d2h, self._staging_in.release if moved.ssd_written else None
             else:
                 key, name = gather.unit, self._plan.spec.units[gather.unit].name
                 yield self._weight_slots[self._class(key)].acquire()
@@ -324,7 +268,7 @@ class _Engine:
 
     # --- the loader and the updater -----------------------------------------------------------------------------
 
-    def _submit(self, units: list[UnitSpec], updates: dict[int, _Update]) -> None:
+    def _submit(self, units: list[UnitSpec], updates: dict[int, Update]) -> None:
         self._updates = updates
         for unit in units:
             self._jobs.put(updates[unit.index])
@@ -339,7 +283,7 @@ class _Engine:
             persisted[unit.index] = update.persisted
             yield from self._load_unit(update)
 
-    def _load_unit(self, update: _Update) -> Process:
+    def _load_unit(self, update: Update) -> Process:
         unit, plan = update.unit, self._plan
         planes = plan.ring_planes(unit)
         num_bytes = sum(plane_bytes(unit, p, fp32=plan.fp32) for p in planes)
@@ -353,7 +297,8 @@ class _Engine:
             read = self._m.read(num_bytes * share, f"states {unit.name}", OPTIMIZER)
             if begin == 0 and plan.deferred:
                 update.slot = yield from self._hold(unit.index)
-            self._loaded.put(_Chunk(update, share, read, is_first=begin == 0, is_last=begin + size >= unit.num_trainable))
+            is_last = begin + size >= unit.num_trainable
+            self._loaded.put(Chunk(update, share, read, is_first=begin == 0, is_last=is_last))
 
     def _update_chunks(self) -> Process:
         behind: deque[Event] = deque()
@@ -375,7 +320,7 @@ class _Engine:
             if len(behind) > CHUNKS_AHEAD:
                 yield behind.popleft()
 
-    def _write_back(self, chunk: _Chunk) -> None:
+    def _write_back(self, chunk: Chunk) -> None:
         update, unit = chunk.update, chunk.update.unit
         ring = {p: plane_bytes(unit, p, fp32=self._plan.fp32) for p in self._plan.ring_planes(unit)}
         in_ring = sum(num_bytes for p, num_bytes in ring.items() if p != "g")
@@ -387,7 +332,7 @@ class _Engine:
         if chunk.is_last:
             self._finish(update, written)
 
-    def _finish(self, update: _Update, written: Event) -> None:
+    def _finish(self, update: Update, written: Event) -> None:
         if not self._plan.deferred:
             self._host_grads[weight_class(update.unit)].release()
         slot = update.slot

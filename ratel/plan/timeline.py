@@ -30,5 +30,6 @@ def trace(spans: Iterable[Span]) -> dict:
         row = rows.setdefault(span.lane, len(rows))
         events.append({"name": span.name, "cat": span.lane, "ph": "X", "pid": 0, "tid": row,
                        "ts": round(span.begin_s * 1e6, 3), "dur": round((span.end_s - span.begin_s) * 1e6, 3)})
-    names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": lane}} for lane, row in rows.items()]
+    names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": lane}}
+             for lane, row in rows.items()]
     return {"displayTimeUnit": "ms", "traceEvents": names + events}
