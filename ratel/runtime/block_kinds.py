@@ -1,6 +1,7 @@
 """Which blocks are alike, which arguments are of one form, and whether a second run may be trusted to leave things out."""
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]
     numbers = inner_numbers(trace)
     try:
         seed()
-        expected = _fingerprint(run)
+        expected = _fingerprint(run, trace)
         if not _agrees(expected, run, seed, Program.make(trace, {}), {}):
             return False
         everything, kept = Program.make(trace, numbers), {}
@@ -67,20 +68,22 @@ def _agrees(expected: list[Tensor], run: Callable[[], Tensor], seed: Callable[[]
         with replayer:
             return run()
 
-    found = _fingerprint(replay)
+    found = _fingerprint(replay, program.trace)
     replayer.finish()
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
-def _fingerprint(run: Callable[[], Tensor]) -> list[Tensor]:
-    """Sums over the bits of what autograd saves, in its order; then the states of the generators."""
+def _fingerprint(run: Callable[[], Tensor], trace: OpTrace) -> list[Tensor]:
+    """Sums over the bits of what autograd saves, where all of them are set; then the states of the generators."""
     sums: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: sums.append(_bit_sum(tensor)), lambda packed: packed):
         device = run().device
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return sums + states
+    if len(sums) != len(trace.has_all_bits):
+        raise Diverged(f"{len(sums)} saved tensors in place of {len(trace.has_all_bits)}")
+    return [*compress(sums, trace.has_all_bits), *states]
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
