@@ -1,4 +1,4 @@
-"""Which blocks are alike, which arguments are of one form, and whether a second run may be trusted to leave things out."""
+"""Which blocks are alike, which arguments are of one form, and whether a second run may leave things out."""
 
 from collections.abc import Callable
 from itertools import compress
@@ -38,7 +38,7 @@ def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]
     """Whether second runs with nothing kept and with everything kept let autograd save the bits that a full one does,
     and leave the random generators where it does. ``seed`` sets those; ``run`` runs the block with a graph.
 
-    What is not made holds NaN here, so that a kernel that reads it unseen (one launched past PyTorch's dispatcher) shows.
+    What is not made holds NaN here, so that a kernel that reads it unseen, launched past PyTorch's dispatcher, shows.
     """
     numbers = inner_numbers(trace)
     try:

@@ -207,7 +207,8 @@ class _Tracer(TorchDispatchMode):
         plain = all(isinstance(x, Tensor) for x in leaves) and isinstance(result, (Tensor, tuple))
         must_run = (bool(written) or not outputs or not outputs <= makes or func.namespace != "aten"
                     or not (plain or is_attention(func)) or _draws(func, args, kwargs))
-        return Op(func, outline_arguments(args, kwargs), tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),
+        return Op(func, outline_arguments(args, kwargs),
+                  tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),
                   inputs if reads_values(func) else frozenset(), makes, must_run, self._paths[-1],
                   flops_of(func, args, kwargs, result))
 
