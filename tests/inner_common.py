@@ -18,8 +18,8 @@ WIDTH = 32
 def gpt2_with_dropout() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=WIDTH, n_layer=3, n_head=2, resid_pdrop=0.1,
-                                      embd_pdrop=0.1, attn_pdrop=0.1, tie_word_embeddings=True))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=WIDTH, n_layer=3, n_head=2,
+                                      resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, tie_word_embeddings=True))
 
 
 class Body(nn.Module):
@@ -65,7 +65,8 @@ class DropsOut(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
         x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), 0.1, self.training)
-        return x + F.dropout(self.down(F.dropout(F.silu(self.gate(x)), 0.2, self.training) * self.up(x)), 0.1, self.training)
+        gated = F.dropout(F.silu(self.gate(x)), 0.2, self.training) * self.up(x)
+        return x + F.dropout(self.down(gated), 0.1, self.training)
 
 
 class Routes(nn.Module):

@@ -1,6 +1,7 @@
-"""Which blocks are alike, which arguments are of one form, and whether a second run may be trusted to leave things out."""
+"""Which blocks are alike, which arguments are of one form, and whether a second run may leave things out."""
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -37,12 +38,12 @@ def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]
     """Whether second runs with nothing kept and with everything kept let autograd save the bits that a full one does,
     and leave the random generators where it does. ``seed`` sets those; ``run`` runs the block with a graph.
 
-    What is not made holds NaN here, so that a kernel that reads it unseen (one launched past PyTorch's dispatcher) shows.
+    What is not made holds NaN here, so that a kernel that reads it unseen, launched past PyTorch's dispatcher, shows.
     """
     numbers = inner_numbers(trace)
     try:
         seed()
-        expected = _fingerprint(run)
+        expected = _fingerprint(run, trace)
         if not _agrees(expected, run, seed, Program.make(trace, {}), {}):
             return False
         everything, kept = Program.make(trace, numbers), {}
@@ -67,20 +68,22 @@ def _agrees(expected: list[Tensor], run: Callable[[], Tensor], seed: Callable[[]
         with replayer:
             return run()
 
-    found = _fingerprint(replay)
+    found = _fingerprint(replay, program.trace)
     replayer.finish()
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
-def _fingerprint(run: Callable[[], Tensor]) -> list[Tensor]:
-    """Sums over the bits of what autograd saves, in its order; then the states of the generators."""
+def _fingerprint(run: Callable[[], Tensor], trace: OpTrace) -> list[Tensor]:
+    """Sums over the bits of what autograd saves, where all of them are set; then the states of the generators."""
     sums: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: sums.append(_bit_sum(tensor)), lambda packed: packed):
         device = run().device
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return sums + states
+    if len(sums) != len(trace.has_all_bits):
+        raise Diverged(f"{len(sums)} saved tensors in place of {len(trace.has_all_bits)}")
+    return [*compress(sums, trace.has_all_bits), *states]
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def profile_of(trace: OpTrace, rows: int) -> BlockProfile:
     everything = frozenset(numbers.values())
     inner = tuple(Inner(name=name, row_bytes=-(-kept_bytes(trace.ops[number]) // rows),
                         row_flops=_saved_flops(trace, number, everything) / rows) for name, number in numbers.items())
-    return BlockProfile(forward_flops=forward_flops(trace, rows), recompute_flops=trace.flops_without() / rows, inner=inner)
+    return BlockProfile(forward_flops=forward_flops(trace, rows), recompute_flops=trace.flops_without() / rows,
+                        inner=inner)
 
 
 def plain_profile(trace: OpTrace, rows: int) -> BlockProfile:

@@ -98,8 +98,9 @@ class BlockRuns:
         """
         program, extras = self._recorded.pop((block, micro), (None, {}))
         if program is not None:
+            results = {name: saved[name] + extras[name] for name in extras}
             try:
-                return self._replay(block, hidden, inputs, program, {name: saved[name] + extras[name] for name in extras})
+                return self._replay(block, hidden, inputs, program, results)
             except Diverged as error:
                 raise RatelError(f"block {block} did something else when it was run again for backward than in forward "
                                  f"({error}): its gradient would be wrong", field="model",

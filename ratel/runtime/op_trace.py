@@ -81,6 +81,9 @@ class OpTrace:
     ops: tuple[Op, ...]
     saved: frozenset[int]
     """Storages of tensors that autograd has saved."""
+    has_all_bits: tuple[bool, ...] = ()
+    """By tensor that autograd has saved, in its order. False for what attention notes beside its result: seeds that it
+    leaves unset without dropout, and row sums with a margin that no kernel writes."""
 
     def skippable(self, kept: Iterable[int] = ()) -> frozenset[int]:
         """Numbers of operations that a second run need not do, given the results of ``kept``.
@@ -159,6 +162,8 @@ class _Tracer(TorchDispatchMode):
         self._paths = paths
         self._ops: list[Op] = []
         self._saved: set[int] = set()
+        self._order: list[int] = []
+        self._notes: set[int] = set()
         self._storages: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -169,11 +174,11 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def keep(self, tensor: Tensor) -> Tensor:
-        self._saved.add(self._storage(tensor))
+        self.drop(tensor)
         return tensor
 
     def drop(self, tensor: Tensor) -> None:
-        self._saved.add(self._storage(tensor))
+        self._order.append(self._storage(tensor))
 
     def note_custom_functions(self, output: Tensor) -> None:
         """A custom autograd.Function may hold tensors as attributes, past the hooks."""
@@ -188,7 +193,8 @@ class _Tracer(TorchDispatchMode):
                 self._saved.update(self._storage(x) for x in tree_leaves(vars(node)) if isinstance(x, Tensor))
 
     def result(self) -> OpTrace:
-        return OpTrace(tuple(self._ops), frozenset(self._saved))
+        return OpTrace(tuple(self._ops), frozenset(self._saved.union(self._order)),
+                       tuple(storage not in self._notes for storage in self._order))
 
     def _describe(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Op:
         inputs = frozenset(self._storage(x) for x in arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor))
@@ -196,10 +202,13 @@ class _Tracer(TorchDispatchMode):
         outputs = frozenset(self._storage(x) for x in leaves if isinstance(x, Tensor))
         written = frozenset(self._storage(x) for x in _written(func, args, kwargs))
         makes = (outputs - inputs) | written
+        if is_attention(func):
+            self._notes.update(self._storage(x) for x in leaves[1:] if isinstance(x, Tensor))
         plain = all(isinstance(x, Tensor) for x in leaves) and isinstance(result, (Tensor, tuple))
         must_run = (bool(written) or not outputs or not outputs <= makes or func.namespace != "aten"
                     or not (plain or is_attention(func)) or _draws(func, args, kwargs))
-        return Op(func, outline_arguments(args, kwargs), tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),
+        return Op(func, outline_arguments(args, kwargs),
+                  tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),
                   inputs if reads_values(func) else frozenset(), makes, must_run, self._paths[-1],
                   flops_of(func, args, kwargs, result))
 

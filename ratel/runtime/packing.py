@@ -1,4 +1,4 @@
-"""Tensors of any dense layout, one after the other in one buffer of bytes, and found again there with shape and strides."""
+"""Dense tensors one after the other in one buffer of bytes, and found again there with their shapes and strides."""
 
 from dataclasses import dataclass
 

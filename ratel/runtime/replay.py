@@ -125,7 +125,7 @@ class Replayer(TorchDispatchMode):
         return number, ops[number]
 
     def _kept_leaves(self, name: str) -> list[Any]:
-        """Fresh tensors over the same memory: what came back is a view of its slot, which autograd would look through."""
+        """Fresh tensors over the same memory: what came back is a view of its slot, and autograd would see that."""
         return [x.detach() if isinstance(x, Tensor) else x for x in self._results.pop(name)]
 
     def _hollow_leaves(self, op: Op) -> list[Any]:

@@ -39,14 +39,17 @@ class Micro:
 
 
 class VerticalStep:
-    def __init__(self, blocks: BlockRuns, plan: Plan, streamer: Streamer, weights: WeightSource, activations: Activations,
-                 gradients: Gradients, lanes: Lanes, *, seed: int, on_gradient: Callable[[UnitSpec, Tensor], None]) -> None:
+    def __init__(self, blocks: BlockRuns, plan: Plan, streamer: Streamer, weights: WeightSource,
+                 activations: Activations, gradients: Gradients, lanes: Lanes, *, seed: int,
+                 on_gradient: Callable[[UnitSpec, Tensor], None]) -> None:
         self._blocks, self._parts = blocks, blocks.parts
         self._plan, self._streamer, self._weights = plan, streamer, weights
         self._activations, self._gradients, self._lanes = activations, gradients, lanes
         self._seed, self._on_gradient = seed, on_gradient
         self._stages = plan.spec.stages
         self._closing = _closing_stages(plan)
+        num_blocks = sum(stage.kind == "block" for stage in self._stages)
+        blocks.keep([{s.name: s.num_bytes for s in plan.saved_of(block) if s.is_inner} for block in range(num_blocks)])
         self._open: dict[int, Tensor] = {}
 
     def train(self, micros: list[Micro], *, targets: int, step: int) -> Tensor:

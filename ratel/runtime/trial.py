@@ -205,7 +205,7 @@ def _trials(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
 
 
 def _block_trial(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs) -> Callable[[], int]:
-    """Both runs of the block, and backward. What it keeps has its own place in the plan: the run says how many bytes."""
+    """Both runs of the block, and backward. What it keeps has a place of its own in the plan: the run returns its bytes."""
     def run() -> int:
         saved: dict[str, list[Tensor]] = {}
         with torch.no_grad():
