@@ -359,6 +359,7 @@ def test_a_gpu_is_measured(cache: Path) -> None:
     assert torch.cuda.get_device_name() in hardware.name and hardware.gpu_flops > 1e12
 
 
+@pytest.mark.unit
 def test_flops_of_shared_keys_and_values() -> None:
     """Four query heads on two of keys and values, as `enable_gqa` gives them to the kernel."""
     from torch.utils.flop_counter import FlopCounterMode
