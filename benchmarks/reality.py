@@ -84,7 +84,7 @@ def make_config(hidden: int, layers: int) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
-                       num_attention_heads=max(1, hidden // 128), num_key_value_heads=max(1, hidden // 384),
+                       num_attention_heads=max(1, hidden // 128), num_key_value_heads=max(1, hidden // 512),
                        vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=1 << 17)
 
 
