@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from errno import EIO, ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "write is torn": ("write", dict(torn_count=1), "checksum"),
     "transfers are short": ("read", dict(short_transfers=True), ""),
     "answers are late": ("write", dict(max_delay_us=3000), ""),
+    "device is silent": ("", dict(stall_op="any"), "the device does not answer"),
 }
 """By name: the operation before which it is armed, the arguments of `Engine.inject`, and what its error must say."""
+SILENT_AFTER_S = 2.0
+"""Instead of two minutes; a sync on a busy machine does take more than half a second."""
 IN_THE_FILE = ("write has a flipped bit", "write is torn")
 """What is found when the bytes are read again, and again."""
 
@@ -157,6 +161,8 @@ class Faulting:
         self._requests[setting.durable, setting.place] = {request.replace("_", " "): count for request, count in found.items()}
 
     def _train(self, out: Path, setting: Setting, fault: Fault | None, tell: Tell) -> None:
+        import nvme_ds
+
         lock, is_armed = threading.Lock(), []
 
         def arm(engine: Any, request: str, count: int) -> None:
@@ -168,13 +174,14 @@ class Faulting:
 
         if fault is not None:
             at_requests(arm)
+            nvme_ds.Engine = partial(nvme_ds.Engine, stall_timeout_s=SILENT_AFTER_S)
         self._site.train(out, setting, tell)
 
     def _note(self, setting: Setting, fault: Fault, ended: Ended) -> None:
         outcome = "harmless" if ended.status == 0 else "the run ended with an error that says where; it was resumed"
         self.faults.append({"fault": fault.name, "request": fault.request, "durable": setting.durable,
                             "optimizer": setting.optimizer, "place": setting.place, "outcome": outcome})
-        print(json.dumps({**self.faults[-1], "error": ended.errors.strip().splitlines()[-1:] if ended.status else None}),
+        print(json.dumps({**self.faults[-1], "error": ended.errors.strip().splitlines()[-1] if ended.status else None}),
               flush=True)
 
     def summary(self) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def main(directory: Path, seed: int, num_faults: int, summary: Path | None) -> N
     faulting = Faulting(site, seed)
     faulting.run(num_faults)
     if summary is not None:
-        write_results(summary, "faults", {"seed": seed}, faulting.summary())
+        write_results(summary, "faults", {"seeds": [seed]}, faulting.summary())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A child tells its parent over a pipe, a line at a time, what has become durable;
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,14 +64,18 @@ class Site:
 
     def prepare(self) -> None:
         import torch  # imported here, once, so that a fork starts in milliseconds
-        import transformers.models.llama.modeling_llama  # noqa: F401
 
         import ratel.train.run  # noqa: F401
+        from ratel import models
         from resume_common import make_model, make_text
 
         torch.set_num_threads(1)
         ended = in_fork(lambda tell: (make_model(self.model), make_text(self.text)))
         assert ended.status == 0, ended.errors
+        # What transformers works out at its first model takes as long as all steps of a run here.
+        models.load(self.model, dtype=torch.bfloat16, device=torch.device("cpu"), seed=0, loss_fn=None,
+                    attention="auto").close()
+        assert threading.active_count() == 1, "a fork would miss what the others do"
 
     def folder(self, name: str) -> Path:
         return self.path / "ssd" / name

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forks_common import STEPS, Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
+from forks_common import Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
 
 KILLS_OF_A_RUN = 5
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir")
@@ -151,7 +151,7 @@ class Killing:
             return dict(sorted(Counter(str(kill[key]) for kill in self.kills).items()))
 
         both = Counter(f"{kill['durable']}, {kill['optimizer']}" for kill in self.kills)
-        return {"kills": len(self.kills), "runs": self.runs, "resumed_starts": self.resumed, "steps_of_a_run": STEPS,
+        return {"kills": len(self.kills), "runs": self.runs, "resumed_starts": self.resumed,
                 "durable_steps_lost": sum(k["resumes_after_step"] < k["lasting_step"] for k in self.kills),
                 "runs_that_ended_otherwise": 0, "by_mode": dict(sorted(both.items())),
                 **{f"by_{key}": count(key) for key in ("place", "save_every", "folders", "stage", "where")}}
@@ -202,7 +202,7 @@ def main(directory: Path, seed: int, num_kills: int, summary: Path | None) -> No
     killing.measure()
     killing.run(num_kills)
     if summary is not None:
-        write_results(summary, "kills", {"seed": seed}, killing.summary())
+        write_results(summary, "kills", {"seeds": [seed]}, killing.summary())
 
 
 if __name__ == "__main__":
