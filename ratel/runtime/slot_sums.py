@@ -25,7 +25,7 @@ class SlotSums:
         found, expected = self._compute(buffer), self._sums.pop(key)
         if found != expected:
             path, position = self._volume.locate(offset)
-            raise DamagedError(f"is damaged at byte {position}: {key[2]} of block {key[0]}, micro-batch {key[1]} has "
+            raise DamagedError(f"is damaged at byte {position}: {key[2] or "the input"} of block {key[0]}, micro-batch {key[1]} has "
                                f"checksum {found:08x}, {expected:08x} was written", path=path)
 
     def _compute(self, buffer: torch.Tensor) -> int:
