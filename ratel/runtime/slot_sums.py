@@ -25,8 +25,9 @@ class SlotSums:
         found, expected = self._compute(buffer), self._sums.pop(key)
         if found != expected:
             path, position = self._volume.locate(offset)
-            raise DamagedError(f"is damaged at byte {position}: {key[2] or "the input"} of block {key[0]}, micro-batch {key[1]} has "
-                               f"checksum {found:08x}, {expected:08x} was written", path=path)
+            what = f"{key[2] or 'the input'} of block {key[0]}, micro-batch {key[1]}"
+            raise DamagedError(f"is damaged at byte {position}: {what} has checksum {found:08x}, {expected:08x} was written",
+                               path=path)
 
     def _compute(self, buffer: torch.Tensor) -> int:
         return int(self._pool.crc32(buffer.data_ptr(), buffer.numel(), buffer.numel())[0])
