@@ -105,6 +105,20 @@ def _cell(content: float | str | None) -> str:
     return "" if content is None else content if isinstance(content, str) else f"{content:,.1f}"
 
 
+def ordeal_section(name: str, kind: str, report: dict) -> list[str]:
+    """Runs that are killed, or whose drives fail, and how often what went otherwise than it should."""
+    results, script = report["results"], {"kills": "kill_run.py", "faults": "fault_run.py"}[kind]
+    seeds = ", ".join(map(str, report["settings"]["seeds"]))
+    lines = [f"## {kind.capitalize()}: {name}", "", f"{report['machine']['cpu']['model']}, `python tests/{script} DIRECTORY "
+             f"SEED {results[kind]} --json FILE`, seeds {seeds}.", "", "| | |", "|---|---|"]
+    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in results.items() if not isinstance(value, dict)]
+    for key, counts in results.items():
+        if isinstance(counts, dict):
+            parts = "; ".join(f"{what}: {count}" for what, count in counts.items())
+            lines.append(f"| {key.replace('_', ' ')} | {parts} |")
+    return [*lines, ""]
+
+
 def document() -> str:
     parts = [HEAD]
     for path in sorted(RESULTS.glob("*.json")):
@@ -120,8 +134,11 @@ def document() -> str:
             parts += durable_section(path.stem, content)
         elif kind == "paper":
             parts += paper_section(path.stem, content)
+        elif kind in ("kills", "faults"):
+            parts += ordeal_section(path.stem, kind, content)
         else:
-            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being step, adam, io, durable or paper")
+            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being step, adam, io, durable, paper, "
+                             "kills or faults")
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -98,7 +98,7 @@ class Engine:
                 for path in paths:
                     os.unlink(path)
             raise
-        volume = Volume(self, handle, paths, num_bytes, is_direct, keep)
+        volume = Volume(self, handle, paths, num_bytes, is_direct, keep, pattern, stripe_bytes)
         with self._lock:
             self._volumes[handle] = volume
         return volume

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +17,20 @@ class Volume:
     cache.
     """
 
-    def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool) -> None:
+    def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool,
+                 pattern: Sequence[int], stripe_bytes: int) -> None:
         self.handle, self.paths, self.num_bytes, self.direct, self.keep = handle, paths, num_bytes, direct, keep
         self._engine = engine
+        self._pattern, self._stripe_bytes = pattern, stripe_bytes
         self._closed = False
+
+    def locate(self, offset: int) -> tuple[str, int]:
+        """The file that holds a byte of the volume, and the byte's position in it."""
+        number, rest = divmod(offset, self._stripe_bytes)
+        round_, place = divmod(number, len(self._pattern))
+        index = self._pattern[place]
+        before = round_ * self._pattern.count(index) + self._pattern[:place].count(index)
+        return self.paths[index], before * self._stripe_bytes + rest
 
     def sync(self) -> None:
         """Make every completed write durable (fdatasync of every file). Wait for the writes' tickets first.

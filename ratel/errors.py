@@ -27,7 +27,8 @@ class WorkerError(RuntimeError):
 
 
 class DamagedError(RuntimeError):
-    """Bytes came back from a drive other than they were written. ``where`` names the file and the place in it."""
+    """Bytes came back from a drive other than they were written. ``path`` is the file, ``message`` says what was in it."""
 
-    def __init__(self, message: str, *, where: str) -> None:
-        super().__init__(f"{where} {message}")
+    def __init__(self, message: str, *, path: str) -> None:
+        self.message, self.path = message, path
+        super().__init__(f"{path} {message}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ratel.cli import bench, check, doctor, export, train
 from ratel.cli.parser import Parser
-from ratel.errors import NonFiniteError, RatelError, WorkerError
+from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError
 
 COMMANDS = (train, check, export, doctor, bench)
 EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except RatelError as error:
         return _fail(f"ratel: {error}", EXIT_MISUSED)
-    except (NonFiniteError, WorkerError) as error:
+    except (NonFiniteError, WorkerError, DamagedError) as error:
         cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
         return _fail(f"ratel: {error}{cause}", EXIT_FAILED)
     except KeyboardInterrupt as error:
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader like `head` has gone: no traceback
         return EXIT_OK
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            return _fail(f"ratel: {error}", EXIT_FAILED)  # a drive or a file: which one is all there is to know
         traceback.print_exc()
         return EXIT_FAILED
 

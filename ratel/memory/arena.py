@@ -51,12 +51,24 @@ class Arena:
     def take_as(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         return self.take(num_elements * dtype.itemsize).view(dtype)
 
+    def abandon(self) -> None:
+        """Instead of ``close``, where transfers are not known to be over: the memory stays as it is."""
+        keep_mapped(self)
+
     def close(self) -> None:
         """Unregister. The memory itself goes when the last tensor over it does."""
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
             self.pinned = False
         self._bytes = self._bytes[:0]
+
+
+def keep_mapped(memory: object) -> None:
+    """Until the process ends: a device that has stopped answering may still write into it."""
+    _never_freed.append(memory)
+
+
+_never_freed: list[object] = []
 
 
 def _anonymous_map(num_bytes: int) -> mmap.mmap:

@@ -77,6 +77,12 @@ def first_grain(unit: UnitSpec, begin: int, grain: int) -> int:
     return -(-unit.num_trainable // grain) + (begin - unit.num_trainable) // grain
 
 
+def first_element(unit: UnitSpec, index: int, grain: int) -> int:
+    """Where the grain of that index starts."""
+    trained = -(-unit.num_trainable // grain)
+    return index * grain if index < trained or not trained else unit.num_trainable + (index - trained) * grain
+
+
 def pieces(unit: UnitSpec, num_elements: int, piece: int) -> list[tuple[int, int]]:
     """Ranges of at most ``piece`` elements (a multiple of the grain), none across the two segments."""
     return [(begin, min(begin + piece, end)) for start, end in segments(unit, num_elements)

@@ -18,6 +18,7 @@ from ratel.plan.plan import PAGE_BYTES, Plan
 from ratel.plan.saved import INPUT, Saved
 from ratel.plan.schedule import Gather
 from ratel.runtime.packing import Part, flat, lay_out_parts, part_of
+from ratel.runtime.slot_sums import SlotSums
 from ratel.units import align_up
 
 Key = tuple[int, int, str]
@@ -53,9 +54,10 @@ class Activations:
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, exchange: Exchange, lanes: Lanes,
                  copies: Retirer, writes: Retirer, engine: "native.nvme_ds.Engine | None",
-                 volume: "native.nvme_ds.Volume | None") -> None:
+                 volume: "native.nvme_ds.Volume | None", sums: SlotSums) -> None:
         self._plan, self._lanes, self._exchange = plan, lanes, exchange
         self._copies, self._writes, self._engine, self._volume = copies, writes, engine, volume
+        self._sums = sums
         self._places: dict[tuple[int, str], Saved] = {(s.block, s.name): s for s in plan.saved}
         self._kept: dict[Key, list[Tensor]] = {}
         self._parts: dict[Key, list[Part]] = {}
@@ -138,7 +140,9 @@ class Activations:
 
     def fill(self, gather: Gather, handle: Fetch, slot: Slot) -> Tensor:
         if handle.slot is not None:
+            key = _key_of(gather)
             self._engine.wait(handle.ticket)
+            self._sums.verify(key, handle.slot.buffer, self._offsets[key])
         view = slot.buffer[: handle.left.num_bytes]
         if handle.left.num_bytes:
             self._lanes.wait("h2d", handle.left.copied)
@@ -172,6 +176,7 @@ class Activations:
 
     def _write_out(self, key: Key, slot: Slot, left: Left) -> None:
         def submit() -> None:
+            self._sums.record(key, slot.buffer)
             ticket = self._engine.submit_write(self._volume, self._offsets[key], slot.buffer.data_ptr(),
                                                slot.buffer.numel(), native.nvme_ds.ACTIVATION)
             self._writes.when(lambda: self._engine.wait(ticket), lambda: self._wrote(left, slot))

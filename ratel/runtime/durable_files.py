@@ -20,7 +20,7 @@ def make_directory(path: Path) -> None:
     """With its parents; each new name is on disk before anything is put under it."""
     if not path.is_dir():
         make_directory(path.parent)
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         sync_directory(path.parent)
 
 
@@ -36,7 +36,8 @@ def replace_directory(partial: Path, path: Path, discard: Callable[[Path], objec
     """Put a complete directory under its name; an older one is given to ``discard`` only then."""
     old = beside(path)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            discard(old)
         os.rename(path, old)
     os.rename(partial, path)
     sync_directory(path.parent)

@@ -1,7 +1,6 @@
 """Everything a plan needs to run: memory reserved, files made, threads started; and its orderly end."""
 
 import errno
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,14 @@ from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.activations import Activations
+from ratel.runtime.commit_files import remove_leftovers, volume_name
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.save_targets import CommitLog
 from ratel.runtime.saver import Saver
+from ratel.runtime.slot_sums import SlotSums
 from ratel.runtime.state import SavedState
-from ratel.runtime.state_format import committed_files, describe_planes
+from ratel.runtime.state_format import describe_planes
 from ratel.runtime.streamer import Source, Streamer
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostCache
@@ -80,7 +81,8 @@ class Machinery:
                                          self.writes)
         self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
         self.activations = Activations(plan, self.arena, device, exchange, self.lanes, self.copies,
-                                       self.writes, self.engine, activation_volume)
+                                       self.writes, self.engine, activation_volume,
+                                       SlotSums(self.pool, activation_volume, enabled=io.checksums))
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
         self.streamer = Streamer(exchange, self.lanes, self.copies, self._source_of)
         self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,
@@ -135,26 +137,39 @@ class Machinery:
         return fitted
 
     def close(self) -> None:
-        """End the threads, then the engine, then the memory. Pending updates are lost: flush first."""
+        """End the threads, then the engine, then the memory. Pending updates are lost: flush first.
+
+        A device that has stopped answering is given up, with the memory that it may still write to.
+        """
         self.exchange.close()
-        if self.engine is not None:
-            self.engine.close()
+        ended = self.engine is None or self._end_engine()
         for name in ("streamer", "updates", "copies", "writes", "saver"):
             if hasattr(self, name):
                 getattr(self, name).join()
         if hasattr(self, "lanes"):
             self.lanes.synchronize()
         if self.arena is not None:
-            self.arena.close()
+            self.arena.close() if ended else self.arena.abandon()
+
+    def _end_engine(self) -> bool:
+        """Whether every transfer is over."""
+        try:
+            self.engine.close()
+        except TimeoutError:
+            self.engine.abandon()
+            return False
+        return True
 
     def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
         """Volumes for states, gradients and activations, allocated in full: a full disk is found here."""
         items = plan.ssd_items
+        if commits is not None:
+            remove_leftovers(commits, io.directories)
         if earlier is not None:
             states = self._reopen_volume(earlier, items["planes"], io)
         else:
             name = volume_name(commits) if plan.commits else "ratel-states"
-            states = self._open_volume(name, items.get("planes", 0), io, keep=plan.commits)
+            states = self._open_volume(name, items.get("planes", 0), io)  # the first commit has it kept
         return (states, self._open_volume("ratel-gradients", items.get("gradients", 0), io),
                 self._open_volume("ratel-activations", items.get("checkpoints", 0) + items.get("inner activations", 0), io))
 
@@ -167,13 +182,12 @@ class Machinery:
             raise RatelError(f"cannot be opened: {error}", field="state", value=earlier.files[0],
                              remedy="End the run that uses it, or resume from another state") from error
 
-    def _open_volume(self, name: str, num_bytes: int, io: IoOptions, *,
-                     keep: bool = False) -> "native.nvme_ds.Volume | None":
+    def _open_volume(self, name: str, num_bytes: int, io: IoOptions) -> "native.nvme_ds.Volume | None":
         if num_bytes == 0:
             return None
         try:
             return self.engine.create_volume(list(io.directories), name, num_bytes, stripe_bytes=io.stripe_bytes,
-                                             direct=io.direct, keep=keep)
+                                             direct=io.direct)
         except OSError as error:
             if error.errno == errno.EINVAL and io.direct == "on":
                 raise RatelError(str(error), field="direct", value="on", remedy="Use --direct auto, or another directory"
@@ -190,14 +204,6 @@ def open_engine(io: IoOptions) -> "native.nvme_ds.Engine":
     except OSError as error:
         raise RatelError(f"the I/O engine cannot start: {error}", field="io_backend", value=io.backend,
                          remedy="Use --io-backend threads or auto") from error
-
-
-def volume_name(commits: Path) -> str:
-    """Of a run that commits to this directory, and other than what lies there: a state that is resumed elsewhere is read
-    while its successor is written."""
-    own = f"ratel-{hashlib.sha256(os.path.realpath(commits).encode()).hexdigest()[:12]}"
-    taken = {Path(path).name.rpartition(".")[0] for path in committed_files(commits)}
-    return next(name for name in (f"{own}-a", f"{own}-b") if name not in taken)
 
 
 def can_continue(saved: SavedState, plan: Plan, io: IoOptions) -> bool:

@@ -2,7 +2,9 @@
 
 import gc
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +74,8 @@ class Wishes:
     optimizer: str
     budgets: Budgets
     directories: tuple[str, ...] = ()
+    own_files: tuple[Path, ...] = ()
+    """In these directories, and to be worked on further: what they take counts as free."""
     micro_batch: int | str = "auto"
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
@@ -145,7 +149,7 @@ class _Trials:
         is_free = wishes.activations == "auto" and wishes.hardware is not None
         return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
-                       ssd_budget=_free_bytes(wishes.directories), buffers=wishes.buffers,
+                       ssd_budget=usable_bytes(wishes.directories, wishes.own_files), buffers=wishes.buffers,
                        process_bytes=self._held_bytes + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
                        forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept,
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),
@@ -206,9 +210,13 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
     return budget - torch.cuda.memory_reserved(device)
 
 
-def _free_bytes(directories: tuple[str, ...]) -> int | None:
-    """Space for equal stripes: the fullest directory decides."""
+def usable_bytes(directories: Sequence[str], own_files: Sequence[Path]) -> int | None:
+    """Space for equal stripes, ``own_files`` counted as free: the fullest directory decides. None without directories."""
     if not directories:
         return None
-    free = [os.statvfs(d).f_bavail * os.statvfs(d).f_frsize for d in directories]
-    return min(free) * len(directories)
+    spaces = []
+    for directory in directories:
+        disk, real = os.statvfs(directory), os.path.realpath(directory)
+        own_bytes = sum(path.stat().st_size for path in own_files if os.fspath(path.parent) == real)
+        spaces.append(disk.f_bavail * disk.f_frsize + own_bytes)
+    return min(spaces) * len(directories)

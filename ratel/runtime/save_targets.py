@@ -13,9 +13,10 @@ from ratel.plan.layout import first_grain, lay_out_slot, num_grains
 from ratel.plan.placement import PLANES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
+from ratel.runtime.commit_files import discard_commits
 from ratel.runtime.durable_files import (make_directory, remove_files, replace_directory, sync_directory,
                                          write_synced)
-from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, committed_files, make_manifest, pack_commit
+from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, make_manifest, pack_commit
 from ratel.store.planes import Store
 
 PLANES_FILE = "planes.0"
@@ -25,7 +26,7 @@ STRIPE_BYTES = 1 << 20
 class DirectoryTarget:
     """A new directory at ``path``. It has its name only once it is complete; an older one of that name goes last."""
 
-    holds_units = False
+    is_in_place = False
 
     def __init__(self, path: Path, plan: Plan, engine: "native.nvme_ds.Engine") -> None:
         self.path, self._plan, self._engine = path, plan, engine
@@ -41,7 +42,7 @@ class DirectoryTarget:
         make_directory(self._partial)
         # Beside the directory, whose name is another each time: the engine keeps a queue for every folder that it sees.
         self._volume = self._engine.create_volume([self.path.parent], f"{self._partial.name}.planes",
-                                                  self._layout.num_bytes, keep=True)
+                                                  self._layout.num_bytes)
 
     def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
         return PLANES
@@ -51,12 +52,12 @@ class DirectoryTarget:
         self._sums[unit.index, plane][first : first + len(sums)] = sums
         span = self._layout.spans[unit.index, plane]
         return self._engine.submit_write(self._volume, span.offset + begin * span.element_bytes, values.data_ptr(),
-                                         values.numel() * values.element_size(), native.nvme_ds.WRITEBACK)
+                                         values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
         self._volume.sync()
         file = self._volume.paths[0]
-        self._volume.close()
+        self._volume.close(unlink=False)
         os.rename(file, self._partial / PLANES_FILE)
         spec = self._plan.spec
         write_synced(self._partial / MANIFEST, make_manifest(
@@ -69,7 +70,8 @@ class DirectoryTarget:
 
     def drop(self) -> None:
         if self._volume is not None:
-            self._volume.close(unlink=True)
+            self._volume.close()
+            remove_files(self._volume.paths)  # it may have been closed before, to be moved
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
@@ -99,32 +101,37 @@ class CommitLog:
         record = pack_commit(Commit(sequence=sequence, slots=list(store.versions.current), training=training,
                                     checksums=_joined(sums)))
         if self._is_there:
-            write_synced(self.path / COMMITS[sequence % 2], record)
+            self._replace(self.path / COMMITS[sequence % 2], record)
         else:
             self._make(COMMITS[sequence % 2], record)
         self._sequence = sequence  # only now: a write that failed must not be followed by one over the other record
         store.versions.commit()
 
+    def _replace(self, path: Path, record: bytes) -> None:
+        is_new = not path.exists()
+        write_synced(path, record)
+        if is_new:
+            sync_directory(path.parent)
+
     def _make(self, name: str, record: bytes) -> None:
-        """The first commit. It takes the place of an earlier run's, whose files go only now."""
+        """The first commit. It takes the place of an earlier run's, whose files go only now; ours stay from now on."""
+        self.store.volume.keep = True
+        for file in self.store.volume.paths:
+            sync_directory(Path(file).parent)  # to sync a file does not say that its name will be there
         partial = self.path.with_name(self.path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         make_directory(partial)
         write_synced(partial / MANIFEST, self._manifest)
         write_synced(partial / name, record)
         sync_directory(partial)
-        replace_directory(partial, self.path, self._discard)
+        replace_directory(partial, self.path, lambda old: discard_commits(old, but=self.store.volume.paths))
         self._is_there = True
-
-    def _discard(self, old: Path) -> None:
-        remove_files(committed_files(old) - set(self.store.volume.paths))
-        shutil.rmtree(old)
 
 
 class CommitTarget:
     """One commit. Planes on SSD are where they must be already; the others are copied beside them."""
 
-    holds_units = True  # until the record is on disk, the version before is what a resumed run would read
+    is_in_place = True
 
     def __init__(self, log: CommitLog, engine: "native.nvme_ds.Engine") -> None:
         self.path, self._log, self._engine = log.path, log, engine
@@ -144,14 +151,14 @@ class CommitTarget:
         first = first_grain(unit, begin, self._log.plan.grain)
         store.checksums.table(slot, unit.index, plane)[first : first + len(sums)] = sums
         return self._engine.submit_write(store.volume, store.offset(slot, unit.index, plane, begin), values.data_ptr(),
-                                         values.numel() * values.element_size(), native.nvme_ds.WRITEBACK)
+                                         values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
         self._log.store.volume.sync()
         self._log.write(training)
 
     def drop(self) -> None:
-        """What was committed before is untouched, and what was copied is written again by the next commit."""
+        """Nothing to remove: what was committed before is untouched, and the session ends."""
 
 
 def _joined(sums: list[np.ndarray]) -> np.ndarray:

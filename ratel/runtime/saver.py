@@ -6,6 +6,7 @@ what the copy takes of its bandwidth, and by nothing where a whole step lies bet
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,8 +34,9 @@ FILLS_AHEAD = 4
 class Target(Protocol):
     """Where a save goes. Its methods are called on the saver's thread, in this order."""
 
-    holds_units: bool
-    """A unit with planes on SSD may be updated again only when the whole save is complete."""
+    is_in_place: bool
+    """It is made of the files that training works on. A unit with planes there may be updated again only when the whole
+    save is complete; after a failure nothing is known of what training has written, so the session ends."""
 
     def begin(self) -> None: ...
 
@@ -126,7 +128,7 @@ class Saver:
         self._worker.join()
 
     def _may_overwrite(self, save: Save, unit: int) -> bool:
-        holds = save.target.holds_units and self._plan.has_states_on_ssd(self._plan.spec.units[unit])
+        holds = save.target.is_in_place and self._plan.has_states_on_ssd(self._plan.spec.units[unit])
         return unit in save.copied and not holds
 
     # --- the saver's thread -------------------------------------------------------------------------------------
@@ -138,8 +140,12 @@ class Saver:
             save: Save = self._mail.take()
             try:
                 self._copy(save)
+            except native.nvme_ds.StallError:
+                raise  # the device still has the buffers, and perhaps those of training: the session ends
             except (OSError, RatelError, DamagedError) as error:
                 self._abort(save, error)
+                if save.target.is_in_place or isinstance(error, DamagedError):
+                    raise
             with self._exchange.lock:
                 save.done = True
                 self._changed.notify_all()
@@ -159,23 +165,22 @@ class Saver:
 
     def _abort(self, save: Save, error: Exception) -> None:
         """Nothing of the save may still be moving when its buffers are used again and its files are removed."""
-        for filling in self._filling:
-            self._settle(filling)
+        while self._filling:
+            filling = self._filling.popleft()
+            self._settle(lambda: self._wait_full(filling))
             self._free.append(filling.buffer)
-        self._filling.clear()
         while self._writing:
-            try:
-                self._complete_write()
-            except OSError:
-                pass  # the first error is the one to report
+            self._settle(self._complete_write)
         save.error = error
         save.target.drop()
 
-    def _settle(self, filling: _Filling) -> None:
+    def _settle(self, wait: Callable[[], None]) -> None:
         try:
-            self._wait_full(filling)
+            wait()
+        except native.nvme_ds.StallError:
+            raise
         except (OSError, DamagedError):
-            pass
+            pass  # the first error is the one to report
 
     def _copy_unit(self, save: Save, unit: UnitSpec) -> None:
         for name in save.target.wanted(unit):
@@ -195,7 +200,7 @@ class Saver:
         buffer = self._free.pop()
         values = buffer[: (end - begin) * plane.dtype.itemsize].view(plane.dtype)
         if plane.tier == SSD:
-            source = self._io.read(unit.index, name, begin, values, native.nvme_ds.WRITEBACK)
+            source = self._io.read(unit.index, name, begin, values, native.nvme_ds.BACKGROUND)
         elif plane.tier == GPU:
             source = self._fetch(save, plane.tensor[begin:end], values)
         else:
@@ -212,12 +217,15 @@ class Saver:
 
     def _pass_on(self, save: Save) -> None:
         """The oldest buffer is full: write it."""
-        filling = self._filling[0]
-        self._wait_full(filling)
-        sums = self._store.checksums.compute(filling.unit.index, filling.begin, filling.values)
-        jitter.pause()
-        ticket = save.target.write(filling.unit, filling.plane, filling.begin, filling.values, sums)
-        self._filling.popleft()
+        filling = self._filling.popleft()
+        try:
+            self._wait_full(filling)
+            sums = self._store.checksums.compute(filling.unit.index, filling.begin, filling.values)
+            jitter.pause()
+            ticket = save.target.write(filling.unit, filling.plane, filling.begin, filling.values, sums)
+        except BaseException:
+            self._free.append(filling.buffer)  # its read is over, and cannot be waited for again
+            raise
         self._writing.append((ticket, filling.buffer))
 
     def _wait_full(self, filling: _Filling) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ratel import models, native
 from ratel.config import read_options
-from ratel.errors import RatelError, WorkerError
+from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
 from ratel.hardware.known import hardware_for
@@ -24,6 +24,7 @@ from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.block_runs import BlockRuns
+from ratel.runtime.durable_files import make_directory
 from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery, can_continue
 from ratel.runtime.meter import Meter, Usage
@@ -163,13 +164,19 @@ class Session:
         self._check_length(self._shape.positions)
         blocks = BlockRuns(self.parts)
         self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
-        planned = make_plan(blocks, batch, replace(self._wishes, hardware=self.machine), self.device)
+        wishes = replace(self._wishes, hardware=self.machine, own_files=self._own_files())
+        planned = make_plan(blocks, batch, wishes, self.device)
         plan, self.prediction = planned.plan, planned.prediction
         self._machinery = self._build(plan)
         self._plan, m = plan, self._machinery
         self._training = Training(blocks, plan, m, seed=self.seed, clip=self._clip)
         self._meter = Meter(m.lanes, m.updates, m.engine)
         return plan
+
+    def _own_files(self) -> tuple[Path, ...]:
+        """Those of a run's commits that this session is to go on with."""
+        own = self._saved.files if self._saved is not None and self._are_own_commits(self._saved) else []
+        return tuple(path for path in own if path.is_file())
 
     def _build(self, plan: Plan) -> Machinery:
         """With the weights in it, or not at all: what was imported in part must never be given back as trained."""
@@ -198,8 +205,10 @@ class Session:
 
     def _goes_on(self, saved: SavedState, plan: Plan) -> bool:
         """Commits are continued where they are, if they are this session's own and the plan lays everything out alike."""
-        return (self._commits is not None and os.path.realpath(saved.path) == os.path.realpath(self._commits)
-                and can_continue(saved, plan, self._io))
+        return self._are_own_commits(saved) and can_continue(saved, plan, self._io)
+
+    def _are_own_commits(self, saved: SavedState) -> bool:
+        return self._commits is not None and os.path.realpath(saved.path) == os.path.realpath(self._commits)
 
     @property
     def plan(self) -> Plan:
@@ -388,7 +397,7 @@ class Session:
     def _give_back(self) -> None:
         try:
             self.parts.restore(self.read_master)
-        except OSError as error:
+        except (OSError, DamagedError) as error:
             raise WorkerError(f"the model has only a part of its trained weights, the rest as they were: {error}") from error
 
     def __enter__(self) -> "Session":
@@ -465,7 +474,7 @@ def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, .
     names = ssd.split(",") if isinstance(ssd, str) else [ssd] if isinstance(ssd, os.PathLike) else list(ssd)
     for name in names:
         try:
-            Path(name).mkdir(parents=True, exist_ok=True)
+            make_directory(Path(name))
         except OSError as error:
             raise RatelError(f"cannot be made: {error.strerror}", field="ssd", value=name,
                              remedy=_SSD_REMEDY) from error

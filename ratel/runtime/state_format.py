@@ -1,9 +1,7 @@
 """What a state's small files hold: the manifest, written once, and the commit records (docs/state_format.md)."""
 
 import json
-import os
 import zlib
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import numpy as np
 from ratel.errors import RatelError
 from ratel.plan.layout import SlotLayout
 from ratel.plan.shape import ModelSpec
-from ratel.runtime.durable_files import beside
 
 FORMAT, VERSION = "ratel-state", 2
 MANIFEST = "manifest.json"
@@ -118,13 +115,3 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 def _without_seal(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "seal"}
-
-
-def committed_files(path: Path) -> set[str]:
-    """The SSD files that a directory of commits speaks of; none where there is no such directory."""
-    found: set[str] = set()
-    for directory in (path, beside(path)):
-        with suppress(ValueError, OSError):
-            manifest = read_manifest(directory)
-            found |= {os.fspath(directory / name) for name in manifest["files"]} if manifest["num_slots"] == 2 else set()
-    return found

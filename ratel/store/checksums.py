@@ -4,12 +4,14 @@ Drives, cables and firmware do return wrong bytes without an error. A wrong weig
 saved afterwards would have it.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from ratel import native
 from ratel.errors import DamagedError
-from ratel.plan.layout import first_grain, num_grains, segments
+from ratel.plan.layout import first_element, first_grain, num_grains, segments
 from ratel.plan.shape import ModelSpec
 
 Key = tuple[int, str]
@@ -57,16 +59,20 @@ class Checksums:
         for table in self._tables:
             table[unit, name][frozen:] = sums[frozen:]
 
-    def verify(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor, where: str) -> None:
-        """``values`` were read from element ``begin`` on. Raises DamagedError naming ``where``, unit, plane and chunk."""
+    def verify(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor,
+               where: Callable[[int], tuple[str, int]]) -> None:
+        """``values`` were read from element ``begin`` on. Raises DamagedError naming file, unit, plane and chunk; ``where``
+        gives file and position of an element."""
         if not self.enabled:
             return
         expected, found = self._grains(slot, unit, name, begin, values), self.compute(unit, begin, values)
         wrong = np.flatnonzero(expected != found)
         if wrong.size:
-            index = int(wrong[0])
-            chunk = first_grain(self._spec.units[unit], begin, self.grain) + index
-            raise damaged(where, self._spec.units[unit].name, name, chunk, int(found[index]), int(expected[index]))
+            index, spec = int(wrong[0]), self._spec.units[unit]
+            chunk = first_grain(spec, begin, self.grain) + index
+            path, position = where(first_element(spec, chunk, self.grain))
+            raise DamagedError(f"is damaged at byte {position}: unit {spec.name}, plane {name}, chunk {chunk} has checksum "
+                               f"{int(found[index]):08x}, {int(expected[index]):08x} was written", path=path)
 
     def compute(self, unit: int, begin: int, values: torch.Tensor) -> np.ndarray:
         """uint32, one for each grain of ``values``, which start at element ``begin`` of a plane of the unit."""
@@ -84,8 +90,3 @@ class Checksums:
         first, end = first_grain(spec, begin, self.grain), begin + values.numel()
         past = num_grains(spec, end, self.grain)
         return self._tables[slot][unit, name][first:past]
-
-
-def damaged(where: str, unit: str, plane: str, chunk: int, found: int, expected: int) -> DamagedError:
-    return DamagedError(f"is damaged: unit {unit}, plane {plane}, chunk {chunk} has checksum {found:08x}, "
-                        f"{expected:08x} was written", where=where)

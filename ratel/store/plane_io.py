@@ -38,7 +38,7 @@ class PlaneIO:
         self._engine.wait(read.ticket)
         slot = 0 if read.name == "g" else read.slot
         self._store.checksums.verify(slot, read.unit, read.name, read.begin, read.values,
-                                     self._store.where(slot, read.unit, read.name))
+                                     lambda element: self._store.where(slot, read.unit, read.name, element))
 
     def write(self, unit: int, name: str, begin: int, values: torch.Tensor, priority: int,
               slot: int | None = None) -> int:

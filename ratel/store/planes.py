@@ -72,9 +72,9 @@ class Store:
             return self._grad_offsets[unit] + begin * item
         return slot * self._layout.num_bytes + self._layout.spans[unit, name].offset + begin * item
 
-    def where(self, slot: int, unit: int, name: str) -> str:
-        """For messages: the files, and where in the volume the plane starts."""
-        return f"{', '.join(self.volume_of(name).paths)} (the plane starts at byte {self.offset(slot, unit, name)} of the volume)"
+    def where(self, slot: int, unit: int, name: str, begin: int) -> tuple[str, int]:
+        """File and position in it of element ``begin`` of a plane."""
+        return self.volume_of(name).locate(self.offset(slot, unit, name, begin))
 
     def _place(self, unit) -> dict[str, Plane]:
         place = self.plan.placement(unit)

@@ -1,8 +1,12 @@
 """Whole-unit transfers outside the hot path: import of weights, and reading states back for export and tests."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ratel import native
+from ratel.memory.arena import keep_mapped
 from ratel.plan.layout import pieces
 from ratel.plan.placement import SSD
 from ratel.plan.shape import UnitSpec
@@ -64,7 +68,7 @@ class UnitTransfer:
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
         for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
             values = buffer[: end - begin]
-            self._io.wait(self._io.read(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER))
+            self._read(unit, name, begin, values)
             plane.tensor[begin:end].copy_(values)
 
     def copy_frozen(self, unit: UnitSpec, name: str) -> None:
@@ -74,7 +78,7 @@ class UnitTransfer:
         for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
             if 0 < unit.num_trainable <= begin:
                 self._move(unit, name, begin, buffer[: end - begin], write=False)
-                self._write(unit, name, begin, buffer[: end - begin])
+                self._write(unit, name, begin, buffer[: end - begin], [1 - self._store.slot_to_read(unit.index)])
 
     def clear(self, unit: UnitSpec, name: str) -> None:
         """Zero a plane. A new volume reads as zeros, so on SSD there is nothing to write."""
@@ -94,17 +98,27 @@ class UnitTransfer:
             part = plane.tensor[begin : begin + values.numel()]
             part.copy_(values) if write else values.copy_(part)
         elif write:
-            self._write(unit, name, begin, values)
+            self._import(unit, name, begin, values)
         else:
-            self._io.wait(self._io.read(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER))
+            self._read(unit, name, begin, values)
 
-    def _write(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
+    def _import(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
         """In the current version. Updates leave the frozen part alone, so it goes into every version that will be."""
-        assert values.data_ptr() % 4096 == 0 and values.is_contiguous()
         frozen = 0 < unit.num_trainable <= begin
-        slots = range(self._store.versions.num_slots) if frozen else [self._store.slot_to_read(unit.index)]
+        self._write(unit, name, begin, values, range(self._store.versions.num_slots) if frozen
+                    else [self._store.slot_to_read(unit.index)])
+
+    def _write(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor, slots: Iterable[int]) -> None:
+        assert values.data_ptr() % 4096 == 0 and values.is_contiguous()
         for slot in slots:
-            self._engine.wait(self._io.write(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER, slot))
+            ticket = self._io.write(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER, slot)
+            with kept_if_stalled(values):
+                self._engine.wait(ticket)
+
+    def _read(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
+        read = self._io.read(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER)
+        with kept_if_stalled(values):
+            self._io.wait(read)
 
 
 def aligned_empty(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -112,3 +126,13 @@ def aligned_empty(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
     raw = torch.empty(num_elements * dtype.itemsize + 4096, dtype=torch.uint8)
     skip = -raw.data_ptr() % 4096
     return raw[skip : skip + num_elements * dtype.itemsize].view(dtype)
+
+
+@contextmanager
+def kept_if_stalled(values: torch.Tensor) -> Iterator[None]:
+    """A device that has stopped answering may answer yet: the memory of its transfer is never used again."""
+    try:
+        yield
+    except native.nvme_ds.StallError:
+        keep_mapped(values)
+        raise

@@ -19,7 +19,7 @@ from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import Loop, Progress
 from ratel.train.options import changes
 from ratel.train.output import RunDirectory
-from ratel.train.resume import Resumption, amend_last, cut_metrics, naming_an_older, replay, sync
+from ratel.train.resume import Resumption, amend_last, cut_metrics, naming_an_older, replay, saying_what_next, sync
 from ratel.train.schedule import make_schedule
 from ratel.train.summary import summarize
 
@@ -89,7 +89,7 @@ class Attempt:
         start = time.perf_counter()
         progress = self._progress_before(self.earlier) if self.earlier else Progress()
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, saying_what_next(self.out):
                 self._loop(progress, stop)
                 self._finish(progress)
         except KeyboardInterrupt:
@@ -139,6 +139,7 @@ class Attempt:
                  "has_tokenizer": self.inputs.tokenizer is not None}
         if self.session.plan.commits and not copies:
             self.session.commit(extra=extra)
+            self._drop_superseded_copies()
             return
         self._prune(progress)
         path = self.out.states.path_of(progress.steps)
@@ -150,6 +151,13 @@ class Attempt:
         self.session.wait_saved()
         self.out.states.prune(self.config.keep, eval_losses=progress.eval_losses if self.config.keep_best else None)
         self._drop_stale_commits()
+        self._drop_superseded_copies()
+
+    def _drop_superseded_copies(self) -> None:
+        """Of an earlier start of the run, which made copies, once there is a newer commit."""
+        states = self.out.states
+        if self.session.plan.commits and not self.config.keep_best and states.steps() and states.newest() == states.commits:
+            states.prune(0)
 
     def _drop_stale_commits(self) -> None:
         """Of an earlier start of the run, which committed in place, once there is a newer copy."""

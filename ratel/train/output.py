@@ -8,6 +8,7 @@ from shutil import rmtree
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.runtime.durable_files import make_directory, sync_directory, write_synced
 from ratel.train.states import StateDirectory
 
 RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial", "state")
@@ -33,7 +34,7 @@ class RunDirectory:
     def open(self, *, keep_results: bool = False) -> None:
         """Make the directory and remove an earlier run's results, so that none is mistaken for this run's."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             self._take_lock()
             if not keep_results:
                 self.states.drop_commits()
@@ -62,11 +63,10 @@ class RunDirectory:
         """Whole or not at all: a reader never sees half a file."""
         target = self.path / f"{name}.json"
         partial = target.with_suffix(".json.partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # --resume reads them: after a power failure they are whole, too
+        partial.unlink(missing_ok=True)
+        write_synced(partial, (json.dumps(content, indent=2, default=str) + "\n").encode())
         os.replace(partial, target)
+        sync_directory(self.path)  # --resume reads them: after a power failure they are there, and whole
 
 
 def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ratel.errors import RatelError
+from ratel.errors import DamagedError, RatelError, WorkerError
+from ratel.runtime.durable_files import sync_directory, write_synced
 from ratel.runtime.session import Session
 from ratel.runtime.state_format import DamagedStateError
 from ratel.train.loop import Progress
@@ -51,11 +52,28 @@ def naming_an_older(out: RunDirectory, state: Path) -> Iterator[None]:
     """A damaged state is never passed over silently: steps would be lost. The message says how to go back."""
     try:
         yield
-    except DamagedStateError as error:
-        older = out.states.before(state)
-        remedy = (f"Remove {state} to resume from {older}, and check the drive" if older is not None else
-                  "There is no older state in it: start anew with --overwrite, and check the drive")
-        raise RatelError(error.message, field="--resume", value=error.value, remedy=remedy) from error
+    except (DamagedStateError, DamagedError) as error:
+        raise RatelError(error.message, field="--resume", value=getattr(error, "value", None) or error.path,
+                         remedy=f"{_way_back(out, state)}, and check the drive") from error
+
+
+@contextmanager
+def saying_what_next(out: RunDirectory) -> Iterator[None]:
+    """Damage that training finds may be in the bytes on the drive or in their transfer: only reading again can tell."""
+    try:
+        yield
+    except (WorkerError, DamagedError) as error:
+        newest = out.states.newest()
+        if not isinstance(error.__cause__ or error, DamagedError) or newest is None:
+            raise
+        advice = f"Continue with --resume; if that finds the same damage: {_way_back(out, newest)}, and check the drive"
+        raise WorkerError(f"{error}. {advice}") from (error.__cause__ or error)
+
+
+def _way_back(out: RunDirectory, state: Path) -> str:
+    older = out.states.before(state)
+    return (f"Remove {state} to resume from {older}" if older is not None else
+            "There is no older state in it: start anew with --overwrite")
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
@@ -82,17 +100,19 @@ def amend_last(path: Path, more: dict[str, float]) -> None:
         return
     plain = {name: value if math.isfinite(value) else None for name, value in more.items()}
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(b"".join(lines[:-1]) + json.dumps({**json.loads(lines[-1]), **plain}).encode() + b"\n")
+    partial.unlink(missing_ok=True)
+    write_synced(partial, b"".join(lines[:-1]) + json.dumps({**json.loads(lines[-1]), **plain}).encode() + b"\n")
     os.replace(partial, path)
 
 
 def sync(path: Path) -> None:
-    """Have the file on the disk when this returns."""
+    """Have the file on the disk when this returns, under its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

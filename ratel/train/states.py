@@ -3,17 +3,19 @@ export from."""
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
 from ratel.errors import RatelError
-from ratel.runtime.durable_files import beside, remove_files, settled
-from ratel.runtime.state_format import committed_files, read_commit
+from ratel.runtime.commit_files import discard_commits, files_of
+from ratel.runtime.durable_files import beside, settled
+from ratel.runtime.state_format import read_commit
 
 _NAME = re.compile(r"step-(\d{8,})")
-_PART = re.compile(r"(step-\d{8,}|commits)\.(old|partial)(\.planes\.0)?")
+_PART = re.compile(r"(step-\d{8,}|commits)\.(old|partial|removed)(\.planes\.0)?")
 _COMPLETE = "manifest.json"
 
 
@@ -41,12 +43,13 @@ class StateDirectory:
         return copy if committed is None or (steps and steps[-1] > committed) else self.commits
 
     def committed_step(self) -> int | None:
-        """The step of the newest commit; a step before all others if it cannot be read, so that the reader says why."""
+        """The step of the newest commit; one after all others if it cannot be read, so that it is not passed over and the
+        reader says why."""
         if not (settled(self.commits) / _COMPLETE).is_file():
             return None
         with suppress(RatelError, KeyError):
             return read_commit(settled(self.commits)).training["extra"]["step"]
-        return -1
+        return sys.maxsize
 
     def before(self, state: Path) -> Path | None:
         """The newest copy that is older than this state."""
@@ -58,7 +61,7 @@ class StateDirectory:
         half written or half removed. No save may be under way."""
         steps = self.steps()
         rated = [step for step in steps if step in (eval_losses or {})]
-        kept = {*steps[-keep:], *([min(rated, key=eval_losses.get)] if rated else [])}
+        kept = {*steps[max(0, len(steps) - keep) :], *([min(rated, key=eval_losses.get)] if rated else [])}
         for step in set(steps) - kept:
             path = self.path_of(step)
             # Under its name it must be whole to the last: a kill in the middle of the removal would leave a torso.
@@ -69,15 +72,14 @@ class StateDirectory:
 
     def drop_commits(self) -> None:
         """Remove the commits, with the SSD files that they speak of."""
-        remove_files(committed_files(self.commits))
-        for path in (self.commits, beside(self.commits)):
-            rmtree(path, ignore_errors=True)
+        for path in (beside(self.commits), self.commits):
+            discard_commits(path)
 
 
 def _remove(entry: Path) -> None:
-    if entry.name == "commits.old":
-        remove_files(committed_files(entry) - committed_files(entry.with_name("commits")))
-    if entry.is_dir():
+    if entry.name in ("commits.old", "commits.removed"):
+        discard_commits(entry, but=files_of(entry.with_name("commits")))
+    elif entry.is_dir():
         rmtree(entry, ignore_errors=True)
     else:
         entry.unlink()
