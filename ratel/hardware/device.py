@@ -1,9 +1,13 @@
 """Which device computes, and in which type."""
 
+import logging
+
 import torch
 
 from ratel.errors import RatelError
 from ratel.hardware.host import describe_cpu
+
+log = logging.getLogger(__name__)
 
 
 def require_device(device: "str | torch.device" = "auto") -> torch.device:
@@ -38,6 +42,20 @@ def choose_dtype(device: torch.device) -> str:
     fp32 on AVX2."""
     has_bf16 = {"avx512_bf16", "amx_bf16"} & set(describe_cpu()["isa"])
     return "bf16" if device.type == "cuda" or has_bf16 else "fp32"
+
+
+def avoid_fragmentation() -> None:
+    """Let PyTorch's allocator grow its segments instead of adding others that nothing fits into.
+
+    With 22 of 24 GiB in use, 2 GiB lay in pieces too small for 256 MiB. Where it cannot be set (older versions, platforms
+    without virtual memory management) the plan's slack has to do.
+    """
+    setter = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    try:
+        if setter is not None:
+            setter("expandable_segments:True")
+    except (RuntimeError, ValueError) as error:
+        log.info("the allocator keeps its segments: %s", error)
 
 
 def why_no_cuda() -> str | None:

@@ -160,7 +160,10 @@ class Plan:
         return self.placements[unit.index]
 
     def chunk_of(self, unit: UnitSpec) -> int:
-        return min(self.buffers.chunk_elements, unit.num_trainable)
+        """What an update handles at once. With nothing on SSD there is nothing to overlap: every pause between chunks, in
+        which threads meet, would be lost."""
+        from_ssd = self.ring_planes(unit) or self.weights_from_ssd(unit)
+        return min(self.buffers.chunk_elements, unit.num_trainable) if from_ssd else unit.num_trainable
 
     def streamed(self, cls: str) -> list[UnitSpec]:
         """Units of a class whose weights come to the GPU and go again."""

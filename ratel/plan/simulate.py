@@ -287,7 +287,8 @@ class _Engine:
         unit, plan = update.unit, self._plan
         planes = plan.ring_planes(unit)
         num_bytes = sum(plane_bytes(unit, p, fp32=plan.fp32) for p in planes)
-        size = max(plan.chunk_of(unit), -(-unit.num_trainable // MOST_CHUNKS))
+        # Of what is in DRAM an update is one piece; here it is cut as well, since memory is shared with copies all along.
+        size = max(min(plan.buffers.chunk_elements, unit.num_trainable), -(-unit.num_trainable // MOST_CHUNKS))
         for begin in range(0, unit.num_trainable, size):
             share = min(size, unit.num_trainable - begin) / unit.num_trainable
             if "g" in planes:

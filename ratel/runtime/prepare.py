@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ratel.errors import RatelError
+from ratel.hardware.device import avoid_fragmentation
 from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
@@ -200,6 +201,7 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
         return given
     gc.collect()
     torch.cuda.empty_cache()
+    avoid_fragmentation()
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
     if given is not None and given > free:
