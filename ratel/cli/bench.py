@@ -18,6 +18,8 @@ def add(commands: Any) -> None:
     _add_io(parts)
     _add_adam(parts)
     _add_step(parts)
+    _add_max(parts, "max-model", "the deepest model of a width that fits each limit on DRAM, really trained")
+    _add_max(parts, "max-batch", "the most sequences per step that fit each limit on DRAM, really trained")
 
 
 def _add_io(parts: Any) -> None:
@@ -57,6 +59,33 @@ def _add_step(parts: Any) -> None:
     for flag in ("gpu-memory", "dram", "ssd-bandwidth"):
         parser.add_argument(f"--{flag}", metavar="SIZE" if flag != "ssd-bandwidth" else "RATE")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_max(parts: Any, name: str, text: str) -> None:
+    parser = add_command(parts, name, text, _max)
+    parser.add_argument("--model", default="demo", metavar="PRESET", help="whose blocks (default: demo)")
+    parser.add_argument("--dram", required=True, metavar="SIZE[,SIZE]", help="limits to try, such as 16GiB,32GiB")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="max-model: sequences per step (default: 1)")
+    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps at each maximum (default: 3)")
+    parser.add_argument("--most", type=int, default=4096, metavar="N", help="where the search ends (default: 4096)")
+    parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories for states")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--gpu-memory", metavar="SIZE")
+    parser.add_argument("--hardware", default="auto", metavar="auto|none|NAME|FILE", help="rates to plan with")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _max(args: argparse.Namespace) -> None:
+    from ratel.train import max_bench
+
+    limits = [parse_bytes(text, field="--dram") for text in args.dram.split(",")]
+    bench = max_bench.MaxBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, steps=args.steps,
+                               most=args.most, options={"ssd": list(args.ssd) or None, "device": args.device,
+                                                        "gpu_memory": args.gpu_memory, "hardware": args.hardware})
+    search = max_bench.max_model if args.part == "max-model" else max_bench.max_batch
+    results = search(bench, limits, progress=lambda text: print(text, file=sys.stderr))
+    print(json.dumps(results, indent=2) if args.json else max_bench.table(results))
 
 
 def _step(args: argparse.Namespace) -> None:

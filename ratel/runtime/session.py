@@ -31,7 +31,7 @@ from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
 from ratel.runtime.moments import check_moments, export_moments, import_moments, open_moments
 from ratel.runtime.optimizer import Hyper
-from ratel.runtime.prepare import Budgets, Shape, Wishes, make_plan
+from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
@@ -155,6 +155,17 @@ class Session:
             raise RatelError("the session is prepared already", field="prepare",
                              value=f"{self._shape.rows} rows of {self._shape.positions}", remedy="Make a new session")
         return self._prepare({"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)})
+
+    def plan_for(self, rows: int, seq_len: int) -> Planned:
+        """What `prepare` would decide. Blocks are tried out, nothing is reserved. Raises RatelError for what does not fit."""
+        self._check_usable()
+        batch = {"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)}
+        self._check_length(seq_len)
+        return self._make_plan(BlockRuns(self.parts), batch)
+
+    def _make_plan(self, blocks: BlockRuns, batch: Any) -> Planned:
+        self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
+        return make_plan(blocks, batch, replace(self._wishes, hardware=self.machine), self.device)
 
     def _prepare(self, batch: Any) -> Plan:
         self._shape = Shape.of(batch, count_rows(batch))

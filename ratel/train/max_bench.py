@@ -1,0 +1,121 @@
+"""The largest model and the largest batch that fit a limit on DRAM: searched for by planning, then really trained."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ratel.errors import RatelError
+from ratel.memory.resident import peak_bytes, reset_peak
+from ratel.models.presets import preset_config
+from ratel.runtime.prepare import Planned
+from ratel.runtime.session import Session
+from ratel.train.step_bench import StepBench, measure
+from ratel.units import format_bytes
+
+Progress = Callable[[str], None]
+SHORT = ("gpu_memory", "dram", "ssd")
+"""What an error of the planner is about when something does not fit."""
+FEWEST_LAYERS = 2
+"""Blocks are recognised by being repeated."""
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxBench:
+    """``model`` gives the width of the blocks; a larger model has more of them. ``options`` go to the Session."""
+
+    model: str
+    batch_size: int = 1
+    seq_len: int = 1024
+    steps: int = 3
+    most: int = 4096
+    """Layers, or sequences, that the search stops at."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def max_model(bench: MaxBench, limits: list[int], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
+    """One result per limit (bytes of DRAM): the deepest model that fits, trained for ``steps`` steps."""
+    return [_train_largest(bench, limit, progress, "layers", FEWEST_LAYERS, lambda layers: (deeper(bench.model, layers), bench.batch_size))
+            for limit in limits]
+
+
+def max_batch(bench: MaxBench, limits: list[int], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
+    """As `max_model`, for the number of sequences in a step of the model as it is."""
+    config = preset_config(bench.model)
+    return [_train_largest(bench, limit, progress, "batch_size", 1, lambda rows: (config, rows)) for limit in limits]
+
+
+def deeper(model: str, layers: int) -> Any:
+    """The preset's configuration with another number of blocks."""
+    config = copy.deepcopy(preset_config(model))
+    key = next((key for key in LAYER_KEYS if hasattr(config, key)), None)
+    if key is None:
+        raise RatelError("has no number of layers in its configuration", field="--model", value=model)
+    setattr(config, key, layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[0]] * layers
+    return config
+
+
+def largest(fewest: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest count for which it fits; 0 if not even ``fewest`` does. Doubling, then halving the gap."""
+    low, high = 0, fewest
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while low and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, fewest: int,
+                   shape: Callable[[int], tuple[Any, int]]) -> dict[str, Any]:
+    plans: dict[int, Planned] = {}
+
+    def fits(count: int) -> bool:
+        planned = _plan(bench, limit, *shape(count))
+        if planned is not None:
+            plans[count] = planned
+        progress(f"DRAM {format_bytes(limit)}, {what} {count}: {'fits' if planned else 'does not fit'}")
+        return planned is not None
+
+    count = largest(fewest, bench.most, fits)
+    if count == 0:
+        return {"dram_limit_bytes": limit, what: 0}
+    config, rows = shape(count)
+    reset_peak()
+    run = measure(StepBench(model=config, batch_size=rows, seq_len=bench.seq_len, warmup=1, steps=bench.steps,
+                            options={**bench.options, "dram": limit}), progress)
+    planned, prediction = plans[count].plan, plans[count].prediction
+    return {"dram_limit_bytes": limit, what: count, "parameters": run["parameters"], "model": bench.model,
+            "batch": rows, "seq_len": bench.seq_len, "step_s": run["step_s"], "losses": run["losses"],
+            "predicted_step_s": prediction.step_s if prediction else None, "dram_planned_bytes": planned.dram_bytes,
+            "dram_peak_bytes": peak_bytes(), "gpu_planned_bytes": planned.gpu_bytes,
+            "gpu_peak_bytes": run["gpu_peak_bytes"], "ssd_planned_bytes": planned.ssd_bytes,
+            "options": run["options"], "hardware": run["hardware"]}
+
+
+def _plan(bench: MaxBench, limit: int, config: Any, rows: int) -> Planned | None:
+    try:
+        with Session(config, **{**bench.options, "dram": limit}) as session:
+            return session.plan_for(rows, bench.seq_len)
+    except RatelError as error:
+        if error.field in SHORT:
+            return None
+        raise
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [f"{'DRAM':>12} {'largest':>9} {'parameters':>12} {'s/step':>8} {'predicted':>10} {'DRAM peak':>12} {'of planned':>12}"]
+    for r in results:
+        count = r.get("layers", r.get("batch_size"))
+        if not count:
+            lines.append(f"{format_bytes(r['dram_limit_bytes']):>12}   nothing fits")
+            continue
+        predicted = f"{r['predicted_step_s']:.2f}" if r["predicted_step_s"] else ""
+        lines.append(f"{format_bytes(r['dram_limit_bytes']):>12} {count:>9} {r['parameters'] / 1e6:>10,.0f} M "
+                     f"{r['step_s']:8.2f} {predicted:>10} {format_bytes(r['dram_peak_bytes']):>12} "
+                     f"{format_bytes(r['dram_planned_bytes']):>12}")
+    return "\n".join(lines)
