@@ -1,12 +1,14 @@
 """The largest model and the largest batch that fit a limit on DRAM: searched for by planning, then really trained."""
 
 import copy
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ratel.errors import RatelError
-from ratel.memory.resident import peak_bytes, reset_peak
+from ratel.memory.resident import peak_bytes
 from ratel.models.presets import preset_config
 from ratel.runtime.prepare import Planned
 from ratel.runtime.session import Session
@@ -85,16 +87,25 @@ def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, f
     if count == 0:
         return {"dram_limit_bytes": limit, what: 0}
     config, rows = shape(count)
-    reset_peak()
-    run = measure(StepBench(model=config, batch_size=rows, seq_len=bench.seq_len, warmup=1, steps=bench.steps,
-                            options={**bench.options, "dram": limit}), progress)
+    run = _in_a_new_process(StepBench(model=config, batch_size=rows, seq_len=bench.seq_len, warmup=1, steps=bench.steps,
+                                      options={**bench.options, "dram": limit}))
     planned, prediction = plans[count].plan, plans[count].prediction
     return {"dram_limit_bytes": limit, what: count, "parameters": run["parameters"], "model": bench.model,
             "batch": rows, "seq_len": bench.seq_len, "step_s": run["step_s"], "losses": run["losses"],
             "predicted_step_s": prediction.step_s if prediction else None, "dram_planned_bytes": planned.dram_bytes,
-            "dram_peak_bytes": peak_bytes(), "gpu_planned_bytes": planned.gpu_bytes,
+            "dram_peak_bytes": run["dram_peak_bytes"], "gpu_planned_bytes": planned.gpu_bytes,
             "gpu_peak_bytes": run["gpu_peak_bytes"], "ssd_planned_bytes": planned.ssd_bytes,
             "options": run["options"], "hardware": run["hardware"]}
+
+
+def _in_a_new_process(bench: StepBench) -> dict[str, Any]:
+    """As a user would run it: what the search has left in this process would count against the limit."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, bench).result()
+
+
+def _measure(bench: StepBench) -> dict[str, Any]:
+    return {**measure(bench), "dram_peak_bytes": peak_bytes()}
 
 
 def _plan(bench: MaxBench, limit: int, config: Any, rows: int) -> Planned | None:
