@@ -228,7 +228,7 @@ def at_requests(act: Any) -> None:
     nvme_ds.Volume.sync = sync
 
 
-_VOLUMES = {"ratel-gradients": "gradients", "ratel-checkpoints": "activations", "partial.planes": "copy", "ratel-": "states"}
+_VOLUMES = {"ratel-gradients": "gradients", "ratel-activations": "activations", "partial.planes": "copy", "ratel-": "states"}
 
 
 def main(directory: Path, seed: int, num_faults: int, summary: Path | None) -> None:
