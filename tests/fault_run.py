@@ -141,11 +141,14 @@ class Faulting:
             self._site.remove(other)
         counts = self._requests[key]
         name = self._draw.choice(list(FAULTS))
-        fitting = sorted(request for request in counts if request.startswith(FAULTS[name][0]))
+        idle = {"gpu": "activations"}.get(setting.checkpoint_tier), {"eager": "gradients"}.get(setting.optimizer)
+        fitting = sorted(request for request in counts if request.startswith(FAULTS[name][0])
+                         and request.split()[1] not in idle)
         if not fitting:
             return self._choose(setting)
         request = self._draw.choice(fitting)
-        return Fault(name=name, request=request, count=self._draw.randint(1, counts[request]))
+        saves_less = setting.save_every if request.split()[1] in ("commit", "copy") or name == "sync fails" else 1
+        return Fault(name=name, request=request, count=self._draw.randint(1, max(1, counts[request] // saves_less)))
 
     def _count_requests(self, out: Path, setting: Setting) -> None:
         counts: Counter[str] = Counter()
