@@ -96,8 +96,7 @@ class Faulting:
     def _look_at_error(self, out: Path, setting: Setting, fault: Fault | None, ended: Ended, told: int) -> int:
         """Returns the step after which the run goes on."""
         message = ended.errors.strip().splitlines()[-1]
-        expect(re.search(r"^(ratel\.errors\.|ratel\.runtime\.state_format\.|nvme_ds\.errors\.)?\w*Error: ", message) is not None
-               and any(kind in message for kind in ("WorkerError", "RatelError", "IoError", "DamagedError")),
+        expect(re.match(r"(ratel|nvme_ds)\.[\w.]*(WorkerError|RatelError|IoError|StallError|DamagedError): ", message) is not None,
                f"not an error that says what happened: {setting} {fault} {ended.errors}")
         was_in_file = any(entry["fault"] in IN_THE_FILE for entry in self.faults[-FAULTS_OF_A_RUN:])
         wanted = FAULTS[fault.name][2] if fault is not None else "checksum"
@@ -161,7 +160,8 @@ class Faulting:
         ended = in_fork(train)
         expect(ended.status == 0, f"{setting}: {ended.errors}")
         found = json.loads(next(words[1] for words in ended.told if words[0] == "requests"))
-        self._requests[setting.durable, setting.place] = {request.replace("_", " "): count for request, count in found.items()}
+        requests = {request.replace("_", " "): count for request, count in found.items()}
+        self._requests[setting.durable, setting.place] = requests
 
     def _train(self, out: Path, setting: Setting, fault: Fault | None, tell: Tell) -> None:
         import nvme_ds
@@ -231,7 +231,9 @@ def at_requests(act: Any) -> None:
     nvme_ds.Volume.sync = sync
 
 
-_VOLUMES = {"ratel-gradients": "gradients", "ratel-activations": "activations", "partial.planes": "copy", "ratel-": "states"}
+_VOLUMES = {"ratel-gradients": "gradients", "ratel-activations": "activations", "partial.planes": "copy",
+            "ratel-": "states"}
+"""What is transferred, by a part of the file's name."""
 
 
 def main(directory: Path, seed: int, num_faults: int, summary: Path | None) -> None:
