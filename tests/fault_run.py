@@ -96,7 +96,7 @@ class Faulting:
     def _look_at_error(self, out: Path, setting: Setting, fault: Fault | None, ended: Ended, told: int) -> int:
         """Returns the step after which the run goes on."""
         message = ended.errors.strip().splitlines()[-1]
-        expect(re.match(r"(ratel|nvme_ds)\.[\w.]*(WorkerError|RatelError|IoError|StallError|DamagedError): ", message) is not None,
+        expect(re.match(r"(ratel|nvme_ds)\.[\w.]*(Worker|Ratel|Io|Stall|Damaged)Error: ", message) is not None,
                f"not an error that says what happened: {setting} {fault} {ended.errors}")
         was_in_file = any(entry["fault"] in IN_THE_FILE for entry in self.faults[-FAULTS_OF_A_RUN:])
         wanted = FAULTS[fault.name][2] if fault is not None else "checksum"
