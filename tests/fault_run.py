@@ -96,8 +96,7 @@ class Faulting:
     def _look_at_error(self, out: Path, setting: Setting, fault: Fault | None, ended: Ended, told: int) -> int:
         """Returns the step after which the run goes on."""
         message = ended.errors.strip().splitlines()[-1]
-        expect(re.search(r"^(ratel\.errors\.|ratel\.runtime\.state_format\.|nvme_ds\.errors\.)?\w*Error: ", message) is not None
-               and any(kind in message for kind in ("WorkerError", "RatelError", "IoError", "DamagedError")),
+        expect(re.match(r"(ratel|nvme_ds)\.[\w.]*(Worker|Ratel|Io|Stall|Damaged)Error: ", message) is not None,
                f"not an error that says what happened: {setting} {fault} {ended.errors}")
         was_in_file = any(entry["fault"] in IN_THE_FILE for entry in self.faults[-FAULTS_OF_A_RUN:])
         wanted = FAULTS[fault.name][2] if fault is not None else "checksum"
@@ -140,12 +139,16 @@ class Faulting:
             self._count_requests(other, replace(setting, save_every=1, checkpoint_tier="ssd"))
             self._site.remove(other)
         counts = self._requests[key]
-        name = self._draw.choice(list(FAULTS))
-        fitting = sorted(request for request in counts if request.startswith(FAULTS[name][0]))
-        if not fitting:
-            return self._choose(setting)
+        idle = {"gpu": "activations"}.get(setting.checkpoint_tier), {"eager": "gradients"}.get(setting.optimizer)
+        requests = sorted(request for request in counts if request.split()[1] not in idle)
+        turn = len(self.faults) % len(FAULTS)  # each kind in its turn, but for what this run does not do
+        for name in [*FAULTS][turn:] + [*FAULTS][:turn]:
+            fitting = [request for request in requests if request.startswith(FAULTS[name][0])]
+            if fitting:
+                break
         request = self._draw.choice(fitting)
-        return Fault(name=name, request=request, count=self._draw.randint(1, counts[request]))
+        saves_less = setting.save_every if request.split()[1] in ("commit", "copy") or name == "sync fails" else 1
+        return Fault(name=name, request=request, count=self._draw.randint(1, max(1, counts[request] // saves_less)))
 
     def _count_requests(self, out: Path, setting: Setting) -> None:
         counts: Counter[str] = Counter()
@@ -158,7 +161,8 @@ class Faulting:
         ended = in_fork(train)
         expect(ended.status == 0, f"{setting}: {ended.errors}")
         found = json.loads(next(words[1] for words in ended.told if words[0] == "requests"))
-        self._requests[setting.durable, setting.place] = {request.replace("_", " "): count for request, count in found.items()}
+        requests = {request.replace("_", " "): count for request, count in found.items()}
+        self._requests[setting.durable, setting.place] = requests
 
     def _train(self, out: Path, setting: Setting, fault: Fault | None, tell: Tell) -> None:
         import nvme_ds
@@ -228,7 +232,9 @@ def at_requests(act: Any) -> None:
     nvme_ds.Volume.sync = sync
 
 
-_VOLUMES = {"ratel-gradients": "gradients", "ratel-checkpoints": "activations", "partial.planes": "copy", "ratel-": "states"}
+_VOLUMES = {"ratel-gradients": "gradients", "ratel-activations": "activations", "partial.planes": "copy",
+            "ratel-": "states"}
+"""What is transferred, by a part of the file's name."""
 
 
 def main(directory: Path, seed: int, num_faults: int, summary: Path | None) -> None:

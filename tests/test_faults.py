@@ -24,14 +24,15 @@ from test_state import flip
 
 pytestmark = pytest.mark.e2e
 TESTS = Path(__file__).resolve().parent
-SEED, FAULTS = 5, 60
+SEED, FAULTS = 5, 40
 
 
+@pytest.mark.timeout(300)
 def test_every_kind_of_fault_is_harmless_or_said_and_nothing_durable_is_lost(tmp_path: Path, ssd_dir: Path) -> None:
     """Everything is checked where it happens (fault_run.py); here, that the faults were of all kinds."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run([sys.executable, TESTS / "fault_run.py", ssd_dir, str(SEED), str(FAULTS), "--json",
-                           tmp_path / "summary.json"], text=True, capture_output=True, timeout=600,
+                           tmp_path / "summary.json"], text=True, capture_output=True, timeout=290,
                           env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())["results"]
@@ -62,7 +63,8 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize("durable", ["step", "checkpoint"])
-def test_a_command_whose_drive_falls_silent_ends_and_can_be_resumed(durable: str, ssd_dir: Path, tmp_path: Path) -> None:
+def test_a_command_whose_drive_falls_silent_ends_and_can_be_resumed(durable: str, ssd_dir: Path,
+                                                                    tmp_path: Path) -> None:
     model, text, out = make_model(tmp_path / "model"), make_text(tmp_path / "text.jsonl"), tmp_path / "out"
     train(model, text, tmp_path / "whole")
     options = {"--model": model, "--data": text, "--out": out, "--ssd": ssd_dir, "--durable": durable, "--tier": "ssd",
@@ -71,7 +73,8 @@ def test_a_command_whose_drive_falls_silent_ends_and_can_be_resumed(durable: str
                "--weight-decay": 0.1, "--max-grad-norm": 0.5, "--dram": "4GiB"}
     flags = [str(part) for pair in options.items() for part in pair]
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", SILENT, "110", "train", *flags], text=True, capture_output=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", SILENT, "110", "train", *flags], text=True, capture_output=True,
+                          timeout=100)
     assert done.returncode == 1 and "the device does not answer" in done.stderr and "Traceback" not in done.stderr, done
     assert time.monotonic() - begun < 60
     train(model, None, out, resume=True)
@@ -102,7 +105,7 @@ def test_a_silent_drive_is_let_go_of_with_the_memory_that_it_may_still_write_to(
             session.commit(wait=True)
     session.close()
     assert time.monotonic() - begun < 20 and memory in kept
-    memory.take  # still mapped: the abandoned engine may write to it
+    assert memory.address  # still mapped
     engine.inject()  # the device answers after all, into memory that is nobody else's
 
 
@@ -117,8 +120,8 @@ def test_a_damaged_byte_is_found_with_its_file_and_place(ssd_dir: Path, tmp_path
     flip(Path(path), position + 5)
     with open_session(folders, commits) as session:
         session.load(commits)
-        with pytest.raises(WorkerError, match=f"{path} is damaged at byte {position}: unit {unit.name}, plane m, chunk 0"
-                           ) as caught:
+        place = f"{path} is damaged at byte {position}: unit {unit.name}, plane m, chunk 0"
+        with pytest.raises(WorkerError, match=place) as caught:
             for batch in batches("llama", 2):
                 session.step(batch)
             session.flush()
@@ -127,10 +130,11 @@ def test_a_damaged_byte_is_found_with_its_file_and_place(ssd_dir: Path, tmp_path
 
 
 def test_a_checkpoint_of_a_block_that_comes_back_wrong_ends_the_session(ssd_dir: Path) -> None:
-    with Session(build("llama"), device="cpu", ssd=[ssd_dir], tier="dram", checkpoint_tier="ssd", micro_batch=2) as session:
+    with Session(build("llama"), device="cpu", ssd=[ssd_dir], tier="dram", checkpoint_tier="ssd",
+                 micro_batch=2) as session:
         session.step(batches("llama", 1)[0])
         session._machinery.engine.inject(flip_op="read")
-        with pytest.raises(WorkerError, match="ratel-checkpoints.0 is damaged at byte .*: the input of block"):
+        with pytest.raises(WorkerError, match="ratel-activations.0 is damaged at byte .*: the input of block"):
             session.step(batches("llama", 1)[0])
         session.close()
 
@@ -170,7 +174,8 @@ def test_a_commit_that_fails_ends_the_session_and_leaves_the_one_before(what: st
 
 def test_a_read_that_fails_in_a_save_is_told_as_it_was(ssd_dir: Path, tmp_path: Path) -> None:
     """Its ticket is used up: waiting for it a second time would tell of that instead."""
-    with Session(build("llama"), device="cpu", ssd=[ssd_dir], tier="ssd", micro_batch=2, durable="checkpoint") as session:
+    with Session(build("llama"), device="cpu", ssd=[ssd_dir], tier="ssd", micro_batch=2,
+                 durable="checkpoint") as session:
         session.step(batches("llama", 1)[0])
         session.flush()
         for after in (0, 3, 9):

@@ -14,11 +14,12 @@ TESTS = Path(__file__).resolve().parent
 SEED, KILLS = 3, 30
 
 
+@pytest.mark.timeout(300)
 def test_runs_that_are_killed_again_and_again_end_as_if_they_had_not_been(tmp_path: Path, ssd_dir: Path) -> None:
     """Everything is checked where it happens (kill_run.py); here, that the kills were of all kinds."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run([sys.executable, TESTS / "kill_run.py", ssd_dir, str(SEED), str(KILLS), "--json",
-                           tmp_path / "summary.json"], text=True, capture_output=True, timeout=300,
+                           tmp_path / "summary.json"], text=True, capture_output=True, timeout=290,
                           env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())["results"]

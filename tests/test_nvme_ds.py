@@ -64,6 +64,9 @@ def test_files_hold_the_stripes_of_the_pattern(backend: str, ssd_dir: Path) -> N
     for number, begin in enumerate(range(0, len(data), stripe_bytes)):
         expected[pattern[number % len(pattern)]] += data[begin:begin + stripe_bytes]
     assert [Path(path).read_bytes() for path in volume.paths] == expected
+    for offset in (0, stripe_bytes - 1, stripe_bytes, 7 * stripe_bytes + 5, len(data) - 1):
+        path, position = volume.locate(offset)
+        assert Path(path).read_bytes()[position] == data[offset]
 
 
 def test_a_kept_volume_opens_again_and_others_are_removed(backend: str, ssd_dir: Path) -> None:
