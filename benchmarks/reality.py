@@ -94,14 +94,15 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         options = {"gpu_memory": "24GiB", **options}
-    reset_peak()
     rate = options.get("ssd_bandwidth")
     capped = with_cap(machine, None if rate is None else parse_rate(rate))
     with Session(make_config(*entry["model"]), device="cuda" if cuda else "cpu", ssd=[args.ssd], **options) as session:
         use_quick_weights(session)
         plan = session.prepare(entry["batch"], entry["seq"])
+        reset_peak()  # trials of blocks come before the plan
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         predicted, simulated = predict(plan, capped), simulate(plan, capped)
         seconds = [_step(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
     measured_s = statistics.median(seconds)

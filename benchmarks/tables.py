@@ -119,26 +119,76 @@ def ordeal_section(name: str, kind: str, report: dict) -> list[str]:
     return [*lines, ""]
 
 
+def reality_section(name: str, report: dict) -> list[str]:
+    """Predictions beside measurements. Peaks are what PyTorch reserved and what the process had resident."""
+    lines = [f"## Predicted and measured: {name}", "",
+             f"{report['hardware']['name']}, torch {report['torch']}; `{report['command']}`. The machine was probed first. "
+             "\"of planned\" is the measured peak over the plan's.", "",
+             "| configuration | parameters | batch x seq | micro-batches | measured s | predicted s | error | simulated s | bound by "
+             "| GPU peak, of planned | DRAM peak, of planned |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for r in report["results"]:
+        if "error_text" in r:
+            lines.append(f"| {r['name']} | | | | failed: {r['error_text'].split('.')[0]} |")
+            continue
+        gpu = _of_planned(r["gpu_peak_bytes"], r["gpu_planned_bytes"])
+        lines.append(f"| {r['name']} | {r['parameters'] / 1e6:,.0f} M | {r['batch']} x {r['seq_len']} | {r['micro_batches']} | "
+                     f"{r['measured_s']:.3f} | {r['predicted_s']:.3f} | {r['error']:+.0%} | {r['simulated_s']:.3f} | "
+                     f"{r['bound_by']} | {gpu} | {_of_planned(r['dram_peak_bytes'], r['dram_planned_bytes'])} |")
+    return [*lines, ""]
+
+
+def _of_planned(peak: int | None, planned: int) -> str:
+    return "" if peak is None else f"{peak / GIB:.2f} GiB, {peak / planned:.0%}"
+
+
+def pays_section(name: str, report: dict) -> list[str]:
+    lines = [f"## What planning is worth: {name}", "",
+             f"{report['gpu'] or report['host']['cpu']['model']}, torch {report['torch']}; `{report['command']}`:", "",
+             "| case | way | s/step | predicted s | micro-batches | block inputs | insides kept |", "|---|---|---|---|---|---|---|"]
+    for case in report["cases"]:
+        for way, r in case["ways"].items():
+            if "error" in r:
+                lines.append(f"| {case['name']} | {way} | failed: {r['error'].split('.')[0]} |")
+                continue
+            predicted = f"{r['predicted_s']:.2f}" if r["predicted_s"] else ""
+            kept = ", ".join(f"{count} in {tier}" for tier, count in r["kept"].items()) or "none"
+            lines.append(f"| {case['name']} | {way} | {r['step_s']:.2f} | {predicted} | {r['micro_batches']} | "
+                         f"{r['checkpoints']} | {kept} of {r['offered']} |")
+    return [*lines, ""]
+
+
+def largest_section(name: str, r: dict) -> list[str]:
+    losses = ", ".join(f"{loss:.3f}" for loss in r["losses"])
+    return [f"## Large: {name}", "", f"{r['hardware']['gpu'] or 'CPU'}, torch {r['hardware']['torch']}; `{r['command']}`: "
+            f"{r['preset']}, {r['parameters'] / 1e9:.1f} B parameters with fp32 AdamW states, {r['batch_size']} x {r['seq_len']} "
+            f"tokens a step, {r['plan']['optimizer']} optimizer. {r['step_s']:.1f} s a step ({r['fraction_of_bound']:.0%} of "
+            f"the bound, {r['bound_by']}), losses {losses}; GPU peak {r['gpu_peak_bytes'] / GIB:.1f} GiB, DRAM peak "
+            f"{r['dram_peak_bytes'] / GIB:.1f} GiB.", ""]
+
+
+def max_section(name: str, results: list[dict]) -> list[str]:
+    from ratel.train.max_bench import table
+
+    what = "max-model" if "layers" in results[0] else "max-batch"
+    hardware = next(r["hardware"] for r in results if "hardware" in r)
+    return [f"## Largest that fits: {name}", "", f"{hardware['gpu'] or 'CPU'}, torch {hardware['torch']}; `ratel bench {what}`. "
+            "Each maximum was found by planning and then trained:", "", "```", *table(results).splitlines(), "```", ""]
+
+
+SECTIONS = {"step": step_section, "io": io_section, "durable": durable_section, "paper": paper_section,
+            "reality": reality_section, "pays": pays_section, "largest": largest_section, "max": max_section,
+            "adam": lambda name, content: adam_section(name, content if isinstance(content, list) else [content]),
+            "kills": lambda name, content: ordeal_section(name, "kills", content),
+            "faults": lambda name, content: ordeal_section(name, "faults", content)}
+
+
 def document() -> str:
     parts = [HEAD]
     for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
         kind = path.stem.split("_")[1]
-        if kind == "step":
-            parts += step_section(path.stem, content)
-        elif kind == "adam":
-            parts += adam_section(path.stem, content if isinstance(content, list) else [content])
-        elif kind == "io":
-            parts += io_section(path.stem, content)
-        elif kind == "durable":
-            parts += durable_section(path.stem, content)
-        elif kind == "paper":
-            parts += paper_section(path.stem, content)
-        elif kind in ("kills", "faults"):
-            parts += ordeal_section(path.stem, kind, content)
-        else:
-            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being step, adam, io, durable, paper, "
-                             "kills or faults")
+        if kind not in SECTIONS:
+            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being one of {', '.join(SECTIONS)}")
+        parts += SECTIONS[kind](path.stem, json.loads(path.read_text(encoding="utf-8")))
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from families_common import CAUSAL, batches, build, llama
+from families_common import CAUSAL, batches, build, llama, loss_fn_of
 from inner_common import OWN, WIDTH, Body, assert_same, data_of, make, patches_loss, train
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile, Inner
@@ -390,3 +390,19 @@ def test_no_choice_takes_more_gpu_memory_than_its_plan_says(ssd_dir: Path) -> No
     for run in found:
         assert run["gpu_allocated_bytes"] <= run["gpu_bytes"] <= 4 * GIB
     assert len({tuple(run["losses"]) for run in found}) == 1
+
+
+@pytest.mark.numerics
+def test_a_block_that_cannot_be_followed_for_want_of_memory_is_run_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a smaller micro-batch of the same blocks is followed as ever."""
+    real, losses = block_runs.trace, []
+
+    def no_room(run: Callable, *args: object, **options: object) -> object:
+        raise torch.OutOfMemoryError("for a test")
+
+    for trace in (real, no_room):
+        monkeypatch.setattr(block_runs, "trace", trace)
+        with Session(build("llama"), loss_fn=loss_fn_of("llama"), device="cpu", lr=1e-3) as session:
+            losses.append([session.step(batch).loss for batch in batches("llama", 3)])
+            assert bool(session.plan.profiles[0].inner) == (trace is real)
+    assert losses[0] == losses[1]

@@ -50,7 +50,8 @@ def avoid_fragmentation() -> None:
     With 22 of 24 GiB in use, 2 GiB lay in pieces too small for 256 MiB. Where it cannot be set (older versions, platforms
     without virtual memory management) the plan's slack has to do.
     """
-    setter = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # its older name warns from torch 2.10 on
+    setter = setter or getattr(torch.cuda.memory, "_set_allocator_settings", None)
     try:
         if setter is not None:
             setter("expandable_segments:True")

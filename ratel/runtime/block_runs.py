@@ -39,6 +39,8 @@ class BlockRuns:
         self._programs: dict[tuple, Program] = {}
         self._in_full: set[int] = set()
         """Kinds whose second run leaves nothing out."""
+        self._too_large: set[tuple[int, Form]] = set()
+        """What there was no room to follow; run again in full, too."""
         self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
         self._recorded: dict[tuple[int, int], tuple[Program, dict[str, list[Any]]]] = {}
         """By block and micro-batch: what forward kept, and the parts of it that are not worth moving."""
@@ -63,8 +65,9 @@ class BlockRuns:
                     self._run_in_full(block, "what it does depends on values")
                 elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
                     self._run_in_full(block, "what it does cannot be followed")
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError:  # following takes more than running; whether that fits is measured next
+            self._traces.pop(self._key(block, hidden, inputs), None)
+            self._too_large.add(self._key(block, hidden, inputs))
         except TRIAL_ERRORS as error:  # code that does not run under a dispatch mode, or not on random values
             self._run_in_full(block, f"what it does cannot be traced ({type(error).__name__}: {error})")
 
@@ -105,7 +108,7 @@ class BlockRuns:
                 raise RatelError(f"block {block} did something else when it was run again for backward than in forward "
                                  f"({error}): its gradient would be wrong", field="model",
                                  remedy="Make its forward depend on its arguments and weights alone") from error
-        if self._kinds[block] in self._in_full:
+        if self._kinds[block] in self._in_full or self._key(block, hidden, inputs) in self._too_large:
             return self.parts.block(block, hidden, inputs)
         if self._key(block, hidden, inputs) not in self._traces:
             return self._run_traced(block, hidden, inputs, keep_graph=True)
