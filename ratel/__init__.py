@@ -4,12 +4,13 @@ Importing this is instant: the faces below load PyTorch when they are first used
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from ratel.errors import RatelError
 
 __version__ = "0.1.0"
-__all__ = ["RatelError", "Session", "TrainResult", "__version__", "load_adamw_state", "save_adamw_state", "train"]
+__all__ = ["RatelError", "Session", "TrainResult", "__version__", "load_adamw_state", "plan", "save_adamw_state", "train"]
 
 _FACES = {"Session": "ratel.runtime.session", "TrainResult": "ratel.train.run",
           "load_adamw_state": "ratel.optimizer_state", "save_adamw_state": "ratel.optimizer_state"}
@@ -26,3 +27,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _CallablePlan(ModuleType):
+    def __call__(self, model: Any, **options: Any) -> Any:
+        """See `ratel.runtime.planning.plan`."""
+        return import_module("ratel.runtime.planning").plan(model, **options)
+
+
+def _make_plan_callable() -> None:
+    """`ratel.plan` is the package of the pure planner and the function that uses it. The package lies below everything that
+    planning for a user takes (models, the machine), and may not know it; so it is given its call from here, where it is
+    certain to be imported first."""
+    import_module("ratel.plan").__class__ = _CallablePlan
+
+
+_make_plan_callable()

@@ -9,11 +9,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ratel.cli import bench, check, doctor, export, train
+from ratel.cli import bench, check, doctor, export, plan, train
 from ratel.cli.parser import Parser
 from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError
 
-COMMANDS = (train, check, export, doctor, bench)
+COMMANDS = (train, plan, check, export, doctor, bench)
 EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 

@@ -37,12 +37,12 @@ def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Nam
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, groups: Collection[str] | None = None) -> None:
-    """The configuration's options as flags. A flag not given stays out of the namespace: the file may set it."""
+def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """The configuration's options, or some of them, as flags. A flag not given stays out of the namespace: the file may set it."""
     sections: dict[str, Any] = {}
     for spec in fields(TrainConfig):
         option = option_of(spec)
-        if groups is not None and option.group not in groups:
+        if names is not None and spec.name not in names:
             continue
         if option.group not in sections:
             sections[option.group] = parser.add_argument_group(option.group)

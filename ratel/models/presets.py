@@ -56,14 +56,33 @@ PRESETS: dict[str, Settings] = {
 }
 
 
-def preset_config(name: str) -> Any:
-    """The configuration of a preset. Raises RatelError with the names that come close."""
+def preset_config(name: str, *, num_blocks: int | None = None) -> Any:
+    """The configuration of a preset, or of one as wide with another number of blocks. Raises RatelError with the names that
+    come close."""
     from transformers import AutoConfig
 
     if name not in PRESETS:
         raise RatelError("neither a directory nor a preset", field="model", value=name, remedy=_suggestion(name))
     settings = dict(PRESETS[name])
+    if num_blocks is not None:
+        settings[_depth_key(settings)] = num_blocks
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def preset_blocks(name: str) -> int:
+    return PRESETS[name][_depth_key(PRESETS[name])]
+
+
+def family(name: str) -> list[str]:
+    """The presets of one kind with this one, by size."""
+    def kind(preset: str) -> tuple[str, str]:
+        return preset.partition("-")[0], PRESETS[preset]["model_type"]
+
+    return [preset for preset in PRESETS if kind(preset) == kind(name)]
+
+
+def _depth_key(settings: Settings) -> str:
+    return "n_layer" if "n_layer" in settings else "num_hidden_layers"
 
 
 def _suggestion(name: str) -> str:

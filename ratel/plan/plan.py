@@ -167,7 +167,16 @@ class Plan:
 
     def streamed(self, cls: str) -> list[UnitSpec]:
         """Units of a class whose weights come to the GPU and go again."""
-        return [u for u in self.spec.units if weight_class(u) == cls and not self.placement(u).on_gpu]
+        return self._streamed.get(cls, [])
+
+    @cached_property
+    def _streamed(self) -> dict[str, list[UnitSpec]]:
+        # Once per plan: a search asks thousands of plans for their bytes, and each of them asks this forty times.
+        found: dict[str, list[UnitSpec]] = {}
+        for unit in self.spec.units:
+            if not self.placement(unit).on_gpu:
+                found.setdefault(weight_class(unit), []).append(unit)
+        return found
 
     def weights_from_ssd(self, unit: UnitSpec) -> tuple[str, ...]:
         return tuple(p for p in weight_planes(self.fp32) if self.placement(unit).tier(p) == SSD)

@@ -1,0 +1,228 @@
+"""Planning without training: a model in outline, a machine in numbers, and the search between them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ratel.config import TrainConfig, resolve
+from ratel.errors import RatelError
+from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
+from ratel.plan.advice import advise
+from ratel.plan.choose import Request
+from ratel.plan.cost import Prediction
+from ratel.plan.forced_kept import forced_kept
+from ratel.plan.hardware import Hardware
+from ratel.plan.largest import fits_somewhere, largest_count, with_depth
+from ratel.plan.plan import Plan, Work
+from ratel.plan.report import Report
+from ratel.plan.search import Choice, search
+from ratel.plan.shape import ModelSpec
+from ratel.plan.wear import parse_endurance, wear
+from ratel.runtime.outline import MicroOutline, Outline
+from ratel.runtime.plan_machine import PROCESS_BYTES, Machine, machine_for
+from ratel.runtime.prepare import COMPARED, SATURATING_TOKENS
+from ratel.units import parse_bytes
+
+SMALL_DEPTH = 2
+"""Blocks of a model that stands for deeper ones of its width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What `ratel.plan` returns."""
+
+    plan: Plan
+    prediction: Prediction
+    report: Report
+
+    def describe(self) -> str:
+        """The table that `ratel plan` prints."""
+        return self.report.describe()
+
+    def to_json(self) -> dict[str, Any]:
+        return self.report.to_json()
+
+
+class Planner:
+    """One model on one machine; shapes are found out once for each size of a micro-batch."""
+
+    def __init__(self, model: Any, config: TrainConfig, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self._fp32 = config.dtype == "fp32"
+        dtype = torch.float32 if self._fp32 else torch.bfloat16
+        self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention)
+        self._micros: dict[tuple[int, int], MicroOutline] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._outline.spec
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(stage.kind == "block" for stage in self.spec.stages)
+
+    def close(self) -> None:
+        self._outline.close()
+
+    def plan(self, *, advice: bool = True, endurance_bytes: float | None = None) -> PlanResult:
+        """The best plan. Raises RatelError that says which budget is short, and by how much."""
+        chosen, requests = self._choose()
+        machine = self.machine
+        worn = None if machine.ssd_budget is None else wear(
+            chosen.plan, chosen.prediction, drives=len(machine.hardware.ssds), capacity_bytes=machine.capacity_bytes,
+            endurance_bytes=endurance_bytes, save_every=self.config.save_every)
+        gains = tuple(advise(requests, machine.hardware, chosen)) if advice else None
+        report = Report(plan=chosen.plan, prediction=chosen.prediction, hardware=machine.hardware,
+                        ssd_budget=machine.ssd_budget, wear=worn, gains=gains, notes=machine.notes)
+        return PlanResult(plan=chosen.plan, prediction=chosen.prediction, report=report)
+
+    def _choose(self) -> tuple[Choice, list[Request]]:
+        """As a session does: of a few sizes of micro-batches the best one, smaller ones only where none fits."""
+        sizes = micro_sizes(self.config)
+        for begin in range(0, len(sizes), COMPARED):
+            requests = [self.request(size) for size in sizes[begin : begin + COMPARED]]
+            try:
+                return search(requests, self.machine.hardware), requests
+            except RatelError as error:
+                if error.field != "gpu_memory" or begin + COMPARED >= len(sizes):
+                    raise
+        raise AssertionError("there is at least one size")
+
+    def request(self, micro_rows: int, *, rows: int | None = None, seq_len: int | None = None,
+                depth: int | None = None) -> Request:
+        """``depth``: with so many blocks instead of the model's."""
+        config, machine = self.config, self.machine
+        rows, seq_len = rows or config.batch_size, seq_len or config.seq_len
+        micro = self._micro(micro_rows, seq_len)
+        spec = self.spec if depth is None else with_depth(self.spec, depth)
+        blocks = sum(stage.kind == "block" for stage in spec.stages)
+        profiles = (micro.profiles + micro.profiles[-1:] * blocks)[:blocks]
+        work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=micro.hidden_bytes)
+        summed = () if self._fp32 else ("block", "ends", "shared") if work.num_micro > 1 else micro.accumulators
+        kept = () if config.activations == "auto" else forced_kept(profiles, config.activations)
+        return Request(
+            spec=spec, fp32=self._fp32, optimizer=_optimizer(config), work=work, gpu_budget=machine.gpu_budget,
+            dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget, process_bytes=PROCESS_BYTES,
+            workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept,
+            forced=None if config.tier == "auto" else config.tier, checkpoint_tier=config.checkpoint_tier,
+            durable=config.durable if config.save_every else "off")
+
+    def _micro(self, rows: int, seq_len: int) -> MicroOutline:
+        if (rows, seq_len) not in self._micros:
+            self._micros[rows, seq_len] = self._outline.micro(rows, seq_len)
+        return self._micros[rows, seq_len]
+
+    # --- the largest ------------------------------------------------------------------------------------------------
+
+    def fits(self, *, rows: int | None = None, seq_len: int | None = None, depth: int | None = None) -> bool:
+        """With any size of micro-batch: all at once needs no sums of gradients, one row the least activations."""
+        rows = rows or self.config.batch_size
+        given = self.config.micro_batch
+        sizes = [min(given, rows)] if given != "auto" else [1, rows] if rows * (seq_len or self.config.seq_len) <= (
+            SATURATING_TOKENS) else [1]
+        return any(fits_somewhere(self.request(size, rows=rows, seq_len=seq_len, depth=depth)) for size in sizes)
+
+    def largest_batch(self) -> int:
+        return largest_count(lambda rows: self.fits(rows=rows))
+
+    def largest_seq_len(self) -> int:
+        most = self.spec.max_seq_len or 1 << 20
+        return largest_count(lambda seq_len: self.fits(seq_len=seq_len), least=2, most=most)
+
+    def largest_depth(self, least: int = SMALL_DEPTH, most: int = 4096) -> int:
+        return largest_count(lambda depth: self.fits(depth=depth), least=least, most=most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestModel:
+    like: str
+    """The preset, or the model given, whose width it has."""
+    blocks: int
+    usual_blocks: int
+    num_params: int
+
+
+def largest_model(config: TrainConfig, machine: Machine, model: Any) -> LargestModel | None:
+    """The largest of the model's family: up the ladder of its presets to the last that fits, then with more blocks of that
+    width, as long as it stays below the next preset, or with fewer of the next one's. A model that is no preset is made
+    deeper or less deep. None if even two blocks do not fit."""
+    rungs = family(model) if isinstance(model, str) and model in PRESETS else []
+    if not rungs:
+        with _planner(model, config, machine) as planner:
+            return _of_depth(planner, str(config.model), planner.num_blocks, planner.largest_depth())
+    fitting: str | None = None
+    for name in rungs:
+        with _planner(preset_config(name, num_blocks=SMALL_DEPTH), config, machine) as planner:
+            usual = preset_blocks(name)
+            if not planner.fits(depth=usual):
+                shorter = _of_depth(planner, name, usual, planner.largest_depth(most=usual - 1))
+                ceiling = with_depth(planner.spec, usual).num_params
+                found = (shorter, _deepened(fitting, config, machine, ceiling) if fitting else None)
+                return max((f for f in found if f), key=lambda f: f.num_params, default=None)
+            fitting = name
+    return _deepened(fitting, config, machine, 0)
+
+
+def _deepened(name: str, config: TrainConfig, machine: Machine, ceiling: int) -> LargestModel | None:
+    """As wide as the preset, with more blocks as long as it is smaller than ``ceiling``: without a limit on SSD space any
+    number of blocks fits."""
+    with _planner(preset_config(name, num_blocks=SMALL_DEPTH), config, machine) as planner:
+        usual = preset_blocks(name)
+        most = largest_count(lambda depth: with_depth(planner.spec, depth).num_params < ceiling, least=usual) or usual
+        return _of_depth(planner, name, usual, planner.largest_depth(least=usual, most=most))
+
+
+def _of_depth(planner: Planner, like: str, usual: int, blocks: int) -> LargestModel | None:
+    if not blocks:
+        return None
+    return LargestModel(like=like, blocks=blocks, usual_blocks=usual, num_params=with_depth(planner.spec, blocks).num_params)
+
+
+@contextmanager
+def _planner(model: Any, config: TrainConfig, machine: Machine) -> Iterator[Planner]:
+    planner = Planner(model, config, machine)
+    try:
+        yield planner
+    finally:
+        planner.close()
+
+
+def micro_sizes(config: TrainConfig) -> list[int]:
+    """Micro-batch sizes to try, as a session does: the one given, or from the smallest that saturates a GPU down to one row."""
+    rows = config.batch_size
+    if config.micro_batch != "auto":
+        return [config.micro_batch]
+    divisors = [size for size in range(rows, 0, -1) if rows % size == 0]
+    saturating = min((size for size in divisors if size * config.seq_len >= SATURATING_TOKENS), default=rows)
+    return [size for size in divisors if size <= saturating]
+
+
+def _optimizer(config: TrainConfig) -> str:
+    if config.optimizer != "auto":
+        return config.optimizer
+    return "deferred" if config.max_grad_norm else "eager"
+
+
+def plan(model: Any, *, hardware: "str | Hardware" = "auto", ssds: int | None = None, ssd_space: "str | int | None" = None,
+         endurance: str | None = None, advice: bool = True, **options: Any) -> PlanResult:
+    """The best plan to train ``model`` within budgets, and what it is predicted to do. Nothing is run or allocated.
+
+    ``model``: as `ratel.train` takes it, a causal language model. ``hardware``: ``auto`` for this machine, the name or
+    file of another one, or its numbers; then ``ssds`` is how many SSDs it has and ``ssd_space`` what they hold in all.
+    ``options`` are those of `ratel.train`: ``gpu_memory``, ``dram``, ``ssd``, ``batch_size``, ``seq_len``, ...
+    ``endurance``: of one drive, as ``3500TBW``. ``advice``: also plan with more of each resource.
+
+    Raises RatelError for what cannot be trained, and for budgets that are short, with by how much.
+    """
+    given = hardware if isinstance(hardware, Hardware) else None
+    config = resolve({**options, "hardware": "auto" if given else hardware,
+                      "model": str(model) if isinstance(model, (str, Path)) else None})
+    space = None if ssd_space is None else parse_bytes(ssd_space, field="ssd_space")
+    rated = None if endurance is None else parse_endurance(endurance, "endurance")
+    machine = machine_for(config, hardware=given, ssds=ssds, ssd_space=space)
+    with _planner(model, config, machine) as planner:
+        return planner.plan(advice=advice, endurance_bytes=rated)
