@@ -13,9 +13,13 @@ import ratel
 from ratel import cli
 from ratel.config import resolve
 from ratel.errors import RatelError
+from plan_common import STATES_ON_SSD, gpt_spec, make_plan
 from ratel.plan.cost import RESOURCES, predict
+from ratel.plan.durability import saving
 from ratel.plan.hardware import load_hardware
 from ratel.plan.largest import largest_count, with_depth
+from ratel.plan.pipes import ssd_rates
+from ratel.plan.placement import PLANES, plane_bytes
 from ratel.plan.report import summed, table
 from ratel.plan.wear import parse_endurance, wear
 from ratel.runtime.plan_machine import machine_for
@@ -204,3 +208,23 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
 def test_small_items_are_summed() -> None:
     assert summed({"a": 1, "b": 980, "c": 19}) == [("b", 980), ("other", 20)]
     assert table([("x", "1"), ("long", "100")]) == ["x       1", "long  100"]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("durable", ["step", "checkpoint"])
+def test_what_saving_costs(durable: str) -> None:
+    """Bytes as the mode moves them, seconds as the SSDs take for them."""
+    hardware = load_hardware("h200-box")
+    placement = {"*": "dram", "block.*": STATES_ON_SSD["*"]}
+    plan = replace(make_plan(gpt_spec(8, 1024), placement), durable=durable)
+    found = saving(plan, hardware, save_every=10)
+    states = {tier: sum(plane_bytes(u, p, fp32=False) for u in plan.spec.units for p in PLANES if plan.placement(u).tier(p) == tier)
+              for tier in ("gpu", "dram", "ssd")}
+    elsewhere = states["gpu"] + states["dram"]
+    assert states["ssd"] and (found.read_bytes, found.written_bytes) == (
+        (0, elsewhere) if durable == "step" else (states["ssd"], elsewhere + states["ssd"]))
+    assert found.seconds == ssd_rates(hardware).seconds(found.read_bytes, found.written_bytes)
+    assert found.step_s == found.seconds / 10
+    assert found.commit_space_bytes >= 2 * sum(states.values())
+    assert saving(plan, None).seconds is None and saving(plan, None).step_s is None
+    assert "every 10 steps" in found.describe() and ("in place" in found.describe())

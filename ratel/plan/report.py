@@ -6,6 +6,7 @@ from typing import Any
 
 from ratel.plan.advice import Gain
 from ratel.plan.cost import RESOURCES, Prediction
+from ratel.plan.durability import Saving, saving
 from ratel.plan.hardware import Hardware
 from ratel.plan.plan import Plan
 from ratel.plan.wear import Wear
@@ -31,6 +32,11 @@ class Report:
     gains: tuple[Gain, ...] | None
     """``None``: not asked for."""
     notes: tuple[str, ...] = ()
+    save_every: int = 0
+
+    @property
+    def saving(self) -> Saving:
+        return saving(self.plan, self.hardware, save_every=self.save_every)
 
     @property
     def tiers(self) -> dict[str, tuple[dict[str, int], int | None]]:
@@ -79,8 +85,7 @@ class Report:
         return table(rows)
 
     def _durability(self) -> Iterator[str]:
-        how = {"step": "commits in place on the SSDs", "checkpoint": "copies in OUT/state", "off": "explicit copies only"}
-        yield f"states last by {how[self.plan.durable]}: {format_bytes(self.plan.saved_bytes)} written at each save"
+        yield self.saving.describe()
         if self.wear is None or not self.wear.step_bytes:
             return
         worn = self.wear
@@ -109,7 +114,7 @@ class Report:
             "forward_busy_s": prediction.forward, "backward_busy_s": prediction.backward,
             "memory": {tier: {"used": sum(items.values()), "allowed": allowed, "by_purpose": items}
                        for tier, (items, allowed) in self.tiers.items()},
-            "durable": self.plan.durable, "saved_bytes": self.plan.saved_bytes,
+            "durable": self.plan.durable, "saving": asdict(self.saving),
             "wear": None if self.wear is None else asdict(self.wear),
             "gains": None if self.gains is None else [asdict(gain) for gain in self.gains],
             "notes": list(self.notes), "plan": self.plan.to_json(),

@@ -77,7 +77,8 @@ class Planner:
             endurance_bytes=endurance_bytes, save_every=self.config.save_every)
         gains = tuple(advise(requests, machine.hardware, chosen)) if advice else None
         report = Report(plan=chosen.plan, prediction=chosen.prediction, hardware=machine.hardware,
-                        ssd_budget=machine.ssd_budget, wear=worn, gains=gains, notes=machine.notes)
+                        ssd_budget=machine.ssd_budget, wear=worn, gains=gains, notes=machine.notes,
+                        save_every=self.config.save_every)
         return PlanResult(plan=chosen.plan, prediction=chosen.prediction, report=report)
 
     def _choose(self) -> tuple[Choice, list[Request]]:

@@ -13,6 +13,7 @@ from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
 from ratel.monitor.metrics import MetricsWriter
 from ratel.monitor.progress import ProgressDisplay
+from ratel.plan.durability import saving
 from ratel.runtime.session import Session
 from ratel.train.inputs import Inputs
 from ratel.train.interrupt import Interrupted, StopRequest
@@ -54,6 +55,8 @@ class Attempt:
             self._prepare_session()
         if self._is_planned:
             self.display.note(self.session.plan.describe())
+            if self.config.save_every:
+                self.display.note(saving(self.session.plan, self.session.machine, save_every=self.config.save_every).describe())
             if self.session.device.type == "cpu":
                 self.display.note("the model computes on the CPU: \"GPU\" means ordinary memory here")
         self.display.note(self.inputs.description)
