@@ -10,33 +10,33 @@ from typing import Any
 
 import torch
 
-from ratel import models, native
+from ratel import models
 from ratel.config import read_options
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import usable_cores
 from ratel.hardware.known import hardware_for
 from ratel.memory.exchange import Exchange
-from ratel.plan.forced_kept import Activations
 from ratel.plan.cost import Prediction
+from ratel.plan.forced_kept import Activations
 from ratel.plan.hardware import Hardware
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
+from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.durable_files import make_directory
+from ratel.runtime.build import build, own_files
 from ratel.runtime.loss import count_targets
-from ratel.runtime.machinery import IoOptions, Machinery, can_continue
+from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter, Usage
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
-from ratel.runtime.moments import check_moments, export_moments, import_moments, open_moments
+from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
 from ratel.runtime.training import Training
-from ratel.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -100,19 +100,14 @@ class Session:
                              activations="auto" if isinstance(activations, dict) else activations,
                              ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads, checksums=checksums)
         self.device = require_device(device)
-        self._io = IoOptions(directories=_directories(ssd), backend=io_backend, direct=direct,
+        self._io = IoOptions(directories=directories_of(ssd), backend=io_backend, direct=direct,
                              bandwidth_bps=given["ssd_bandwidth"], checksums=checksums == "on")
-        durable, self._commits = _check_durable(durable, commits, self._io)
+        durable, self._commits = durability_of(durable, commits, self._io)
         self._clip = given["max_grad_norm"]
-        if optimizer == "auto":
-            optimizer = "deferred" if self._clip else "eager"
-        if self._clip and optimizer == "eager":
-            raise RatelError("eager updates start before the norm of all gradients is known, so they cannot be clipped "
-                             "by it", field="optimizer", value="eager",
-                             remedy="Use deferred (or auto), or switch clipping off with max_grad_norm 0")
         self._wishes = Wishes(
-            fp32=dtype == "fp32", optimizer=optimizer, directories=self._io.directories, micro_batch=given["micro_batch"],
-            budgets=Budgets(gpu=_bytes_or_none(gpu_memory, "gpu_memory"), dram=_bytes_or_none(dram, "dram")),
+            fp32=dtype == "fp32", optimizer=optimizer_of(optimizer, self._clip), directories=self._io.directories,
+            micro_batch=given["micro_batch"],
+            budgets=Budgets(gpu=bytes_or_none(gpu_memory, "gpu_memory"), dram=bytes_or_none(dram, "dram")),
             forced=placement if placement is not None else (None if tier == "auto" else tier),
             checkpoint_tier=checkpoint_tier, buffers=buffers, durable=durable,
             activations=activations if isinstance(activations, dict) else given["activations"])
@@ -165,7 +160,8 @@ class Session:
 
     def _make_plan(self, blocks: BlockRuns, batch: Any) -> Planned:
         self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
-        return make_plan(blocks, batch, replace(self._wishes, hardware=self.machine), self.device)
+        wishes = replace(self._wishes, hardware=self.machine, own_files=own_files(self._saved, self._commits))
+        return make_plan(blocks, batch, wishes, self.device)
 
     def _prepare(self, batch: Any) -> Plan:
         self._shape = Shape.of(batch, count_rows(batch))
@@ -174,52 +170,14 @@ class Session:
             check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
         blocks = BlockRuns(self.parts)
-        self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
-        wishes = replace(self._wishes, hardware=self.machine, own_files=self._own_files())
-        planned = make_plan(blocks, batch, wishes, self.device)
+        planned = self._make_plan(blocks, batch)
         plan, self.prediction = planned.plan, planned.prediction
-        self._machinery = self._build(plan)
+        self._machinery = build(self.parts, plan, self.device, threads=self._threads, io=self._io, commits=self._commits,
+                                saved=self._saved, moments=self._moments)
         self._plan, m = plan, self._machinery
         self._training = Training(blocks, plan, m, seed=self.seed, clip=self._clip)
         self._meter = Meter(m.lanes, m.updates, m.engine)
         return plan
-
-    def _own_files(self) -> tuple[Path, ...]:
-        """Those of a run's commits that this session is to go on with."""
-        own = self._saved.files if self._saved is not None and self._are_own_commits(self._saved) else []
-        return tuple(path for path in own if path.is_file())
-
-    def _build(self, plan: Plan) -> Machinery:
-        """With the weights in it, or not at all: what was imported in part must never be given back as trained."""
-        pool = native.op_ds.Pool(self._threads)
-        machinery = None
-        try:
-            if self._saved is not None:
-                self._saved.check_model(self.parts.spec)
-            goes_on = self._saved is not None and self._goes_on(self._saved, plan)
-            machinery = Machinery(self.parts, plan, self.device, pool=pool, io=self._io, commits=self._commits,
-                                  earlier=self._saved if goes_on else None)
-            if goes_on:
-                machinery.continue_commits(self._saved)
-            elif self._saved is not None:
-                machinery.import_state(self._saved)
-            else:
-                machinery.import_weights()
-                if self._moments is not None:
-                    import_moments(machinery, self._moments)
-        except BaseException:
-            if machinery is not None:
-                machinery.close()
-            pool.close()
-            raise
-        return machinery
-
-    def _goes_on(self, saved: SavedState, plan: Plan) -> bool:
-        """Commits are continued where they are, if they are this session's own and the plan lays everything out alike."""
-        return self._are_own_commits(saved) and can_continue(saved, plan, self._io)
-
-    def _are_own_commits(self, saved: SavedState) -> bool:
-        return self._commits is not None and os.path.realpath(saved.path) == os.path.realpath(self._commits)
 
     @property
     def plan(self) -> Plan:
@@ -474,45 +432,6 @@ class _Protected:
         if isinstance(error, self._kind):
             self._session._broken = error
             self._session._machinery.exchange.close()
-
-
-_SSD_REMEDY = "Give a directory on a local disk that you may write to"
-
-
-def _directories(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, ...]:
-    if ssd is None:
-        return ()
-    names = ssd.split(",") if isinstance(ssd, str) else [ssd] if isinstance(ssd, os.PathLike) else list(ssd)
-    for name in names:
-        try:
-            make_directory(Path(name))
-        except OSError as error:
-            raise RatelError(f"cannot be made: {error.strerror}", field="ssd", value=name,
-                             remedy=_SSD_REMEDY) from error
-        if not os.access(name, os.W_OK | os.X_OK):
-            raise RatelError("is not writable", field="ssd", value=name, remedy=_SSD_REMEDY)
-    return tuple(os.fspath(name) for name in names)
-
-
-def _check_durable(durable: str, commits: "str | os.PathLike | None", io: IoOptions) -> tuple[str, Path | None]:
-    if durable not in ("off", "auto", "step", "checkpoint"):
-        raise RatelError("not a way to keep states", field="durable", value=durable,
-                         remedy="Use off, auto, step or checkpoint")
-    if durable in ("auto", "step") and commits is None:
-        raise RatelError("there is no place for the records of commits", field="commits", value=None,
-                         remedy="Give commits=DIR")
-    if durable == "step" and not io.directories:
-        raise RatelError("commits are made on SSD but no directory was given", field="durable", value=durable,
-                         remedy="Give --ssd DIR, or use --durable checkpoint")
-    if durable == "step" and not io.checksums:
-        raise RatelError("commits hold checksums", field="checksums", value="off",
-                         remedy="Leave them on, or use --durable checkpoint")
-    auto_without_ssd = durable == "auto" and not (io.directories and io.checksums)
-    return "checkpoint" if auto_without_ssd else durable, None if commits is None else Path(commits)
-
-
-def _bytes_or_none(size: str | int | None, field: str) -> int | None:
-    return None if size is None else parse_bytes(size, field=field)
 
 
 def _count_tokens(batch: Any) -> int:

@@ -1,0 +1,57 @@
+"""What the caller of a session asked for, made into what the runtime works with, or refused."""
+
+import os
+from pathlib import Path
+
+from ratel.errors import RatelError
+from ratel.runtime.durable_files import make_directory
+from ratel.runtime.machinery import IoOptions
+from ratel.units import parse_bytes
+
+_SSD_REMEDY = "Give a directory on a local disk that you may write to"
+
+
+def directories_of(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str, ...]:
+    if ssd is None:
+        return ()
+    names = ssd.split(",") if isinstance(ssd, str) else [ssd] if isinstance(ssd, os.PathLike) else list(ssd)
+    for name in names:
+        try:
+            make_directory(Path(name))
+        except OSError as error:
+            raise RatelError(f"cannot be made: {error.strerror}", field="ssd", value=name,
+                             remedy=_SSD_REMEDY) from error
+        if not os.access(name, os.W_OK | os.X_OK):
+            raise RatelError("is not writable", field="ssd", value=name, remedy=_SSD_REMEDY)
+    return tuple(os.fspath(name) for name in names)
+
+
+def durability_of(durable: str, commits: "str | os.PathLike | None", io: IoOptions) -> tuple[str, Path | None]:
+    """The mode that can be had, and where its records go."""
+    if durable not in ("off", "auto", "step", "checkpoint"):
+        raise RatelError("not a way to keep states", field="durable", value=durable,
+                         remedy="Use off, auto, step or checkpoint")
+    if durable in ("auto", "step") and commits is None:
+        raise RatelError("there is no place for the records of commits", field="commits", value=None,
+                         remedy="Give commits=DIR")
+    if durable == "step" and not io.directories:
+        raise RatelError("commits are made on SSD but no directory was given", field="durable", value=durable,
+                         remedy="Give --ssd DIR, or use --durable checkpoint")
+    if durable == "step" and not io.checksums:
+        raise RatelError("commits hold checksums", field="checksums", value="off",
+                         remedy="Leave them on, or use --durable checkpoint")
+    auto_without_ssd = durable == "auto" and not (io.directories and io.checksums)
+    return "checkpoint" if auto_without_ssd else durable, None if commits is None else Path(commits)
+
+
+def optimizer_of(optimizer: str, clip: float) -> str:
+    """``auto`` is eager wherever that is possible: without clipping."""
+    if clip and optimizer == "eager":
+        raise RatelError("eager updates start before the norm of all gradients is known, so they cannot be clipped "
+                         "by it", field="optimizer", value="eager",
+                         remedy="Use deferred (or auto), or switch clipping off with max_grad_norm 0")
+    return optimizer if optimizer != "auto" else "deferred" if clip else "eager"
+
+
+def bytes_or_none(size: str | int | None, field: str) -> int | None:
+    return None if size is None else parse_bytes(size, field=field)

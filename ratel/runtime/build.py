@@ -1,0 +1,55 @@
+"""The machinery of a session with the states in it, from whichever source: the model's own weights, or a saved state."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ratel import native
+from ratel.models import Parts
+from ratel.optimizer_state.files import MomentFiles
+from ratel.plan.plan import Plan
+from ratel.runtime.machinery import IoOptions, Machinery, can_continue
+from ratel.runtime.moments import import_moments
+from ratel.runtime.state import SavedState
+
+
+def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: IoOptions, commits: Path | None,
+          saved: SavedState | None, moments: MomentFiles | None) -> Machinery:
+    """Complete, or not at all: what was imported in part must never be given back as trained."""
+    pool = native.op_ds.Pool(threads)
+    machinery = None
+    try:
+        if saved is not None:
+            saved.check_model(parts.spec)
+        goes_on = saved is not None and are_own(saved, commits) and can_continue(saved, plan, io)
+        machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits, earlier=saved if goes_on else None)
+        _fill(machinery, saved, moments, goes_on=goes_on)
+    except BaseException:
+        if machinery is not None:
+            machinery.close()
+        pool.close()
+        raise
+    return machinery
+
+
+def _fill(machinery: Machinery, saved: SavedState | None, moments: MomentFiles | None, *, goes_on: bool) -> None:
+    if goes_on:
+        machinery.continue_commits(saved)
+    elif saved is not None:
+        machinery.import_state(saved)
+    else:
+        machinery.import_weights()
+        if moments is not None:
+            import_moments(machinery, moments)
+
+
+def are_own(saved: SavedState, commits: Path | None) -> bool:
+    """Whether the state is the commits that a session with this directory goes on with."""
+    return commits is not None and os.path.realpath(saved.path) == os.path.realpath(commits)
+
+
+def own_files(saved: SavedState | None, commits: Path | None) -> tuple[Path, ...]:
+    """The SSD files of such commits: space that is taken, but by this session."""
+    own = saved.files if saved is not None and are_own(saved, commits) else []
+    return tuple(path for path in own if path.is_file())
