@@ -114,7 +114,7 @@ case ${1:-} in
         install test
         cd "$ROOT"
         # A process per core, up to four; the tests of one file share a process and what they have set up.
-        exec "$VENV/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"
+        exec "$VENV/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
         ;;
     -h | --help)
         sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"

@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     untiered = [item.nodeid for item in items if not TIERS & {mark.name for mark in item.iter_markers()}]
     if untiered:
         raise pytest.UsageError(f"tests without a tier marker ({', '.join(sorted(TIERS))}): {', '.join(untiered[:10])}")
+    # The longest tests first: one that begins last keeps a single core busy while the others have nothing left.
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and os.environ.get("RATEL_REQUIRE_GPU") != "1" and not _cuda_is_available():
         for item in gpu_items:

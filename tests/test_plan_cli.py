@@ -58,7 +58,7 @@ def test_the_numbers_add_up(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_says_what_people_ask(capsys: pytest.CaptureFixture[str]) -> None:
     text = output_of(capsys, *SMALL, *TIGHT, "--ssds", "1")
     for words in ("llama-160m fits on RTX 4090", "tokens/s", "bound by: ", "memory", "workspace", "SSD wear: ", "in a day of",
-                  "what would help most:", "written at each save", "note: SSD space: no limit"):
+                  "what would help most:", "states last by explicit copies only", "note: SSD space: no limit"):
         assert words in text, words
     assert max(map(len, text.splitlines())) <= 130
 
