@@ -40,7 +40,8 @@ class Saving:
             cost += f": {format_seconds(self.seconds)} of the SSDs' time"
         if self.step_s is not None and self.save_every > 1:
             cost += f", {format_seconds(self.step_s)} a step"
-        instead = "" if self.mode == "step" else f"; commits in place would take {format_bytes(self.commit_space_bytes)} of SSD space"
+        space = format_bytes(self.commit_space_bytes)
+        instead = "" if self.mode == "step" else f"\n  (commits in place would take {space} of SSD space)"
         return f"states last {how}{often}; a save {cost}{instead}"
 
 
