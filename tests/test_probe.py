@@ -13,7 +13,7 @@ import torch
 
 from ratel import cli, models, native
 from ratel.errors import RatelError
-from ratel.hardware import block_rates, probe, probe_cache, ssd_rates, timing
+from ratel.hardware import block_rates, probe, ssd_rates, timing
 from ratel.hardware.copies import Link, measure_device_memory, measure_dram
 from ratel.hardware.probe import Effort, Probe
 from ratel.hardware.probe_report import render
@@ -189,7 +189,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(measured: list[tupl
 @pytest.mark.unit
 def test_hardware_survives_json() -> None:
     hardware = invented().hardware
-    again = probe_cache.hardware_from_json(json.loads(json.dumps(probe_cache.hardware_to_json(hardware))))
+    again = Hardware.from_json(json.loads(json.dumps(hardware.to_json())))
     assert again == hardware and isinstance(again.ssds[0], Ssd)
 
 
@@ -199,7 +199,7 @@ def test_hardware_survives_json() -> None:
 @pytest.mark.unit
 def test_doctor_prints_what_can_be_read_back(measured: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--probe", "--model", "demo", "--json"]) == 0
-    assert probe_cache.hardware_from_json(json.loads(capsys.readouterr().out)) == invented().hardware
+    assert Hardware.from_json(json.loads(capsys.readouterr().out)) == invented().hardware
     assert cli.main(["doctor", "--probe", "--model", "demo"]) == 0
     out = capsys.readouterr().out
     assert "2 TFLOP/s on blocks of m, half of it with 4 tokens" in out and "less than their sum" in out

@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     if args.no_measure:
         raise RatelError("a probe does nothing but measure", field="--no-measure", remedy="Leave out one of the two")
-    from ratel.hardware import probe, probe_cache, probe_report
+    from ratel.hardware import probe, probe_report
 
     found = probe.probe(directories=args.ssd, model=args.model, refresh=args.refresh,
                         progress=lambda text: print(f"measuring {text}", file=sys.stderr))
     if args.json:
-        print(json.dumps(probe_cache.hardware_to_json(found.hardware), indent=2))
+        print(json.dumps(found.hardware.to_json(), indent=2))
     else:
         print(probe_report.render(found))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ratel.plan.hardware import Hardware, Ssd
+from ratel.plan.hardware import Hardware
 
 Key = dict[str, Any]
 """Everything a result depends on, as JSON has it."""
@@ -34,7 +34,7 @@ def load(key: Key, make: Callable[..., T]) -> T | None:
         if content["key"] != json.loads(json.dumps(key)):
             return None
         result = content["result"]
-        return make(**{**result, "hardware": hardware_from_json(result["hardware"]),
+        return make(**{**result, "hardware": Hardware.from_json(result["hardware"]),
                        "block_seconds": tuple(tuple(point) for point in result["block_seconds"])})
     except FileNotFoundError:
         return None
@@ -53,11 +53,3 @@ def store(key: Key, result: Any) -> None:
         partial.replace(path)
     except OSError as error:
         log.warning("the measurements cannot be kept: %s", error)
-
-
-def hardware_to_json(hardware: Hardware) -> dict[str, Any]:
-    return asdict(hardware)
-
-
-def hardware_from_json(content: dict[str, Any]) -> Hardware:
-    return Hardware(**{**content, "ssds": tuple(Ssd(**ssd) for ssd in content["ssds"])})

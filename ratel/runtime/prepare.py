@@ -24,7 +24,7 @@ from ratel.plan.search import search
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
-from ratel.runtime.trial import kept_bytes, try_out
+from ratel.runtime.trial import try_out
 from ratel.units import GIB, MIB, format_bytes
 
 SATURATING_TOKENS = 16384
@@ -111,7 +111,6 @@ def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.devic
                 raise
     else:
         raise failure
-    trials.keep(found.plan)
     return found
 
 
@@ -156,10 +155,6 @@ class _Trials:
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),
                        checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",
                        durable=wishes.durable)
-
-    def keep(self, plan: Plan) -> None:
-        """From now on blocks keep what the plan says."""
-        self._blocks.keep(kept_bytes(plan.profiles, plan.kept, plan.work.micro_rows))
 
 
 def _candidates(rows: int, batch: Any, micro_batch: int | str) -> list[int]:

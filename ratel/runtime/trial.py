@@ -58,7 +58,7 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
     with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
         profiles = _learn(blocks, batches, device)
         kept = forced_kept(profiles, activations)
-        blocks.keep(kept_bytes(profiles, kept, count_rows(batches[0])))
+        blocks.keep(_kept_bytes(profiles, kept, count_rows(batches[0])))
         peak = max(_measure(blocks.parts, units, run, device, meter)
                    for run, units in _trials(blocks, batches[0], profiles, kept))
         if timed:
@@ -87,10 +87,8 @@ def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple
     return tuple(profiles[block] for block in first_alike)
 
 
-def kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> list[dict[str, int]]:
+def _kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> list[dict[str, int]]:
     """By block, what is kept and the most bytes it may take, as `BlockRuns.keep` wants it."""
-    if not kept:
-        return [{} for _ in profiles]
     row_bytes = [{inner.name: inner.row_bytes for inner in profile.inner} for profile in profiles]
     return [{name: sizes[name] * rows for name, _ in names} for sizes, names in zip(row_bytes, kept)]
 

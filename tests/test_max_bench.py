@@ -1,0 +1,43 @@
+"""The search for the largest that fits, and that what it finds is really trained within its limit."""
+
+import pytest
+
+from ratel.errors import RatelError
+from ratel.train.max_bench import MaxBench, deeper, largest, max_batch, max_model, table
+from ratel.units import GIB
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("fewest", [1, 2, 3])
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 100, 5000])
+def test_the_largest_count_is_found(limit: int, fewest: int) -> None:
+    asked: list[int] = []
+
+    def fits(count: int) -> bool:
+        asked.append(count)
+        return count <= limit
+
+    expected = 0 if limit < fewest else min(limit, 1000)
+    assert largest(fewest, 1000, fits) == expected
+    assert min(asked) >= fewest and max(asked) <= 1000 and len(asked) <= 22
+
+
+@pytest.mark.unit
+def test_deeper_changes_the_depth_alone() -> None:
+    shallow, deep = deeper("qwen3-0.6b", 3), deeper("qwen3-0.6b", 40)
+    assert (shallow.num_hidden_layers, deep.num_hidden_layers) == (3, 40)
+    assert shallow.hidden_size == deep.hidden_size and len(deep.layer_types) == 40
+    with pytest.raises(RatelError, match="neither a directory nor a preset"):
+        deeper("no-such-model", 2)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("search", [max_model, max_batch])
+def test_each_maximum_is_trained_within_its_limit(search) -> None:
+    bench = MaxBench(model="demo", seq_len=16, most=3, steps=1, options={"device": "cpu"})
+    nothing, found = search(bench, [64 << 20, 2 * GIB])
+    what = "layers" if search is max_model else "batch_size"
+    assert nothing == {"dram_limit_bytes": 64 << 20, what: 0}
+    assert found[what] == 3 and len(found["losses"]) == 2 and all(loss == loss for loss in found["losses"])
+    assert found["dram_peak_bytes"] <= found["dram_planned_bytes"] <= 2 * GIB
+    assert "nothing fits" in table([nothing, found]) and f"{found['parameters'] / 1e6:,.0f} M" in table([nothing, found])
