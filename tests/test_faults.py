@@ -24,7 +24,7 @@ from test_state import flip
 
 pytestmark = pytest.mark.e2e
 TESTS = Path(__file__).resolve().parent
-SEED, FAULTS = 5, 40
+SEED, FAULTS = 5, 20
 
 
 @pytest.mark.timeout(300)
