@@ -3,7 +3,9 @@
 import pytest
 
 from ratel.errors import RatelError
-from ratel.train.max_bench import MaxBench, deeper, largest, max_batch, max_model, table
+from ratel.models.presets import preset_config
+from ratel.plan.largest import largest_count
+from ratel.train.max_bench import MaxBench, max_batch, max_model, table
 from ratel.units import GIB
 
 
@@ -18,17 +20,17 @@ def test_the_largest_count_is_found(limit: int, fewest: int) -> None:
         return count <= limit
 
     expected = 0 if limit < fewest else min(limit, 1000)
-    assert largest(fewest, 1000, fits) == expected
+    assert largest_count(fits, least=fewest, most=1000) == expected
     assert min(asked) >= fewest and max(asked) <= 1000 and len(asked) <= 22
 
 
 @pytest.mark.unit
-def test_deeper_changes_the_depth_alone() -> None:
-    shallow, deep = deeper("qwen3-0.6b", 3), deeper("qwen3-0.6b", 40)
+def test_another_number_of_blocks_changes_the_depth_alone() -> None:
+    shallow, deep = preset_config("qwen3-0.6b", num_blocks=3), preset_config("qwen3-0.6b", num_blocks=40)
     assert (shallow.num_hidden_layers, deep.num_hidden_layers) == (3, 40)
     assert shallow.hidden_size == deep.hidden_size and len(deep.layer_types) == 40
     with pytest.raises(RatelError, match="neither a directory nor a preset"):
-        deeper("no-such-model", 2)
+        preset_config("no-such-model", num_blocks=2)
 
 
 @pytest.mark.e2e

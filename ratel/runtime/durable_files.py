@@ -21,10 +21,11 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
+        sync_path(path.parent)
 
 
-def sync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """What a file holds, or which names a directory has, is on disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,7 +41,7 @@ def replace_directory(partial: Path, path: Path, discard: Callable[[Path], objec
             discard(old)
         os.rename(path, old)
     os.rename(partial, path)
-    sync_directory(path.parent)
+    sync_path(path.parent)
     if old.exists():
         discard(old)
 

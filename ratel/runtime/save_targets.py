@@ -14,7 +14,7 @@ from ratel.plan.placement import PLANES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.commit_files import discard_commits
-from ratel.runtime.durable_files import (make_directory, remove_files, replace_directory, sync_directory,
+from ratel.runtime.durable_files import (make_directory, remove_files, replace_directory, sync_path,
                                          write_synced)
 from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, make_manifest, pack_commit
 from ratel.store.planes import Store
@@ -65,7 +65,7 @@ class DirectoryTarget:
             stripe_bytes=STRIPE_BYTES))
         write_synced(self._partial / COMMITS[0], pack_commit(Commit(
             sequence=0, slots=[0] * len(spec.units), training=training, checksums=_joined(list(self._sums.values())))))
-        sync_directory(self._partial)
+        sync_path(self._partial)
         replace_directory(self._partial, self.path)
 
     def drop(self) -> None:
@@ -111,19 +111,19 @@ class CommitLog:
         is_new = not path.exists()
         write_synced(path, record)
         if is_new:
-            sync_directory(path.parent)
+            sync_path(path.parent)
 
     def _make(self, name: str, record: bytes) -> None:
         """The first commit. It takes the place of an earlier run's, whose files go only now; ours stay from now on."""
         self.store.volume.keep = True
         for file in self.store.volume.paths:
-            sync_directory(Path(file).parent)  # to sync a file does not say that its name will be there
+            sync_path(Path(file).parent)  # to sync a file does not say that its name will be there
         partial = self.path.with_name(self.path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         make_directory(partial)
         write_synced(partial / MANIFEST, self._manifest)
         write_synced(partial / name, record)
-        sync_directory(partial)
+        sync_path(partial)
         replace_directory(partial, self.path, lambda old: discard_commits(old, but=self.store.volume.paths))
         self._is_there = True
 

@@ -1,6 +1,5 @@
 """The largest model and the largest batch that fit a limit on DRAM: searched for by planning, then really trained."""
 
-import copy
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +9,7 @@ from typing import Any
 from ratel.errors import RatelError
 from ratel.memory.resident import peak_bytes
 from ratel.models.presets import preset_config
+from ratel.plan.largest import largest_count
 from ratel.runtime.prepare import Planned
 from ratel.runtime.session import Session
 from ratel.train.step_bench import StepBench, measure
@@ -20,7 +20,6 @@ SHORT = ("gpu_memory", "dram", "ssd")
 """What an error of the planner is about when something does not fit."""
 FEWEST_LAYERS = 2
 """Blocks are recognised by being repeated."""
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,38 +37,16 @@ class MaxBench:
 
 def max_model(bench: MaxBench, limits: list[int], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
     """One result per limit (bytes of DRAM): the deepest model that fits, trained for ``steps`` steps."""
-    return [_train_largest(bench, limit, progress, "layers", FEWEST_LAYERS, lambda layers: (deeper(bench.model, layers), bench.batch_size))
-            for limit in limits]
+    def shape(layers: int) -> tuple[Any, int]:
+        return preset_config(bench.model, num_blocks=layers), bench.batch_size
+
+    return [_train_largest(bench, limit, progress, "layers", FEWEST_LAYERS, shape) for limit in limits]
 
 
 def max_batch(bench: MaxBench, limits: list[int], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
     """As `max_model`, for the number of sequences in a step of the model as it is."""
     config = preset_config(bench.model)
     return [_train_largest(bench, limit, progress, "batch_size", 1, lambda rows: (config, rows)) for limit in limits]
-
-
-def deeper(model: str, layers: int) -> Any:
-    """The preset's configuration with another number of blocks."""
-    config = copy.deepcopy(preset_config(model))
-    key = next((key for key in LAYER_KEYS if hasattr(config, key)), None)
-    if key is None:
-        raise RatelError("has no number of layers in its configuration", field="--model", value=model)
-    setattr(config, key, layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[0]] * layers
-    return config
-
-
-def largest(fewest: int, most: int, fits: Callable[[int], bool]) -> int:
-    """The largest count for which it fits; 0 if not even ``fewest`` does. Doubling, then halving the gap."""
-    low, high = 0, fewest
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while low and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, fewest: int,
@@ -83,7 +60,7 @@ def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, f
         progress(f"DRAM {format_bytes(limit)}, {what} {count}: {'fits' if planned else 'does not fit'}")
         return planned is not None
 
-    count = largest(fewest, bench.most, fits)
+    count = largest_count(fits, least=fewest, most=bench.most)
     if count == 0:
         return {"dram_limit_bytes": limit, what: 0}
     config, rows = shape(count)

@@ -8,7 +8,7 @@ from shutil import rmtree
 from typing import Any
 
 from ratel.errors import RatelError
-from ratel.runtime.durable_files import make_directory, sync_directory, write_synced
+from ratel.runtime.durable_files import make_directory, sync_path, write_synced
 from ratel.train.states import StateDirectory
 
 RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial", "state")
@@ -66,7 +66,7 @@ class RunDirectory:
         partial.unlink(missing_ok=True)
         write_synced(partial, (json.dumps(content, indent=2, default=str) + "\n").encode())
         os.replace(partial, target)
-        sync_directory(self.path)  # --resume reads them: after a power failure they are there, and whole
+        sync_path(self.path)  # --resume reads them: after a power failure they are there, and whole
 
 
 def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory:

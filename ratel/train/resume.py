@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import DamagedError, RatelError, WorkerError
-from ratel.runtime.durable_files import sync_directory, write_synced
+from ratel.runtime.durable_files import sync_path, write_synced
 from ratel.runtime.session import Session
 from ratel.runtime.state_format import DamagedStateError
 from ratel.train.loop import Progress
@@ -107,12 +107,8 @@ def amend_last(path: Path, more: dict[str, float]) -> None:
 
 def sync(path: Path) -> None:
     """Have the file on the disk when this returns, under its name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    sync_directory(path.parent)
+    sync_path(path)
+    sync_path(path.parent)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
