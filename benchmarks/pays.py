@@ -20,7 +20,7 @@ from ratel.hardware.host import describe_host
 from ratel.runtime.session import Session
 from ratel.train.step_bench import use_quick_weights
 
-from reality import make_config
+from reality import make_config, step_seconds
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "gpu": [
@@ -62,11 +62,7 @@ def run(case: dict[str, Any], way: dict[str, Any], args: argparse.Namespace) -> 
                  **{**case["options"], **machine, **way}) as session:
         use_quick_weights(session)
         plan = session.prepare(case["batch"], case["seq"])
-        seconds = []
-        for index in range(args.steps + 2):
-            generator = torch.Generator().manual_seed(index)
-            tokens = torch.randint(0, 32000, (case["batch"], case["seq"]), generator=generator)
-            seconds.append(session.step({"input_ids": tokens}).seconds)
+        seconds = [step_seconds(session, case, index) for index in range(args.steps + 2)]
         kept = [tier for block in plan.kept for _, tier in block]
         return {"step_s": statistics.median(seconds[2:]), "seconds": seconds,
                 "predicted_s": session.prediction.step_s if session.prediction else None,

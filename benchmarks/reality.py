@@ -104,7 +104,7 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         predicted, simulated = predict(plan, capped), simulate(plan, capped)
-        seconds = [_step(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
+        seconds = [step_seconds(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
     measured_s = statistics.median(seconds)
     return {"name": entry["name"], "parameters": plan.spec.num_params, "batch": entry["batch"], "seq_len": entry["seq"],
             "micro_batches": plan.work.num_micro, "optimizer": plan.optimizer, "seconds": seconds,
@@ -114,7 +114,7 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
             "dram_peak_bytes": peak_bytes(), "dram_planned_bytes": plan.dram_bytes}
 
 
-def _step(session: Session, entry: dict[str, Any], index: int) -> float:
+def step_seconds(session: Session, entry: dict[str, Any], index: int) -> float:
     generator = torch.Generator().manual_seed(index)
     tokens = torch.randint(0, 32000, (entry["batch"], entry["seq"]), generator=generator)
     return session.step({"input_ids": tokens}).seconds
