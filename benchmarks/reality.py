@@ -139,10 +139,14 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - the other configurations still count
             traceback.print_exc()
             results.append({"name": entry["name"], "error_text": str(error)})
-    if args.json:
-        report = {"command": f"python benchmarks/reality.py --set {args.set}", "host": describe_host(),
-                  "torch": torch.__version__, "hardware": found.hardware.to_json(), "results": results}
-        Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        if args.json:  # after each, so that a run cut short leaves what it has measured
+            _write(args, found.hardware, results)
+
+
+def _write(args: argparse.Namespace, hardware: Hardware, results: list[dict[str, Any]]) -> None:
+    report = {"command": f"python benchmarks/reality.py --set {args.set}", "host": describe_host(),
+              "torch": torch.__version__, "hardware": hardware.to_json(), "results": results}
+    Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

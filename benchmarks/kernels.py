@@ -1,0 +1,77 @@
+"""Which kernels a step's GPU time goes to, and how long the GPU does nothing: torch's profiler over one step.
+
+    python benchmarks/kernels.py --model llama-3b --batch 32 --gpu-memory 24GiB --json kernels.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ratel.runtime.session import Session
+from ratel.train.step_bench import use_quick_weights
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3b")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--gpu-memory", default="24GiB")
+    parser.add_argument("--dram", default=None)
+    parser.add_argument("--top", type=int, default=30)
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+def kernel_spans(profiler: profile) -> list[tuple[float, float, str]]:
+    """``(begin, end, name)`` in microseconds of everything but copies between memories, by begin."""
+    spans = [(e.time_range.start, e.time_range.end, e.name) for e in profiler.events()
+             if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))]
+    return sorted(spans)
+
+
+def busy_us(spans: list[tuple[float, float, str]]) -> float:
+    """Time in which at least one of the spans runs."""
+    total, reached = 0.0, float("-inf")
+    for begin, end, _ in spans:
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def summarize(profiler: profile, seconds: float, top: int) -> dict[str, Any]:
+    spans = kernel_spans(profiler)
+    by_name: dict[str, list[float]] = {}
+    for begin, end, name in spans:
+        by_name.setdefault(name, []).append(end - begin)
+    ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]
+    return {"step_s": seconds, "busy_s": busy_us(spans) / 1e6, "kernels": len(spans),
+            "top": [{"name": name[:140], "ms": sum(times) / 1e3, "count": len(times)} for name, times in ranked]}
+
+
+def main() -> None:
+    args = parse()
+    with Session(args.model, gpu_memory=args.gpu_memory, dram=args.dram, max_grad_norm=1e9) as session:
+        use_quick_weights(session)
+        print(session.prepare(args.batch, args.seq_len).describe())
+        batch = {"input_ids": torch.randint(0, session.parts.spec.vocab_size, (args.batch, args.seq_len))}
+        for _ in range(3):
+            seconds = session.step(batch).seconds
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            session.step(batch)
+            torch.cuda.synchronize()
+    result = summarize(profiler, seconds, args.top)
+    print(f"step {result['step_s']:.3f} s, GPU busy {result['busy_s']:.3f} s in {result['kernels']} kernels")
+    for row in result["top"]:
+        print(f"{row['ms']:9.1f} ms {row['count']:6d}  {row['name']}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
