@@ -11,8 +11,9 @@ from ratel.units import GIB
 
 @pytest.mark.unit
 @pytest.mark.parametrize("fewest", [1, 2, 3])
+@pytest.mark.parametrize("near", [0, 1, 7, 90, 4000])
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 100, 5000])
-def test_the_largest_count_is_found(limit: int, fewest: int) -> None:
+def test_the_largest_count_is_found(limit: int, near: int, fewest: int) -> None:
     asked: list[int] = []
 
     def fits(count: int) -> bool:
@@ -20,8 +21,8 @@ def test_the_largest_count_is_found(limit: int, fewest: int) -> None:
         return count <= limit
 
     expected = 0 if limit < fewest else min(limit, 1000)
-    assert largest_count(fits, least=fewest, most=1000) == expected
-    assert min(asked) >= fewest and max(asked) <= 1000 and len(asked) <= 22
+    assert largest_count(fits, least=fewest, most=1000, near=near) == expected
+    assert min(asked) >= fewest and max(asked) <= 1000 and len(set(asked)) == len(asked) <= 22
 
 
 @pytest.mark.unit

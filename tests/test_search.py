@@ -13,6 +13,7 @@ from ratel.plan.choose import Request, choose
 from ratel.plan.cost import predict
 from ratel.plan.hardware import Hardware, load_hardware
 from ratel.plan.plan import Buffers, Work
+from ratel.plan.micro_sizes import micro_sizes
 from ratel.plan.search import Choice, candidates, search
 from ratel.plan.simulate import simulate
 from ratel.units import GIB
@@ -137,3 +138,11 @@ def test_400_billion_parameters_are_planned_in_seconds() -> None:
     choice = search([request], load_hardware("a100-80"))
     assert time.process_time() - begin < 30
     assert choice.prediction.step_s > 0 and choice.considered > 10
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("rows", "positions", "expected"), [
+    (8, 1024, [8, 4, 2, 1]), (32, 1024, [16, 8, 4, 2, 1]), (48, 1024, [16, 8, 4, 2, 1]), (257, 1024, [17, 9, 5, 3, 2, 1]),
+    (1, 1 << 17, [1]), (3, 16, [3, 2, 1]), (31, 1024, [31, 16, 8, 4, 2, 1])])
+def test_sizes_of_micro_batches_halve_whatever_the_number_of_rows(rows: int, positions: int, expected: list[int]) -> None:
+    assert micro_sizes(rows, positions) == expected

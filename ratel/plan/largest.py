@@ -21,22 +21,24 @@ def fits_somewhere(request: Request) -> bool:
     return next(candidates(request), None) is not None
 
 
-def largest_count(fits: Callable[[int], bool], *, least: int = 1, most: int = MOST) -> int:
-    """The largest count from ``least`` to ``most`` that fits, by doubling and bisection; 0 if not even the least one does.
+def largest_count(fits: Callable[[int], bool], *, least: int = 1, most: int = MOST, near: int = 0) -> int:
+    """The largest count from ``least`` to ``most`` that fits, by growing steps and bisection; 0 if not even the least does.
 
-    What is below a count that fits is taken to fit.
+    What is below a count that fits is taken to fit. ``near``: where it probably is, so that few counts are asked for.
     """
-    if not fits(least):
-        return 0
-    good, bad = least, min(2 * least, most)
-    while bad < most and fits(bad):
-        good, bad = bad, min(2 * bad, most)
-    if bad == most and (good == most or fits(most)):
-        return most
+    good, bad = least - 1, most + 1
+    count, step = min(max(near, least), most), 1
     while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+        if fits(count):
+            good = count
+        else:
+            bad = count
+        if good >= least and bad <= most:
+            count = (good + bad) // 2
+        else:
+            count = max(bad - step, least) if good < least else min(good + step, most)
+        step *= 2
+    return good if good >= least else 0
 
 
 def with_depth(spec: ModelSpec, depth: int) -> ModelSpec:

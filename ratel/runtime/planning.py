@@ -17,6 +17,7 @@ from ratel.plan.cost import Prediction
 from ratel.plan.forced_kept import forced_kept
 from ratel.plan.hardware import Hardware
 from ratel.plan.largest import fits_somewhere, largest_count, with_depth
+from ratel.plan.micro_sizes import COMPARED, SATURATING_TOKENS, micro_sizes
 from ratel.plan.plan import Plan, Work
 from ratel.plan.report import Report
 from ratel.plan.search import Choice, search
@@ -24,7 +25,6 @@ from ratel.plan.shape import ModelSpec
 from ratel.plan.wear import parse_endurance, wear
 from ratel.runtime.outline import MicroOutline, Outline
 from ratel.runtime.plan_machine import PROCESS_BYTES, Machine, machine_for
-from ratel.runtime.prepare import COMPARED, SATURATING_TOKENS
 from ratel.units import parse_bytes
 
 SMALL_DEPTH = 2
@@ -83,7 +83,8 @@ class Planner:
 
     def _choose(self) -> tuple[Choice, list[Request]]:
         """As a session does: of a few sizes of micro-batches the best one, smaller ones only where none fits."""
-        sizes = micro_sizes(self.config)
+        config = self.config
+        sizes = micro_sizes(config.batch_size, config.seq_len) if config.micro_batch == "auto" else [config.micro_batch]
         for begin in range(0, len(sizes), COMPARED):
             requests = [self.request(size) for size in sizes[begin : begin + COMPARED]]
             try:
@@ -190,16 +191,6 @@ def _planner(model: Any, config: TrainConfig, machine: Machine) -> Iterator[Plan
         yield planner
     finally:
         planner.close()
-
-
-def micro_sizes(config: TrainConfig) -> list[int]:
-    """Micro-batch sizes to try, as a session does: the one given, or from the smallest that saturates a GPU down to one row."""
-    rows = config.batch_size
-    if config.micro_batch != "auto":
-        return [config.micro_batch]
-    divisors = [size for size in range(rows, 0, -1) if rows % size == 0]
-    saturating = min((size for size in divisors if size * config.seq_len >= SATURATING_TOKENS), default=rows)
-    return [size for size in divisors if size <= saturating]
 
 
 def _optimizer(config: TrainConfig) -> str:

@@ -18,6 +18,7 @@ from ratel.plan.choose import Request, choose
 from ratel.plan.cost import Prediction
 from ratel.plan.forced_kept import Activations
 from ratel.plan.hardware import Hardware
+from ratel.plan.micro_sizes import COMPARED, micro_sizes
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan, Work
 from ratel.plan.search import search
@@ -26,13 +27,6 @@ from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
 from ratel.runtime.trial import try_out
 from ratel.units import GIB, MIB, format_bytes
-
-SATURATING_TOKENS = 16384
-"""Tokens of a micro-batch beyond which larger ones gain less than their memory is worth elsewhere. On an H200 with 3.0 B
-parameters and batch 32: 1.85 s a step with 8192 tokens, 1.80 s with 16384, 1.83 s with 32768 (evaluation_data.md)."""
-
-COMPARED = 3
-"""Sizes of micro-batches, from the largest that makes sense downwards, of which the one with the shortest step is taken."""
 
 DRAM_MARGIN = 0.90
 GPU_MARGIN_BYTES = GIB
@@ -158,15 +152,12 @@ class _Trials:
 
 
 def _candidates(rows: int, batch: Any, micro_batch: int | str) -> list[int]:
-    """Micro-batch sizes to try: the one given, or from the smallest that saturates the GPU down to one row."""
+    """Micro-batch sizes to try: the one given, or from about the smallest that saturates the GPU down to one row."""
     if micro_batch != "auto":
         if not 1 <= int(micro_batch) <= rows:
             raise RatelError(f"must be between 1 and the {rows} rows of a batch", field="micro_batch", value=micro_batch)
         return [int(micro_batch)]
-    positions = max(t.numel() // rows for t in tensors_of(batch))
-    divisors = [d for d in range(rows, 0, -1) if rows % d == 0]
-    saturating = min((d for d in divisors if d * positions >= SATURATING_TOKENS), default=rows)
-    return [d for d in divisors if d <= saturating]
+    return micro_sizes(rows, max(t.numel() // rows for t in tensors_of(batch)))
 
 
 def _work(parts: Parts, batch: Any, rows: int, micro_rows: int) -> Work:

@@ -40,16 +40,26 @@ def max_model(bench: MaxBench, limits: list[int], progress: Progress = lambda te
     def shape(layers: int) -> tuple[Any, int]:
         return preset_config(bench.model, num_blocks=layers), bench.batch_size
 
-    return [_train_largest(bench, limit, progress, "layers", FEWEST_LAYERS, shape) for limit in limits]
+    return _train_all(bench, limits, progress, "layers", FEWEST_LAYERS, shape)
 
 
 def max_batch(bench: MaxBench, limits: list[int], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
     """As `max_model`, for the number of sequences in a step of the model as it is."""
     config = preset_config(bench.model)
-    return [_train_largest(bench, limit, progress, "batch_size", 1, lambda rows: (config, rows)) for limit in limits]
+    return _train_all(bench, limits, progress, "batch_size", 1, lambda rows: (config, rows))
 
 
-def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, fewest: int,
+def _train_all(bench: MaxBench, limits: list[int], progress: Progress, what: str, fewest: int,
+               shape: Callable[[int], tuple[Any, int]]) -> list[dict[str, Any]]:
+    """Each search begins where the one before suggests: planning tries blocks out, which takes seconds."""
+    results: list[dict[str, Any]] = []
+    for limit in limits:
+        near = results[-1][what] * limit // results[-1]["dram_limit_bytes"] if results else 0
+        results.append(_train_largest(bench, limit, progress, what, fewest, near, shape))
+    return results
+
+
+def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, fewest: int, near: int,
                    shape: Callable[[int], tuple[Any, int]]) -> dict[str, Any]:
     plans: dict[int, Planned] = {}
 
@@ -60,7 +70,7 @@ def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, f
         progress(f"DRAM {format_bytes(limit)}, {what} {count}: {'fits' if planned else 'does not fit'}")
         return planned is not None
 
-    count = largest_count(fits, least=fewest, most=bench.most)
+    count = largest_count(fits, least=fewest, most=bench.most, near=near)
     if count == 0:
         return {"dram_limit_bytes": limit, what: 0}
     config, rows = shape(count)
