@@ -4,9 +4,9 @@ The shared library is loaded when the first Engine is made; ``python -m nvme_ds.
 """
 
 from nvme_ds.buffer import AlignedBuffer
-from nvme_ds.engine import ACTIVATION, ALIGNMENT, BACKGROUND, OPTIMIZER, WEIGHT, WRITEBACK, Engine
+from nvme_ds.engine import ACTIVATION, ALIGNMENT, BACKGROUND, OPTIMIZER, WEIGHT, WRITEBACK, Engine, IoSpan
 from nvme_ds.errors import BuildError, IoError, NoSpaceError, StallError
 from nvme_ds.volume import Volume
 
 __all__ = ["ACTIVATION", "ALIGNMENT", "BACKGROUND", "OPTIMIZER", "WEIGHT", "WRITEBACK", "AlignedBuffer", "BuildError",
-           "Engine", "IoError", "NoSpaceError", "StallError", "Volume"]
+           "Engine", "IoError", "IoSpan", "NoSpaceError", "StallError", "Volume"]

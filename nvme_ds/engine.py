@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from nvme_ds import files, native
 from nvme_ds.errors import IoError, StallError
@@ -26,6 +27,20 @@ _TOTALLED = ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_
 _SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
 _EXIT_PATIENCE_S = 5.0
 _UNFINISHED = (-errno_module.EINPROGRESS, native.STALLED)
+
+
+class IoSpan(NamedTuple):
+    """A stretch of a transfer on one directory. Times are those of ``time.perf_counter`` on Linux (CLOCK_MONOTONIC); what a
+    bandwidth cap holds back has begun. ``volume`` is a handle; ``offset`` is in that volume."""
+
+    directory: str
+    op: str
+    volume: int
+    offset: int
+    num_bytes: int
+    priority: int
+    begin_s: float
+    end_s: float
 
 
 class Engine:
@@ -58,6 +73,7 @@ class Engine:
         self._closed = False
         self._abandoned = False
         self._no_direct = False
+        self._watching = 0
 
     # Volumes
 
@@ -215,7 +231,8 @@ class Engine:
     def stats(self) -> dict:
         """Counters since the start or ``reset_stats``, in all and per directory.
 
-        Bytes are those the kernel reported as transferred; ``busy_s`` is the time with at least one request in flight.
+        Bytes are those the kernel reported as transferred; ``busy_s`` is the time with a request in flight
+        or held back by the bandwidth cap.
         """
         with self._lock:
             devices = dict(self._devices)
@@ -238,6 +255,27 @@ class Engine:
             return "none registered"
         error = -self._native.buffer_error(self._handle)
         return "on" if error == 0 else f"off: {os.strerror(error)}"
+
+    def watch(self, capacity: int) -> None:
+        """Record what each directory does from now on, ``capacity`` spans (64 bytes each) at most; 0 ends it and forgets."""
+        _checked(self._native.watch(self._handle, capacity), "watching")
+        self._watching = capacity
+
+    def spans(self) -> tuple[list[IoSpan], int]:
+        """What has been recorded since ``watch``, and how many requests found no room.
+
+        Requests of one transfer that a directory worked on together are one span. Only what is over is in it.
+        """
+        found, lost, count = [], 0, ctypes.c_uint64()
+        buffer = (native.Span * max(self._watching, 1))()
+        with self._lock:
+            devices = dict(self._devices)
+        for folder, index in devices.items():
+            number = self._native.spans(self._handle, index, buffer, self._watching, ctypes.byref(count))
+            lost += count.value
+            found += [IoSpan(folder, _OPS[s.op], s.volume, s.offset, s.num_bytes, s.priority, s.begin_ns / 1e9, s.end_ns / 1e9)
+                      for s in buffer[:min(_checked(number, "reading spans"), self._watching)]]
+        return found, lost
 
     def reset_stats(self) -> None:
         self._native.counters_reset(self._handle)

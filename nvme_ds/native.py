@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 STALLED = -100_000  # kStalled of csrc/abi.h
 LIBRARY_NAME = "libnvme_ds.so"
 BUILD_COMMAND = "python -m nvme_ds.build"
@@ -24,6 +24,11 @@ class Counters(ctypes.Structure):
     _fields_ = [(name, c_uint64) for name in (
         "bytes_read", "bytes_written", "reads", "writes", "errors", "busy_ns", "fixed_ops", "queued", "in_flight",
         "max_in_flight")]
+
+
+class Span(ctypes.Structure):
+    _fields_ = [("begin_ns", c_int64), ("end_ns", c_int64), ("ticket", c_int64), ("volume", c_int64), ("offset", c_uint64),
+                ("num_bytes", c_uint64), ("op", c_int32), ("priority", c_int32)]
 
 
 class Faults(ctypes.Structure):
@@ -61,6 +66,8 @@ _LONG = {
     "wait": (c_int32, [c_int64, c_int64, c_int64, POINTER(Failure)]),
     "buffer_register": (c_int32, [c_int64, c_uint64, c_uint64]),
     "buffer_unregister": (c_int32, [c_int64, c_uint64]),
+    "watch": (c_int32, [c_int64, c_uint64]),
+    "spans": (c_int64, [c_int64, c_int32, POINTER(Span), c_uint64, POINTER(c_uint64)]),
     "reference_io": (c_int64, [POINTER(ReferenceSpec)]),
 }
 _SHORT = {

@@ -200,6 +200,8 @@ class TrainConfig:
                            "continue the run in --out from its newest state; options not given are as they were")
     export: bool = _option(True, _read_switch, REPORT, None, "write the trained model to OUT/model")
     log_every: int = _option(10, _COUNT, REPORT, "N", "steps between progress lines where there is no terminal")
+    trace: str | None = _option(None, _optional(_read_text), REPORT, "FILE",
+                                "write what every resource and thread did in the third step (or the last of fewer), for Perfetto")
     quiet: bool = _option(False, _read_switch, REPORT, None, "show no progress")
 
     def __post_init__(self) -> None:
@@ -228,6 +230,7 @@ class TrainConfig:
                            ("--activations", self.activations)):
             if tier == "ssd" and not self.ssd:
                 raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
+        check_can_trace(self.trace)
 
     def _check_saving(self) -> None:
         if self.durable == "step" and self.save_every == 0:
@@ -255,6 +258,12 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The resolved configuration; feeding it back gives the same run."""
         return json.loads(json.dumps({spec.name: getattr(self, spec.name) for spec in fields(self)}))
+
+
+def check_can_trace(path: str | None) -> None:
+    """Before the steps that come before the one that is traced."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise RatelError("cannot be written: its directory does not exist", field="--trace", value=path)
 
 
 def read_options(**given: Any) -> dict[str, Any]:

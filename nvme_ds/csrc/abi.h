@@ -7,7 +7,7 @@
 #define NDS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace nvme_ds {
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 constexpr uint64_t kAlignment = 4096;  // covers the logical block of every NVMe format in use
 constexpr int kNumPriorities = 5;
 constexpr int32_t kStalled = -100'000;  // no errno: not done, and a device that should answer does not
@@ -33,6 +33,19 @@ struct nds_counters {
     uint64_t queued;
     uint64_t in_flight;
     uint64_t max_in_flight;
+};
+
+// A stretch of a transfer on one device, from when it could have begun but for the cap to its last answer.
+// Times are those of CLOCK_MONOTONIC.
+struct nds_span {
+    int64_t begin_ns;
+    int64_t end_ns;
+    int64_t ticket;
+    int64_t volume;
+    uint64_t offset;  // of the volume; where its first request to be answered begins
+    uint64_t num_bytes;
+    int32_t op;  // 0 read, 1 write
+    int32_t priority;
 };
 
 struct nds_faults {

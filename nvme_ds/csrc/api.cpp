@@ -116,6 +116,16 @@ NDS_EXPORT int32_t nds_device_counters(int64_t handle, int32_t device, nds_count
     return with_engine(handle, [&](Engine& engine) { return engine.device_counters(device, *out); });
 }
 
+NDS_EXPORT int32_t nds_watch(int64_t handle, uint64_t capacity) noexcept {
+    return with_engine(handle, [&](Engine& engine) { return engine.watch(capacity), 0; });
+}
+
+// How many spans of the device are recorded, of which the first `capacity` are copied; `lost` requests found no room.
+NDS_EXPORT int64_t nds_spans(int64_t handle, int32_t device, nds_span* out, uint64_t capacity, uint64_t* lost) noexcept {
+    return with_engine(handle,
+                       [&](Engine& engine) -> int64_t { return engine.read_spans(device, out, capacity, lost); });
+}
+
 NDS_EXPORT int32_t nds_counters_reset(int64_t handle) noexcept {
     return with_engine(handle, [&](Engine& engine) { return engine.reset_counters(), 0; });
 }

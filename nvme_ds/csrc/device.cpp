@@ -38,6 +38,7 @@ void Device::stop() {
         std::lock_guard<std::mutex> held(mutex_);
         stopped_ = true;
         while (Part* part = queue_.drain()) waiting.push_back(part);
+        end_work_if_idle(now_ns());
     }
     for (Part* part : waiting) cancel(*part);
 }
@@ -45,6 +46,9 @@ void Device::stop() {
 Part* Device::take(std::unique_lock<std::mutex>&, int64_t* wait_ns) {
     const int64_t now = now_ns();
     *wait_ns = bucket_.wait_ns(now);
+    const bool capped = *wait_ns > 0 && queue_.num_waiting() > 0;
+    if (capped && capped_since_ns_ == 0) capped_since_ns_ = now;
+    if (capped) begin_work(now);
     Part* part = *wait_ns == 0 ? queue_.pop() : nullptr;
     if (!part) {
         // With nothing waiting the cap does not matter: sleep until there is something.
@@ -52,14 +56,46 @@ Part* Device::take(std::unique_lock<std::mutex>&, int64_t* wait_ns) {
         parked_ = true;
         return nullptr;
     }
-    if (queue_.in_flight() == 1) {
-        busy_.enter(now);
-        engine_busy_.enter(now);
-        answered_ns_.store(now, std::memory_order_relaxed);
-    }
+    begin_work(now);
+    if (queue_.in_flight() == 1) answered_ns_.store(now, std::memory_order_relaxed);
+    part->begin_ns = capped_since_ns_ ? capped_since_ns_ : now;
+    capped_since_ns_ = 0;
     max_in_flight_ = std::max<uint64_t>(max_in_flight_, queue_.in_flight());
     bucket_.take(part->num_bytes, now);
     return part;
+}
+
+// A cap stands for a slower device: what it holds back counts as the device's work.
+void Device::begin_work(int64_t now) {
+    if (working_) return;
+    working_ = true;
+    busy_.enter(now);
+    engine_busy_.enter(now);
+}
+
+void Device::end_work_if_idle(int64_t now) {
+    if (!working_ || queue_.in_flight() > 0 || queue_.num_waiting() > 0) return;
+    working_ = false;
+    busy_.leave(now);
+    engine_busy_.leave(now);
+}
+
+void Device::log(const Part& part, int64_t now) {
+    if (part.op == Op::kSync) return;
+    spans_.add({part.begin_ns, now, part.ticket->id, part.ticket->volume_id, part.volume_offset, part.num_bytes,
+                static_cast<int32_t>(part.op), part.priority});
+}
+
+void Device::watch(size_t capacity) {
+    std::lock_guard<std::mutex> held(mutex_);
+    spans_.start(capacity);
+}
+
+int64_t Device::read_spans(nds_span* out, size_t capacity, uint64_t* lost) const {
+    std::lock_guard<std::mutex> held(mutex_);
+    *lost = spans_.lost();
+    std::copy_n(spans_.spans().begin(), std::min(capacity, spans_.spans().size()), out);
+    return static_cast<int64_t>(spans_.spans().size());
 }
 
 bool Device::drained(std::unique_lock<std::mutex>&) const { return stopped_ && queue_.in_flight() == 0; }
@@ -103,11 +139,9 @@ void Device::finish(Part& part) {
         std::lock_guard<std::mutex> held(mutex_);
         queue_.release(part);
         part.finished = true;
-        if (queue_.in_flight() == 0) {
-            const int64_t now = now_ns();
-            busy_.leave(now);
-            engine_busy_.leave(now);
-        }
+        const int64_t now = now_ns();
+        end_work_if_idle(now);
+        if (spans_.on()) log(part, now);
     }
     part.ticket->part_finished();
 }

@@ -12,6 +12,7 @@
 #include "faults.h"
 #include "part.h"
 #include "request_queue.h"
+#include "span_log.h"
 #include "token_bucket.h"
 
 namespace nvme_ds {
@@ -48,8 +49,13 @@ public:
 
     void read_counters(nds_counters& out) const;
     void reset_counters();
+    void watch(size_t capacity);
+    int64_t read_spans(nds_span* out, size_t capacity, uint64_t* lost) const;
 
 private:
+    void begin_work(int64_t now);
+    void end_work_if_idle(int64_t now);
+    void log(const Part& part, int64_t now);
     bool silent_locked(int64_t limit_ns) const;
     void count(const Part& part, uint64_t num_bytes);
     void fail(Part& part, int error);
@@ -61,6 +67,9 @@ private:
     bool parked_ = false;  // the backend found nothing to do and sleeps until woken
     BusyClock busy_;
     BusyClock& engine_busy_;
+    bool working_ = false;  // something is in flight, or held back by the cap
+    int64_t capped_since_ns_ = 0;
+    SpanLog spans_;
     uint64_t max_in_flight_ = 0;
     std::atomic<int64_t> answered_ns_{0};  // last answer, or when the first request after a pause was taken
     std::atomic<uint64_t> bytes_[2]{};

@@ -72,7 +72,7 @@ void Engine::split(Ticket& ticket, const Volume& volume, Op op, uint64_t offset,
         const VolumeFile& file = volume.files()[extent.file];
         ticket.parts.push_back({&ticket, file.device, file.fd, extent.file, op, static_cast<uint8_t>(priority),
                                 volume.direct(), false, 0, extent.file_offset, reinterpret_cast<char*>(address),
-                                extent.num_bytes, 0});
+                                extent.num_bytes, 0, offset, 0});
         offset += extent.num_bytes;
         address += extent.num_bytes;
         num_bytes -= extent.num_bytes;
@@ -101,7 +101,7 @@ int64_t Engine::submit(int64_t volume_id, Op op, uint64_t offset, uint64_t addre
     if (priority < 0 || priority >= kNumPriorities || (op != Op::kRead && op != Op::kWrite)) return -EINVAL;
     if ((offset | address | num_bytes) % kAlignment) return -EINVAL;
     if (num_bytes > target->num_bytes() || offset > target->num_bytes() - num_bytes) return -ERANGE;
-    auto ticket = std::make_shared<Ticket>(target);
+    auto ticket = std::make_shared<Ticket>(target, volume_id);
     split(*ticket, *target, op, offset, address, num_bytes, priority);
     return launch(ticket, *target);
 }
@@ -110,11 +110,11 @@ int64_t Engine::submit(int64_t volume_id, Op op, uint64_t offset, uint64_t addre
 int64_t Engine::submit_sync(int64_t volume_id) {
     const std::shared_ptr<Volume> target = volume(volume_id);
     if (!target) return -EBADF;
-    auto ticket = std::make_shared<Ticket>(target);
+    auto ticket = std::make_shared<Ticket>(target, volume_id);
     uint32_t index = 0;
     for (const VolumeFile& file : target->files())
         ticket->parts.push_back({ticket.get(), file.device, file.fd, index++, Op::kSync, kSyncPriority, false, false, 0,
-                                 0, nullptr, 0, 0});
+                                 0, nullptr, 0, 0, 0, 0});
     return launch(ticket, *target);
 }
 
@@ -212,6 +212,17 @@ void Engine::abandon() {
     close(0);
     WriteLock held(mutex_);
     for (const Unit& unit : units_) unit.backend->detach();
+}
+
+void Engine::watch(size_t capacity) {
+    ReadLock held(mutex_);
+    for (const Unit& unit : units_) unit.device->watch(capacity);
+}
+
+int64_t Engine::read_spans(int index, nds_span* out, size_t capacity, uint64_t* lost) const {
+    ReadLock held(mutex_);
+    if (index < 0 || static_cast<size_t>(index) >= units_.size()) return -EINVAL;
+    return units_[static_cast<size_t>(index)].device->read_spans(out, capacity, lost);
 }
 
 void Engine::inject(const nds_faults& faults) {

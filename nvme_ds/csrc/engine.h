@@ -39,6 +39,8 @@ public:
     int64_t busy_ns() const { return static_cast<int64_t>(busy_.total_ns(now_ns())); }
     int buffer_error() const;
     void reset_counters();
+    void watch(size_t capacity);  // spans per device to record from now on; 0: none
+    int64_t read_spans(int index, nds_span* out, size_t capacity, uint64_t* lost) const;  // how many there are
     void inject(const nds_faults& faults);
     int close(int64_t timeout_us);
     void abandon();  // close(), and nobody joins the threads: the engine must never be destroyed

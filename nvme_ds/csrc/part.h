@@ -24,6 +24,8 @@ struct Part {
     char* address;
     uint64_t num_bytes;
     uint64_t done_bytes;
+    uint64_t volume_offset;
+    int64_t begin_ns;  // when a device took it
 
     uint64_t remaining() const { return num_bytes - done_bytes; }
 };

@@ -57,6 +57,7 @@ int Ticket::failure(nds_failure& out) const {
 
 int64_t TicketTable::insert(std::shared_ptr<Ticket> ticket) {
     std::lock_guard<std::mutex> lock(mutex_);
+    ticket->id = next_id_;
     tickets_.emplace(next_id_, std::move(ticket));
     return next_id_++;
 }

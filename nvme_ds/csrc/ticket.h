@@ -18,8 +18,10 @@ namespace nvme_ds {
 
 class Ticket {
 public:
-    explicit Ticket(std::shared_ptr<Volume> volume) : volume_(std::move(volume)) {}
+    Ticket(std::shared_ptr<Volume> volume, int64_t volume_id) : volume_id(volume_id), volume_(std::move(volume)) {}
 
+    const int64_t volume_id;
+    int64_t id = 0;  // set before the parts are handed to devices
     std::vector<Part> parts;  // filled before start(), then only touched by whoever holds a part
 
     void start(std::shared_ptr<Ticket> self);

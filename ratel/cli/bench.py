@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from ratel.cli.parser import add_command, directories
+from ratel.config import check_can_trace
 from ratel.errors import RatelError
 from ratel.units import MIB, format_bytes, parse_bytes
 
@@ -56,6 +57,7 @@ def _add_step(parts: Any) -> None:
                           ("activations", ["auto", "recompute", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
                           ("optimizer", ["auto", "eager", "deferred"])):
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
+    parser.add_argument("--trace", metavar="FILE", help="write what every resource and thread did in the last step, for Perfetto")
     for flag in ("gpu-memory", "dram", "ssd-bandwidth"):
         parser.add_argument(f"--{flag}", metavar="SIZE" if flag != "ssd-bandwidth" else "RATE")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -91,10 +93,12 @@ def _max(args: argparse.Namespace) -> None:
 def _step(args: argparse.Namespace) -> None:
     from ratel.train.step_bench import StepBench, measure, table
 
+    check_can_trace(args.trace)
     names = ("device", "tier", "checkpoint_tier", "activations", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
              "max_grad_norm")
     bench = StepBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, warmup=args.warmup,
-                      steps=args.steps, options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})
+                      steps=args.steps, trace=args.trace,
+                      options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})
     result = measure(bench, progress=lambda text: print(text, file=sys.stderr))
     print(json.dumps(result, indent=2) if args.json else table([result]))
 

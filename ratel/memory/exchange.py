@@ -6,8 +6,10 @@ session, wakes every waiter with that error instead of leaving it asleep.
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from ratel.errors import NonFiniteError, WorkerError
+from ratel.memory.tracing import Tracing
 
 LOST = ("The session cannot go on and what it has trained is lost, but for what was saved or committed; a model that was given "
         "as an object keeps the weights it came with")
@@ -26,6 +28,7 @@ class Exchange:
         self._failure: BaseException | None = None
         self._failed_in = ""
         self.closed = False
+        self.tracing = Tracing()
 
     def condition(self) -> threading.Condition:
         condition = threading.Condition(self.lock)
@@ -33,11 +36,16 @@ class Exchange:
             self._conditions.append(condition)
         return condition
 
-    def wait_for(self, condition: threading.Condition, ready: Callable[[], bool]) -> None:
-        """Block until ``ready()``; raises if a thread has failed or the session was closed. The lock is held."""
-        while not ready():
-            self.check()
-            condition.wait()
+    def wait_for(self, condition: threading.Condition, ready: Callable[[], bool], cause: str = "", name: str = "") -> None:
+        """Block until ``ready()``; raises if a thread has failed or the session was closed. The lock is held.
+
+        ``cause`` and ``name`` say in a trace what for; without them the thread just has nothing to do.
+        """
+        if not ready():
+            with self.tracing.waiting(cause, name) if cause else nullcontext():
+                while not ready():
+                    self.check()
+                    condition.wait()
         self.check()
 
     def check(self) -> None:

@@ -4,14 +4,15 @@ Three lanes: ``compute`` (the caller's current stream), ``h2d`` and ``d2h``. On 
 returns, so events carry no state and waiting for one is free.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
 from ratel.memory import jitter
+from ratel.plan import timeline
 
 LANES = ("compute", "h2d", "d2h")
 
@@ -37,6 +38,9 @@ class Span:
     lane: str
     label: str
     begin: "torch.cuda.Event | float"
+    num_bytes: int = 0
+    launched_s: float | None = None
+    """While a step is traced: when its enqueueing began."""
     end: "torch.cuda.Event | float | None" = None
 
     def done(self) -> bool:
@@ -49,6 +53,18 @@ class Span:
         return self.begin.elapsed_time(self.end) / 1e3
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One moment on the device's clock and on the host's (``perf_counter``)."""
+
+    event: "torch.cuda.Event | None"
+    host_s: float
+
+
+MARK_TRIES = 8
+"""Round trips of which the shortest counts: the first one after a while takes 50 us, the others 10."""
+
+
 class Lanes:
     """The streams of one device, and the record of what ran on them."""
 
@@ -56,6 +72,8 @@ class Lanes:
         self.device = device
         self.is_cuda = device.type == "cuda"
         self.spans: list[Span] = []
+        self._traced: list[Span] | None = None
+        """What `take_spans` has handed out since `start_trace`."""
         self._streams: dict[str, torch.cuda.Stream] = {}
         if self.is_cuda:
             # The session's compute stream is the stream current at construction: what the user's own code uses.
@@ -87,11 +105,12 @@ class Lanes:
             self._streams[lane].wait_event(event._event)
 
     @contextmanager
-    def work(self, lane: str, label: str) -> Iterator[None]:
-        """Run the body on the lane and record when it ran."""
+    def work(self, lane: str, label: str, num_bytes: int = 0) -> Iterator[None]:
+        """Run the body on the lane and record when it ran; ``num_bytes`` is what a copy moves."""
         with self.on(lane):
             jitter.pause(on_stream=self.is_cuda)
-            span = Span(lane, label, self._now(lane))
+            launched_s = perf_counter() if self._traced is not None else None
+            span = Span(lane, label, self._now(lane), num_bytes, launched_s)
             yield
             span.end = self._now(lane)
             self.spans.append(span)
@@ -102,7 +121,44 @@ class Lanes:
         done: list[Span] = []
         for span in spans:
             (done if span.done() else self.spans).append(span)
+        if self._traced is not None:
+            self._traced += done
         return done
+
+    def start_trace(self) -> None:
+        """Keep what runs from now on, and what runs now."""
+        self._began = self._mark()
+        self._traced = []
+
+    def stop_trace(self) -> tuple[list[timeline.Span], float]:
+        """All work since `start_trace`, complete, in seconds of ``perf_counter``; and how far the clocks grew apart.
+
+        The device's times are stretched between two marks, so that they are right at both.
+        """
+        self.synchronize()
+        spans, self._traced = [*self._traced, *(s for s in self.spans if s.end is not None)], None
+        if not self.is_cuda:
+            return [_placed(span, span.begin, span.end) for span in spans], 0.0
+        began, ended = self._began, self._mark()
+        host_s, device_s = ended.host_s - began.host_s, began.event.elapsed_time(ended.event) / 1e3
+
+        def on_host(event: "torch.cuda.Event") -> float:
+            return began.host_s + began.event.elapsed_time(event) / 1e3 * host_s / device_s
+
+        return [_placed(span, on_host(span.begin), on_host(span.end)) for span in spans], host_s - device_s
+
+    def _mark(self) -> Mark:
+        """On a stream of its own, which has nothing to wait for."""
+        if not self.is_cuda:
+            return Mark(None, perf_counter())
+        stream, marks = torch.cuda.Stream(self.device), []
+        for _ in range(MARK_TRIES):
+            event, before_s = torch.cuda.Event(enable_timing=True), perf_counter()
+            event.record(stream)
+            event.synchronize()
+            after_s = perf_counter()
+            marks.append((after_s - before_s, Mark(event, (before_s + after_s) / 2)))
+        return min(marks, key=lambda mark: mark[0])[1]
 
     def synchronize(self) -> None:
         if self.is_cuda:
@@ -110,7 +166,12 @@ class Lanes:
 
     def _now(self, lane: str) -> "torch.cuda.Event | float":
         if not self.is_cuda:
-            return time.perf_counter()
+            return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._streams[lane])
         return event
+
+
+def _placed(span: Span, begin_s: float, end_s: float) -> timeline.Span:
+    return timeline.Span(lane=span.lane, name=span.label, begin_s=begin_s, end_s=end_s, num_bytes=span.num_bytes,
+                         launched_s=span.launched_s)

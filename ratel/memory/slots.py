@@ -26,9 +26,10 @@ class SlotPool:
         self._freed = exchange.condition()
         self._free = [Slot(self, buffer) for buffer in buffers]
 
-    def acquire(self) -> Slot:
+    def acquire(self, cause: str, name: str) -> Slot:
+        """Block until one is free. ``cause`` and ``name`` say in a trace what its last user still waits for, and who asks."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._freed, lambda: bool(self._free))
+            self._exchange.wait_for(self._freed, lambda: bool(self._free), cause, name)
             return self._free.pop(0)
 
     def release(self, slot: Slot, last_use: Event) -> None:

@@ -81,10 +81,12 @@ class Activations:
         parts, num_bytes = lay_out_parts(tensors)
         if num_bytes > place.num_bytes:
             raise _too_large(place, tensors[0])
-        slot = self._staging_out[place.is_inner, place.num_bytes].acquire() if place.tier == SSD else None
+        slot = None
+        if place.tier == SSD:
+            slot = self._staging_out[place.is_inner, place.num_bytes].acquire("SSD write", _label(key))
         host = slot.buffer if slot else self._in_dram[key]
         self._lanes.wait("d2h", self._lanes.record("compute"))
-        with self._lanes.work("d2h", _label(key)):
+        with self._lanes.work("d2h", _label(key), num_bytes):
             for part, tensor in zip(parts, tensors, strict=True):
                 flat(part_of(host, part)).copy_(flat(tensor), non_blocking=True)
         copied = self._lanes.record("d2h")
@@ -99,7 +101,7 @@ class Activations:
         """A block is about to save inner activations. Waits until there is GPU memory for what is on its way out."""
         while len(self._leaving_inner) >= self._plan.buffers.inner_slots:
             for copied, _ in self._leaving_inner.popleft():
-                copied.synchronize()
+                self._wait_copied(copied)
         self._leaving_inner.append([])
 
     def end(self, block: int, micro: int) -> None:
@@ -124,16 +126,20 @@ class Activations:
         place = self._place(_key_of(gather))
         return self._slots[place.is_inner, place.num_bytes]
 
+    def name(self, gather: Gather) -> str:
+        return _label(_key_of(gather))
+
     def open(self, gather: Gather) -> Fetch:
         """Wait for the forward pass to save it; start its read if it is on SSD."""
         key = _key_of(gather)
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: key in self._left and self._left[key].written)
+            self._exchange.wait_for(self._changed, lambda: key in self._left and self._left[key].written, "saving",
+                                    self.name(gather))
             left = self._left.pop(key)
         place = self._place(key)
         if place.tier == DRAM or not left.num_bytes:
             return Fetch(left, self._in_dram.get(key), None, 0)
-        slot = self._staging_in[place.is_inner, place.num_bytes].acquire()
+        slot = self._staging_in[place.is_inner, place.num_bytes].acquire("DRAM slot", self.name(gather))
         ticket = self._engine.submit_read(self._volume, self._offsets[key], slot.buffer.data_ptr(), slot.buffer.numel(),
                                           native.nvme_ds.ACTIVATION)
         return Fetch(left, slot.buffer, slot, ticket)
@@ -141,12 +147,13 @@ class Activations:
     def fill(self, gather: Gather, handle: Fetch, slot: Slot) -> Tensor:
         if handle.slot is not None:
             key = _key_of(gather)
-            self._engine.wait(handle.ticket)
+            with self._exchange.tracing.waiting("SSD read", self.name(gather)):
+                self._engine.wait(handle.ticket)
             self._sums.verify(key, handle.slot.buffer, self._offsets[key])
         view = slot.buffer[: handle.left.num_bytes]
         if handle.left.num_bytes:
             self._lanes.wait("h2d", handle.left.copied)
-            with self._lanes.work("h2d", _label(_key_of(gather))):
+            with self._lanes.work("h2d", self.name(gather), view.numel()):
                 view.copy_(handle.host[: handle.left.num_bytes], non_blocking=True)
         return view
 
@@ -172,7 +179,11 @@ class Activations:
             return
         self._leaving += held
         while len(self._leaving) > MAX_COPIES_BEHIND * self._plan.work.num_micro:
-            self._leaving.popleft()[0].synchronize()
+            self._wait_copied(self._leaving.popleft()[0])
+
+    def _wait_copied(self, copied: Event) -> None:
+        with self._exchange.tracing.waiting("copies out"):
+            copied.synchronize()
 
     def _write_out(self, key: Key, slot: Slot, left: Left) -> None:
         def submit() -> None:
@@ -190,6 +201,10 @@ class Activations:
             self._changed.notify_all()
 
     # --- where --------------------------------------------------------------------------------------------------
+
+    def on_ssd(self) -> "tuple[native.nvme_ds.Volume | None, list[tuple[int, str]]]":
+        """The volume, and what begins where in it, in the order of the places."""
+        return self._volume, [(offset, _label(key)) for key, offset in self._offsets.items()]
 
     def _keys_on(self, tier: str) -> list[tuple[Key, int]]:
         """Everything that goes to the tier, with its bytes."""

@@ -58,7 +58,7 @@ class Gradients:
         """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``finish``."""
         grad = self._resident(unit)
         if grad is None:
-            slot = self._slots[unit.index] = self._pools[weight_class(unit)].acquire()
+            slot = self._slots[unit.index] = self._pools[weight_class(unit)].acquire("gradient", unit.name)
             self._lanes.wait("compute", slot.last_use)
             grad = slot.buffer[: unit.num_trainable]
         self._passes[unit.index] = 0
@@ -88,10 +88,11 @@ class Gradients:
 
     def finish(self, unit: UnitSpec, grad: torch.Tensor) -> "Moved | None":
         """Round, measure and move to DRAM; ``None`` for a unit that is updated on the GPU."""
-        total = self._total(unit, grad)
-        if total is not grad:
-            grad.copy_(total)
-        norm = self._measure(unit, grad)
+        with self._lanes.work("compute", f"gradient {unit.name}"):
+            total = self._total(unit, grad)
+            if total is not grad:
+                grad.copy_(total)
+            norm = self._measure(unit, grad)
         if self._plan.placement(unit).on_gpu:
             return None
         return self._move(unit, grad, norm)
@@ -121,13 +122,14 @@ class Gradients:
     def _move(self, unit: UnitSpec, grad: torch.Tensor, norm: torch.Tensor) -> "Moved":
         host_slot = None
         if self._plan.grads_pass_through(unit):
-            host_slot = self._host[weight_class(unit)].acquire()
+            # Eager: what holds it is an update; deferred: the write of an earlier gradient.
+            host_slot = self._host[weight_class(unit)].acquire("SSD write" if self._plan.deferred else "update", unit.name)
             host = host_slot.buffer[: unit.num_trainable * self._dtype.itemsize].view(self._dtype)
         else:
             host = self._store.plane(unit.index, "g").tensor
         host_norm = self._host_norms[unit.index]
         self._lanes.wait("d2h", self._lanes.record("compute"))
-        with self._lanes.work("d2h", unit.name):
+        with self._lanes.work("d2h", f"gradient {unit.name}", grad.numel() * grad.element_size() + norm.element_size()):
             host.copy_(grad, non_blocking=True)
             host_norm.copy_(norm, non_blocking=True)
         arrived = self._lanes.record("d2h")

@@ -73,7 +73,7 @@ class Machinery:
         self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool)
         self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
         self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
-        self.io = PlaneIO(self.store, self.engine)
+        self.io = PlaneIO(self.store, self.engine, exchange.tracing)
         self.transfer = UnitTransfer(self.store, self.io, self.pool, self.engine)
         cache = self.cache = HostCache(plan, self.store, self.arena, self.io, exchange)
         self.copies, self.writes = Retirer("copies", exchange), Retirer("writes", exchange)

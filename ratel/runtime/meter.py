@@ -14,6 +14,9 @@ class Usage:
     busy_s: dict[str, float]
     ssd_read_bytes: int
     ssd_written_bytes: int
+    h2d_bytes: int
+    d2h_bytes: int
+    """Between DRAM and GPU memory; on a CPU device the same copies within DRAM."""
 
     @property
     def bound_by(self) -> str:
@@ -34,9 +37,10 @@ class Meter:
         self.read()
 
     def read(self) -> Usage:
-        busy = dict.fromkeys(LANES, 0.0)
+        busy, moved = dict.fromkeys(LANES, 0.0), dict.fromkeys(LANES, 0)
         for span in self._lanes.take_spans():
             busy[span.lane] += span.seconds
+            moved[span.lane] += span.num_bytes
         cpu_s, self._cpu_s = self._updates.busy_s - self._cpu_s, self._updates.busy_s
         busy["cpu optimizer"] = cpu_s
         disks = self._engine.stats()["directories"] if self._engine is not None else {}
@@ -45,4 +49,5 @@ class Meter:
         self._disk = {path: dict(now) for path, now in disks.items()}
         busy["ssd"] = max((d["busy_s"] for d in deltas), default=0.0)
         return Usage(busy_s=busy, ssd_read_bytes=sum(d["bytes_read"] for d in deltas),
-                     ssd_written_bytes=sum(d["bytes_written"] for d in deltas))
+                     ssd_written_bytes=sum(d["bytes_written"] for d in deltas), h2d_bytes=moved["h2d"],
+                     d2h_bytes=moved["d2h"])

@@ -122,7 +122,7 @@ class OptimizerPipeline:
     def wait_persisted(self, unit: int, number: int) -> None:
         """Block until so many updates of the unit are done and on its tier."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: self._persisted[unit] >= number)
+            self._exchange.wait_for(self._changed, lambda: self._persisted[unit] >= number, "SSD write", self._name(unit))
 
     def submit(self, unit: UnitSpec, hyper: Hyper) -> None:
         """Ask for the unit's update; it starts when its gradient has arrived."""
@@ -149,12 +149,13 @@ class OptimizerPipeline:
     def wait_updated(self, unit: int) -> None:
         """Block until the unit's updates of earlier steps are done."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: self._updated[unit] >= self._required[unit])
+            self._exchange.wait_for(self._changed, lambda: self._updated[unit] >= self._required[unit], "update",
+                                    self._name(unit))
 
     def finish_step(self) -> bool:
         """Eager mode, after backward: wait for this step's updates. False if none was made: all skipped, or none asked."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: self._updated == self._asked)
+            self._exchange.wait_for(self._changed, lambda: self._updated == self._asked, "update")
             return self._skipped != max(self._asked)
 
     def leave(self, unit: int, slot: HostSlot) -> None:
@@ -206,7 +207,7 @@ class OptimizerPipeline:
         if "g" in planes:
             self._wait_arrival(job.unit.index)
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: bool(self._ring))
+            self._exchange.wait_for(self._changed, lambda: bool(self._ring), "ring slot", job.unit.name)
             slot = self._ring.pop(0)
         views = self._ring_views(job.unit, planes, slot, end - begin)
         reads = [self._io.read(job.unit.index, name, begin, view, native.nvme_ds.OPTIMIZER)
@@ -229,7 +230,8 @@ class OptimizerPipeline:
             chunk: Chunk = self._loaded.take()
             arrival = self._wait_arrival(chunk.job.unit.index)
             if chunk.begin == 0:
-                arrival.arrived.synchronize()
+                with self._exchange.tracing.waiting("gradient", chunk.job.unit.name):
+                    arrival.arrived.synchronize()
                 self._ready_weights(chunk.job)
             for read in chunk.reads:
                 self._io.wait(read)
@@ -272,19 +274,24 @@ class OptimizerPipeline:
 
     def _wait_arrival(self, unit: int) -> Arrival:
         with self._exchange.lock:
-            self._exchange.wait_for(self._changed, lambda: unit in self._arrivals)
+            self._exchange.wait_for(self._changed, lambda: unit in self._arrivals, "gradient", self._name(unit))
             return self._arrivals[unit]
 
     def _run_adamw(self, chunk: Chunk, arrival: Arrival) -> None:
         job, planes = chunk.job, self._chunk_planes(chunk, arrival)
         hyper, count = job.hyper, chunk.end - chunk.begin
         begun = perf_counter()
-        self._pool.adamw(*(planes[p].data_ptr() for p in (*PLANES, "g")), count,
-                         grad_dtype="fp32" if self._plan.fp32 else "bf16", lr=hyper.lr, beta1=hyper.beta1,
-                         beta2=hyper.beta2, eps=hyper.eps, step=hyper.step, grad_scale=hyper.grad_scale,
-                         ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
+        # The gradient is read, the other planes are read and written.
+        with self._exchange.tracing.working("cpu optimizer", job.unit.name, count * (24 + self._plan.grad_bytes)):
+            self._pool.adamw(*(planes[p].data_ptr() for p in (*PLANES, "g")), count,
+                             grad_dtype="fp32" if self._plan.fp32 else "bf16", lr=hyper.lr, beta1=hyper.beta1,
+                             beta2=hyper.beta2, eps=hyper.eps, step=hyper.step, grad_scale=hyper.grad_scale,
+                             ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
         self.busy_s += perf_counter() - begun
         self._applied, job.applied = job.number, True
+
+    def _name(self, unit: int) -> str:
+        return self._plan.spec.units[unit].name
 
     def _chunk_planes(self, chunk: Chunk, arrival: Arrival) -> dict[str, torch.Tensor]:
         unit = chunk.job.unit

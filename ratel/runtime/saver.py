@@ -122,7 +122,7 @@ class Saver:
             save = self._save
             if save is None or number <= save.asked[unit]:
                 return
-            self._exchange.wait_for(self._changed, lambda: save.done or self._may_overwrite(save, unit))
+            self._exchange.wait_for(self._changed, lambda: save.done or self._may_overwrite(save, unit), "saving")
 
     def join(self) -> None:
         self._worker.join()

@@ -23,6 +23,7 @@ from ratel.plan.hardware import Hardware
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
+from ratel.plan.timeline import Timeline
 from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files
@@ -33,6 +34,7 @@ from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targ
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
+from ratel.runtime.recording import Recording
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
@@ -46,7 +48,7 @@ class StepResult:
     """What one step did. ``loss`` is the mean over target tokens; ``grad_norm`` is taken before clipping.
 
     ``seconds`` is wall time; ``bound_s`` the busy time of the busiest resource, named by ``bound_by``. A step whose
-    gradients are not finite is ``skipped``: no state has changed.
+    gradients are not finite is ``skipped``: no state has changed. ``timeline`` is that of a step that was traced.
     """
 
     step: int
@@ -59,6 +61,7 @@ class StepResult:
     bound_by: str
     skipped: bool
     usage: Usage
+    timeline: Timeline | None = None
 
     @property
     def bound(self) -> float:
@@ -197,10 +200,15 @@ class Session:
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def step(self, batch: Any, *, lr: float | None = None) -> StepResult:
-        """Forward, backward and update on one batch; see docs/architecture.md for what happens when."""
+    def step(self, batch: Any, *, lr: float | None = None, trace: bool = False) -> StepResult:
+        """Forward, backward and update on one batch; see docs/architecture.md for what happens when.
+
+        ``trace`` records what every resource and thread did (``timeline``, which `Timeline.write` draws), and waits for
+        the device at the end; it changes no result.
+        """
         begun = perf_counter()
         batch = self._ready(batch)
+        recording = Recording(self._machinery) if trace else None
         targets = step_targets(batch) if self.parts.is_causal_lm else 0
         tokens = _count_tokens(batch)
         micros = split(batch, self.plan.work.micro_rows, self.device)
@@ -211,9 +219,11 @@ class Session:
         self._attempts += 1
         self._updates_made += applied
         usage = self._meter.read()
+        seconds = perf_counter() - begun
         return StepResult(step=self._attempts, loss=loss, grad_norm=norm, lr=lr, tokens=tokens,
-                          seconds=perf_counter() - begun, bound_s=usage.bound_s, bound_by=usage.bound_by,
-                          skipped=not applied, usage=usage)
+                          seconds=seconds, bound_s=usage.bound_s, bound_by=usage.bound_by,
+                          skipped=not applied, usage=usage,
+                          timeline=recording.finish(self._attempts, begun) if recording else None)
 
     # --- beside training ----------------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class VerticalStep:
         with torch.no_grad():
             with self._using(self._stages[0]):
                 for micro in micros:
-                    with self._computing(self._stages[0], micro, step):
+                    with self._computing(self._stages[0], micro, step, "forward"):
                         micro.hidden, micro.inputs = self._parts.head(micro.batch)
             for stage in self._stages[1:-1]:
                 with self._using(stage):
@@ -90,7 +90,7 @@ class VerticalStep:
         if save:
             micro.hidden = micro.hidden.contiguous()
             self._activations.save((block, micro.index, INPUT), [micro.hidden])
-        with self._computing(stage, micro, step):
+        with self._computing(stage, micro, step, "forward"):
             run = self._forward_saving if save and len(self._plan.saved_of(block)) > 1 else self._forward_plain
             micro.hidden = run(block, micro)
 
@@ -115,7 +115,7 @@ class VerticalStep:
         return loss
 
     def _loss(self, stage: StageSpec, micro: Micro, targets: int, step: int, *, backward: bool) -> Tensor:
-        with self._computing(stage, micro, step):
+        with self._computing(stage, micro, step, "loss"):
             if self._parts.is_causal_lm:
                 loss, micro.grad = self._causal_loss(stage, micro, targets, backward)
             else:
@@ -145,7 +145,7 @@ class VerticalStep:
         with self._using(stage), self._accumulating(stage):
             for micro in micros:
                 with self._saved(stage.index - 1, micro) as saved:
-                    with self._computing(stage, micro, step):
+                    with self._computing(stage, micro, step, "backward"):
                         hidden = saved[INPUT][0].detach().requires_grad_()
                         with torch.enable_grad():
                             output = self._blocks.second(stage.index - 1, micro.index, hidden, micro.inputs, saved,
@@ -160,7 +160,7 @@ class VerticalStep:
         stage = self._stages[0]
         with self._using(stage), self._accumulating(stage):
             for micro in micros:
-                with self._computing(stage, micro, step):
+                with self._computing(stage, micro, step, "backward"):
                     self._backward_head(micro)
                     self._collect(stage)
 
@@ -182,7 +182,7 @@ class VerticalStep:
         for unit in units:
             on_gpu = self._plan.placement(unit).on_gpu
             self._parts.attach(unit.index, self._weights.resident(unit.index) if on_gpu
-                               else self._streamer.get(("unit", unit.index)))
+                               else self._streamer.get(("unit", unit.index), unit.name))
         yield
         for unit in units:
             self._parts.attach(unit.index, None)
@@ -211,16 +211,16 @@ class VerticalStep:
                 saved[place.name] = self._activations.kept(key)
             else:
                 gathered.append(key_of(Gather.of_saved(*key)))
-                saved[place.name] = self._activations.returned(key, self._streamer.get(gathered[-1]))
+                saved[place.name] = self._activations.returned(key, self._streamer.get(gathered[-1], f"{block}.{micro.index}"))
         yield saved
         for key in gathered:
             self._streamer.release(key)
 
     @contextmanager
-    def _computing(self, stage: StageSpec, micro: Micro, step: int) -> Iterator[None]:
+    def _computing(self, stage: StageSpec, micro: Micro, step: int, what: str) -> Iterator[None]:
         """Random numbers depend on step, stage and micro-batch alone: recomputation draws what forward drew."""
         self._seed_for(stage, micro, step)
-        with self._lanes.work("compute", stage.name):
+        with self._lanes.work("compute", f"{stage.name} {what}"):
             yield
 
     def _seed_for(self, stage: StageSpec, micro: Micro, step: int) -> None:

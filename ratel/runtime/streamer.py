@@ -41,6 +41,9 @@ class Source(Protocol):
     def pool(self, gather: Gather) -> SlotPool:
         """Slots that the gather goes into."""
 
+    def name(self, gather: Gather) -> str:
+        """What it is called in traces."""
+
 
 @dataclass(slots=True)
 class Landed:
@@ -61,10 +64,11 @@ class Streamer:
         """Begin a pass. Gathers run ahead as far as slots allow."""
         self._to_read.put(*schedule)
 
-    def get(self, key: Key) -> torch.Tensor:
-        """The gathered bytes, safe to use by work enqueued on the compute lane from now on."""
+    def get(self, key: Key, name: str) -> torch.Tensor:
+        """The gathered bytes, safe to use by work enqueued on the compute lane from now on. ``name`` is for traces."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._landing, lambda: key in self._landed)
+            self._exchange.wait_for(self._landing, lambda: key in self._landed,
+                                    "weights" if key[0] == "unit" else "activations", name)
             landed = self._landed[key]
         self._lanes.wait("compute", landed.arrived)
         jitter.pause(on_stream=True)
@@ -99,7 +103,7 @@ class Streamer:
 
     def _upload_one(self, gather: Gather, handle: object) -> None:
         source = self._source_of(gather)
-        slot = source.pool(gather).acquire()
+        slot = source.pool(gather).acquire("GPU slot", source.name(gather))
         slot.uses = gather.uses
         self._lanes.wait("h2d", slot.last_use)
         view = source.fill(gather, handle, slot)

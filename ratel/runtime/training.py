@@ -42,7 +42,8 @@ class Training:
         if not self._plan.deferred:
             self._submit(hyper, closing_order(self._plan))
         loss = self._vertical.train(micros, targets=targets, step=attempt)
-        norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
+        with self._m.exchange.tracing.waiting("norm"):
+            norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
         loss_value, finite = float(loss), bool(torch.isfinite(norm))
         if finite:
             hyper = replace(hyper, grad_scale=clip_scale(norm, self._clip))

@@ -26,6 +26,9 @@ class WeightSource:
     def pool(self, gather: Gather) -> SlotPool:
         return self._pools[weight_class(self._plan.spec.units[gather.unit])]
 
+    def name(self, gather: Gather) -> str:
+        return self._plan.spec.units[gather.unit].name
+
     def open(self, gather: Gather) -> HostSlot | None:
         self._updates.wait_updated(gather.unit)
         if not self._plan.weights_from_ssd(self._plan.spec.units[gather.unit]):
@@ -41,7 +44,7 @@ class WeightSource:
         view = slot.buffer[: self._plan.spec.units[gather.unit].num_elements]
         if handle is not None:
             self._cache.ready(handle)
-        with self._lanes.work("h2d", self._plan.spec.units[gather.unit].name):
+        with self._lanes.work("h2d", self.name(gather), view.numel() * view.element_size()):
             if self._plan.fp32:
                 merge(planes["hi"], planes["lo"], view, self._staging)
             else:

@@ -49,7 +49,8 @@ class HostCache:
     def acquire(self, unit: int, refs: int = 1) -> HostSlot:
         """The slot that holds the unit, read from SSD if no slot does; blocks while all slots are in use."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._freed, lambda: self._available(unit) > 0)
+            self._exchange.wait_for(self._freed, lambda: self._available(unit) > 0, "DRAM slot",
+                                    self._plan.spec.units[unit].name)
             self._unread.discard(unit)
             self._freed.notify_all()
             return self._take(unit, refs)
@@ -61,7 +62,8 @@ class HostCache:
         slot, and the slots for the pass to get past those units.
         """
         with self._exchange.lock:
-            self._exchange.wait_for(self._freed, lambda: self._available(unit) > self._reads_before(unit))
+            self._exchange.wait_for(self._freed, lambda: self._available(unit) > self._reads_before(unit), "DRAM slot",
+                                    self._plan.spec.units[unit].name)
             return self._take(unit, 1)
 
     def expect_reads(self, units: Iterable[int]) -> None:

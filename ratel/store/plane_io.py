@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ratel import native
+from ratel.memory.tracing import Tracing
 from ratel.store.planes import Store
 
 
@@ -23,8 +24,8 @@ class Read:
 class PlaneIO:
     """``begin`` counts elements of the plane; ``values`` are 1-D, contiguous, page aligned and in its dtype."""
 
-    def __init__(self, store: Store, engine: "native.nvme_ds.Engine | None") -> None:
-        self._store, self._engine = store, engine
+    def __init__(self, store: Store, engine: "native.nvme_ds.Engine | None", tracing: Tracing) -> None:
+        self._store, self._engine, self._tracing = store, engine, tracing
 
     def read(self, unit: int, name: str, begin: int, values: torch.Tensor, priority: int) -> Read:
         """Start reading the current version."""
@@ -35,15 +36,19 @@ class PlaneIO:
 
     def wait(self, read: Read) -> None:
         """Block until the bytes are there. Raises OSError for a failed transfer, DamagedError for wrong bytes."""
-        self._engine.wait(read.ticket)
+        name = self._store.plan.spec.units[read.unit].name
+        with self._tracing.waiting("SSD read", name):
+            self._engine.wait(read.ticket)
         slot = 0 if read.name == "g" else read.slot
-        self._store.checksums.verify(slot, read.unit, read.name, read.begin, read.values,
-                                     lambda element: self._store.where(slot, read.unit, read.name, element))
+        with self._tracing.waiting("checksum", name):
+            self._store.checksums.verify(slot, read.unit, read.name, read.begin, read.values,
+                                         lambda element: self._store.where(slot, read.unit, read.name, element))
 
     def write(self, unit: int, name: str, begin: int, values: torch.Tensor, priority: int,
               slot: int | None = None) -> int:
         """Start writing the version that follows, or the one in ``slot``; returns the ticket."""
         slot = 0 if name == "g" else self._store.slot_to_write(unit) if slot is None else slot
-        self._store.checksums.record(slot, unit, name, begin, values)
+        with self._tracing.waiting("checksum", self._store.plan.spec.units[unit].name):
+            self._store.checksums.record(slot, unit, name, begin, values)
         return self._engine.submit_write(self._store.volume_of(name), self._store.offset(slot, unit, name, begin),
                                          values.data_ptr(), values.numel() * values.element_size(), priority)

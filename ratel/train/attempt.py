@@ -14,6 +14,7 @@ from ratel.hardware.host import describe_host
 from ratel.monitor.metrics import MetricsWriter
 from ratel.monitor.progress import ProgressDisplay
 from ratel.plan.durability import saving
+from ratel.plan.timeline import Timeline
 from ratel.runtime.session import Session
 from ratel.train.inputs import Inputs
 from ratel.train.interrupt import Interrupted, StopRequest
@@ -129,10 +130,20 @@ class Attempt:
             loop = Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
                         evaluation=self.inputs.evaluation, eval_every=config.eval_every, save_every=config.save_every,
                         save=save if config.save_every else None,
-                        save_best=partial(save, copies=True) if config.keep_best else None)
+                        save_best=partial(save, copies=True) if config.keep_best else None,
+                        traced=self._write_trace if config.trace is not None else None)
             if loop.evaluate_late(progress):  # nothing is written yet: the writer opens the file with its first record
                 amend_last(self.out.metrics, {"eval_loss": progress.eval_losses[progress.steps]})
             loop.run(self.inputs.batches, progress)
+
+    def _write_trace(self, timeline: Timeline) -> None:
+        """A run is worth more than its trace: one that cannot be written does not end it."""
+        try:
+            timeline.write(self.config.trace)
+        except OSError as error:
+            self.display.note(f"--trace: {self.config.trace} cannot be written: {error}")
+        else:
+            self.display.note(f"{self.config.trace}: trace of step {timeline.step}, {timeline.step_s:.3f} s")
 
     def _save(self, progress: Progress, *, copies: bool) -> None:
         """In the background: commit in place if the plan says so, or copy everything out."""

@@ -6,17 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ratel.errors import NonFiniteError, RatelError
+from ratel.plan.timeline import Timeline
 from ratel.train.interrupt import StopRequest
 from ratel.train.schedule import Schedule
 
 MAX_SKIPPED_IN_A_ROW = 10
+TRACED_STEP = 3
+"""Of a start: the first one imports and has no updates to wait for, the second one has all buffers still empty."""
 _NONE_LEFT = object()
 
 
 class Trainer(Protocol):
     """What the loop needs of a `ratel.Session`."""
 
-    def step(self, batch: Any, lr: float | None = None) -> Any: ...
+    def step(self, batch: Any, lr: float | None = None, **options: Any) -> Any: ...
 
     def evaluate(self, batches: Iterable[Any]) -> float: ...
 
@@ -75,6 +78,8 @@ class Loop:
     save: Callable[[Progress], None] | None = None
     save_every: int = 0
     save_best: Callable[[Progress], None] | None = None
+    traced: Callable[[Timeline], None] | None = None
+    """Takes the record of the step numbered TRACED_STEP, or of the last one of fewer."""
 
     def run(self, batches: Iterator[Any], progress: Progress) -> None:
         """Fill ``progress``. Ends early when ``batches`` does or when a stop was requested."""
@@ -108,15 +113,21 @@ class Loop:
     def _step(self, batch: Any, progress: Progress) -> None:
         number = progress.steps + 1
         try:
-            out = self.session.step(batch, lr=self.schedule(number - 1))
+            trace = {"trace": True} if self._is_traced(number, progress) else {}
+            out = self.session.step(batch, lr=self.schedule(number - 1), **trace)
         except NonFiniteError as error:
             raise RatelError(f"step {number} has a gradient that is not finite, and part of the update was made",
                              field="--optimizer", value="eager", remedy=_ADVICE) from error
         record = describe_step(number, out)
         progress.add(record)
+        if trace:
+            self.traced(out.timeline)
         if self._evaluates_after(number):
             self._evaluate(number, record, progress)
         self.record(record)
+
+    def _is_traced(self, number: int, progress: Progress) -> bool:
+        return self.traced is not None and number == min(progress.steps_before + TRACED_STEP, self.steps)
 
     def _evaluates_after(self, number: int) -> bool:
         if self.evaluation is None or self.stop.requested:

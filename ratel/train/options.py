@@ -9,7 +9,7 @@ from typing import Any
 from ratel.config import TrainConfig, flag_of, read_file, resolve
 from ratel.errors import RatelError
 
-_OF_ONE_START = ("resume", "overwrite")
+_OF_ONE_START = ("resume", "overwrite", "trace")
 """What is asked for once: it is not an option of the run that is continued."""
 _UNREMARKABLE = (*_OF_ONE_START, "out", "quiet", "log_every", "optimizer_state")
 

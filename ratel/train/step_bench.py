@@ -16,13 +16,15 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepBench:
-    """One configuration. ``options`` go to the Session as they are."""
+    """One configuration. ``options`` go to the Session as they are. The last step is traced."""
 
     model: Any
     batch_size: int = 8
     seq_len: int = 1024
     warmup: int = 2
     steps: int = 4
+    trace: str | None = None
+    """File for the trace of the last step."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -35,6 +37,8 @@ def measure(bench: StepBench, progress: Progress = lambda text: None) -> dict[st
         progress(session.plan.describe())
         start_s = time.perf_counter() - begun
         outs = [_step(session, bench, index, progress) for index in range(bench.warmup + bench.steps)]
+        if bench.trace is not None:
+            outs[-1].timeline.write(bench.trace)
         return _summarize(session, bench, outs, start_s)
 
 
@@ -59,7 +63,8 @@ def use_quick_weights(session: Session) -> None:
 def _step(session: Session, bench: StepBench, index: int, progress: Progress) -> StepResult:
     generator = torch.Generator().manual_seed(index)
     shape = (bench.batch_size, bench.seq_len)
-    out = session.step({"input_ids": torch.randint(0, session.parts.spec.vocab_size, shape, generator=generator)})
+    batch = {"input_ids": torch.randint(0, session.parts.spec.vocab_size, shape, generator=generator)}
+    out = session.step(batch, trace=index == bench.warmup + bench.steps - 1)
     busy = ", ".join(f"{name} {seconds:.3f}" for name, seconds in out.usage.busy_s.items() if seconds)
     progress(f"step {index}: {out.seconds:.3f} s, loss {out.loss:.4f}, norm {out.grad_norm:.3f}; busy: {busy}")
     return out

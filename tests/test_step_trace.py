@@ -1,0 +1,163 @@
+"""The record of a real step: complete, on one clock, and without influence on the step."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import nvme_ds
+from families_common import batches, build
+from nvme_ds import AlignedBuffer, Engine
+from ratel.plan.timeline import Span, Timeline
+from ratel.plan.traffic import step_traffic
+from ratel.runtime.session import Session
+
+pytestmark = pytest.mark.numerics
+MIB = 1 << 20
+
+
+def open_session(ssd: Path, device: str = "cpu", **options) -> Session:
+    defaults = dict(device=device, ssd=[ssd], lr=1e-3, tier="ssd", checkpoint_tier="ssd", micro_batch=2)
+    return Session(build("llama"), gpu_memory="4GiB" if device == "cuda" else None, **{**defaults, **options})
+
+
+def lane(timeline: Timeline, prefix: str) -> list[Span]:
+    return sorted((s for s in timeline.spans if s.lane.startswith(prefix)), key=lambda s: s.begin_s)
+
+
+def bytes_of(timeline: Timeline, prefix: str) -> int:
+    return sum(span.num_bytes for span in lane(timeline, prefix))
+
+
+def assert_in_turn(spans: list[Span]) -> None:
+    for before, after in zip(spans, spans[1:]):
+        assert before.begin_s <= before.end_s <= after.begin_s + 1e-6, (before, after)
+
+
+@pytest.mark.parametrize("optimizer", ["deferred", "eager"])
+def test_a_traced_step_is_complete(optimizer: str, ssd_dir: Path) -> None:
+    # Slow enough that updates of a deferred step are not over before the next one begins.
+    with open_session(ssd_dir, optimizer=optimizer, max_grad_norm=0.0, ssd_bandwidth="16MB/s") as session:
+        outs = [session.step(batch, trace=index == 2) for index, batch in enumerate(batches("llama", 3))]
+        timeline, plan, usage = outs[-1].timeline, session.plan, outs[-1].usage
+    assert [out.timeline for out in outs[:2]] == [None, None]
+    assert timeline.step == 3 and timeline.lost == 0 and timeline.step_s == pytest.approx(outs[-1].seconds, rel=0.2)
+    for name in ("compute", "h2d", "d2h", "cpu optimizer"):
+        spans = lane(timeline, name)
+        assert_in_turn(spans)
+        assert all(0 <= s.begin_s and s.end_s <= timeline.step_s for s in spans if name != "cpu optimizer")
+    names = {unit.name for unit in plan.spec.units}
+    assert {s.name for s in lane(timeline, "h2d")} >= names 
+    # The first and last updates may be made between this step and its neighbours.
+    middle = {unit.name for unit in plan.spec.units if unit.kind == "block"} - {"block.0", "block.3"}
+    assert middle <= {s.name for s in lane(timeline, "cpu optimizer")} <= names
+    assert {s.name for s in lane(timeline, "d2h")} >= {f"gradient {name}" for name in names}
+    assert {s.name for s in lane(timeline, "compute")} >= {f"{stage.name} {what}" for stage in plan.spec.stages[:-1]
+                                                           for what in ("forward", "backward")}
+    assert {s.name for s in lane(timeline, "ssd read")} >= {f"{plane} {name}" for plane in ("lo", "m", "v") for name in middle}
+    assert bytes_of(timeline, "h2d") == usage.h2d_bytes == step_traffic(plan).h2d
+    assert bytes_of(timeline, "d2h") == usage.d2h_bytes == step_traffic(plan).d2h
+
+
+def test_spans_of_an_ssd_add_up_to_what_it_moved(ssd_dir: Path) -> None:
+    """Block inputs are written and read within a step; other traffic crosses its ends."""
+    with open_session(ssd_dir, tier="dram") as session:
+        out = [session.step(batch, trace=True) for batch in batches("llama", 2)][-1]
+        plan = session.plan
+    assert bytes_of(out.timeline, "ssd read") == out.usage.ssd_read_bytes > 0
+    assert bytes_of(out.timeline, "ssd write") == out.usage.ssd_written_bytes > 0
+    assert {s.name for s in lane(out.timeline, "ssd")} == {f"checkpoint {block}.{micro}" for block, tier in enumerate(plan.checkpoint_tiers)
+                                                           if tier == "ssd" for micro in range(plan.work.num_micro)}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tracing_changes_no_bit(device: str, ssd_dir: Path) -> None:
+    results = []
+    for trace in (False, True):
+        with open_session(ssd_dir, device) as session:
+            losses = [session.step(batch, trace=trace).loss for batch in batches("llama", 3)]
+            results.append((losses, session.state_dict()))
+    (losses, weights), (traced, same) = results
+    assert losses == traced and all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_the_file_opens_and_covers_the_step(ssd_dir: Path, tmp_path: Path) -> None:
+    with open_session(ssd_dir) as session:
+        timeline = [session.step(batch, trace=True) for batch in batches("llama", 3)][-1].timeline
+    timeline.write(tmp_path / "trace.json")
+    content = json.loads((tmp_path / "trace.json").read_text())
+    assert content["otherData"]["step"] == 3 and content["otherData"]["lost_requests"] == 0
+    rows = {e["tid"]: e["args"]["name"] for e in content["traceEvents"] if e["ph"] == "M"}
+    drawn: dict[int, list[tuple[float, float]]] = {}
+    for event in content["traceEvents"]:
+        if event["ph"] == "X":
+            drawn.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    assert {"step", "compute", "h2d", "d2h", "cpu optimizer", f"ssd read {ssd_dir}", f"ssd write {ssd_dir}"} <= set(rows.values())
+    for row, spans in drawn.items():  # Perfetto nests what overlaps in a row, and cuts off what does not nest
+        assert all(before[1] <= after[0] + 0.01 for before, after in zip(sorted(spans), sorted(spans)[1:])), rows[row]
+        assert all(0 <= begin <= end <= timeline.step_s * 1e6 + 0.01 for begin, end in spans)
+
+
+def test_what_is_not_traced_is_not_recorded(ssd_dir: Path) -> None:
+    with open_session(ssd_dir) as session:
+        for index, batch in enumerate(batches("llama", 3)):
+            session.step(batch, trace=index == 1)
+        m = session._machinery
+        assert m.lanes._traced is None and not m.exchange.tracing.is_on and m.engine.spans() == ([], 0)
+        count = len(m.exchange.tracing._spans)
+        session.flush()
+        assert len(m.exchange.tracing._spans) == count
+
+
+@pytest.mark.parametrize("cap_bps", [None, 8 * MIB])
+def test_the_engine_records_transfers(cap_bps: float | None, ssd_dir: Path) -> None:
+    """One span for a transfer of eight requests; with a cap, as long as the cap makes it."""
+    with Engine(request_bytes=64 << 10, bandwidth_bps=cap_bps) as engine:
+        volume, memory = engine.create_volume([ssd_dir], "v", 4 * MIB), AlignedBuffer(4 * MIB)
+        engine.wait(engine.submit_write(volume, 0, memory.address, 4 * MIB, nvme_ds.WEIGHT))
+        assert engine.spans() == ([], 0)
+        engine.watch(100)
+        engine.wait(engine.submit_read(volume, MIB, memory.address, 512 << 10, nvme_ds.WEIGHT))
+        engine.wait(engine.submit_write(volume, 2 * MIB, memory.address, MIB, nvme_ds.WRITEBACK))
+        spans, lost = engine.spans()
+        busy_s = engine.stats()["busy_s"]
+        engine.watch(1)
+        for _ in range(2):
+            engine.wait(engine.submit_read(volume, 0, memory.address, 4096, nvme_ds.WEIGHT))
+        assert engine.spans()[1] == 1 and len(engine.spans()[0]) == 1
+    for op, num_bytes, offset in (("read", 512 << 10, MIB), ("write", MIB, 2 * MIB)):
+        mine = [s for s in spans if s.op == op]
+        assert sum(s.num_bytes for s in mine) == num_bytes and min(s.offset for s in mine) == offset
+        assert all(s.volume == volume.handle and s.directory == str(ssd_dir.resolve()) for s in mine)
+    assert lost == 0
+    if cap_bps:
+        assert len(spans) == 2 and spans[1].end_s - spans[0].begin_s == pytest.approx(1.5 * MIB / cap_bps, rel=0.4)
+        assert busy_s >= 5.0 * MIB / cap_bps, "what the cap holds back counts as busy"
+
+
+@pytest.mark.gpu
+def test_clocks_agree() -> None:
+    """A copy that the host waits for lies between the host's own readings, at any time after the marks."""
+    from time import perf_counter, sleep
+
+    from ratel.memory.lanes import Lanes
+
+    lanes = Lanes(torch.device("cuda"))
+    source, target = torch.ones(1 << 26, device="cuda"), torch.empty(1 << 26, device="cuda")
+    target.copy_(source)
+    lanes.synchronize()
+    lanes.start_trace()
+    readings = []
+    for _ in range(20):
+        begun_s = perf_counter()
+        with lanes.work("h2d", "copy", 1):
+            target.copy_(source, non_blocking=True)
+        lanes.synchronize()
+        readings.append((begun_s, perf_counter()))
+        sleep(0.05)
+    spans, error_s = lanes.stop_trace()
+    assert abs(error_s) < 1e-3 and len(spans) == len(readings)
+    for span, (begun_s, ended_s) in zip(spans, readings):
+        assert begun_s - 50e-6 <= span.begin_s <= span.end_s <= ended_s + 50e-6
+        assert begun_s <= span.launched_s <= ended_s
