@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", help="write the results here")
     for flag in ("gpu-memory", "dram", "ssd", "ssd-bandwidth", "device", "tier", "checkpoint-tier", "optimizer",
-                 "micro-batch", "optimizer-threads"):
+                 "micro-batch", "optimizer-threads", "compile"):
         parser.add_argument(f"--{flag}", default=argparse.SUPPRESS)
     return parser.parse_args()
 

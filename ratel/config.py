@@ -162,6 +162,8 @@ class TrainConfig:
                          "type of the computation (auto: bf16 on a GPU or a processor that has bf16, else fp32)")
     attention: str = _option("auto", _choice("auto", "sdpa", "eager", "flash"), TRAINING, "auto|sdpa|eager|flash",
                              "kernel of the attention; flash needs the package flash-attn")
+    compile: str = _option("off", _choice("off", "on"), TRAINING, "off|on",
+                           "fuse the operations of blocks (torch.compile): faster steps, other roundings, a slower start")
 
     device: str = _option("auto", _choice("auto", "cuda", "cpu"), MEMORY, "auto|cuda|cpu", "where the model computes")
     gpu_memory: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE",

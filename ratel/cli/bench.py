@@ -55,7 +55,7 @@ def _add_step(parts: Any) -> None:
     for flag, choices in (("device", ["auto", "cuda", "cpu"]), ("tier", ["auto", "gpu", "dram", "ssd"]),
                           ("checkpoint-tier", ["auto", "gpu", "dram", "ssd"]),
                           ("activations", ["auto", "recompute", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
-                          ("optimizer", ["auto", "eager", "deferred"])):
+                          ("optimizer", ["auto", "eager", "deferred"]), ("compile", ["off", "on"])):
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
     parser.add_argument("--trace", metavar="FILE", help="write what every resource and thread did in the last step, for Perfetto")
     for flag in ("gpu-memory", "dram", "ssd-bandwidth"):
@@ -95,7 +95,7 @@ def _step(args: argparse.Namespace) -> None:
 
     check_can_trace(args.trace)
     names = ("device", "tier", "checkpoint_tier", "activations", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
-             "max_grad_norm")
+             "max_grad_norm", "compile")
     bench = StepBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, warmup=args.warmup,
                       steps=args.steps, trace=args.trace,
                       options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})

@@ -210,10 +210,20 @@ class Parts:
         raise RatelError("the model did not call all of its blocks", field="model", value=self.name,
                          remedy="Turn layer dropping off")
 
-    def block(self, index: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        """Run one block."""
+    def block(self, index: int, hidden: Tensor, inputs: BlockInputs, forward: Callable[..., Any] | None = None) -> Tensor:
+        """Run one block, by ``forward`` instead of its own."""
         call = self._traced.slots[index].put(inputs.calls[index], hidden)
-        return self._traced.forms[index].take(self._traced.stages[index](*call.args, **call.kwargs))
+        return self._traced.forms[index].take((forward or self._traced.stages[index])(*call.args, **call.kwargs))
+
+    def own_forward(self, index: int) -> Callable[..., Any]:
+        """The ``forward`` of the block's class, without a gate before it."""
+        return self._traced.stages[index].forward.__wrapped__
+
+    def has_hooks(self, index: int) -> bool:
+        """Whether calling the block does more than its ``forward``."""
+        block = self._traced.stages[index]
+        return any(getattr(block, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                                                     "_backward_pre_hooks"))
 
     def tail_logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocab]`` of the last block's output ``[..., hidden_size]``, any number of tokens."""

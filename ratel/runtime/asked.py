@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ratel.errors import RatelError
+from ratel.plan.forced_kept import Activations
 from ratel.runtime.durable_files import make_directory
 from ratel.runtime.machinery import IoOptions
 from ratel.units import parse_bytes
@@ -51,6 +52,13 @@ def optimizer_of(optimizer: str, clip: float) -> str:
                          "by it", field="optimizer", value="eager",
                          remedy="Use deferred (or auto), or switch clipping off with max_grad_norm 0")
     return optimizer if optimizer != "auto" else "deferred" if clip else "eager"
+
+
+def is_compiled(compile: str, activations: Activations) -> bool:
+    if compile == "on" and activations not in ("auto", "recompute"):
+        raise RatelError("what compiled blocks make inside has no names to be kept by", field="activations",
+                         value=activations, remedy="Use auto or recompute, or --compile off")
+    return compile == "on"
 
 
 def bytes_or_none(size: str | int | None, field: str) -> int | None:

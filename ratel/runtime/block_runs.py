@@ -21,6 +21,7 @@ from ratel.plan.activations import BlockProfile
 from ratel.runtime.block_kinds import Form, form_of, is_exact, kind_of
 from ratel.runtime.block_profile import (guessed_profile, inner_numbers, kept_bytes, plain_profile,
                                          profile_of)
+from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.op_trace import OpTrace, trace
 from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, Save
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class BlockRuns:
     """What has been learned about the blocks of one model. Not for use from two threads at once."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, compiled: CompiledBlocks | None = None) -> None:
         self.parts = parts
         kinds = [kind_of(block) for block in parts.blocks]
         self._kinds = [kinds.index(kind) for kind in kinds]
@@ -39,6 +40,11 @@ class BlockRuns:
         self._programs: dict[tuple, Program] = {}
         self._in_full: set[int] = set()
         """Kinds whose second run leaves nothing out."""
+        self._on_values: set[int] = set()
+        """Kinds whose operations depend on values."""
+        self._compiled = compiled
+        self._is_compiled: dict[int, bool] = {}
+        """By kind, once it has been tried."""
         self._too_large: set[tuple[int, Form]] = set()
         """What there was no room to follow; run again in full, too."""
         self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
@@ -46,6 +52,10 @@ class BlockRuns:
         """By block and micro-batch: what forward kept, and the parts of it that are not worth moving."""
 
     # --- learning -----------------------------------------------------------------------------------------------
+
+    @property
+    def compiles(self) -> bool:
+        return self._compiled is not None
 
     def first_alike(self, block: int) -> int:
         """The first block of the same kind."""
@@ -55,13 +65,15 @@ class BlockRuns:
         """Trace the kind of this block with arguments of this form, on random hidden states.
 
         It is to be run again in full if other values make other operations, or if a second run that leaves things out
-        is not exact (`is_exact`). ``seed`` sets the random generators, always to the same state.
+        is not exact (`is_exact`). Where blocks are to be compiled, it is tried. ``seed`` sets the random generators,
+        always to the same state.
         """
         inputs, leaf = inputs.with_leaves(), _random_like(hidden)
         try:
             with torch.enable_grad():
                 found, again = (self._trace(block, values, inputs) for values in (_random_like(hidden), leaf))
                 if not found.is_like(again):
+                    self._on_values.add(self._kinds[block])
                     self._run_in_full(block, "what it does depends on values")
                 elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
                     self._run_in_full(block, "what it does cannot be followed")
@@ -70,13 +82,24 @@ class BlockRuns:
             self._too_large.add(self._key(block, hidden, inputs))
         except TRIAL_ERRORS as error:  # code that does not run under a dispatch mode, or not on random values
             self._run_in_full(block, f"what it does cannot be traced ({type(error).__name__}: {error})")
+        if self._compiled is not None:
+            self._compile(block, leaf, inputs, seed)
+
+    def _compile(self, block: int, leaf: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
+        kind = self._kinds[block]
+        if self._is_compiled.get(kind) is False:
+            return
+        why = "what it does depends on values" if kind in self._on_values else self._compiled.why_not(block, leaf, inputs, seed)
+        self._is_compiled[kind] = why is None
+        if why is not None:
+            log.warning("block %d and its like are not compiled: %s", block, why)
 
     def profile(self, block: int, hidden: Tensor, inputs: BlockInputs, rows: int) -> BlockProfile:
         """Of a block whose kind has been learned with arguments of this form, those of ``rows`` rows."""
         found = self._traces.get(self._key(block, hidden, inputs))
         if found is None:
             return guessed_profile(count_elements(self.parts.blocks[block]), hidden[..., 0].numel() // rows)
-        return (plain_profile if self._kinds[block] in self._in_full else profile_of)(found, rows)
+        return (plain_profile if self._runs_in_full(block) else profile_of)(found, rows)
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:
         """From now on forward keeps these results, by block: names, and the most bytes that each may take."""
@@ -87,8 +110,8 @@ class BlockRuns:
     def first(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         """Forward. What the block keeps is given to ``save`` while it runs."""
         known = self._key(block, hidden, inputs) in self._traces  # else it is learned in backward
-        if not known or not self._kept[block] or self._kinds[block] in self._in_full:
-            return self.parts.block(block, hidden, inputs)
+        if not known or not self._kept[block] or self._runs_in_full(block):
+            return self._whole(block, hidden, inputs)
         # With a graph, as in the second run: without one, attention leaves out what its backward needs.
         with torch.enable_grad():
             return self._record(block, micro, hidden.detach().requires_grad_(), inputs.with_leaves(), save).detach()
@@ -108,8 +131,8 @@ class BlockRuns:
                 raise RatelError(f"block {block} did something else when it was run again for backward than in forward "
                                  f"({error}): its gradient would be wrong", field="model",
                                  remedy="Make its forward depend on its arguments and weights alone") from error
-        if self._kinds[block] in self._in_full or self._key(block, hidden, inputs) in self._too_large:
-            return self.parts.block(block, hidden, inputs)
+        if self._runs_in_full(block) or self._key(block, hidden, inputs) in self._too_large:
+            return self._whole(block, hidden, inputs)
         if self._key(block, hidden, inputs) not in self._traces:
             return self._run_traced(block, hidden, inputs, keep_graph=True)
         try:
@@ -118,6 +141,13 @@ class BlockRuns:
             self._run_in_full(block, f"it did not do what it did before ({error})")
         seed()
         return self.parts.block(block, hidden, inputs)
+
+    def _whole(self, block: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        run = self._compiled.run if self._is_compiled.get(self._kinds[block]) else self.parts.block
+        return run(block, hidden, inputs)
+
+    def _runs_in_full(self, block: int) -> bool:
+        return self._kinds[block] in self._in_full or self._is_compiled.get(self._kinds[block], False)
 
     def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         program = self._program(block, leaf, inputs, self._kept[block])

@@ -140,11 +140,13 @@ class _Trials:
                             wishes.activations, timed=wishes.hardware is not None)
         except torch.OutOfMemoryError:
             return None
+        # A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap.
+        held = resident_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
         is_free = wishes.activations == "auto" and wishes.hardware is not None
         return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
                        ssd_budget=usable_bytes(wishes.directories, wishes.own_files), buffers=wishes.buffers,
-                       process_bytes=self._held_bytes + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
+                       process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
                        forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept,
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),
                        checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",

@@ -24,9 +24,10 @@ from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
 from ratel.plan.timeline import Timeline
-from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, optimizer_of
+from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is_compiled, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files
+from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter, Usage
@@ -76,7 +77,8 @@ class Session:
     ``ssd``: directories to stripe over. ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one
     tier, ``placement`` single units or planes (`ratel.plan.placement.forced_placements`), ``activations`` what is kept
     of the inside of blocks (`ratel.plan.forced_kept`). None of these, nor ``buffers`` and the thread counts, change a
-    result. ``optimizer_state``: a file or directory with the moments and the step count to start from
+    result. ``compile``: ``on`` fuses the operations of blocks by `torch.compile`, which rounds otherwise and keeps nothing of
+    their inside. ``optimizer_state``: a file or directory with the moments and the step count to start from
     (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
     a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where it
     pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the
@@ -92,7 +94,8 @@ class Session:
                  loss_fn: Callable[[Any, Any], Any] | None = None, tier: str = "auto", placement: Forced | None = None,
                  checkpoint_tier: str = "auto", activations: Activations = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
-                 optimizer_threads: int | str = "auto", attention: str = "auto", buffers: Buffers = Buffers(),
+                 optimizer_threads: int | str = "auto", attention: str = "auto", compile: str = "off",
+                 buffers: Buffers = Buffers(),
                  durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on",
                  hardware: "str | Hardware" = "auto") -> None:
         if dtype not in DTYPES:
@@ -100,7 +103,7 @@ class Session:
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
                              checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
-                             activations="auto" if isinstance(activations, dict) else activations,
+                             activations="auto" if isinstance(activations, dict) else activations, compile=compile,
                              ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads, checksums=checksums)
         self.device = require_device(device)
         self._io = IoOptions(directories=directories_of(ssd), backend=io_backend, direct=direct,
@@ -114,6 +117,7 @@ class Session:
             forced=placement if placement is not None else (None if tier == "auto" else tier),
             checkpoint_tier=checkpoint_tier, buffers=buffers, durable=durable,
             activations=activations if isinstance(activations, dict) else given["activations"])
+        self._compiles = is_compiled(compile, activations)
         self._hardware = hardware
         self.machine: Hardware | None = None
         self.prediction: Prediction | None = None
@@ -159,7 +163,10 @@ class Session:
         self._check_usable()
         batch = {"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)}
         self._check_length(seq_len)
-        return self._make_plan(BlockRuns(self.parts), batch)
+        return self._make_plan(self._block_runs(), batch)
+
+    def _block_runs(self) -> BlockRuns:
+        return BlockRuns(self.parts, CompiledBlocks(self.parts) if self._compiles else None)
 
     def _make_plan(self, blocks: BlockRuns, batch: Any) -> Planned:
         self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
@@ -172,7 +179,7 @@ class Session:
             self.parts.probe(batch)
             check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
-        blocks = BlockRuns(self.parts)
+        blocks = self._block_runs()
         planned = self._make_plan(blocks, batch)
         plan, self.prediction = planned.plan, planned.prediction
         self._machinery = build(self.parts, plan, self.device, threads=self._threads, io=self._io, commits=self._commits,
