@@ -32,13 +32,14 @@ def bytes_of(timeline: Timeline, prefix: str) -> int:
 
 def assert_in_turn(spans: list[Span]) -> None:
     for before, after in zip(spans, spans[1:]):
-        assert before.begin_s <= before.end_s <= after.begin_s + 1e-6, (before, after)
+        assert before.begin_s <= before.end_s <= after.begin_s + 5e-6, (before, after)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("optimizer", ["deferred", "eager"])
-def test_a_traced_step_is_complete(optimizer: str, ssd_dir: Path) -> None:
+def test_a_traced_step_is_complete(optimizer: str, device: str, ssd_dir: Path) -> None:
     # Slow enough that updates of a deferred step are not over before the next one begins.
-    with open_session(ssd_dir, optimizer=optimizer, max_grad_norm=0.0, ssd_bandwidth="16MB/s") as session:
+    with open_session(ssd_dir, device, optimizer=optimizer, max_grad_norm=0.0, ssd_bandwidth="2MB/s") as session:
         outs = [session.step(batch, trace=index == 2) for index, batch in enumerate(batches("llama", 3))]
         timeline, plan, usage = outs[-1].timeline, session.plan, outs[-1].usage
     assert [out.timeline for out in outs[:2]] == [None, None]
@@ -46,16 +47,16 @@ def test_a_traced_step_is_complete(optimizer: str, ssd_dir: Path) -> None:
     for name in ("compute", "h2d", "d2h", "cpu optimizer"):
         spans = lane(timeline, name)
         assert_in_turn(spans)
-        assert all(0 <= s.begin_s and s.end_s <= timeline.step_s for s in spans if name != "cpu optimizer")
+        assert all(-5e-6 <= s.begin_s and s.end_s <= timeline.step_s for s in spans if name != "cpu optimizer")
     names = {unit.name for unit in plan.spec.units}
-    assert {s.name for s in lane(timeline, "h2d")} >= names 
+    assert {s.name for s in lane(timeline, "h2d")} >= names
     # The first and last updates may be made between this step and its neighbours.
-    middle = {unit.name for unit in plan.spec.units if unit.kind == "block"} - {"block.0", "block.3"}
-    assert middle <= {s.name for s in lane(timeline, "cpu optimizer")} <= names
+    middle = "block.2"
+    assert {middle} <= {s.name for s in lane(timeline, "cpu optimizer")} <= names
     assert {s.name for s in lane(timeline, "d2h")} >= {f"gradient {name}" for name in names}
     assert {s.name for s in lane(timeline, "compute")} >= {f"{stage.name} {what}" for stage in plan.spec.stages[:-1]
                                                            for what in ("forward", "backward")}
-    assert {s.name for s in lane(timeline, "ssd read")} >= {f"{plane} {name}" for plane in ("lo", "m", "v") for name in middle}
+    assert {s.name for s in lane(timeline, "ssd read")} >= {f"{plane} {middle}" for plane in ("lo", "m", "v")}
     assert bytes_of(timeline, "h2d") == usage.h2d_bytes == step_traffic(plan).h2d
     assert bytes_of(timeline, "d2h") == usage.d2h_bytes == step_traffic(plan).d2h
 
@@ -67,8 +68,9 @@ def test_spans_of_an_ssd_add_up_to_what_it_moved(ssd_dir: Path) -> None:
         plan = session.plan
     assert bytes_of(out.timeline, "ssd read") == out.usage.ssd_read_bytes > 0
     assert bytes_of(out.timeline, "ssd write") == out.usage.ssd_written_bytes > 0
-    assert {s.name for s in lane(out.timeline, "ssd")} == {f"checkpoint {block}.{micro}" for block, tier in enumerate(plan.checkpoint_tiers)
-                                                           if tier == "ssd" for micro in range(plan.work.num_micro)}
+    on_ssd = [block for block, tier in enumerate(plan.checkpoint_tiers) if tier == "ssd"]
+    assert {s.name for s in lane(out.timeline, "ssd")} == {f"checkpoint {block}.{micro}" for block in on_ssd
+                                                           for micro in range(plan.work.num_micro)}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -93,7 +95,8 @@ def test_the_file_opens_and_covers_the_step(ssd_dir: Path, tmp_path: Path) -> No
     for event in content["traceEvents"]:
         if event["ph"] == "X":
             drawn.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    assert {"step", "compute", "h2d", "d2h", "cpu optimizer", f"ssd read {ssd_dir}", f"ssd write {ssd_dir}"} <= set(rows.values())
+    expected = {"step", "compute", "h2d", "d2h", "cpu optimizer", f"ssd read {ssd_dir}", f"ssd write {ssd_dir}"}
+    assert expected <= set(rows.values())
     for row, spans in drawn.items():  # Perfetto nests what overlaps in a row, and cuts off what does not nest
         assert all(before[1] <= after[0] + 0.01 for before, after in zip(sorted(spans), sorted(spans)[1:])), rows[row]
         assert all(0 <= begin <= end <= timeline.step_s * 1e6 + 0.01 for begin, end in spans)
@@ -134,6 +137,21 @@ def test_the_engine_records_transfers(cap_bps: float | None, ssd_dir: Path) -> N
     if cap_bps:
         assert len(spans) == 2 and spans[1].end_s - spans[0].begin_s == pytest.approx(1.5 * MIB / cap_bps, rel=0.4)
         assert busy_s >= 5.0 * MIB / cap_bps, "what the cap holds back counts as busy"
+
+
+@pytest.mark.parametrize(("steps", "step"), [(2, 2), (4, 3)])
+def test_a_run_traces_its_third_step_or_its_last(steps: int, step: int, tmp_path: Path) -> None:
+    import ratel
+
+    file = tmp_path / "trace.json"
+    ratel.train(build("llama"), batches("llama", 4), steps=steps, out=tmp_path / "out", device="cpu", batch_size=4, quiet=True,
+                trace=file, eval_fraction=0.0, export=False)
+    content = json.loads(file.read_text())
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert content["otherData"]["step"] == step
+    assert content["otherData"]["step_s"] == pytest.approx(metrics[step - 1]["step_s"], rel=0.2)
+    with pytest.raises(ratel.RatelError, match="its directory does not exist"):
+        ratel.train(build("llama"), batches("llama", 1), steps=1, out=tmp_path / "o", trace=tmp_path / "none" / "x.json")
 
 
 @pytest.mark.gpu

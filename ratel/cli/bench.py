@@ -91,7 +91,7 @@ def _max(args: argparse.Namespace) -> None:
 
 
 def _step(args: argparse.Namespace) -> None:
-    from ratel.train.step_bench import StepBench, measure, table
+    from ratel.train.step_bench import StepBench, details, measure, table
 
     check_can_trace(args.trace)
     names = ("device", "tier", "checkpoint_tier", "activations", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
@@ -100,7 +100,7 @@ def _step(args: argparse.Namespace) -> None:
                       steps=args.steps, trace=args.trace,
                       options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})
     result = measure(bench, progress=lambda text: print(text, file=sys.stderr))
-    print(json.dumps(result, indent=2) if args.json else table([result]))
+    print(json.dumps(result, indent=2) if args.json else f"{table([result])}\n\n{details(result)}")
 
 
 def _io(args: argparse.Namespace) -> None:

@@ -136,7 +136,7 @@ class Lanes:
         The device's times are stretched between two marks, so that they are right at both.
         """
         self.synchronize()
-        spans, self._traced = [*self._traced, *(s for s in self.spans if s.end is not None)], None
+        spans, self._traced = [*self._traced, *(s for s in self.spans if s.done())], None
         if not self.is_cuda:
             return [_placed(span, span.begin, span.end) for span in spans], 0.0
         began, ended = self._began, self._mark()

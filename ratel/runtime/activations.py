@@ -182,7 +182,7 @@ class Activations:
             self._wait_copied(self._leaving.popleft()[0])
 
     def _wait_copied(self, copied: Event) -> None:
-        with self._exchange.tracing.waiting("copies out"):
+        with self._exchange.tracing.waiting("copy out"):
             copied.synchronize()
 
     def _write_out(self, key: Key, slot: Slot, left: Left) -> None:

@@ -41,6 +41,8 @@ class HostCache:
         self._by_unit: dict[int, HostSlot] = {}
         self._unread: set[int] = set()
         self.saved_bytes = 0
+        self._held_by = "DRAM slot" if plan.deferred else "update slot"
+        """What a trace says of a wait: in eager mode most slots hold weights that are yet to be updated."""
         self._free: dict[str, list[HostSlot]] = {}
         for cls in ("block", "ends", "shared"):
             size = plan.host_weight_slot_bytes(cls)
@@ -49,7 +51,7 @@ class HostCache:
     def acquire(self, unit: int, refs: int = 1) -> HostSlot:
         """The slot that holds the unit, read from SSD if no slot does; blocks while all slots are in use."""
         with self._exchange.lock:
-            self._exchange.wait_for(self._freed, lambda: self._available(unit) > 0, "DRAM slot",
+            self._exchange.wait_for(self._freed, lambda: self._available(unit) > 0, self._held_by,
                                     self._plan.spec.units[unit].name)
             self._unread.discard(unit)
             self._freed.notify_all()

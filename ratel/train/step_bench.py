@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ratel.plan.attained import describe, report_step
 from ratel.runtime.session import Session, StepResult
 
 Progress = Callable[[str], None]
@@ -78,12 +79,14 @@ def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start
     spec, tokens = session.plan.spec, bench.batch_size * bench.seq_len
     busy_s = {name: statistics.median(out.usage.busy_s[name] for out in counted) for name in counted[0].usage.busy_s}
     bound_by = max(busy_s, key=busy_s.get)
+    compute_s = session.prediction.busy_s["compute"] if session.prediction is not None else None
     return {
         "model": spec.name, "parameters": spec.num_params, "batch_size": bench.batch_size, "seq_len": bench.seq_len,
         "options": {key: value for key, value in bench.options.items() if isinstance(value, (str, int, float, bool))},
         "step_s": step_s, "tokens_per_s": tokens / step_s, "tflops_6pn": 6 * spec.num_params * tokens / step_s / 1e12,
         "busy_s": busy_s, "bound_s": busy_s[bound_by], "bound_by": bound_by,
         "fraction_of_bound": busy_s[bound_by] / step_s, "start_s": start_s,
+        "traced": report_step(outs[-1].timeline, session.machine, compute_s).to_json(),
         "ssd_read_bytes": statistics.median(out.usage.ssd_read_bytes for out in counted),
         "ssd_written_bytes": statistics.median(out.usage.ssd_written_bytes for out in counted),
         "gpu_peak_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
@@ -110,3 +113,8 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(f"{r['batch_size']:>5} x {r['seq_len']:<4} {r['step_s']:8.3f} {r['tokens_per_s']:10,.0f} "
                      f"{r['tflops_6pn']:8.1f} {r['bound_s']:8.3f} {r['fraction_of_bound']:8.0%}   {r['bound_by']}")
     return "\n".join(lines)
+
+
+def details(result: dict[str, Any]) -> str:
+    """What the last step's resources attained, and what its computation waited for."""
+    return describe(result["traced"])
