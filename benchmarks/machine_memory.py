@@ -18,10 +18,10 @@ class Machine:
     root: Path = Path("/")
 
     def available_bytes(self) -> int:
-        return _meminfo(self.root / "proc/meminfo")["MemAvailable"]
+        return meminfo(self.root / "proc/meminfo")["MemAvailable"]
 
     def page_bytes(self) -> int:
-        return _meminfo(self.root / "proc/meminfo")["Hugepagesize"]
+        return meminfo(self.root / "proc/meminfo")["Hugepagesize"]
 
     def counters(self) -> list[Path]:
         """The count of huge pages of each NUMA node; the only one of a kernel without nodes."""
@@ -34,7 +34,7 @@ class Machine:
         info = counter.parents[2] / "meminfo"
         if not info.exists():
             return self.available_bytes()
-        facts = _meminfo(info)
+        facts = meminfo(info)
         return facts["MemFree"] + facts.get("FilePages", 0)
 
     def set_count(self, counter: Path, pages: int) -> None:
@@ -68,7 +68,7 @@ class Machine:
         return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def _meminfo(path: Path) -> dict[str, int]:
+def meminfo(path: Path) -> dict[str, int]:
     """Bytes by name; the lines of a node begin with ``Node 0``."""
     rows = [line.split() for line in path.read_text().splitlines()]
     rows = [row[2:] if row[:1] == ["Node"] else row for row in rows]

@@ -5,10 +5,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 
+from ratel.memory.resident import resident_bytes
+from ratel.models.weights import view
 from ratel.plan.attained import describe, report_step
 from ratel.runtime.session import Session, StepResult
 
@@ -37,43 +40,61 @@ def measure(bench: StepBench, progress: Progress = lambda text: None) -> dict[st
         session.prepare(bench.batch_size, bench.seq_len)
         progress(session.plan.describe())
         start_s = time.perf_counter() - begun
-        outs = [_step(session, bench, index, progress) for index in range(bench.warmup + bench.steps)]
+        outs, memory = [], []
+        for index in range(bench.warmup + bench.steps):
+            outs.append(_step(session, bench, index, progress))
+            memory.append((resident_bytes(), torch.cuda.memory_reserved() if session.device.type == "cuda" else 0))
         if bench.trace is not None:
             outs[-1].timeline.write(bench.trace)
-        return _summarize(session, bench, outs, start_s)
+        rss, reserved = zip(*memory)
+        return {**_summarize(session, bench, outs, start_s), "all_rss_bytes": rss, "all_gpu_reserved_bytes": reserved}
 
 
 def use_quick_weights(session: Session) -> None:
-    """Random weights repeated from a block of a million, norms one: initialising billions one by one takes minutes."""
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    """Every parameter as `fill_quickly` makes it: initialising billions one by one takes minutes."""
 
     def read_unit(unit: int, out: torch.Tensor) -> None:
         out.zero_()
         for param in session.parts.spec.units[unit].params:
-            flat = out[param.offset : param.end]
-            if len(param.shape) < 2:
-                flat.fill_(1.0)
-            for begin in range(0, flat.numel(), block.numel()):
-                part = flat[begin : begin + block.numel()]
-                if len(param.shape) >= 2:
-                    part.copy_(block[: part.numel()])
+            fill_quickly(view(out, param))
 
     session.parts.read_unit = read_unit
 
 
+def fill_quickly(param: torch.Tensor) -> None:
+    """In place: one block of a million random values repeated, or ones where it has one dimension. Any dtype and device.
+
+    The values are those of bf16, so that systems that begin with fp32 weights and with bf16 ones begin with the same.
+    """
+    if param.dim() < 2:
+        param.fill_(1.0)
+        return
+    block, flat = random_block(), param.view(-1)
+    for begin in range(0, flat.numel(), block.numel()):
+        part = flat[begin : begin + block.numel()]
+        part.copy_(block[: part.numel()])
+
+
+@cache
+def random_block() -> torch.Tensor:
+    """On the CPU."""
+    return (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
+
+
+def random_tokens(index: int, batch_size: int, seq_len: int, vocab_size: int) -> torch.Tensor:
+    """The batch of a step: the same in every process, whatever it trains with."""
+    return torch.randint(0, vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(index))
+
+
 def _step(session: Session, bench: StepBench, index: int, progress: Progress) -> StepResult:
-    generator = torch.Generator().manual_seed(index)
-    shape = (bench.batch_size, bench.seq_len)
-    batch = {"input_ids": torch.randint(0, session.parts.spec.vocab_size, shape, generator=generator)}
-    out = session.step(batch, trace=index == bench.warmup + bench.steps - 1)
+    tokens = random_tokens(index, bench.batch_size, bench.seq_len, session.parts.spec.vocab_size)
+    out = session.step({"input_ids": tokens}, trace=index == bench.warmup + bench.steps - 1)
     busy = ", ".join(f"{name} {seconds:.3f}" for name, seconds in out.usage.busy_s.items() if seconds)
     progress(f"step {index}: {out.seconds:.3f} s, loss {out.loss:.4f}, norm {out.grad_norm:.3f}; busy: {busy}")
     return out
 
 
 def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start_s: float) -> dict[str, Any]:
-    import psutil
-
     counted = outs[bench.warmup :]
     step_s = statistics.median(out.seconds for out in counted)
     spec, tokens = session.plan.spec, bench.batch_size * bench.seq_len
@@ -86,11 +107,12 @@ def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start
         "step_s": step_s, "tokens_per_s": tokens / step_s, "tflops_6pn": 6 * spec.num_params * tokens / step_s / 1e12,
         "busy_s": busy_s, "bound_s": busy_s[bound_by], "bound_by": bound_by,
         "fraction_of_bound": busy_s[bound_by] / step_s, "start_s": start_s,
+        "predicted_s": session.prediction.step_s if session.prediction else None,
         "traced": report_step(outs[-1].timeline, session.machine, compute_s).to_json(),
         "ssd_read_bytes": statistics.median(out.usage.ssd_read_bytes for out in counted),
         "ssd_written_bytes": statistics.median(out.usage.ssd_written_bytes for out in counted),
         "gpu_peak_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-        "rss_bytes": psutil.Process().memory_info().rss, "all_steps_s": [out.seconds for out in outs],
+        "rss_bytes": resident_bytes(), "all_steps_s": [out.seconds for out in outs],
         "losses": [out.loss for out in outs], "grad_norms": [out.grad_norm for out in outs],
         "units_on_gpu": sum(place.on_gpu for place in session.plan.placements), "units": len(spec.units),
         "plan": {key: value for key, value in session.plan.to_json().items() if key != "units"},
