@@ -40,7 +40,7 @@ def compare_lines(points: list[Point]) -> list[str]:
         good = [run for run in runs if "error" not in run]
         head = f"| {batch} | {'always' if clip < 1 else 'never'} | {name} "
         if not good:
-            lines.append(f"{head}| failed: {_last_line(runs[-1]['error'])} |")
+            lines.append(f"{head}| failed: {last_line(runs[-1]['error'])} |")
             continue
         floor = _floor_s(points, batch)
         seconds = [run["step_s"] for run in good]
@@ -99,6 +99,7 @@ def _losses(name: str, checks: list[dict[str, Any]]) -> str:
     return f"{'equal' if all(c['equal'] for c in checks) else 'NOT EQUAL'}: first {max(c['first'] for c in checks):.0e}{after}"
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """What an error ends with, fit for a cell of a table."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     return lines[-1][:160].replace("|", "/")

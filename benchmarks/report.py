@@ -43,8 +43,12 @@ class Report:
         self._head |= facts
         if self._path is not None:
             beside = self._path.with_name(f"{self._path.name}.part")
-            beside.write_text(json.dumps({**self._head, "points": self.points}, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
             os.replace(beside, self._path)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {**self._head, "points": self.points}
 
 
 def commit() -> str | None:

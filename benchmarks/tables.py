@@ -1,13 +1,19 @@
 """Writes evaluation_data.md from the JSON files in benchmarks/results: no figure in it was typed by hand.
 
-    python benchmarks/tables.py            rewrite evaluation_data.md
+    python benchmarks/tables.py            rewrite evaluation_data.md and draw its pictures (needs `pip install ratel[plot]`)
     python benchmarks/tables.py --check    exit 1 if it is not up to date
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import plots
+from target_tables import LINES, target_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -179,16 +185,42 @@ SECTIONS = {"step": step_section, "io": io_section, "durable": durable_section, 
             "reality": reality_section, "pays": pays_section, "largest": largest_section, "max": max_section,
             "adam": lambda name, content: adam_section(name, content if isinstance(content, list) else [content]),
             "kills": lambda name, content: ordeal_section(name, "kills", content),
-            "faults": lambda name, content: ordeal_section(name, "faults", content)}
+            "faults": lambda name, content: ordeal_section(name, "faults", content),
+            **{kind: partial(target_section, kind) for kind in LINES}}
+
+PLOTS: dict[str, tuple[str, Callable[[Any], Callable[[Any], None]]]] = {
+    "curve": ("Tokens per second over batch sizes", plots.curve), "max": ("The largest that fits", plots.largest)}
+"""Beside the results that they show, under the same name."""
+
+
+def picture(path: Path, kind: str) -> list[str]:
+    if kind not in PLOTS:
+        return []
+    title, _ = PLOTS[kind]
+    return [f"![{title}: {path.stem}]({path.with_suffix('.svg').relative_to(ROOT)})", ""]
+
+
+def draw_pictures() -> None:
+    for path in sorted(RESULTS.glob("*.json")):
+        kind = kind_of(path)
+        if kind in PLOTS:
+            title, paint = PLOTS[kind]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            plots.draw(path.with_suffix(".svg"), f"{title}: {path.stem}", paint(content))
+
+
+def kind_of(path: Path) -> str:
+    kind = path.stem.split("_")[1]
+    if kind not in SECTIONS:
+        raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being one of {', '.join(SECTIONS)}")
+    return kind
 
 
 def document() -> str:
     parts = [HEAD]
     for path in sorted(RESULTS.glob("*.json")):
-        kind = path.stem.split("_")[1]
-        if kind not in SECTIONS:
-            raise SystemExit(f"{path.name}: name results MACHINE_KIND_DETAIL.json, KIND being one of {', '.join(SECTIONS)}")
-        parts += SECTIONS[kind](path.stem, json.loads(path.read_text(encoding="utf-8")))
+        kind = kind_of(path)
+        parts += SECTIONS[kind](path.stem, json.loads(path.read_text(encoding="utf-8"))) + picture(path, kind)
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -199,6 +231,7 @@ def main() -> None:
     if parser.parse_args().check:
         sys.exit(0 if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text else "evaluation_data.md is stale")
     TARGET.write_text(text, encoding="utf-8")
+    draw_pictures()
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ def run_watched(command: list[str], limit_s: float, env: dict[str, str] | None =
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            _end_group(child)
+            stop_group(child)
         seconds, peak = perf_counter() - begun, watch.stop()
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
     return Ended(exit_status=status, seconds=seconds, dram_peak_bytes=peak, last_lines="\n".join(lines[-LAST_LINES:]))
 
 
-def _end_group(child: subprocess.Popen) -> None:
+def stop_group(child: subprocess.Popen) -> None:
     """Also what the child has left behind, which would hold the GPU's memory for whoever comes next."""
     try:
         os.killpg(child.pid, signal.SIGKILL)

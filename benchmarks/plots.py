@@ -1,0 +1,59 @@
+"""Pictures for evaluation_data.md, drawn from the results that its tables are made from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+SIZE_INCHES = (7.0, 4.0)
+
+
+def draw(path: Path, title: str, paint: Callable[[Any], None]) -> None:
+    """Write an SVG. The same results give the same file: no date, and no random names in it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "ratel", "svg.fonttype": "none"}):
+        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        axes = figure.subplots()
+        paint(axes)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def curve(content: dict[str, Any]) -> Callable[[Any], None]:
+    """Tokens/s over sequences in a step: measured and predicted."""
+    points = sorted((p for p in content["points"] if "error" not in p), key=lambda p: p["batch_size"])
+    sizes = [p["batch_size"] for p in points]
+
+    def paint(axes: Any) -> None:
+        axes.plot(sizes, [p["tokens_per_s"] for p in points], "o-", label="measured")
+        predicted = [(p["batch_size"], p["batch_size"] * p["seq_len"] / p["predicted_s"]) for p in points if p.get("predicted_s")]
+        axes.plot([x for x, _ in predicted], [y for _, y in predicted], "s--", label="predicted")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(f"sequences of {points[0]['seq_len'] if points else ''} tokens in a step")
+        axes.set_ylabel("tokens/s")
+        axes.legend()
+
+    return paint
+
+
+def largest(results: list[dict[str, Any]]) -> Callable[[Any], None]:
+    """Over limits on DRAM: what fits, and what a step of it takes."""
+    is_model = "layers" in results[0]
+    found = sorted((r for r in results if r.get("layers" if is_model else "batch_size")), key=lambda r: r["dram_limit_bytes"])
+
+    def paint(axes: Any) -> None:
+        limits = [r["dram_limit_bytes"] / GIB for r in found]
+        axes.plot(limits, [r["parameters"] / 1e6 if is_model else r["batch_size"] for r in found], "o-", label="largest that fits")
+        for r, limit in zip(found, limits):
+            height = r["parameters"] / 1e6 if is_model else r["batch_size"]
+            axes.annotate(f"{r['step_s']:.3g} s/step", (limit, height), textcoords="offset points", xytext=(6, -12), fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("limit on DRAM, GiB")
+        axes.set_ylabel("parameters, M" if is_model else "sequences in a step")
+
+    return paint
