@@ -42,7 +42,7 @@ def parse(kind: str, path: Path, *more: str) -> Any:
 
 @pytest.mark.native
 def test_ssd_steps_are_held_to_what_the_disk_carried_meanwhile(tmp_path: Path, ssd_dir: Path) -> None:
-    args = parse("ssd", tmp_path / "m_ssd.json", "--ssd", str(ssd_dir), "--ram-disk", str(ssd_dir / "ram"), "--probe-bytes", str(64 << 20))
+    args = parse("ssd", tmp_path / "m_ssd.json", "--ssd", str(ssd_dir), "--ram-disk", str(ssd_dir / "ram"), "--probe-bytes", str(32 << 20))
     report = targets.measure(args, runner=fake)
     assert [p["cap_bps"] for p in report.points] == [None, 3.2 * GB, 6.4 * GB, 0.8 * GB]
     assert all(len(p["disk_bps"]) == 2 and min(p["disk_bps"]) > 1e6 for p in report.points)
@@ -70,7 +70,7 @@ def test_a_file_system_without_direct_access_has_no_rate(monkeypatch) -> None:
 def test_dram47_takes_the_other_s_time_from_the_comparison(tmp_path: Path, ssd_dir: Path) -> None:
     compare = tmp_path / "m_compare.json"
     compare.write_text(json.dumps({"points": [{"name": "ZeRO-Infinity", "step_s": 60.0}, {"name": "ZeRO-Infinity", "error": "out of memory"}]}))
-    more = ["--ssd", str(ssd_dir), "--probe-bytes", str(64 << 20), "--compare", str(compare)]
+    more = ["--ssd", str(ssd_dir), "--probe-bytes", str(32 << 20), "--compare", str(compare)]
     content = targets.measure(parse("dram47", tmp_path / "m_dram47.json", *more), runner=fake).content
     assert "60.0 s a step (`m_compare.json`): 30.0 times" in "\n".join(target_tables.target_lines("dram47", content))
     assert targets.infinity(None)["infinity_s"] is None
