@@ -1,11 +1,13 @@
-"""Ratel beside DeepSpeed's ZeRO-Offload and ZeRO-Infinity, and beside training without offloading: same work, same machine, by turns.
+"""Ratel beside DeepSpeed's ZeRO-Offload and ZeRO-Infinity, and beside training without offloading: same work, same
+machine, by turns.
 
     python benchmarks/compare_deepspeed.py --ssd /mnt/a --json benchmarks/results/MACHINE_compare.json
     python benchmarks/compare_deepspeed.py --ssd /mnt/a --states ssd --budget-s 580 --json ...
 
-Every system gets the same model (Hugging Face's, gradient checkpointing), weights, tokens, learning rate, clipping and cap on GPU
-memory; each run is a process of its own. The losses are held to those of plain PyTorch with fp32 masters in GPU memory (no cap). A
-second call with the same file adds to it. Needs `pip install ratel[deepspeed]` for DeepSpeed's rows; the others run without.
+Every system gets the same model (Hugging Face's, gradient checkpointing), weights, tokens, learning rate, clipping
+and cap on GPU memory; each run is a process of its own. The losses are held to those of plain PyTorch with fp32
+masters in GPU memory (no cap). A second call with the same file adds to it. Needs `pip install ratel[deepspeed]` for
+DeepSpeed's rows; the others run without.
 """
 
 import argparse
@@ -46,7 +48,7 @@ class Entry:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3b", help="preset, or a configuration as JSON")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32], help="sequences; on SSDs the first number alone")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32], help="the first alone on SSDs")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--states", nargs="+", choices=["dram", "ssd"], default=["dram", "ssd"])
@@ -148,8 +150,9 @@ def _measure(entry: Entry, number: int, clock: Clock, found: bool, runner: RunJo
         shutil.rmtree(folder, ignore_errors=True)
     said = result.get("error") or f"{result['step_s']:.3f} s/step"
     print(f"round {number}, {entry.name}, batch {result['batch_size']}, clip {entry.job.clip:g}: {said}", flush=True)
-    return {"round": number, "name": entry.name, "system": entry.job.system, "group": entry.group, "clip": entry.job.clip,
-            "warmup": entry.job.warmup, "options": entry.job.options, **result}
+    job = entry.job
+    return {"round": number, "name": entry.name, "system": job.system, "group": entry.group, "clip": job.clip,
+            "warmup": job.warmup, "options": job.options, **result}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""What the runs of compare_deepspeed.py say: medians over rounds, ratios to the floor of the same rounds, equal losses."""
+"""What the runs of compare_deepspeed.py say: medians over rounds, ratios to the floor of the same rounds, equal
+losses."""
 
 import statistics
 from collections.abc import Iterable
@@ -7,15 +8,17 @@ from typing import Any
 GIB = 1 << 30
 REFERENCE, FLOOR = "in GPU memory, fp32 states", "in GPU memory"
 FIRST_WITHIN, LATER_WITHIN = 2.0**-12, 2.0**-10
-"""Of the loss. The first one is a mean over thousands of tokens whose logits are rounded to bf16 (2^-9 of values up to 4), so that
-equal weights give it to 2^-16; a sixteenth of the rounding unit would show weights or tokens that differ. Later ones come after updates
-in which AdamW turns gradients near zero, whose rounding depends on the order of sums, into steps of full size."""
+"""Of the loss. The first one is a mean over thousands of tokens whose logits are rounded to bf16 (2^-9 of values up
+to 4), so that equal weights give it to 2^-16; a sixteenth of the rounding unit would show weights or tokens that
+differ. Later ones come after updates in which AdamW turns gradients near zero, whose rounding depends on the order of
+sums, into steps of full size."""
 
 Point = dict[str, Any]
 
 
 def loss_checks(points: Iterable[Point]) -> list[dict[str, Any]]:
-    """Each run against the reference of the same batch size and clipping, as far as both went; states in bf16 only at the first."""
+    """Each run against the reference of the same batch size and clipping, as far as both went; states in bf16 only at
+    the first."""
     points = [point for point in points if "losses" in point]
     references = {_work(point): point["losses"] for point in points if point["name"] == REFERENCE}
     checks = []
@@ -25,16 +28,16 @@ def loss_checks(points: Iterable[Point]) -> list[dict[str, Any]]:
             continue
         errors = [abs(found / known - 1) for found, known in zip(point["losses"], expected)]
         later = [] if point["name"].startswith(FLOOR) else errors[1:]
-        checks.append({"name": point["name"], "round": point["round"], "batch_size": point["batch_size"], "clip": point["clip"],
-                       "first": errors[0], "later": max(later, default=None), "fall": expected[0] - min(expected),
-                       "equal": errors[0] <= FIRST_WITHIN and max(later, default=0.0) <= LATER_WITHIN})
+        equal = errors[0] <= FIRST_WITHIN and max(later, default=0.0) <= LATER_WITHIN
+        checks.append({**{key: point[key] for key in ("name", "round", "batch_size", "clip")}, "first": errors[0],
+                       "later": max(later, default=None), "fall": expected[0] - min(expected), "equal": equal})
     return checks
 
 
 def compare_lines(points: list[Point]) -> list[str]:
     """A table in Markdown. A system that failed in every round has its error in the place of numbers."""
-    lines = ["| batch | clipping | system | s/step | range | tokens/s | TFLOP/s | to the floor | of its bound | GPU peak | DRAM peak "
-             "| SSD read + written per step | start s | losses |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| batch | clipping | system | s/step | range | tokens/s | TFLOP/s | to the floor | of its bound | GPU peak "
+             "| DRAM peak | SSD read + written per step | start s | losses |", "|" + "---|" * 14]
     checks = loss_checks(points)
     for (_, name, batch, clip), runs in sorted(_grouped(points).items(), key=lambda item: _rank(item[0])):
         good = [run for run in runs if "error" not in run]
@@ -46,11 +49,11 @@ def compare_lines(points: list[Point]) -> list[str]:
         seconds = [run["step_s"] for run in good]
         step_s = statistics.median(seconds)
         mine = [check for check in checks if (check["name"], check["batch_size"], check["clip"]) == (name, batch, clip)]
-        cells = [f"{step_s:.3f}", f"{min(seconds):.3f} to {max(seconds):.3f}", f"{statistics.median(r['tokens_per_s'] for r in good):,.0f}",
-                 f"{statistics.median(r['tflops_6pn'] for r in good):.1f}", f"{step_s / floor:.2f}" if floor else "",
+        cells = [f"{step_s:.3f}", f"{min(seconds):.3f} to {max(seconds):.3f}", f"{_median(good, 'tokens_per_s'):,.0f}",
+                 f"{_median(good, 'tflops_6pn'):.1f}", f"{step_s / floor:.2f}" if floor else "",
                  _of_bound(good), _gib(good, "gpu_peak_bytes"), _gib(good, "dram_peak_bytes"),
                  f"{_gib(good, 'ssd_read_bytes')} + {_gib(good, 'ssd_written_bytes')}",
-                 f"{statistics.median(r['start_s'] for r in good):.0f}", _losses(name, mine)]
+                 f"{_median(good, 'start_s'):.0f}", _losses(name, mine)]
         lines.append(f"{head}| {' | '.join(cells)} |")
     return lines
 
@@ -79,6 +82,10 @@ def _work(point: Point) -> tuple[int, int, float]:
     return point["batch_size"], point["seq_len"], point["clip"]
 
 
+def _median(runs: list[Point], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
 def _of_bound(runs: list[Point]) -> str:
     fractions = [run["fraction_of_bound"] for run in runs if "fraction_of_bound" in run]
     return f"{statistics.median(fractions):.0%} ({runs[0]['bound_by']})" if fractions else ""
@@ -96,7 +103,8 @@ def _losses(name: str, checks: list[dict[str, Any]]) -> str:
         return "not compared"
     later = [check["later"] for check in checks if check["later"] is not None]
     after = f", later {max(later):.0e}" if later else ""
-    return f"{'equal' if all(c['equal'] for c in checks) else 'NOT EQUAL'}: first {max(c['first'] for c in checks):.0e}{after}"
+    verdict = "equal" if all(check["equal"] for check in checks) else "NOT EQUAL"
+    return f"{verdict}: first {max(check['first'] for check in checks):.0e}{after}"
 
 
 def last_line(text: str) -> str:

@@ -1,4 +1,5 @@
-"""Jobs of systems.py in processes of their own, with a time limit each; what a process leaves behind on SSDs is removed."""
+"""Jobs of systems.py in processes of their own, with a time limit each; what a process leaves behind on SSDs is
+removed."""
 
 import json
 import shutil
@@ -21,15 +22,15 @@ RunJob = Callable[[Job, float], list[dict[str, Any]]]
 
 
 def run_job(job: Job, limit_s: float) -> list[dict[str, Any]]:
-    """A result for each batch size, ``error`` in those that have none. ``dram_peak_bytes`` is of the whole process, taken from
-    outside and in the same way for every system."""
+    """A result for each batch size, ``error`` in those that have none. ``dram_peak_bytes`` is of the whole process,
+    taken from outside and in the same way for every system."""
     with tempfile.TemporaryDirectory() as folder:
         spec, target = Path(folder) / "spec.json", Path(folder) / "results.json"
         spec.write_text(json.dumps(asdict(job)), encoding="utf-8")
         ended = run_watched([sys.executable, str(SYSTEMS_SCRIPT), str(spec), str(target)], limit_s)
         results = json.loads(target.read_text(encoding="utf-8")) if target.exists() else []
-    missing = job.batches[len(results) :]
-    results += [{"batch_size": batch, "seq_len": job.seq_len, "error": ended.problem or "no result"} for batch in missing]
+    problem = ended.problem or "no result"
+    results += [{"batch_size": batch, "seq_len": job.seq_len, "error": problem} for batch in job.batches[len(results) :]]
     return [{**result, "dram_peak_bytes": ended.dram_peak_bytes, "process_s": ended.seconds} for result in results]
 
 

@@ -29,8 +29,9 @@ def curve(content: dict[str, Any]) -> Callable[[Any], None]:
 
     def paint(axes: Any) -> None:
         axes.plot(sizes, [p["tokens_per_s"] for p in points], "o-", label="measured")
-        predicted = [(p["batch_size"], p["batch_size"] * p["seq_len"] / p["predicted_s"]) for p in points if p.get("predicted_s")]
-        axes.plot([x for x, _ in predicted], [y for _, y in predicted], "s--", label="predicted")
+        predicted = [p for p in points if p.get("predicted_s")]
+        rates = [p["batch_size"] * p["seq_len"] / p["predicted_s"] for p in predicted]
+        axes.plot([p["batch_size"] for p in predicted], rates, "s--", label="predicted")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_ylim(bottom=0)
@@ -43,17 +44,17 @@ def curve(content: dict[str, Any]) -> Callable[[Any], None]:
 
 def largest(results: list[dict[str, Any]]) -> Callable[[Any], None]:
     """Over limits on DRAM: what fits, and what a step of it takes."""
-    is_model = "layers" in results[0]
-    found = sorted((r for r in results if r.get("layers" if is_model else "batch_size")), key=lambda r: r["dram_limit_bytes"])
+    what, label = ("layers", "parameters, M") if "layers" in results[0] else ("batch_size", "sequences in a step")
+    found = sorted((r for r in results if r.get(what)), key=lambda r: r["dram_limit_bytes"])
+    heights = [r["parameters"] / 1e6 if what == "layers" else r["batch_size"] for r in found]
 
     def paint(axes: Any) -> None:
         limits = [r["dram_limit_bytes"] / GIB for r in found]
-        axes.plot(limits, [r["parameters"] / 1e6 if is_model else r["batch_size"] for r in found], "o-", label="largest that fits")
-        for r, limit in zip(found, limits):
-            height = r["parameters"] / 1e6 if is_model else r["batch_size"]
-            axes.annotate(f"{r['step_s']:.3g} s/step", (limit, height), textcoords="offset points", xytext=(6, -12), fontsize=8)
+        axes.plot(limits, heights, "o-")
+        for r, place in zip(found, zip(limits, heights)):
+            axes.annotate(f"{r['step_s']:.3g} s/step", place, textcoords="offset points", xytext=(6, -12), fontsize=8)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("limit on DRAM, GiB")
-        axes.set_ylabel("parameters, M" if is_model else "sequences in a step")
+        axes.set_ylabel(label)
 
     return paint

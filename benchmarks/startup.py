@@ -1,10 +1,12 @@
-"""Seconds from a command to its first step, for a checkpoint that no cache holds, against reading it at the disk's rate.
+"""Seconds from a command to its first step, for a checkpoint that no cache holds, against reading it at the disk's
+rate.
 
     python benchmarks/startup.py --ssd /mnt/a --json benchmarks/results/MACHINE_startup.json
 
-A Hugging Face checkpoint with random weights is written to the disk and dropped from the page cache before each run. Each run is
-`ratel train` in a new process, seen from outside: what counts is when OUT/metrics.jsonl gets its first line. *first run*: nothing is known
-about the machine, its rates are measured first. *known machine*: as every later run, again on cold files. *cached*: files in memory.
+A Hugging Face checkpoint with random weights is written to the disk and dropped from the page cache before each run.
+Each run is `ratel train` in a new process, seen from outside: what counts is when OUT/metrics.jsonl gets its first
+line. *first run*: nothing is known about the machine, its rates are measured first. *known machine*: as every later
+run, again on cold files. *cached*: files in memory.
 """
 
 import argparse
@@ -98,7 +100,8 @@ def drop_from_cache(files: list[Path]) -> None:
 
 
 def read_bps(files: list[Path]) -> float:
-    """Of one file after the other with O_DIRECT, whole MiB of each, by the faster of two loops: 1 MiB requests, 32 in flight."""
+    """Of one file after the other with O_DIRECT, whole MiB of each, by the faster of two loops: 1 MiB requests, 32 in
+    flight."""
     rates = []
     for method in ("io_uring", "threads"):
         moved, seconds = 0, 0.0
@@ -106,8 +109,8 @@ def read_bps(files: list[Path]) -> float:
             for file in files:
                 num_bytes = file.stat().st_size // MIB * MIB
                 if num_bytes:
-                    seconds += reference_io([str(file)], "read", num_bytes=num_bytes, region_bytes=num_bytes, request_bytes=MIB,
-                                            depth=32, memory_bytes=64 * MIB, method=method)
+                    seconds += reference_io([str(file)], "read", num_bytes=num_bytes, region_bytes=num_bytes,
+                                            request_bytes=MIB, depth=32, memory_bytes=64 * MIB, method=method)
                     moved += num_bytes
         except OSError:  # io_uring is often forbidden in containers
             continue
@@ -122,15 +125,16 @@ def time_run(command: list[str], out: Path, env: dict[str, str], limit_s: float)
     """From before the process exists to the first line of metrics.jsonl; then it is ended."""
     metrics, log = out / "metrics.jsonl", tempfile.TemporaryFile()
     begun = time.perf_counter()
-    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env}, start_new_session=True)
+    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env},
+                             start_new_session=True)
     try:
         while time.perf_counter() - begun < limit_s:
             text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
             ended_s = time.perf_counter() - begun
             if "\n" in text:
                 record = json.loads(text.splitlines()[0])
-                return {"first_step_end_s": ended_s, "first_step_begin_s": ended_s - record["step_s"], "first_step": record,
-                        "phases": _phases(out)}
+                return {"first_step_end_s": ended_s, "first_step_begin_s": ended_s - record["step_s"],
+                        "first_step": record, "phases": _phases(out)}
             if child.poll() is not None:
                 break
             time.sleep(LOOK_EVERY_S)
@@ -175,11 +179,10 @@ def _run(args: argparse.Namespace, root: Path, clock: Clock) -> dict[str, Any]:
         return {"error": "not begun: the time budget was used up"}
     out = root / "out"
     shutil.rmtree(out, ignore_errors=True)
+    budgets = ["--dram", args.dram, *([] if args.device == "cpu" else ["--gpu-memory", args.gpu_memory])]
     command = [sys.executable, "-m", "ratel", "train", "--model", str(root / "model"), "--out", str(out), "--steps", "3",
-               "--batch-size", str(args.batch), "--seq-len", str(args.seq_len), "--gpu-memory", args.gpu_memory, "--dram", args.dram,
-               "--device", args.device, "--eval-fraction", "0", "--no-export"]
-    if args.device == "cpu":
-        command[command.index("--gpu-memory") : command.index("--gpu-memory") + 2] = []
+               "--batch-size", str(args.batch), "--seq-len", str(args.seq_len), "--device", args.device, *budgets,
+               "--eval-fraction", "0", "--no-export"]
     # A cache of its own: what earlier commands found out about the machine must not shorten the first run.
     return time_run(command, out, {"XDG_CACHE_HOME": str(root / "cache")}, min(LIMIT_S, clock.left_s))
 

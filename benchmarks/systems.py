@@ -3,8 +3,8 @@
     python benchmarks/systems.py SPEC.json RESULTS.json
     python benchmarks/systems.py --build
 
-`Job` says what SPEC.json holds. RESULTS.json is written after each batch size, so that a process which is ended early, or which
-dies at a larger batch, still has results.
+`Job` says what SPEC.json holds. RESULTS.json is written after each batch size, so that a process which is ended
+early, or which dies at a larger batch, still has results.
 """
 
 import gc
@@ -36,9 +36,9 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """``system``: ratel, memory (everything in the memory of the device) or zero (DeepSpeed). ``model``: a preset, or the arguments
-    of `preset_config`, or those of ``AutoConfig.for_model``. ``options`` are the session's, or the system's own (`InMemory`,
-    `zero_config`). ``clip`` is the largest global norm; no weight decay."""
+    """``system``: ratel, memory (everything in the memory of the device) or zero (DeepSpeed). ``model``: a preset, or
+    the arguments of `preset_config`, or those of ``AutoConfig.for_model``. ``options`` are the session's, or the
+    system's own (`InMemory`, `zero_config`). ``clip`` is the largest global norm; no weight decay."""
 
     system: str
     model: str | dict[str, Any]
@@ -76,15 +76,17 @@ def run_ratel(job: Job, batch: int) -> dict[str, Any]:
 
 
 class InMemory:
-    """AdamW where the weights are. ``states="fp32"``: masters and moments in fp32 beside weights that compute, the same arithmetic
-    as Ratel's. ``"compute"``: all in the compute type, which moves less and is no faithful training, but a floor under time."""
+    """AdamW where the weights are. ``states="fp32"``: masters and moments in fp32 beside weights that compute, the
+    same arithmetic as Ratel's. ``"compute"``: all in the compute type, which moves less and is no faithful training,
+    but a floor under time."""
 
     def __init__(self, job: Job) -> None:
         self.model = make_model(job)
         self._clip, self._params = job.clip, [p for p in self.model.parameters()]
         keep = job.options.get("states", "fp32") == "fp32" and job.dtype != "fp32"
         self._masters = [p.detach().float() for p in self._params] if keep else self._params
-        self._optimizer = torch.optim.AdamW(self._masters, lr=job.lr, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+        self._optimizer = torch.optim.AdamW(self._masters, lr=job.lr, betas=BETAS, eps=EPS, weight_decay=0.0,
+                                            fused=True)
 
     def step(self, tokens: torch.Tensor) -> float:
         loss = self.model(input_ids=tokens, labels=tokens).loss
@@ -101,17 +103,20 @@ class InMemory:
 
 
 class Zero:
-    """DeepSpeed ZeRO-3 with states in DRAM (``options["place"]`` cpu) or on an SSD (nvme, with ``options["directory"]``)."""
+    """DeepSpeed ZeRO-3 with states in DRAM (``options["place"]`` cpu) or on an SSD (nvme, with
+    ``options["directory"]``)."""
 
     def __init__(self, job: Job) -> None:
         import deepspeed
 
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
         config = zero_config(job)
+        make_model(job, "meta")  # imports what must be imported before ZeRO changes how tensors are made
         deepspeed.init_distributed("nccl" if job.device == "cuda" else "gloo")
         with deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[job.dtype]):
             self.model = make_model(job)
-        self._engine, *_ = deepspeed.initialize(model=self.model, model_parameters=self.model.parameters(), config=config)
+        params = self.model.parameters()
+        self._engine, *_ = deepspeed.initialize(model=self.model, model_parameters=params, config=config)
 
     def step(self, tokens: torch.Tensor) -> float:
         loss = self._engine(input_ids=tokens, labels=tokens).loss
@@ -127,7 +132,8 @@ def _free_port() -> str:
 
 
 def zero_config(job: Job) -> dict[str, Any]:
-    """Settings that the peer runs best with on one GPU, tried on the same work: docs/benchmarks.md says which and why."""
+    """Settings that the peer runs best with on one GPU, tried on the same work: docs/benchmarks.md says which and
+    why."""
     place = job.options["place"]
     states = {"device": place, "pin_memory": job.device == "cuda"}
     params = dict(states)
@@ -150,13 +156,13 @@ def zero_config(job: Job) -> dict[str, Any]:
                 "offload_optimizer": states, "offload_param": params}}
 
 
-def make_model(job: Job) -> nn.Module:
+def make_model(job: Job, device: str | None = None) -> nn.Module:
     """With the weights of `fill_quickly`, as a session has with `use_quick_weights`."""
     from transformers import AutoModelForCausalLM
 
     config = model_config(job.model)
     config.use_cache = False
-    with quick_initialisation(), torch.device(job.device):
+    with quick_initialisation(), torch.device(device or job.device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[job.dtype], attn_implementation="sdpa")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -164,8 +170,8 @@ def make_model(job: Job) -> nn.Module:
 
 @contextmanager
 def quick_initialisation() -> Iterator[None]:
-    """Weights are filled where a module makes them: ZeRO cuts a parameter up as soon as its module's constructor is over, too
-    early for anything that comes later."""
+    """Weights are filled where a module makes them: ZeRO cuts a parameter up as soon as its module's constructor is
+    over, too early for anything that comes later."""
     from transformers import PreTrainedModel
 
     random_block()  # ZeRO also changes how tensors are made meanwhile
@@ -198,7 +204,8 @@ def run_peer(system: Callable[[Job], Any], job: Job, batch: int) -> dict[str, An
     read, written = ((moved[-1][i] - moved[job.warmup][i]) / job.steps for i in (0, 1))
     return {"batch_size": batch, "seq_len": job.seq_len, "parameters": parameters, "step_s": step_s,
             "tokens_per_s": tokens_per_step / step_s, "tflops_6pn": 6 * parameters * tokens_per_step / step_s / 1e12,
-            "losses": losses, "all_steps_s": seconds, "start_s": start_s, "ssd_read_bytes": read, "ssd_written_bytes": written,
+            "losses": losses, "all_steps_s": seconds, "start_s": start_s, "ssd_read_bytes": read,
+            "ssd_written_bytes": written,
             "gpu_peak_bytes": torch.cuda.max_memory_reserved() if cuda else None}
 
 

@@ -6,24 +6,26 @@ from typing import Any
 
 from compare_table import compare_lines, last_line
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 Content = dict[str, Any]
 Point = dict[str, Any]
 
 INTRODUCTIONS = {
-    "compare": "Every system has the same model, weights, tokens, learning rate and clipping, and runs in a process of its own, by turns. "
-               "All but the rows \"in GPU memory\" are capped in GPU memory; those are the floor, what computation alone takes. DRAM peak is "
-               "what the machine's memory in use grew by, taken from outside alike for all. Losses are relative differences from plain "
-               "PyTorch's with fp32 masters.",
-    "ssd": "\"Bound\" is the bytes that a step moves over what the disk carries: the mean of a plain O_DIRECT loop, reading and writing at "
-           "once, just before and after the run, or the cap (`--ssd-bandwidth`) where that is lower.",
+    "compare": "Every system has the same model, weights, tokens, learning rate and clipping, and runs in a process of its "
+               "own, by turns. All but the rows \"in GPU memory\" are capped in GPU memory; those are the floor, what "
+               "computation alone takes. DRAM peak is what the machine's memory in use grew by, taken from outside alike "
+               "for all. Losses are relative differences from plain PyTorch's with fp32 masters.",
+    "ssd": "\"Bound\" is the bytes that a step moves over what the disk carries: the mean of a plain O_DIRECT loop, "
+           "reading and writing at once, just before and after the run, or the cap (`--ssd-bandwidth`) where that is "
+           "lower. The files of a RAM disk are in the DRAM peak.",
     "dram47": "States on SSD and in as much DRAM as ZeRO-Infinity took.",
     "curve": "The prediction is the planner's, made with the machine's measured rates before the first step.",
     "shapes": "Other models, tiers and settings. \"Bound\" as above: the busy time of the busiest resource.",
-    "sustained": "Slope: of a straight line through the seconds of all steps, over the median, per 100 steps. Memory: the largest "
-                 "growth after the tenth step.",
-    "startup": "From before the process exists to the first line of metrics.jsonl, less that step's own time. The checkpoint was dropped from the page "
-               "cache before each run that is not called cached, and read at the disk's rate for comparison.",
+    "sustained": "Slope: of a straight line through the seconds of all steps, over the median, per 100 steps. Memory: the "
+                 "largest growth after the tenth step.",
+    "startup": "From before the process exists to the first line of metrics.jsonl, less that step's own time. The "
+               "checkpoint was dropped from the page cache before each run that is not called cached, and read at the "
+               "disk's rate for comparison.",
 }
 
 
@@ -56,7 +58,8 @@ def _compare(content: Content) -> list[str]:
     deepspeed = content.get("deepspeed", {})
     lines = compare_lines(content["points"])
     if deepspeed.get("version"):
-        lines += ["", f"DeepSpeed {deepspeed['version']}; its native operators were built beforehand ({deepspeed['build_s']:.0f} s)."]
+        lines += ["", f"DeepSpeed {deepspeed['version']}; its native operators were built beforehand, which took "
+                      f"{deepspeed['build_s']:.0f} s."]
     return lines
 
 
@@ -78,9 +81,10 @@ def _ssd(content: Content) -> list[str]:
         loop = " and ".join(f"{r / 1e9:.2f}" if r else "not possible" for r in p["disk_bps"])
         rows.append([p["name"], str(p["options"]["dram"]), f"{p['step_s']:.2f}",
                      f"{p['ssd_read_bytes'] / 1e9:.1f} + {p['ssd_written_bytes'] / 1e9:.1f}", loop, f"{rate / 1e9:.2f}",
-                     f"{bound_s:.2f}", f"{bound_s / p['step_s']:.0%}", f"{p['dram_peak_bytes'] / GIB:.1f} GiB", _seconds(p, "predicted_s")])
-    return _table("states on | DRAM budget | s/step | GB read + written per step | loop before and after, GB/s | allowed GB/s | bound s | "
-                  "of bound | DRAM peak | predicted s", rows)
+                     f"{bound_s:.2f}", f"{bound_s / p['step_s']:.0%}", _gib(p["dram_peak_bytes"]),
+                     _seconds(p, "predicted_s")])
+    return _table("states on | DRAM budget | s/step | GB read + written per step | loop before and after, GB/s | allowed GB/s "
+                  "| bound s | of bound | DRAM peak | predicted s", rows)
 
 
 def _dram47(content: Content) -> list[str]:
@@ -99,9 +103,9 @@ def _curve(content: Content) -> list[str]:
             rows.append(_failed(p))
             continue
         predicted = p["batch_size"] * p["seq_len"] / p["predicted_s"] if p.get("predicted_s") else None
-        rows.append([f"{p['batch_size']} x {p['seq_len']}", str(p["plan"]["work"]["micro_batches"]), f"{p['step_s']:.3f}",
-                     f"{p['tokens_per_s']:,.0f}", f"{predicted:,.0f}" if predicted else "",
-                     f"{predicted / p['tokens_per_s'] - 1:+.0%}" if predicted else "", f"{p['tflops_6pn']:.0f}", _of_bound(p)])
+        guess = ["", ""] if predicted is None else [f"{predicted:,.0f}", f"{predicted / p['tokens_per_s'] - 1:+.0%}"]
+        rows.append([_shape(p), str(p["plan"]["work"]["micro_batches"]), f"{p['step_s']:.3f}", f"{p['tokens_per_s']:,.0f}",
+                     *guess, f"{p['tflops_6pn']:.0f}", _of_bound(p)])
     return _table("batch x seq | micro-batches | s/step | tokens/s | predicted tokens/s | error | TFLOP/s | of bound", rows)
 
 
@@ -112,25 +116,25 @@ def _shapes(content: Content) -> list[str]:
             rows.append(_failed(p))
             continue
         exposed = p.get("exposed_optimizer_s", p.get("traced", {}).get("exposed_optimizer_s"))
-        rows.append([p["name"], f"{p['parameters'] / 1e9:.2f} B", f"{p['batch_size']} x {p['seq_len']}", f"{p['step_s']:.3f}",
-                     f"{p['tokens_per_s']:,.0f}", _of_bound(p), _seconds(p, "predicted_s"), f"{exposed:.3f}" if exposed is not None else "",
-                     f"{(p['gpu_peak_bytes'] or 0) / GIB:.1f} GiB", f"{p['dram_peak_bytes'] / GIB:.1f} GiB",
-                     f"{p['ssd_read_bytes'] / GIB:.1f} + {p['ssd_written_bytes'] / GIB:.1f} GiB"])
-    return _table("what | parameters | batch x seq | s/step | tokens/s | of bound | predicted s | exposed optimizer s | GPU peak | "
-                  "DRAM peak | SSD read + written", rows)
+        rows.append([p["name"], f"{p['parameters'] / 1e9:.2f} B", _shape(p), f"{p['step_s']:.3f}", f"{p['tokens_per_s']:,.0f}",
+                     _of_bound(p), _seconds(p, "predicted_s"), "" if exposed is None else f"{exposed:.3f}",
+                     _gib(p["gpu_peak_bytes"] or 0), _gib(p["dram_peak_bytes"]),
+                     f"{_gib(p['ssd_read_bytes'])} + {_gib(p['ssd_written_bytes'])}"])
+    return _table("what | parameters | batch x seq | s/step | tokens/s | of bound | predicted s | exposed optimizer s "
+                  "| GPU peak | DRAM peak | SSD read + written", rows)
 
 
 def drift(point: Point) -> dict[str, float]:
-    """Of a long run, after its warm-up: medians of the first and the last quarter, slope per 100 steps over the median, growth of
-    memory in bytes since the tenth step."""
+    """Of a long run, after its warm-up: medians of the first and the last quarter, slope per 100 steps over the
+    median, growth of memory in bytes since the tenth step."""
     seconds = point["all_steps_s"][point["warmup"] :]
     quarter, middle = max(1, len(seconds) // 4), statistics.median(seconds)
     steps = range(len(seconds))
     slope = statistics.linear_regression(steps, seconds).slope if len(seconds) > 1 else 0.0
     growth = {what: max(point[key][9:], default=0) - (point[key][9:] or [0])[0]
               for what, key in (("rss", "all_rss_bytes"), ("gpu", "all_gpu_reserved_bytes"))}
-    return {"first_s": statistics.median(seconds[:quarter]), "last_s": statistics.median(seconds[-quarter:]), "median_s": middle,
-            "slope": 100 * slope / middle, "slowest_s": max(seconds), **growth}
+    return {"first_s": statistics.median(seconds[:quarter]), "last_s": statistics.median(seconds[-quarter:]),
+            "median_s": middle, "slope": 100 * slope / middle, "slowest_s": max(seconds), **growth}
 
 
 def _sustained(content: Content) -> list[str]:
@@ -138,15 +142,18 @@ def _sustained(content: Content) -> list[str]:
     rows = [_failed(p) for p in content["points"] if "error" in p]
     for p in good:
         d = drift(p)
-        rows.append([p["name"], f"{d['median_s']:.3f}", f"{d['first_s']:.3f}", f"{d['last_s']:.3f}", f"{d['last_s'] / d['first_s'] - 1:+.1%}",
-                     f"{d['slope']:+.2%}", f"{d['slowest_s']:.3f}", f"{d['gpu'] / GIB:.3f} GiB", f"{d['rss'] / GIB:.3f} GiB",
+        rows.append([p["name"], f"{d['median_s']:.3f}", f"{d['first_s']:.3f}", f"{d['last_s']:.3f}",
+                     f"{d['last_s'] / d['first_s'] - 1:+.1%}", f"{d['slope']:+.2%}", f"{d['slowest_s']:.3f}",
+                     f"{d['gpu'] / MIB:,.0f} MiB", f"{d['rss'] / MIB:,.0f} MiB",
                      f"{p['losses'][0]:.4f} to {p['losses'][-1]:.4f}"])
-    lines = _table("run | median s | first quarter | last quarter | change | slope | slowest | GPU memory grew | resident grew | loss", rows)
+    lines = _table("run | median s | first quarter | last quarter | change | slope | slowest | GPU memory grew | resident grew "
+                   "| loss", rows)
     if len(good) > 1:
         shared = min(len(p["losses"]) for p in good)
         equal = all(p["losses"][:shared] == good[0]["losses"][:shared] for p in good)
-        lines += ["", f"The first {shared} losses of all runs are {'equal, bit for bit' if equal else 'NOT equal'}; the arena is reserved once "
-                      f"({sum(good[0]['plan']['dram_bytes'].values()) / GIB:.1f} GiB planned in all) and cannot grow."]
+        planned = _gib(sum(good[0]["plan"]["dram_bytes"].values()))
+        lines += ["", f"The first {shared} losses of all runs are {'equal, bit for bit' if equal else 'NOT equal'}; the "
+                      f"arena is reserved once ({planned} of DRAM planned in all) and cannot grow."]
     return lines
 
 
@@ -161,12 +168,21 @@ def _startup(content: Content) -> list[str]:
                      f"{p['first_step_begin_s'] / read_s:.1f}" if read_s else ""])
     lines = _table("run | s to the first step | s to its end | times the reading", rows)
     if content.get("read_s"):
-        lines += ["", f"{content['checkpoint_bytes'] / GIB:.1f} GiB at {content['read_bps'] / 1e9:.2f} GB/s: {content['read_s']:.1f} s."]
+        rate = f"{content['read_bps'] / 1e9:.2f} GB/s"
+        lines += ["", f"{_gib(content['checkpoint_bytes'])} at {rate}: {content['read_s']:.1f} s."]
     phases = [p for p in content["points"] if p.get("phases")]
     for p in phases:
         spans = "; ".join(f"{x['name']} {x['begin_s']:.1f} to {x['end_s']:.1f}" for x in p["phases"]["phases"])
         lines += ["", f"{p['name']}, seconds since its own beginning: {spans}."]
     return lines
+
+
+def _shape(p: Point) -> str:
+    return f"{p['batch_size']} x {p['seq_len']}"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
 
 
 def _of_bound(p: Point) -> str:
@@ -178,6 +194,7 @@ def _seconds(p: Point, key: str) -> str:
 
 
 LINES: dict[str, Callable[[Content], list[str]]] = {
-    "compare": _compare, "ssd": _ssd, "dram47": _dram47, "curve": _curve, "shapes": _shapes, "sustained": _sustained, "startup": _startup}
-TITLES = {"compare": "Beside other systems", "ssd": "States on SSD", "dram47": "With ZeRO-Infinity's DRAM", "curve": "Over batch sizes",
-          "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start"}
+    "compare": _compare, "ssd": _ssd, "dram47": _dram47, "curve": _curve, "shapes": _shapes, "sustained": _sustained,
+    "startup": _startup}
+TITLES = {"compare": "Beside other systems", "ssd": "States on SSD", "dram47": "With ZeRO-Infinity's DRAM",
+          "curve": "Over batch sizes", "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start"}

@@ -1,16 +1,17 @@
 """How near whole steps come to what the machine allows, in the situations that the project promises something for.
 
     python benchmarks/targets.py ssd --ssd /mnt/a --ram-disk /dev/shm/a --json benchmarks/results/MACHINE_ssd.json
-    python benchmarks/targets.py dram47 --ssd /mnt/a --compare benchmarks/results/MACHINE_compare.json --json ...MACHINE_dram47.json
+    python benchmarks/targets.py dram47 --ssd /mnt/a --compare ...MACHINE_compare.json --json ...MACHINE_dram47.json
     python benchmarks/targets.py curve --json ...MACHINE_curve.json
     python benchmarks/targets.py shapes --ssd /mnt/a --json ...MACHINE_shapes.json
     python benchmarks/targets.py sustained --json ...MACHINE_sustained.json
 
-*ssd*: states on SSD, against the bytes of a step over the rate of a plain O_DIRECT loop just before and after; also with the disk
-slowed down, and with a RAM disk slowed down to what faster disks do. *dram47*: with the DRAM that ZeRO-Infinity took. *curve*: tokens/s
-over batch sizes beside the prediction. *shapes*: other models and mixes of tiers. *sustained*: many steps, twice: drift of time and
-memory, equal losses. Points that the time budget (--budget-s) leaves no time for are in the results with that as their error. A second
-call with the same file adds to it (--only: cases by their number).
+*ssd*: states on SSD, against the bytes of a step over the rate of a plain O_DIRECT loop just before and after; also
+with the disk slowed down, and with a RAM disk slowed down to what faster disks do. *dram47*: with the DRAM that
+ZeRO-Infinity took. *curve*: tokens/s over batch sizes beside the prediction. *shapes*: other models and mixes of
+tiers. *sustained*: many steps, twice: drift of time and memory, equal losses. Points that the time budget
+(--budget-s) leaves no time for are in the results with that as their error. A second call with the same file adds to
+it (--only: cases by their number).
 """
 
 import argparse
@@ -122,11 +123,13 @@ def sustained_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 KINDS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
-    "ssd": ssd_cases, "dram47": dram47_cases, "curve": curve_cases, "shapes": shapes_cases, "sustained": sustained_cases}
+    "ssd": ssd_cases, "dram47": dram47_cases, "curve": curve_cases, "shapes": shapes_cases,
+    "sustained": sustained_cases}
 
 
 def run_case(case: Case, args: argparse.Namespace, clock: Clock, runner: RunJob) -> Iterator[dict[str, Any]]:
-    facts: dict[str, Any] = {"name": case.name, "options": case.job.options, "warmup": case.job.warmup, "cap_bps": case.cap_bps}
+    facts: dict[str, Any] = {"name": case.name, "options": case.job.options, "warmup": case.job.warmup,
+                             "cap_bps": case.cap_bps}
     if case.folder:
         emptied(case.folder)
     if case.measure_disk:

@@ -1,4 +1,5 @@
-"""Runs a command as its own group of processes: with a time limit, and with the DRAM that the machine gave up meanwhile."""
+"""Runs a command as its own group of processes: with a time limit, and with the DRAM that the machine gave up
+meanwhile."""
 
 import os
 import signal
@@ -17,8 +18,8 @@ LAST_LINES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """``dram_peak_bytes``: the most memory in use (total less available, so pinned memory and RAM disks count, clean page
-    cache does not) beyond what was in use before. ``exit_status`` is None where the time limit ended it."""
+    """``dram_peak_bytes``: the most memory in use (total less available, so pinned memory and RAM disks count, clean
+    page cache does not) beyond what was in use before. ``exit_status`` is None where the time limit ended it."""
 
     exit_status: int | None
     seconds: float

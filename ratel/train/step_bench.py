@@ -62,7 +62,7 @@ def use_quick_weights(session: Session) -> None:
 
 
 def fill_quickly(param: torch.Tensor) -> None:
-    """In place: one block of a million random values repeated, or ones where it has one dimension. Any dtype and device.
+    """In place: a block of a million random values repeated, or ones where it has one dimension. Any dtype and device.
 
     The values are those of bf16, so that systems that begin with fp32 weights and with bf16 ones begin with the same.
     """
