@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--states", nargs="+", choices=["dram", "ssd"], default=["dram", "ssd"])
     parser.add_argument("--gpu-memory", default="24GiB", help="cap for all that offload")
     parser.add_argument("--dram", default="100GiB", help="Ratel's budget where states are in DRAM")
-    parser.add_argument("--ssd-dram", default="47GiB", help="Ratel's budget where they may be on the SSD")
+    parser.add_argument("--ssd-dram", nargs="+", default=["47GiB", "16GiB"], help="Ratel's budgets beside the SSD")
     parser.add_argument("--ssd", help="a directory on the SSD")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="that count")
@@ -102,8 +102,9 @@ def _on_ssd(args: argparse.Namespace, work: dict[str, Any]) -> Iterator[Entry]:
     if "dram" not in args.states:  # else there is a reference already
         reference = {**slow, "gpu_memory": None}
         yield Entry(name="in GPU memory, fp32 states", group="ssd", limit_s=120, job=Job(system="memory", **reference))
-    yield Entry(name="Ratel, states on SSD", group="ssd", limit_s=240,
-                job=Job(system="ratel", options={"dram": args.ssd_dram, "ssd": [folder]}, **slow))
+    for dram in args.ssd_dram:
+        yield Entry(name=f"Ratel, {dram} of DRAM and the SSD", group="ssd", limit_s=240,
+                    job=Job(system="ratel", options={"dram": dram, "ssd": [folder]}, **slow))
     # Each of its steps takes a minute here, and it has no state that the second step would be slow for.
     yield Entry(name="ZeRO-Infinity", group="ssd", limit_s=420,
                 job=Job(system="zero", options={"place": "nvme", "directory": folder}, **{**slow, "warmup": 1}))

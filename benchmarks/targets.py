@@ -18,7 +18,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,7 @@ def ssd_cases(args: argparse.Namespace) -> Iterator[Case]:
     places = [("disk", args.ssd, None), ("RAM disk", args.ram_disk, "3.2GB/s"), ("RAM disk", args.ram_disk, "6.4GB/s"),
               ("disk", args.ssd, "0.8GB/s")]
     for name, directory, cap in places:
-        if directory is None:
-            continue
-        folder = str(Path(directory) / "ratel-targets")
+        folder = None if directory is None else str(Path(directory) / "ratel-targets")
         more = {} if cap is None else {"ssd_bandwidth": cap}
         yield Case(name=f"{name}, {cap or 'as it is'}", limit_s=300, folder=folder, measure_disk=True,
                    cap_bps=None if cap is None else parse_rate(cap),
@@ -130,12 +128,18 @@ KINDS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
 def run_case(case: Case, args: argparse.Namespace, clock: Clock, runner: RunJob) -> Iterator[dict[str, Any]]:
     facts: dict[str, Any] = {"name": case.name, "options": case.job.options, "warmup": case.job.warmup,
                              "cap_bps": case.cap_bps}
+    if case.measure_disk and case.folder is None:
+        yield {"batch_size": case.job.batches[0], "error": "not begun: no --ram-disk was given", **facts}
+        return
     if case.folder:
         emptied(case.folder)
     if case.measure_disk:
         facts["disk_bps"] = [mixed_bps(case.folder, args.probe_bytes)]
         emptied(case.folder)
-    results = run_within(clock, case.job, case.limit_s, runner)
+    job = case.job
+    if facts.get("disk_bps") == [None]:  # nor could a session measure it to plan with
+        job = replace(job, options={**job.options, "hardware": "none"})
+    results = run_within(clock, job, case.limit_s, runner)
     if case.measure_disk:
         facts["disk_bps"].append(mixed_bps(emptied(case.folder), args.probe_bytes))
     if case.folder:

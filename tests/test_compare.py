@@ -43,7 +43,7 @@ def test_ratel_and_training_in_memory_have_equal_losses(tmp_path: Path, ssd_dir:
     good = {(p["name"], p["clip"]): p["losses"] for p in report.points if "error" not in p}
     for clip in (comparison.NEVER, comparison.ALWAYS):
         assert good["Ratel, states in DRAM", clip] == good["in GPU memory, fp32 states", clip]  # bit for bit in fp32
-    assert good["Ratel, states on SSD", comparison.NEVER] == good["in GPU memory, fp32 states", comparison.NEVER][:4]
+    assert good["Ratel, 2GiB of DRAM and the SSD", comparison.NEVER] == good["in GPU memory, fp32 states", comparison.NEVER][:4]
     assert good["Ratel, states in DRAM", comparison.NEVER] != good["Ratel, states in DRAM", comparison.ALWAYS]
     saved = json.loads(path.read_text())
     assert saved["points"] == json.loads(json.dumps(report.points)) and all(check["equal"] for check in saved["losses"])

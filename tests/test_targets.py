@@ -67,6 +67,22 @@ def test_a_file_system_without_direct_access_has_no_rate(monkeypatch) -> None:
 
 
 @pytest.mark.unit
+def test_nothing_is_planned_with_a_rate_that_cannot_be_measured(tmp_path: Path, ssd_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(targets, "mixed_bps", lambda directory, num_bytes: None)
+    asked: list[dict[str, Any]] = []
+
+    def runner(job: Job, limit_s: float) -> list[dict[str, Any]]:
+        asked.append(job.options)
+        return fake(job, limit_s)
+
+    content = targets.measure(parse("ssd", tmp_path / "m_ssd.json", "--ssd", str(ssd_dir), "--only", "3"), runner).content
+    assert [options["hardware"] for options in asked] == ["none"]
+    assert target_tables.disk_bound(content["points"][0])[0] == 0.8 * GB
+    without = targets.measure(parse("ssd", tmp_path / "other_ssd.json", "--ssd", str(ssd_dir), "--only", "1"), runner).content
+    assert "no --ram-disk" in without["points"][0]["error"] and len(asked) == 1
+
+
+@pytest.mark.unit
 def test_dram47_takes_the_other_s_time_from_the_comparison(tmp_path: Path, ssd_dir: Path) -> None:
     compare = tmp_path / "m_compare.json"
     compare.write_text(json.dumps({"points": [{"name": "ZeRO-Infinity", "step_s": 60.0}, {"name": "ZeRO-Infinity", "error": "out of memory"}]}))
