@@ -54,6 +54,7 @@ def largest(results: list[dict[str, Any]]) -> Callable[[Any], None]:
         for r, place in zip(found, zip(limits, heights)):
             axes.annotate(f"{r['step_s']:.3g} s/step", place, textcoords="offset points", xytext=(6, -12), fontsize=8)
         axes.set_ylim(bottom=0)
+        axes.margins(x=0.15)  # for the text beside the last point
         axes.set_xlabel("limit on DRAM, GiB")
         axes.set_ylabel(label)
 
