@@ -20,7 +20,9 @@ INTRODUCTIONS = {
            "lower. The files of a RAM disk are in the DRAM peak.",
     "dram47": "States on SSD and in as much DRAM as ZeRO-Infinity took.",
     "curve": "The prediction is the planner's, made with the machine's measured rates before the first step.",
-    "shapes": "Other models, tiers and settings. \"Bound\" as above: the busy time of the busiest resource.",
+    "shapes": "Other models, tiers and settings. \"Bound\" as above: the busy time of the busiest resource; \"at measured "
+              "rates\" what its work takes at the rate that the machine was measured to have. Exposed optimizer: what "
+              "computation waited for in the last step because an update was not done.",
     "sustained": "Slope: of a straight line through the seconds of all steps, over the median, per 100 steps. Memory: the "
                  "largest growth after the tenth step.",
     "startup": "From before the process exists to the first line of metrics.jsonl, less that step's own time. The "
@@ -115,13 +117,15 @@ def _shapes(content: Content) -> list[str]:
         if "error" in p:
             rows.append(_failed(p))
             continue
-        exposed = p.get("exposed_optimizer_s", p.get("traced", {}).get("exposed_optimizer_s"))
+        traced = p.get("traced", {})
+        exposed, at_rate = traced.get("exposed_optimizer_s"), traced.get("fraction_of_bound_at_rate")
         rows.append([p["name"], f"{p['parameters'] / 1e9:.2f} B", _shape(p), f"{p['step_s']:.3f}", f"{p['tokens_per_s']:,.0f}",
-                     _of_bound(p), _seconds(p, "predicted_s"), "" if exposed is None else f"{exposed:.3f}",
+                     _of_bound(p), "" if at_rate is None else f"{at_rate:.0%} ({traced['bound_at_rate_by']})",
+                     _seconds(p, "predicted_s"), "" if exposed is None else f"{exposed:.3f}",
                      _gib(p["gpu_peak_bytes"] or 0), _gib(p["dram_peak_bytes"]),
                      f"{_gib(p['ssd_read_bytes'])} + {_gib(p['ssd_written_bytes'])}"])
-    return _table("what | parameters | batch x seq | s/step | tokens/s | of bound | predicted s | exposed optimizer s "
-                  "| GPU peak | DRAM peak | SSD read + written", rows)
+    return _table("what | parameters | batch x seq | s/step | tokens/s | of bound | of bound at measured rates | predicted s "
+                  "| exposed optimizer s | GPU peak | DRAM peak | SSD read + written", rows)
 
 
 def drift(point: Point) -> dict[str, float]:

@@ -29,6 +29,7 @@ def result(batch: int = 8, **more: Any) -> dict[str, Any]:
             "fraction_of_bound": 0.9, "bound_by": "ssd", "predicted_s": 1.6, "ssd_read_bytes": 1 * GB, "ssd_written_bytes": 1 * GB,
             "gpu_peak_bytes": 1 << 30, "dram_peak_bytes": 1 << 34, "losses": [2.0, 1.5], "all_steps_s": [2.0] * 8, "start_s": 1.0,
             "all_rss_bytes": [1 << 30] * 8, "all_gpu_reserved_bytes": [0] * 8,
+            "traced": {"exposed_optimizer_s": 0.125, "fraction_of_bound_at_rate": 0.83, "bound_at_rate_by": "ssd"},
             "plan": {"work": {"micro_batches": 1}, "dram_bytes": {"buffers": 1 << 33}}, **more}
 
 
@@ -189,6 +190,7 @@ def test_every_kind_of_results_has_its_section(kind: str, tmp_path: Path, monkey
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     text = tables.document()
+    assert kind != "shapes" or "| 90% (ssd) | 83% (ssd) | 1.600 | 0.125 |" in text
     assert f"## {target_tables.TITLES[kind]}: m_{kind}" in text and "a processor" in text and "commit cccccccccc" in text and "why" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows if "failed" not in row} == {rows[0].count("|")}
