@@ -79,9 +79,9 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
         job = Job(system="memory", batches=(batch,), clip=clip, options=options, steps=args.steps, **work)
         return Entry(name=name, group="dram", job=job, limit_s=120)
 
-    def ratel(batch: int, clip: float) -> Entry:
-        job = Job(system="ratel", batches=(batch,), clip=clip, options={"dram": args.dram}, **dram)
-        return Entry(name="Ratel, states in DRAM", group="dram", job=job, limit_s=180)
+    def ratel(batch: int, clip: float, name: str = "Ratel, states in DRAM", **options: Any) -> Entry:
+        job = Job(system="ratel", batches=(batch,), clip=clip, options={"dram": args.dram, **options}, **dram)
+        return Entry(name=name, group="dram", job=job, limit_s=180)
 
     for batch in args.batch:
         yield memory("in GPU memory, fp32 states", batch, NEVER)
@@ -90,8 +90,11 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
                     job=Job(system="zero", batches=(batch,), clip=NEVER, options={"place": "cpu"}, **dram))
     for batch in args.batch:
         yield ratel(batch, ALWAYS)
-        yield memory("in GPU memory, fp32 states", batch, ALWAYS)
         yield memory("in GPU memory, bf16 states", batch, NEVER, states="compute")
+    for batch in args.batch if args.device == "cuda" else ():  # for a CPU it takes minutes
+        yield ratel(batch, NEVER, "Ratel, states in DRAM, compiled", compile="on")
+    for batch in args.batch:
+        yield memory("in GPU memory, fp32 states", batch, ALWAYS)
     if "ssd" in args.states:
         yield from _on_ssd(args, work)
 
