@@ -23,7 +23,7 @@ DEFAULT_NUM_PARAMS = 1 << 25
 """872 MB of planes: several times the last-level cache of any current processor."""
 
 # Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and writes all but that.
-BYTES = {"op_ds bf16 grad": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
+BYTES = {"op_ds bf16 grad": 26, "to other planes": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
          "crc32": 4, "triad (streaming)": 12, "rescale": 8}
 CRC_PIECE_BYTES = 1 << 20
 BANDWIDTH_TESTS = ("triad (streaming)", "rescale")
@@ -44,7 +44,7 @@ def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = N
             isa: str = "auto", torch: ModuleType | None = None) -> dict[str, Any]:
     """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each of them alike.
 
-    Needs about 28 bytes of memory per parameter, 44 with ``torch`` (the module, for its fused AdamW on fp32). Returns a
+    Needs about 40 bytes of memory per parameter, 56 with ``torch`` (the module, for its fused AdamW on fp32). Returns a
     dict that ``json`` can write: ``settings``, ``machine``, ``results`` by contestant and ``best_bandwidth_bps``.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -82,15 +82,18 @@ def _native_actions(pool: Pool, n: int) -> dict[str, Action]:
     # 0x3c3c is 0.0115 as bf16 and 0x3c3c3c3c as fp32: ordinary numbers, no denormals to slow anything down.
     hi, lo, grad = Buffer(pool, 2 * n, 0x3c), Buffer(pool, 2 * n), Buffer(pool, 4 * n, 0x3c)
     m, v, spare = Buffer(pool, 4 * n), Buffer(pool, 4 * n), Buffer(pool, 4 * n)
+    planes, others = [hi, lo, m, v], [Buffer(pool, size * n) for size in (2, 2, 4, 4)]
     ranges = [(n // 2, 0.1), (n, 0.0)]
 
-    def update(grad_dtype: str) -> Action:
+    def update(grad_dtype: str, target: list[Buffer]) -> Action:
         return lambda step: pool.adamw(hi.address, lo.address, m.address, v.address, grad.address, n,
-                                       grad_dtype=grad_dtype, step=step, grad_scale=0.5, ranges=ranges, **ADAM)
+                                       to=tuple(plane.address for plane in target), grad_dtype=grad_dtype,
+                                       step=step, grad_scale=0.5, ranges=ranges, **ADAM)
 
     return {
-        "op_ds bf16 grad": update("bf16"),
-        "op_ds fp32 grad": update("fp32"),
+        "op_ds bf16 grad": update("bf16", planes),
+        "to other planes": update("bf16", others),
+        "op_ds fp32 grad": update("fp32", planes),
         "sum_squares bf16": lambda step: pool.sum_squares(grad.address, n, "bf16"),
         "crc32": lambda step: pool.crc32(grad.address, 4 * n, CRC_PIECE_BYTES),
         "triad (streaming)": lambda step: pool.triad(spare.address, grad.address, v.address, 0.5, n),

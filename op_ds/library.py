@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "_lib" / "libop_ds.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class LibraryError(ImportError):
@@ -14,8 +14,8 @@ class LibraryError(ImportError):
 
 
 class AdamPlanes(ctypes.Structure):
-    _fields_ = [("hi", ctypes.c_void_p), ("lo", ctypes.c_void_p), ("m", ctypes.c_void_p), ("v", ctypes.c_void_p),
-                ("grad", ctypes.c_void_p), ("grad_type", ctypes.c_int32)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("hi", "lo", "m", "v", "to_hi", "to_lo", "to_m", "to_v", "grad")),
+                ("grad_type", ctypes.c_int32), ("streams", ctypes.c_int32)]
 
 
 class AdamScalars(ctypes.Structure):

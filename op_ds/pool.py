@@ -17,6 +17,8 @@ _DTYPES = {"bf16": 0, "fp32": 1}
 ISA_VARIABLE = "RATEL_ISA"
 
 Ranges = list[tuple[int, float]]
+Planes = tuple[int, int, int, int]
+"""Addresses of `hi`, `lo`, `m`, `v`."""
 
 
 class UnsupportedIsaError(ValueError):
@@ -41,6 +43,12 @@ def _dtype_code(dtype: str) -> int:
 def _check_count(n: int, name: str = "n") -> None:
     if n < 0:
         raise ValueError(f"{name} must not be negative (given: {n})")
+
+
+def _check_targets(planes: Planes, to: Planes, n: int) -> None:
+    for source, target, item in zip(planes, to, (2, 2, 4, 4), strict=True):
+        if source != target and abs(source - target) < n * item:
+            raise ValueError("an update's planes and where they go must be the same or not overlap")
 
 
 class Pool:
@@ -70,34 +78,39 @@ class Pool:
         self.isa: str = self._library.op_ds_pool_isa(handle).decode()
 
     def adamw(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
-              beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None) -> None:
+              beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
+              to: Planes | None = None) -> None:
         """One AdamW step on ``n`` parameters: fp32 master in ``hi``/``lo``, fp32 ``m`` and ``v``, all updated in place.
 
         ``ranges`` are (end element, weight decay) with increasing ends, the last one ``n``; default: no decay.
-        ``grad_scale`` multiplies every gradient first (clipping, unscaling); ``step`` counts from 1.
+        ``grad_scale`` multiplies every gradient first (clipping, unscaling); ``step`` counts from 1. ``to``: write the
+        result there and leave what was read as it is; each plane is another place altogether, or the same one.
         """
         ranges = [(n, 0.0)] if ranges is None else ranges
-        self._adam([decay_factor(lr, decay) for _, decay in ranges], False, (hi, lo, m, v, grad), n,
+        self._adam([decay_factor(lr, decay) for _, decay in ranges], False, (hi, lo, m, v), to, grad, n,
                    grad_dtype, ranges, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
 
     def adam(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
-             beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None) -> None:
+             beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
+             to: Planes | None = None) -> None:
         """As ``adamw``, but with the decay added to the scaled gradient (L2), as ``torch.optim.Adam`` does."""
         ranges = [(n, 0.0)] if ranges is None else ranges
-        self._adam([to_fp32(decay) for _, decay in ranges], True, (hi, lo, m, v, grad), n,
+        self._adam([to_fp32(decay) for _, decay in ranges], True, (hi, lo, m, v), to, grad, n,
                    grad_dtype, ranges, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
 
-    def _adam(self, decays: list[float], coupled: bool, addresses: tuple[int, ...], n: int, grad_dtype: str,
-              ranges: Ranges, **hyperparameters: float) -> None:
+    def _adam(self, decays: list[float], coupled: bool, planes: Planes, to: Planes | None, grad: int, n: int,
+              grad_dtype: str, ranges: Ranges, **hyperparameters: float) -> None:
         _check_count(n)
         check_ranges(ranges, n)
+        to = planes if to is None else to
+        _check_targets(planes, to, n)
         k = adam_coefficients(**hyperparameters)
         scalars = AdamScalars(k.grad_scale, k.lerp_weight, k.beta2, k.one_minus_beta2, k.bias_correction2_sqrt, k.eps,
                               k.neg_step_size, coupled)
-        planes = AdamPlanes(*addresses, _dtype_code(grad_dtype))
+        given = AdamPlanes(*planes, *to, grad, _dtype_code(grad_dtype))
         ends = (ctypes.c_int64 * len(ranges))(*(end for end, _ in ranges))
         factors = (ctypes.c_float * len(ranges))(*decays)
-        self._call("adam", ctypes.byref(planes), ctypes.byref(scalars), n, ends, factors, len(ranges))
+        self._call("adam", ctypes.byref(given), ctypes.byref(scalars), n, ends, factors, len(ranges))
 
     def split(self, fp32: int, hi: int, lo: int, n: int) -> None:
         """fp32 -> ``hi`` (bf16, rounded half up on the bits) and ``lo`` (int16 remainder); exact, any bits."""

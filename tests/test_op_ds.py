@@ -353,3 +353,41 @@ def test_calls_from_several_threads_do_not_mix(pool: op_ds.Pool) -> None:
         for step in range(1, 8):
             alone.update(pool, random_grad(n, 100 * index + step), step)
         assert_same_bits(planes.tensors(pool), alone.tensors(pool))
+
+
+def page_aligned(n: int, dtype: torch.dtype) -> torch.Tensor:
+    raw = torch.zeros(n * dtype.itemsize + 4096, dtype=torch.uint8)
+    return raw[-raw.data_ptr() % 4096 :][: n * dtype.itemsize].view(dtype)
+
+
+@pytest.mark.parametrize("skew", [0, 1, 16], ids=["whole lines", "no line begins there", "half a line"])
+@pytest.mark.parametrize("elsewhere", ["all", "hi", "none"])
+def test_the_result_goes_elsewhere_and_what_was_read_stays(isa: str, elsewhere: str, skew: int) -> None:
+    """Whether stores pass the caches (all planes elsewhere, at whole lines) or not; cuts and ranges begin anywhere."""
+    n, cut, weights = 50_003, 1_237, torch.randn(50_003, generator=torch.Generator().manual_seed(5))
+    ranges = [(777, 0.1), (40_000, 0.0), (n, 0.2)]
+    with op_ds.Pool(3, isa=isa) as pool:
+        inside, source = Planes(pool, weights), Planes(pool, weights)
+        for step in (1, 2, 3):
+            grad = random_grad(n, step).to(torch.bfloat16)
+            inside.update(pool, grad, step, ranges=ranges, grad_scale=0.3)
+            planes = [source.hi, source.lo, source.m, source.v]
+            moved = {"all": 4, "hi": 1, "none": 0}[elsewhere]
+            targets = [page_aligned(n + skew, p.dtype)[skew:] if i < moved else p for i, p in enumerate(planes)]
+            before = [p.clone() for p in planes]
+            for begin, end in ((0, cut), (cut, n)):
+                addresses = [[p[begin:].data_ptr() for p in side] for side in (planes, targets)]
+                parts = [(min(stop, end) - begin, decay) for stop, decay in ranges if stop > begin]
+                parts = parts[: next(i for i, (stop, _) in enumerate(parts) if stop == end - begin) + 1]
+                pool.adamw(*addresses[0], grad[begin:].data_ptr(), end - begin, to=tuple(addresses[1]), step=step,
+                           grad_dtype="bf16", grad_scale=0.3, ranges=parts, **ADAM)
+            assert all(torch.equal(p, b) for p, b, t in zip(planes, before, targets) if t is not p)
+            source.hi, source.lo, source.m, source.v = targets
+        assert_same_bits(source.tensors(pool), inside.tensors(pool))
+
+
+def test_targets_that_overlap_what_is_read_are_refused(pool: op_ds.Pool) -> None:
+    planes, grad = Planes(pool, torch.randn(64)), torch.zeros(64)
+    addresses = [p.data_ptr() for p in (planes.hi, planes.lo, planes.m, planes.v)]
+    with pytest.raises(ValueError, match="same or not overlap"):
+        pool.adamw(*addresses, grad.data_ptr(), 64, grad_dtype="fp32", step=1, to=(addresses[0] + 2, *addresses[1:]), **ADAM)

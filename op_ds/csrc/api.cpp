@@ -25,7 +25,7 @@ struct Pool {
 
 namespace {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 constexpr int64_t kGroupsPerBlock = 64;  // 64 Ki elements of a sum: reading only, so a block may be larger
 
 // 256 KiB are some 10 us of a sum: large enough that the claim costs nothing.
@@ -55,6 +55,15 @@ int32_t for_blocks(Pool* pool, int64_t n, int64_t size, Body body) noexcept {
     pool->threads.run(ceil_div(n, size), [&](int64_t block) { body(block * size, std::min(n, (block + 1) * size)); });
     return 0;
   });
+}
+
+// Streaming stores spare the reads of what they overwrite, 12 bytes a parameter. They need places that the update does not
+// read and that begin at a cache line.
+bool can_stream(const MasterPlanes& from, const MasterPlanes& to) {
+  const auto fits = [](const void* source, const void* target) {
+    return source != target && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+  };
+  return fits(from.hi, to.hi) && fits(from.lo, to.lo) && fits(from.m, to.m) && fits(from.v, to.v);
 }
 
 struct DecayRanges {
@@ -112,9 +121,11 @@ int32_t op_ds_adam(Pool* pool, const op_ds::AdamPlanes* planes, const op_ds::Ada
                    const int64_t* ends, const float* decays, int64_t num_ranges) noexcept {
   const op_ds::DecayRanges ranges{ends, decays, num_ranges};
   if (!ranges.covers(n)) return -EINVAL;
+  op_ds::AdamPlanes all = *planes;
+  all.streams = op_ds::can_stream(all.from, all.to);
   return op_ds::for_blocks(pool, n, op_ds::kBlockElements, [&](int64_t begin, int64_t end) {
     ranges.visit(begin, end, [&](int64_t first, int64_t stop, float decay) {
-      pool->kernels->adam(*planes, *scalars, first, stop, decay);
+      pool->kernels->adam(all, *scalars, first, stop, decay);
     });
   });
 }

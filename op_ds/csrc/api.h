@@ -18,7 +18,7 @@ OP_DS_API const char* op_ds_pool_isa(const op_ds::Pool* pool) noexcept;
 OP_DS_API int32_t op_ds_pool_create(int32_t num_threads, int32_t isa, op_ds::Pool** pool) noexcept;
 OP_DS_API int32_t op_ds_pool_destroy(op_ds::Pool* pool) noexcept;
 
-// ends: increasing, the last one n; decays[i] applies below ends[i] and from ends[i - 1].
+// planes: `streams` is not read. ends: increasing, the last one n; decays[i] applies below ends[i] and from ends[i - 1].
 OP_DS_API int32_t op_ds_adam(op_ds::Pool* pool, const op_ds::AdamPlanes* planes, const op_ds::AdamScalars* scalars,
                              int64_t n, const int64_t* ends, const float* decays, int64_t num_ranges) noexcept;
 OP_DS_API int32_t op_ds_split(op_ds::Pool* pool, const float* source, uint16_t* hi, int16_t* lo, int64_t n) noexcept;

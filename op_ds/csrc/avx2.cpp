@@ -41,12 +41,20 @@ struct Avx2 {
     _mm256_storeu_ps(p + 8, x.b);
   }
   static void store_master(uint16_t* hi, int16_t* lo, Floats x) {
-    const __m256i a = _mm256_castps_si256(x.a), b = _mm256_castps_si256(x.b);
-    const __m256i half = _mm256_set1_epi32(0x8000), mask = _mm256_set1_epi32(0xffff);
-    const __m256i rounded_a = _mm256_add_epi32(a, half), rounded_b = _mm256_add_epi32(b, half);
-    store_packed(hi, _mm256_srli_epi32(rounded_a, 16), _mm256_srli_epi32(rounded_b, 16));
-    store_packed(lo, _mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    const Halves halves = halve(x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(hi), halves.hi);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lo), halves.lo);
   }
+  static void stream(float* p, Floats x) {
+    _mm256_stream_ps(p, x.a);
+    _mm256_stream_ps(p + 8, x.b);
+  }
+  static void stream_master(uint16_t* hi, int16_t* lo, Floats x) {
+    const Halves halves = halve(x);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(hi), halves.hi);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(lo), halves.lo);
+  }
+  static void fence() { _mm_sfence(); }
   static Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static Floats sub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
@@ -80,10 +88,19 @@ struct Avx2 {
   static __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i upper(const uint16_t* p) { return _mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(p)), 16); }
   static __m256i lower(const int16_t* p) { return _mm256_cvtepi16_epi32(load8(p)); }
-  static void store_packed(void* p, __m256i a, __m256i b) {
+  struct Halves {
+    __m256i hi, lo;
+  };
+  static Halves halve(Floats x) {
+    const __m256i a = _mm256_castps_si256(x.a), b = _mm256_castps_si256(x.b);
+    const __m256i half = _mm256_set1_epi32(0x8000), mask = _mm256_set1_epi32(0xffff);
+    const __m256i rounded_a = _mm256_add_epi32(a, half), rounded_b = _mm256_add_epi32(b, half);
+    return {pack(_mm256_srli_epi32(rounded_a, 16), _mm256_srli_epi32(rounded_b, 16)),
+            pack(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask))};
+  }
+  static __m256i pack(__m256i a, __m256i b) {
     // packus interleaves the two registers by 128-bit halves; the permutation puts the quarters back in order.
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
-    _mm256_storeu_si256(static_cast<__m256i*>(p), packed);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
   }
   static void add_squares4(__m256d& sum, __m128 x) {
     const __m256d wide = _mm256_cvtps_pd(x);

@@ -35,11 +35,15 @@ struct Avx512 {
   }
   static void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
   static void store_master(uint16_t* hi, int16_t* lo, __m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(hi), _mm512_cvtepi32_epi16(rounded));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lo), _mm512_cvtepi32_epi16(bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(hi), rounded_bits(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lo), _mm512_cvtepi32_epi16(_mm512_castps_si512(x)));
   }
+  static void stream(float* p, __m512 x) { _mm512_stream_ps(p, x); }
+  static void stream_master(uint16_t* hi, int16_t* lo, __m512 x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(hi), rounded_bits(x));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(lo), _mm512_cvtepi32_epi16(_mm512_castps_si512(x)));
+  }
+  static void fence() { _mm_sfence(); }
   static __m512 add(__m512 x, __m512 y) { return _mm512_add_ps(x, y); }
   static __m512 sub(__m512 x, __m512 y) { return _mm512_sub_ps(x, y); }
   static __m512 mul(__m512 x, __m512 y) { return _mm512_mul_ps(x, y); }
@@ -67,6 +71,11 @@ struct Avx512 {
  private:
   static __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m512i upper(const uint16_t* p) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(p)), 16); }
+  // Of each element's bits, rounded half up.
+  static __m256i rounded_bits(__m512 x) {
+    const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
   static __m256 upper_half(__m512 x) {
     return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
   }

@@ -17,6 +17,10 @@ constexpr int64_t kPrefetchElements = 128;
 constexpr int kSumLanes = 32;
 constexpr int64_t kSumElements = 1024;
 
+// Elements of hi and lo that fill a cache line, and of m and v that fill two. From a multiple of it on, streaming stores
+// write whole lines.
+constexpr int64_t kLineElements = 32;
+
 enum class GradType : int32_t { kBf16 = 0, kFp32 = 1 };
 
 // Scalars of one Adam step, rounded to fp32 on the caller's side from doubles, as torch does. C ABI: ctypes mirrors it.
@@ -31,13 +35,20 @@ struct AdamScalars {
   int32_t coupled;      // 1: L2 decay added to the gradient (Adam); 0: decoupled (AdamW)
 };
 
-struct AdamPlanes {
+struct MasterPlanes {
   uint16_t* hi;
   int16_t* lo;
   float* m;
   float* v;
+};
+
+// What is read, and where what becomes of it is written: the same address plane by plane, or one that overlaps none.
+struct AdamPlanes {
+  MasterPlanes from;
+  MasterPlanes to;
   const void* grad;
   GradType grad_type;
+  int32_t streams;  // set by op_ds_adam: past the caches, into planes that nothing reads soon
 };
 
 // `decay` is what multiplies the master (AdamW: 1 - lr * weight_decay) or weighs it into the gradient (Adam).

@@ -1,7 +1,8 @@
 // The kernels, written once over a vector type V. Included by one source per instruction set, after its target pragma;
 // everything sits in an unnamed namespace so that no instantiation for one instruction set can be linked into another.
 //
-// V supplies: Floats, kWidth, set1, load, load_bf16, load_master, store, store_master, add, sub, mul, div, sqrt, fma;
+// V supplies: Floats, kWidth, set1, load, load_bf16, load_master, store, store_master, stream, stream_master (stores past
+// the caches, to whole vectors), fence (after these), add, sub, mul, div, sqrt, fma;
 // Lanes, zero_lanes, add_squares, store_lanes. Each arithmetic function rounds once, to nearest, and the compiler
 // contracts nothing (-ffp-contract=off).
 
@@ -37,64 +38,88 @@ inline void prefetch_planes(const AdamPlanes& p, int64_t i) {
     const auto distance = static_cast<uintptr_t>((i + kPrefetchElements) * element_bytes);
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(plane) + distance));
   };
-  ask(p.hi, 2);
-  ask(p.lo, 2);
-  ask(p.m, 4);
-  ask(p.v, 4);
+  ask(p.from.hi, 2);
+  ask(p.from.lo, 2);
+  ask(p.from.m, 4);
+  ask(p.from.v, 4);
   ask(p.grad, kBf16 ? 2 : 4);
 }
 
 // One vector of elements: the operations of torch's single-tensor Adam in its order, each rounded where torch rounds.
-template <class V, bool kBf16, bool kCoupled, bool kHighWeight>
+template <class V, bool kBf16, bool kCoupled, bool kHighWeight, bool kStream>
 inline void adam_vector(const AdamPlanes& p, const AdamConstants<V>& k, int64_t i) {
-  auto master = V::load_master(p.hi + i, p.lo + i);
+  auto master = V::load_master(p.from.hi + i, p.from.lo + i);
   auto grad = V::mul(load_grad<V, kBf16>(p.grad, i), k.grad_scale);
   if constexpr (kCoupled) {
     grad = V::fma(k.decay, master, grad);
   } else {
     master = V::mul(master, k.decay);
   }
-  const auto old_m = V::load(p.m + i);
+  const auto old_m = V::load(p.from.m + i);
   const auto m = V::fma(k.coefficient, V::sub(grad, old_m), kHighWeight ? grad : old_m);
-  const auto decayed_v = V::mul(V::load(p.v + i), k.beta2);
+  const auto decayed_v = V::mul(V::load(p.from.v + i), k.beta2);
   const auto v = V::fma(V::mul(k.one_minus_beta2, grad), grad, decayed_v);
   const auto denominator = V::add(V::div(V::sqrt(v), k.bias_correction2_sqrt), k.eps);
   master = V::add(master, V::div(V::mul(k.neg_step_size, m), denominator));
-  V::store(p.m + i, m);
-  V::store(p.v + i, v);
-  V::store_master(p.hi + i, p.lo + i, master);
+  if constexpr (kStream) {
+    V::stream(p.to.m + i, m);
+    V::stream(p.to.v + i, v);
+    V::stream_master(p.to.hi + i, p.to.lo + i, master);
+  } else {
+    V::store(p.to.m + i, m);
+    V::store(p.to.v + i, v);
+    V::store_master(p.to.hi + i, p.to.lo + i, master);
+  }
 }
 
-// Fewer elements than a vector: the same vector code on a padded copy, so that tails round exactly like the rest.
+// At most a vector of elements: the same vector code on a padded copy, so that tails round exactly like the rest.
 template <class V, bool kBf16, bool kCoupled, bool kHighWeight>
 void adam_tail(const AdamPlanes& p, const AdamConstants<V>& k, int64_t begin, int64_t count) {
   uint16_t hi[V::kWidth] = {};
   int16_t lo[V::kWidth] = {};
   float m[V::kWidth] = {}, v[V::kWidth] = {}, grad[V::kWidth] = {};
   const size_t grad_bytes = kBf16 ? sizeof(uint16_t) : sizeof(float);
-  std::memcpy(hi, p.hi + begin, count * sizeof(uint16_t));
-  std::memcpy(lo, p.lo + begin, count * sizeof(int16_t));
-  std::memcpy(m, p.m + begin, count * sizeof(float));
-  std::memcpy(v, p.v + begin, count * sizeof(float));
+  std::memcpy(hi, p.from.hi + begin, count * sizeof(uint16_t));
+  std::memcpy(lo, p.from.lo + begin, count * sizeof(int16_t));
+  std::memcpy(m, p.from.m + begin, count * sizeof(float));
+  std::memcpy(v, p.from.v + begin, count * sizeof(float));
   std::memcpy(grad, static_cast<const char*>(p.grad) + begin * grad_bytes, count * grad_bytes);
-  adam_vector<V, kBf16, kCoupled, kHighWeight>({hi, lo, m, v, grad, p.grad_type}, k, 0);
-  std::memcpy(p.hi + begin, hi, count * sizeof(uint16_t));
-  std::memcpy(p.lo + begin, lo, count * sizeof(int16_t));
-  std::memcpy(p.m + begin, m, count * sizeof(float));
-  std::memcpy(p.v + begin, v, count * sizeof(float));
+  const MasterPlanes copy{hi, lo, m, v};
+  adam_vector<V, kBf16, kCoupled, kHighWeight, false>({copy, copy, grad, p.grad_type, 0}, k, 0);
+  std::memcpy(p.to.hi + begin, hi, count * sizeof(uint16_t));
+  std::memcpy(p.to.lo + begin, lo, count * sizeof(int16_t));
+  std::memcpy(p.to.m + begin, m, count * sizeof(float));
+  std::memcpy(p.to.v + begin, v, count * sizeof(float));
+}
+
+template <class V, bool kBf16, bool kCoupled, bool kHighWeight, bool kStream>
+void adam_stored(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
+  const AdamConstants<V> k = broadcast<V>(s, decay);
+  int64_t i = begin;
+  if constexpr (kStream) {
+    const int64_t line = (begin + kLineElements - 1) / kLineElements * kLineElements;
+    while (i < line && i < end) {
+      const int64_t past = i + V::kWidth < line ? i + V::kWidth : line;
+      const int64_t stop = past < end ? past : end;
+      adam_tail<V, kBf16, kCoupled, kHighWeight>(p, k, i, stop - i);
+      i = stop;
+    }
+  }
+  for (; i + V::kWidth <= end; i += V::kWidth) {
+    if constexpr (V::kWidth > 1) prefetch_planes<kBf16>(p, i);
+    adam_vector<V, kBf16, kCoupled, kHighWeight, kStream>(p, k, i);
+  }
+  if constexpr (kStream) V::fence();  // weakly ordered: they must be visible before the range counts as done
+  if (i < end) {
+    adam_tail<V, kBf16, kCoupled, kHighWeight>(p, k, i, end - i);
+  }
 }
 
 template <class V, bool kBf16, bool kCoupled, bool kHighWeight>
 void adam_range(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
-  const AdamConstants<V> k = broadcast<V>(s, decay);
-  int64_t i = begin;
-  for (; i + V::kWidth <= end; i += V::kWidth) {
-    if constexpr (V::kWidth > 1) prefetch_planes<kBf16>(p, i);
-    adam_vector<V, kBf16, kCoupled, kHighWeight>(p, k, i);
-  }
-  if (i < end) {
-    adam_tail<V, kBf16, kCoupled, kHighWeight>(p, k, i, end - i);
-  }
+  const AdamFn plain = adam_stored<V, kBf16, kCoupled, kHighWeight, false>;
+  const AdamFn streaming = adam_stored<V, kBf16, kCoupled, kHighWeight, true>;
+  (p.streams ? streaming : plain)(p, s, begin, end, decay);
 }
 
 template <class V, bool kBf16, bool kCoupled>

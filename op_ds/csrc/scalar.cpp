@@ -30,6 +30,9 @@ struct Scalar {
     *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
     *lo = static_cast<int16_t>(bits);
   }
+  static void stream(float* p, float x) { store(p, x); }
+  static void stream_master(uint16_t* hi, int16_t* lo, float x) { store_master(hi, lo, x); }
+  static void fence() {}
   static float add(float a, float b) { return a + b; }
   static float sub(float a, float b) { return a - b; }
   static float mul(float a, float b) { return a * b; }
