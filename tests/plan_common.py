@@ -63,8 +63,9 @@ def random_plan(seed: int, *, uniform: bool) -> Plan:
         placement = {"*": rest} | {f"block.{i}": first for i in range(r.randint(0, blocks))}
     micro = r.choice([1, 4, 8, 16])
     return make_plan(spec, placement, rows=micro * r.randint(1, 6) - r.randint(0, micro - 1), micro_rows=micro,
-                     seq_len=r.choice([512, 1024, 2048]), optimizer=r.choice(["eager", "deferred"]),
-                     checkpoints=r.choice(["gpu", "dram", "ssd"]))
+                     seq_len=r.choice([512, 1024, 2048]), checkpoints=r.choice(["gpu", "dram", "ssd"]),
+                     **r.choice([dict(optimizer="eager"), dict(optimizer="deferred"),
+                                 dict(optimizer="speculative", early_units=r.randint(1, blocks + 2))]))
 
 
 def random_hardware(seed: int) -> Hardware:

@@ -24,7 +24,7 @@ class Prediction:
 
     step_s: float
     forward_s: float
-    """To the end of the last block's forward pass, with what it waits for: deferred updates, but not eager ones."""
+    """To the end of the last block's forward pass, with what it waits for: updates made under it."""
     backward_s: float
     """The rest: loss, backward, updates on the GPU, and eager updates as far as the next step waits for them."""
     forward: dict[str, float]
@@ -57,18 +57,17 @@ def predict(plan: Plan, hardware: Hardware) -> Prediction:
     """The step time of ``plan`` on ``hardware``. Raises RatelError if the plan uses SSDs and the machine has none."""
     gpu = GpuSeconds(plan, hardware)
     passes = pass_traffic(plan)
-    params = sum(u.num_trainable for u in plan.spec.units if not plan.placement(u).on_gpu)
-    none = Traffic()
-    early = _PassWork(traffic=passes.forward + (passes.updates if plan.deferred else none),
-                      params=params if plan.deferred else 0)
-    late = _PassWork(traffic=passes.backward + (none if plan.deferred else passes.updates),
-                     params=0 if plan.deferred else params)
-    prices = (_prices(early, hardware), _prices(late, hardware))
+    updated = [u for u in plan.spec.units if not plan.placement(u).on_gpu]
+    first = _PassWork(traffic=passes.forward + passes.forward_updates,
+                      params=sum(u.num_trainable for u in updated if not plan.updates_early(u)))
+    second = _PassWork(traffic=passes.backward + passes.backward_updates,
+                       params=sum(u.num_trainable for u in updated if plan.updates_early(u)))
+    prices = (_prices(first, hardware), _prices(second, hardware))
     times = follow(plan, gpu, prices)
     compute = _compute_seconds(plan, gpu)
     forward, backward = (_busy(work, hardware, price, seconds)
-                         for work, price, seconds in zip((early, late), prices, compute))
-    return _prediction(plan, times, forward, backward, early.traffic + late.traffic)
+                         for work, price, seconds in zip((first, second), prices, compute))
+    return _prediction(plan, times, forward, backward, first.traffic + second.traffic)
 
 
 @dataclass(frozen=True, kw_only=True)

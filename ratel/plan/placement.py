@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ratel.errors import RatelError
-from ratel.plan.shape import ModelSpec, UnitSpec
+from ratel.plan.shape import ModelSpec, UnitSpec, closing_order
 
 GPU, DRAM, SSD = "gpu", "dram", "ssd"
 TIERS = (GPU, DRAM, SSD)
@@ -56,6 +56,11 @@ def weight_planes(fp32: bool) -> tuple[str, ...]:
 def weight_class(unit: UnitSpec) -> str:
     """Units that take turns in the same slots: blocks; what comes before and after them; what is held all step."""
     return {"block": "block", "shared": "shared"}.get(unit.kind, "ends")
+
+
+def closed_first(spec: ModelSpec, placements: tuple[UnitPlacement, ...], count: int | None = None) -> list[UnitSpec]:
+    """Of the units that the CPU updates the first ``count`` (default: all) whose gradients are complete."""
+    return [unit for unit in closing_order(spec) if not placements[unit.index].on_gpu][:count]
 
 
 _EXAMPLE = "Write it like {'*': 'ssd', 'block.*': {'hi': 'dram'}}"

@@ -7,7 +7,8 @@ from itertools import groupby
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
 from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
-from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, plane_bytes, weight_class, weight_planes)
+from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, closed_first, plane_bytes, weight_class,
+                                  weight_planes)
 from ratel.plan.saved import INPUT, Saved, largest_group, slot_counts
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
@@ -67,7 +68,7 @@ class Plan:
     spec: ModelSpec = field(repr=False)
     fp32: bool
     optimizer: str
-    """``eager`` or ``deferred``."""
+    """``eager``, ``deferred`` or ``speculative``."""
     placements: tuple[UnitPlacement, ...] = field(repr=False)
     checkpoint_tiers: tuple[str, ...]
     """By block."""
@@ -90,6 +91,9 @@ class Plan:
     durable: str = "off"
     """How states survive a crash: ``step`` (two slots on SSD and commits in place), ``checkpoint`` (copies at explicit
     saves) or ``off``."""
+    early_units: int = 0
+    """Speculative: so many of the units that the CPU updates, those whose gradients are complete first, are updated
+    before the norm is known, if their gradients stay in DRAM."""
     save_pieces: int = 0
     """Buffers in DRAM through which states pass on their way to a save."""
 
@@ -99,7 +103,8 @@ class Plan:
 
     @property
     def num_slots(self) -> int:
-        return 2 if self.commits else 1
+        """Of versions on SSD: the current one, the committed one, and one that may yet be forgotten."""
+        return 1 + self.commits + any(self.has_states_on_ssd(self.spec.units[unit]) for unit in self.early)
 
     @property
     def grain(self) -> int:
@@ -146,7 +151,23 @@ class Plan:
 
     @property
     def deferred(self) -> bool:
-        return self.optimizer == "deferred"
+        """Gradients wait for the norm of all of them, and updates for the next step's forward pass (but early ones)."""
+        return self.optimizer != "eager"
+
+    @cached_property
+    def early(self) -> frozenset[int]:
+        """Units that are updated on the guess that nothing will be clipped. Their gradients stay in DRAM, for the case
+        that they have to be updated again."""
+        first = closed_first(self.spec, self.placements, self.early_units)
+        return frozenset(unit.index for unit in first if self.placement(unit).g == DRAM)
+
+    def updates_early(self, unit: UnitSpec) -> bool:
+        """Under backward, when its gradient has arrived."""
+        return not self.deferred or unit.index in self.early
+
+    def second_planes(self, unit: UnitSpec) -> tuple[str, ...]:
+        """Planes in DRAM of which there are two: the current one, and one that an early update writes."""
+        return tuple(p for p in PLANES if unit.index in self.early and self.placement(unit).tier(p) == DRAM)
 
     @property
     def grad_bytes(self) -> int:
@@ -191,9 +212,9 @@ class Plan:
 
     def weight_slot_count(self, cls: str) -> int:
         count = min(len(self.streamed(cls)), self.buffers.weight_slots if cls == "block" else 1)
-        if not self.deferred and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
-            # The DRAM copy of a unit stays for its eager update. A gather beyond these copies would wait for an update
-            # whose gradient needs what is gathered after it.
+        if (not self.deferred or self.early) and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
+            # The DRAM copy of a unit stays for its update under backward. A gather beyond these copies would wait for an
+            # update whose gradient needs what is gathered after it.
             count = min(count, self.host_weight_slot_count(cls))
         return count
 
@@ -289,7 +310,9 @@ class Plan:
     @cached_property
     def dram_items(self) -> dict[str, int]:
         """Bytes of the arena by purpose, each part rounded to pages as the arena does."""
-        items = {"resident planes": sum(self._resident_bytes(u, DRAM) for u in self.spec.units)}
+        items = {"resident planes": sum(self._resident_bytes(u, DRAM) for u in self.spec.units),
+                 "second planes of early updates": sum(_paged(plane_bytes(u, p, fp32=self.fp32))
+                                                       for u in self.spec.units for p in self.second_planes(u))}
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
             items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
@@ -378,12 +401,18 @@ class Plan:
         units = [{"name": u.name, "parameters": u.num_params, "trained": u.num_trainable_params,
                   "planes": asdict(self.placement(u))} for u in self.spec.units]
         return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
-                "optimizer": self.optimizer, "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
+                "optimizer": self.optimizer,
+                "early_updates": [self.spec.units[unit].name for unit in sorted(self.early)],
+                "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
                 "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers),
                 "activations": [dict(kept) for kept in self.kept], "units": units,
                 "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
                 "step_traffic_bytes": asdict(step_traffic(self)),
                 "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}
+
+    def describe_optimizer(self) -> str:
+        early = f", {len(self.early)} units early" if self.early else ""
+        return f"{self.optimizer} optimizer{early}"
 
     def describe(self) -> str:
         """A few lines a person understands."""
@@ -395,7 +424,7 @@ class Plan:
         work = self.work
         return (f"{self.spec.name}: {self.spec.num_params / 1e6:,.1f} M parameters; states {states}\n"
                 f"{work.rows} x {work.seq_len} tokens a step in {work.num_micro} micro-batch"
-                f"{'es' if work.num_micro > 1 else ''}; {self.optimizer} optimizer; "
+                f"{'es' if work.num_micro > 1 else ''}; {self.describe_optimizer()}; "
                 f"GPU {format_bytes(self.gpu_bytes)}, DRAM {format_bytes(self.dram_bytes)}, "
                 f"SSD {format_bytes(self.ssd_bytes)}")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from ratel.plan.compute import GpuSeconds
-from ratel.plan.placement import DRAM, GPU, weight_class
+from ratel.plan.placement import DRAM, GPU, closed_first, weight_class
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather, gathers
 from ratel.plan.shape import StageSpec, UnitSpec
@@ -66,9 +66,9 @@ def closing_units(plan: Plan) -> dict[int, list[UnitSpec]]:
 
 
 def update_order(plan: Plan) -> list[UnitSpec]:
-    """Deferred mode: units that the CPU updates, in the order in which forward needs them."""
-    units = [u for u in plan.spec.units if u.num_trainable and not plan.placement(u).on_gpu]
-    return sorted(units, key=lambda u: (u.kind != "shared", u.index))
+    """Units that the CPU updates after backward, in the order in which forward needs them."""
+    units = closed_first(plan.spec, plan.placements)
+    return sorted((u for u in units if not plan.updates_early(u)), key=lambda u: (u.kind != "shared", u.index))
 
 
 def step_schedule(plan: Plan) -> list[Gather]:
@@ -118,7 +118,6 @@ class _Steps:
 
     def __init__(self, plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> None:
         self._plan, self._gpu, self._prices, self._price = plan, gpu, prices, prices[0]
-        self._update_price = prices[0] if plan.deferred else prices[1]
         self._schedule, self._closing, self._rows = step_schedule(plan), closing_units(plan), micro_rows(plan)
         self._ssd = _Ssd()
         self._opened = self._h2d = self._compute = self._d2h = self._cpu = self._norm_known = 0.0
@@ -150,8 +149,7 @@ class _Steps:
             self._using(stage, lambda stage=stage: self._backward(stage))
         self._norm_known = self._compute
         self._compute += sum(self._gpu.update(u) for u in self._plan.spec.units if self._plan.placement(u).on_gpu)
-        if self._plan.deferred:
-            self._pending = update_order(self._plan)
+        self._pending = update_order(self._plan)
         return Times(step_s=self._norm_known - began, forward_s=forward_s)
 
     def _first_landing(self, computed: float) -> float:
@@ -234,7 +232,7 @@ class _Steps:
         self._arrived[unit.index] = self._d2h
         if moved.ssd_written:
             self._arrived[unit.index] = self._ssd.rest(self._d2h, moved.ssd_written * self._price.ssd)
-        if not self._plan.deferred:
+        if self._plan.updates_early(unit):
             self._update(unit)
         if passing:
             done = self._arrived if self._plan.deferred else self._updated
@@ -244,10 +242,10 @@ class _Steps:
 
     def _update(self, unit: UnitSpec) -> None:
         """Reads go ahead of the gradient by what the ring holds; write-backs trail."""
-        plan, price, index = self._plan, self._update_price, unit.index
-        moved = update_traffic(plan, unit)
-        ready = max(self._norm_known, self._arrived[index]) if plan.deferred else self._arrived[index]
-        own_weights = plan.host_weight_bytes(unit) if plan.deferred else 0
+        plan, index, early = self._plan, unit.index, self._plan.updates_early(unit)
+        moved, price = update_traffic(plan, unit), self._prices[early]
+        ready = self._arrived[index] if early else max(self._norm_known, self._arrived[index])
+        own_weights = 0 if early else plan.host_weight_bytes(unit)
         slot = 0.0
         if own_weights:
             slot = self._host_slots[weight_class(unit)].acquire()
@@ -258,13 +256,15 @@ class _Steps:
         if read + written:
             # What is written has been computed, and no more is read ahead of that than the ring holds.
             may_read = max(self._cpu, ready) - min(ring, read) * price.ssd
-            may_read = max(may_read, self._persisted[index], slot, self._norm_known if plan.deferred else 0.0)
+            may_read = max(may_read, self._persisted[index], slot, 0.0 if early else self._norm_known)
             through = self._ssd.rest(may_read, (read + written) * price.ssd)
         self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
         # Chunks are read while others are written; after the last read only what the ring holds is left to write.
         self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
         self._persisted[index] = max(self._updated[index], through)
-        if not plan.deferred and plan.weights_from_ssd(unit):
+        if index in plan.early:
+            self._updated[index] = self._persisted[index]  # no copy of it is kept: forward reads what was written
+        if early and plan.weights_from_ssd(unit):
             self._host_slots[weight_class(unit)].release(self._persisted[index])
 
     # --- gathers ------------------------------------------------------------------------------------------------

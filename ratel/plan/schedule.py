@@ -20,7 +20,7 @@ class Gather:
     inner: tuple[int, int, str] = (-1, -1, "")
     uses: int = 1
     keep_for_update: bool = False
-    """An eager update follows: the DRAM copy stays until the optimizer has used it."""
+    """An update follows under backward: the DRAM copy stays until the optimizer has used it."""
 
     @property
     def is_unit(self) -> bool:
@@ -44,7 +44,7 @@ def _stage_order(plan: Plan, training: bool) -> list[int]:
     return stages + stages[-2::-1] if training else stages
 
 
-def unit_gathers(plan: Plan, *, training: bool) -> list[tuple[int, Gather]]:
+def unit_gathers(plan: Plan, *, training: bool, early: bool = True) -> list[tuple[int, Gather]]:
     """``(position of first use in the stage order, gather)`` of every streamed unit, in order of position."""
     uses: dict[int, list[int]] = {}
     for position, stage in enumerate(_stage_order(plan, training)):
@@ -55,7 +55,7 @@ def unit_gathers(plan: Plan, *, training: bool) -> list[tuple[int, Gather]]:
     gathers = []
     for index, positions in uses.items():
         unit = plan.spec.units[index]
-        update = training and not plan.deferred and unit.num_trainable > 0
+        update = training and early and plan.updates_early(unit) and unit.num_trainable > 0
         if unit.kind == "shared" or index in held or len(positions) == 1:
             gathers.append((positions[0], Gather(unit=index, uses=len(positions), keep_for_update=update)))
         else:
@@ -69,14 +69,15 @@ def _held_over_the_turn(plan: Plan) -> set[int]:
     return set(blocks[len(blocks) - count :]) if count else set()
 
 
-def gathers(plan: Plan, *, training: bool, num_micro: int | None = None) -> list[Gather]:
+def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: bool = True) -> list[Gather]:
     """All gathers of a step in the order in which they are started. ``num_micro``: of a batch smaller than the plan's.
+    ``early``: updates run under backward, those that the plan has there.
 
     All gathers share one copy stream, so order is priority. A block's weights go before what the block that is used
     before it has saved, as long as the slot they need was freed two uses ago: one freed by the use just before would
     make what is behind it wait for that use's computation.
     """
-    weights = unit_gathers(plan, training=training)
+    weights = unit_gathers(plan, training=training, early=early)
     if not training or not plan.offloads_saved:
         return [g for _, g in weights]
     ahead = max(plan.weight_slot_count("block") - 2, 0)

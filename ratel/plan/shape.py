@@ -95,6 +95,22 @@ class ModelSpec:
         return sum(u.num_trainable_params for u in self.units)
 
 
+def closing_stages(spec: ModelSpec) -> dict[int, int]:
+    """By unit the first stage that uses it: the last one in backward order, after which its gradient is complete."""
+    closing: dict[int, int] = {}
+    for stage in spec.stages:
+        for unit in stage.units:
+            closing.setdefault(unit, stage.index)
+    return closing
+
+
+def closing_order(spec: ModelSpec) -> list[UnitSpec]:
+    """Trained units in the order in which their gradients become complete."""
+    closing = closing_stages(spec)
+    return [unit for stage in reversed(spec.stages) for unit in map(spec.units.__getitem__, stage.units)
+            if unit.num_trainable and closing[unit.index] == stage.index]
+
+
 def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec]) -> UnitSpec:
     """Order parameters (decayed, not decayed, frozen), give each its offset, and close the unit."""
     params = list(params)

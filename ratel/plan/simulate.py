@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.events import Event, Pool, Process, Queue, TwoWay
 from ratel.plan.hardware import Hardware
-from ratel.plan.placement import plane_bytes, weight_class
+from ratel.plan.placement import closed_first, plane_bytes, weight_class
 from ratel.plan.plan import Plan
 from ratel.plan.recurrence import CLASSES, COPIES_BEHIND, closing_units, step_schedule, update_order
 from ratel.plan.schedule import Gather
@@ -63,8 +63,8 @@ class _Engine:
         self._back_slots, self._staging_out, self._staging_in = Pool(slots), Pool(slots), Pool(slots)
         self._ring = Pool(plan.buffers.ring_slots)
         self._held: dict[int, HostSlot] = {}
-        self._updates: dict[int, Update] = {}
-        """By unit: of the step that is running (eager), or of the one before it (deferred)."""
+        self._arrivals: dict[int, Update] = {}
+        """By unit, of the step that is running."""
         self._jobs, self._loaded, self._leaving = Queue(), Queue(), Queue()
         self._landed: dict[int | tuple[int, int], Event] = defaultdict(Event)
         self._saved: dict[tuple[int, int], Event] = defaultdict(Event)
@@ -77,16 +77,15 @@ class _Engine:
 
     def train(self, steps: int) -> Process:
         plan = self._plan
-        order = update_order(plan) if plan.deferred else _closing_order(plan, self._closing)
+        early = [u for u in closed_first(plan.spec, plan.placements) if plan.updates_early(u)]
+        late = update_order(plan)
         for _ in range(steps):
-            before, self._arrivals = self._updates, {u.index: Update(u) for u in order}
-            if not plan.deferred:
-                self._submit(order, self._arrivals)
+            before, self._arrivals = self._arrivals, {u.index: Update(u) for u in early + late}
+            self._submit(early)
             self._start_gathers(before)
             yield from self._forward_and_backward()
             self._m.step_ends_s.append(self._clock.now_s)
-            if plan.deferred:
-                self._submit(order, self._arrivals)
+            self._submit(late)
             for unit in plan.spec.units:
                 if plan.placement(unit).on_gpu and unit.num_trainable:
                     yield from self._compute(f"update {unit.name}", self._m.gpu.update(unit))
@@ -232,10 +231,10 @@ class _Engine:
         return self._held[unit]
 
     def _hand_on(self, gather: Gather, slot: HostSlot) -> None:
-        """An eager update will use this copy; a deferred one has left it here."""
+        """An update under backward will use this copy; a deferred one has left it here."""
         if gather.keep_for_update:
             slot.holders += 1
-            self._updates[gather.unit].slot = slot
+            self._arrivals[gather.unit].slot = slot
         if slot.kept:
             slot.kept = False
             self._let_go(slot)
@@ -268,10 +267,9 @@ class _Engine:
 
     # --- the loader and the updater -----------------------------------------------------------------------------
 
-    def _submit(self, units: list[UnitSpec], updates: dict[int, Update]) -> None:
-        self._updates = updates
+    def _submit(self, units: list[UnitSpec]) -> None:
         for unit in units:
-            self._jobs.put(updates[unit.index])
+            self._jobs.put(self._arrivals[unit.index])
 
     def _load(self) -> Process:
         persisted: dict[int, Event] = {}
@@ -296,7 +294,7 @@ class _Engine:
             if planes:
                 yield self._ring.acquire()
             read = self._m.read(num_bytes * share, f"states {unit.name}", OPTIMIZER)
-            if begin == 0 and plan.deferred:
+            if begin == 0 and not plan.updates_early(unit):
                 update.slot = yield from self._hold(unit.index)
             is_last = begin + size >= unit.num_trainable
             self._loaded.put(Chunk(update, share, read, is_first=begin == 0, is_last=is_last))
@@ -337,18 +335,16 @@ class _Engine:
         if not self._plan.deferred:
             self._host_grads[weight_class(update.unit)].release()
         slot = update.slot
-        if slot is not None and self._plan.deferred:
+        if slot is not None and not self._plan.updates_early(update.unit):
             slot.holders += 1
             slot.kept = True
-        update.updated.set()
+        if update.unit.index in self._plan.early:
+            written.then(update.updated.set)  # no copy of it is kept: forward reads what was written
+        else:
+            update.updated.set()
         if slot is not None:
             written.then(lambda: self._let_go(slot))
         written.then(update.persisted.set)
-
-
-def _closing_order(plan: Plan, closing: dict[int, list[UnitSpec]]) -> list[UnitSpec]:
-    """Eager mode: units that the CPU updates, in the order in which their gradients are complete."""
-    return [u for s in reversed(plan.spec.stages) for u in closing[s.index] if not plan.placement(u).on_gpu]
 
 
 def _pools(count_of: Callable[[str], int]) -> dict[str, Pool]:

@@ -7,7 +7,7 @@ the turn are gathered once and save a read.
 from dataclasses import dataclass
 
 from ratel.plan.activations import Inner
-from ratel.plan.placement import ELEMENT_BYTES, GPU, SSD, plane_bytes
+from ratel.plan.placement import ELEMENT_BYTES, GPU, SSD, closed_first, plane_bytes
 from ratel.plan.plan import PAGE_BYTES, Plan
 from ratel.plan.schedule import unit_gathers
 from ratel.plan.shape import UnitSpec
@@ -44,12 +44,17 @@ class Traffic:
 class PassTraffic:
     """A step's traffic by the pass that moves it. The turn (loss) belongs to the backward pass.
 
-    Updates run under backward (eager) or under the next forward pass (deferred), and are therefore apart.
+    Updates run under backward (eager, early) or under the next forward pass (deferred), and are therefore apart.
     """
 
     forward: Traffic
     backward: Traffic
-    updates: Traffic
+    forward_updates: Traffic
+    backward_updates: Traffic
+
+    @property
+    def updates(self) -> Traffic:
+        return self.forward_updates + self.backward_updates
 
 
 def pass_traffic(plan: Plan) -> PassTraffic:
@@ -57,26 +62,27 @@ def pass_traffic(plan: Plan) -> PassTraffic:
     turn = len(plan.spec.stages) - 1
     weights = unit_gathers(plan, training=True)
     out, back = _activation_traffic(plan)
-    units = [u for u in plan.spec.units if u.num_trainable and not plan.placement(u).on_gpu]
+    units = closed_first(plan.spec, plan.placements)
     zero = Traffic()
     return PassTraffic(
         forward=sum((gather_traffic(plan, g.unit) for p, g in weights if p < turn), zero) + out,
         backward=sum((gather_traffic(plan, g.unit) for p, g in weights if p >= turn), zero) + back
         + sum((gradient_traffic(plan, u) for u in units), zero),
-        updates=sum((update_traffic(plan, u) for u in units), zero))
+        forward_updates=sum((update_traffic(plan, u) for u in units if not plan.updates_early(u)), zero),
+        backward_updates=sum((update_traffic(plan, u) for u in units if plan.updates_early(u)), zero))
 
 
 def step_traffic(plan: Plan, *, after_flush: bool = False) -> Traffic:
     """One training step with its updates, at the plan's batch shape.
 
     In deferred mode the update's copy of a unit's weights serves the next forward pass too. The first step, and one
-    ``after_flush``, has no such copy and reads those weights once more.
+    ``after_flush``, has no such copy and reads those weights once more. Early updates are taken to be right.
     """
     passes = pass_traffic(plan)
     total = passes.forward + passes.backward + passes.updates
     if plan.deferred and after_flush:
-        total += Traffic(ssd_read=sum(plan.host_weight_bytes(u) for u in plan.spec.units
-                                      if u.num_trainable and not plan.placement(u).on_gpu))
+        updated = closed_first(plan.spec, plan.placements)
+        total += Traffic(ssd_read=sum(plan.host_weight_bytes(u) for u in updated if not plan.updates_early(u)))
     return total
 
 

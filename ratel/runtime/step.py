@@ -16,7 +16,7 @@ from ratel.plan.placement import GPU
 from ratel.plan.plan import Plan
 from ratel.plan.saved import INPUT
 from ratel.plan.schedule import Gather, gathers
-from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.shape import StageSpec, UnitSpec, closing_stages
 from ratel.runtime.activations import Activations
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.gradients import Gradients
@@ -47,14 +47,15 @@ class VerticalStep:
         self._activations, self._gradients, self._lanes = activations, gradients, lanes
         self._seed, self._on_gradient = seed, on_gradient
         self._stages = plan.spec.stages
-        self._closing = _closing_stages(plan)
+        self._closing = closing_stages(plan.spec)
         num_blocks = sum(stage.kind == "block" for stage in self._stages)
         blocks.keep([{s.name: s.num_bytes for s in plan.saved_of(block) if s.is_inner} for block in range(num_blocks)])
         self._open: dict[int, Tensor] = {}
 
-    def train(self, micros: list[Micro], *, targets: int, step: int) -> Tensor:
-        """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device)."""
-        self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros)))
+    def train(self, micros: list[Micro], *, targets: int, step: int, early: bool = True) -> Tensor:
+        """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device).
+        ``early``: updates follow at once, those that the plan has so."""
+        self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros), early=early))
         with self._own_random_numbers():
             self._forward(micros, step, save=True)
             loss = self._turn(micros, targets, step)
@@ -236,22 +237,6 @@ class VerticalStep:
             if index in self._open:
                 grads = self._parts.take_grads(index)
                 self._gradients.collect(self._plan.spec.units[index], self._open[index], grads)
-
-
-def _closing_stages(plan: Plan) -> dict[int, int]:
-    """For each unit the first stage that uses it: the last one in backward order."""
-    closing: dict[int, int] = {}
-    for stage in plan.spec.stages:
-        for unit in stage.units:
-            closing.setdefault(unit, stage.index)
-    return closing
-
-
-def closing_order(plan: Plan) -> list[UnitSpec]:
-    """Trained units in the order in which their gradients become complete."""
-    closing = _closing_stages(plan)
-    return [unit for stage in reversed(plan.spec.stages) for unit in map(plan.spec.units.__getitem__, stage.units)
-            if unit.num_trainable and closing[unit.index] == stage.index]
 
 
 def mix(*numbers: int) -> int:
