@@ -152,8 +152,10 @@ class TrainConfig:
                             "course of the learning rate after the warm-up")
     warmup_steps: int | str = _option("auto", _auto_or(_AMOUNT), TRAINING, "auto|N",
                                       "steps of linear warm-up (auto: 10, but at most a tenth of the steps)")
-    optimizer: str = _option("auto", _choice("auto", "eager", "deferred"), TRAINING, "auto|eager|deferred",
-                             "when updates run: under backward, or under the next forward; the result is the same")
+    optimizer: str = _option("auto", _choice("auto", "eager", "deferred", "speculative"), TRAINING,
+                             "auto|eager|deferred|speculative",
+                             "when updates run: under backward, under the next forward, or some of them under each; the "
+                             "result is the same")
     betas: tuple[float, float] = _option((0.9, 0.999), _read_betas, TRAINING, "B1,B2", "AdamW's decay rates")
     eps: float = _option(1e-8, _number(float, 0, above=True), TRAINING, "X", "AdamW's epsilon")
     weight_decay: float = _option(0.0, _number(float, 0), TRAINING, "X", "weight decay of all but norms and biases")

@@ -9,7 +9,8 @@ import ratel
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
 OPTIONS = dict(steps=8, batch_size=2, seq_len=16, lr=1e-3, device="cpu", dtype="bf16", micro_batch=2, quiet=True,
                eval_every=3, eval_sequences=2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5, dram="4GiB")
-CHANGING = {"step_s", "tokens_per_s", "bound_s", "bound_by", "ssd_read_bytes", "ssd_written_bytes"}
+CHANGING = {"step_s", "tokens_per_s", "bound_s", "bound_by", "ssd_read_bytes", "ssd_written_bytes",
+            "early_units", "redone_units"}
 """What a step measured; it says nothing about what was computed."""
 
 

@@ -34,6 +34,8 @@ class FakeResult:
     seconds: float = 0.5
     bound_s: float = 0.25
     bound_by: str = "ssd"
+    early_units: int = 3
+    redone_units: int = 0
     usage: Any = field(default_factory=lambda: SimpleNamespace(ssd_read_bytes=7, ssd_written_bytes=6))
 
 
@@ -90,6 +92,7 @@ def test_each_step_is_recorded_with_its_rate() -> None:
     assert session.rates == [1.0, 0.75, 0.5, 0.25]
     assert records[1] == {"step": 2, "loss": 2.0, "grad_norm": 1.0, "lr": 0.75, "tokens": 100, "step_s": 0.5,
                           "tokens_per_s": 200.0, "bound_s": 0.25, "bound_by": "ssd", "skipped": False,
+                          "early_units": 3, "redone_units": 0,
                           "ssd_read_bytes": 7, "ssd_written_bytes": 6}
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = {"step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "bound_s", "bound_by", "skipped",
-           "ssd_read_bytes", "ssd_written_bytes"}
+           "early_units", "redone_units", "ssd_read_bytes", "ssd_written_bytes"}
 SMALL = ["--batch-size", "2", "--seq-len", "32", "--lr", "1e-3", "--device", "cpu", "--dram", "2GiB",
          "--eval-sequences", "2"]
 

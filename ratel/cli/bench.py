@@ -55,7 +55,8 @@ def _add_step(parts: Any) -> None:
     for flag, choices in (("device", ["auto", "cuda", "cpu"]), ("tier", ["auto", "gpu", "dram", "ssd"]),
                           ("checkpoint-tier", ["auto", "gpu", "dram", "ssd"]),
                           ("activations", ["auto", "recompute", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
-                          ("optimizer", ["auto", "eager", "deferred"]), ("compile", ["off", "on"])):
+                          ("optimizer", ["auto", "eager", "deferred", "speculative"]),
+                          ("compile", ["off", "on"])):
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
     parser.add_argument("--trace", metavar="FILE", help="write what every resource and thread did in the last step, for Perfetto")
     for flag in ("gpu-memory", "dram", "ssd-bandwidth"):

@@ -5,11 +5,16 @@ from dataclasses import dataclass, replace
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
 from ratel.plan.forced_kept import Kept
-from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, forced_placements,
-                                  plane_bytes, weight_class)
+from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first,
+                                  forced_placements, plane_bytes, weight_class)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.plan.shape import ModelSpec
 from ratel.units import format_bytes
+
+
+EARLY_SHARE = 0.75
+"""Of the units that the CPU updates, how many the simple rule has updated early: backward with recomputation takes three
+quarters of the time of both passes, under which the updates are spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +24,7 @@ class Request:
     spec: ModelSpec
     fp32: bool
     optimizer: str
+    """``eager``, ``deferred``, ``speculative``, or ``auto``: of the last two the better one."""
     work: Work
     gpu_budget: int | None
     dram_budget: int
@@ -35,6 +41,8 @@ class Request:
     """Inner activations, as in the plan."""
     on_host: bool = False
     """The device is the CPU."""
+    early_units: int = 0
+    """As in the plan. The choice of them sets it."""
     durable: str = "off"
     """``auto``, or what `Plan.durable` can be."""
 
@@ -42,13 +50,33 @@ class Request:
 def choose(request: Request) -> Plan:
     """Place everything, or raise a RatelError that says which budget is short, by how much, and what would fit."""
     _check_tiers(request)
+    plan = _choose_early(request) if request.optimizer == "speculative" else _placed(
+        replace(request, optimizer="deferred") if request.optimizer == "auto" else request)
+    _check_budgets(request, plan)
+    return plan
+
+
+def _choose_early(request: Request) -> Plan:
+    """As many early units as memory allows, up to a share of those that the CPU updates; one at least."""
+    updated = closed_first(request.spec, _placed(request).placements)
+    for count in early_counts(round(EARLY_SHARE * len(updated)))[::-1]:
+        plan = _placed(replace(request, early_units=count))
+        if _exceeded(request, plan) is None:
+            break
+    return plan
+
+
+def early_counts(most: int) -> list[int]:
+    """Numbers of early units to try: by eighths, from the fewest."""
+    return sorted({max(1, most * eighths // 8) for eighths in range(1, 9)})
+
+
+def _placed(request: Request) -> Plan:
     if request.forced is not None:
         placements = forced_placements(request.spec, request.forced)
     else:
         placements = _fill(request)
-    plan = finished(request, with_placements(request, placements))
-    _check_budgets(request, plan)
-    return plan
+    return finished(request, with_placements(request, placements))
 
 
 def finished(request: Request, plan: Plan) -> Plan:
@@ -78,7 +106,8 @@ def _with_save_pieces(request: Request, plan: Plan) -> Plan:
 def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                     checkpoints: tuple[str, ...] | None = None) -> Plan:
     return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
-                checkpoint_tiers=checkpoints or _checkpoint_tiers(request), work=request.work, buffers=request.buffers,
+                early_units=request.early_units, checkpoint_tiers=checkpoints or _checkpoint_tiers(request),
+                work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
                 on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, kept=request.kept)
@@ -159,15 +188,22 @@ def _forces_ssd(forced: Forced | None) -> bool:
 
 
 def _check_budgets(request: Request, plan: Plan) -> None:
+    error = _exceeded(request, plan)
+    if error is not None:
+        raise error
+
+
+def _exceeded(request: Request, plan: Plan) -> RatelError | None:
     if request.gpu_budget is not None and plan.gpu_bytes > request.gpu_budget:
-        raise _short("gpu_memory", "GPU memory", request.gpu_budget, plan.gpu_bytes, plan.gpu_items,
-                     "Give a larger --gpu-memory, a smaller --micro-batch or --seq-len, or --checkpoint-tier dram")
+        return _short("gpu_memory", "GPU memory", request.gpu_budget, plan.gpu_bytes, plan.gpu_items,
+                      "Give a larger --gpu-memory, a smaller --micro-batch or --seq-len, or --checkpoint-tier dram")
     if plan.dram_bytes > request.dram_budget:
         remedy = "Give a larger --dram" if request.ssd_budget is not None else "Give a larger --dram, or --ssd DIR"
-        raise _short("dram", "DRAM", request.dram_budget, plan.dram_bytes, plan.host_items, remedy)
+        return _short("dram", "DRAM", request.dram_budget, plan.dram_bytes, plan.host_items, remedy)
     if plan.ssd_bytes > (request.ssd_budget or 0):
-        raise _short("ssd", "SSD space", request.ssd_budget or 0, plan.ssd_bytes, plan.ssd_items,
-                     "Free space, or add a directory to --ssd")
+        return _short("ssd", "SSD space", request.ssd_budget or 0, plan.ssd_bytes, plan.ssd_items,
+                      "Free space, or add a directory to --ssd")
+    return None
 
 
 def _short(field: str, what: str, budget: int, needed: int, items: dict[str, int], remedy: str) -> RatelError:

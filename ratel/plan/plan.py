@@ -158,7 +158,7 @@ class Plan:
     def early(self) -> frozenset[int]:
         """Units that are updated on the guess that nothing will be clipped. Their gradients stay in DRAM, for the case
         that they have to be updated again."""
-        first = closed_first(self.spec, self.placements, self.early_units)
+        first = closed_first(self.spec, self.placements, self.early_units) if self.early_units else []
         return frozenset(unit.index for unit in first if self.placement(unit).g == DRAM)
 
     def updates_early(self, unit: UnitSpec) -> bool:

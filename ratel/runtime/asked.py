@@ -46,12 +46,12 @@ def durability_of(durable: str, commits: "str | os.PathLike | None", io: IoOptio
 
 
 def optimizer_of(optimizer: str, clip: float) -> str:
-    """``auto`` is eager wherever that is possible: without clipping."""
+    """``auto`` is eager wherever that is possible: without clipping. Else it is left to the plan."""
     if clip and optimizer == "eager":
         raise RatelError("eager updates start before the norm of all gradients is known, so they cannot be clipped "
                          "by it", field="optimizer", value="eager",
-                         remedy="Use deferred (or auto), or switch clipping off with max_grad_norm 0")
-    return optimizer if optimizer != "auto" else "deferred" if clip else "eager"
+                         remedy="Use deferred, speculative or auto, or switch clipping off with max_grad_norm 0")
+    return "eager" if optimizer == "auto" and not clip else optimizer
 
 
 def is_compiled(compile: str, activations: Activations) -> bool:

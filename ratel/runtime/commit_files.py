@@ -17,7 +17,7 @@ def files_of(commits: Path) -> set[str]:
     """The SSD files that a directory of commits speaks of; none where there is no such directory."""
     with suppress(ValueError, OSError):
         manifest = read_manifest(commits)
-        if manifest["num_slots"] == 2:
+        if manifest["num_slots"] > 1:
             return {os.fspath(commits / name) for name in manifest["files"]}
     return set()
 

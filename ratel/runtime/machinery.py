@@ -104,7 +104,7 @@ class Machinery:
             for name in ("m", "v"):
                 if self.store.has(unit.index, name):
                     self.transfer.clear(unit, name)
-        self.lanes.synchronize()
+        self._imported()
 
     def import_state(self, saved: SavedState) -> None:
         """Bring every plane of a saved state to its tier, one at a time, each chunk verified."""
@@ -112,7 +112,7 @@ class Machinery:
             for name in ELEMENT_BYTES:
                 if self.store.has(unit.index, name):
                     self.transfer.write(unit, name, self._fitted(saved.read(unit.index, name), unit.index, name))
-        self.lanes.synchronize()
+        self._imported()
 
     def continue_commits(self, saved: SavedState) -> None:
         """The volume holds the saved state already: bring what is not on SSD to its tier, and go on from there."""
@@ -125,6 +125,10 @@ class Machinery:
             else:
                 self.transfer.recall(unit, name)
         self.log.take_over(saved.commit.sequence)
+        self._imported()
+
+    def _imported(self) -> None:
+        self.store.complete_seconds()
         self.lanes.synchronize()
 
     def _fitted(self, values: torch.Tensor | None, unit: int, name: str) -> torch.Tensor:

@@ -3,11 +3,12 @@
 Two threads, each a plain loop over the same sequence of chunks: the *loader* reserves ring slots and starts reads ahead
 of need, the *updater* waits for a chunk's bytes and its unit's gradient, runs AdamW and starts the write-back. One
 result whatever the mode: *eager* feeds units as their gradients arrive, *deferred* feeds all of them, in forward order,
-once the norm of the step is known.
+once the norm of the step is known. *Speculative* feeds some as their gradients arrive, with the scale that is likely;
+these write beside what they read, and when the norm is known their result is kept or forgotten. What is forgotten is
+updated once more, like the rest, from the same state.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import isfinite
 from time import perf_counter
 
@@ -18,66 +19,15 @@ from ratel.errors import NonFiniteError
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange, Mailbox, Worker
-from ratel.memory.lanes import Event
 from ratel.memory.retire import Retirer
 from ratel.plan.placement import PLANES
 from ratel.plan.plan import PAGE_BYTES, Plan
 from ratel.plan.shape import UnitSpec
+from ratel.runtime.update_jobs import AGAIN, FORGET, KEEP, Arrival, Chunk, Hyper, Job
 from ratel.store.host_cache import HostCache, HostSlot
-from ratel.store.plane_io import PlaneIO, Read
+from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
 from ratel.units import align_up
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyper:
-    """What one update of all parameters uses. ``step`` counts updates from 1."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: int
-    grad_scale: float = 1.0
-
-
-@dataclass(slots=True)
-class Arrival:
-    """A gradient in DRAM: ``host`` is valid once ``arrived``; ``release`` gives its slot back after the update."""
-
-    host: torch.Tensor | None
-    arrived: Event
-    norm: torch.Tensor
-    """fp32 scalar in DRAM, valid once ``arrived``: the norm of the unit's gradient."""
-    release: Callable[[], None] | None
-
-
-@dataclass(slots=True)
-class Job:
-    """The update of one unit."""
-
-    unit: UnitSpec
-    hyper: Hyper
-    number: int
-    """Of this unit's updates, from 1."""
-    weights: HostSlot | None = None
-    chunks_left: int = 0
-    keep: bool = False
-    applied: bool = False
-    """Not so where the step is skipped."""
-    write_tickets: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Chunk:
-    job: Job
-    begin: int
-    end: int
-    ring: dict[str, torch.Tensor] | None
-    """By plane: where the chunk's bytes from SSD go."""
-    slot: torch.Tensor | None
-    reads: list[Read]
 
 
 class OptimizerPipeline:
@@ -96,7 +46,11 @@ class OptimizerPipeline:
         self._kept: dict[int, HostSlot] = {}
         self._flushing = False
         self._may_update: Callable[[int, int], None] = lambda unit, number: None
+        self._early: list[Job] = []
+        self._again: dict[int, Job] = {}
         self._never_updated = [u.index for u in plan.spec.units if not u.num_trainable and plan.weights_from_ssd(u)]
+        self._unkept = self._never_updated
+        """Units of which no updated copy is left in DRAM: the next forward pass reads them from SSD."""
         self._ring = [arena.take(plan.ring_slot_bytes) for _ in range(plan.buffers.ring_slots)
                       ] if plan.ring_slot_bytes else []
         self._jobs, self._loaded = Mailbox(exchange), Mailbox(exchange)
@@ -128,9 +82,42 @@ class OptimizerPipeline:
         """Ask for the unit's update; it starts when its gradient has arrived."""
         with self._exchange.lock:
             self._flushing = False
-            self._cache.expect_reads(self._never_updated)
+            self._cache.expect_reads(self._unkept)
             self._asked[unit.index] += 1
-            self._jobs.put(Job(unit, hyper, number=self._asked[unit.index], keep=self._plan.deferred))
+            self._jobs.put(Job(unit, hyper, number=self._asked[unit.index], keep=self._plan.deferred,
+                               after=self._again.pop(unit.index, None)))
+
+    def submit_early(self, units: list[UnitSpec], hyper: Hyper) -> None:
+        """Ask for updates that start when gradients arrive, with the scale that is likely; ``decide`` must follow."""
+        with self._exchange.lock:
+            for unit in units:
+                self._asked[unit.index] += 1
+                self._early.append(Job(unit, hyper, number=self._asked[unit.index], early=True))
+            self._jobs.put(*self._early)
+
+    def decide(self, hyper: Hyper | None) -> list[UnitSpec]:
+        """The norm is known: ``hyper`` has the right scale; None: the step is skipped, and its early updates forgotten.
+
+        Returns units whose early update was begun with another scale; they must be submitted like those that were not
+        updated early.
+        """
+        with self._exchange.lock:
+            early, self._early = self._early, []
+            for job in early:
+                self._judge(job, hyper)
+            self._unkept = self._never_updated + [job.unit.index for job in early if job.verdict == KEEP
+                                                  and self._plan.weights_from_ssd(job.unit)]
+            return [job.unit for job in early if job.verdict == AGAIN]
+
+    def _judge(self, job: Job, hyper: Hyper | None) -> None:
+        job.verdict = FORGET if hyper is None else AGAIN if job.begun and job.hyper != hyper else KEEP
+        if job.verdict == KEEP:
+            job.hyper = hyper
+        if job.verdict == AGAIN:
+            self._again[job.unit.index] = job
+            self._asked[job.unit.index] -= 1  # it is the same update that will be asked for again
+        elif job.written:
+            self._conclude(job)
 
     def arrived(self, unit: UnitSpec, arrival: Arrival) -> None:
         """The unit's gradient is in DRAM or on its way there."""
@@ -190,14 +177,20 @@ class OptimizerPipeline:
             job: Job = self._jobs.take()
             # The last write-back of the unit must be on SSD before its planes are read again.
             self.wait_persisted(job.unit.index, job.number - 1)
+            self._wait_forgotten(job)
             size = self._plan.chunk_of(job.unit)
             bounds = [(a, min(a + size, job.unit.num_trainable)) for a in range(0, job.unit.num_trainable, size)]
             job.chunks_left = len(bounds)
             for begin, end in bounds:
                 chunk = self._start_chunk(job, begin, end)
-                if begin == 0 and self._plan.deferred and self._plan.weights_from_ssd(job.unit):
+                if begin == 0 and job.keep and self._plan.weights_from_ssd(job.unit):
                     job.weights = self._cache.acquire_ahead(job.unit.index)
                 self._loaded.put(chunk)
+
+    def _wait_forgotten(self, job: Job) -> None:
+        if job.after is not None:
+            with self._exchange.lock:
+                self._exchange.wait_for(self._changed, lambda: job.after.written)
 
     def _start_chunk(self, job: Job, begin: int, end: int) -> Chunk:
         planes = self._plan.ring_planes(job.unit)
@@ -241,6 +234,7 @@ class OptimizerPipeline:
             else:
                 if chunk.begin == 0:
                     self._may_update(chunk.job.unit.index, chunk.job.number)
+                    self._begin(chunk.job)
                 self._run_adamw(chunk, arrival)
                 self._write_back(chunk)
             chunk.job.chunks_left -= 1
@@ -248,18 +242,28 @@ class OptimizerPipeline:
                 self._finish(chunk.job, arrival)
 
     def _ready_weights(self, job: Job) -> None:
-        if not self._plan.deferred:
+        if not job.keep:
             # Taken only now: the gradient cannot have arrived before the gather for backward left the copy here.
             job.weights = self._left.pop(job.unit.index, None)
         if job.weights is not None:
             self._cache.ready(job.weights)
+            if job.early:
+                self._cache.withdraw(job.weights)
+
+    def _begin(self, job: Job) -> None:
+        """From now on an early update's scale is what it is."""
+        if job.early:
+            with self._exchange.lock:
+                job.begun = True
+                if self._plan.has_states_on_ssd(job.unit):
+                    job.slot = self._store.versions.spare(job.unit.index)
 
     def _skips(self, job: Job, arrival: Arrival) -> bool:
         """A NaN or infinity in the loss reaches the first gradient to arrive, before anything has been updated: the
         whole step is then left out. One that appears later cannot be undone in eager mode.
         """
         if self._plan.deferred:
-            return False
+            return job.is_void
         if self._skipped == job.number or isfinite(float(arrival.norm)):
             return self._skipped == job.number
         if self._applied == job.number:
@@ -280,10 +284,12 @@ class OptimizerPipeline:
     def _run_adamw(self, chunk: Chunk, arrival: Arrival) -> None:
         job, planes = chunk.job, self._chunk_planes(chunk, arrival)
         hyper, count = job.hyper, chunk.end - chunk.begin
+        targets = {**planes, **self._second_places(chunk)}
         begun = perf_counter()
         # The gradient is read, the other planes are read and written.
         with self._exchange.tracing.working("cpu optimizer", job.unit.name, count * (24 + self._plan.grad_bytes)):
             self._pool.adamw(*(planes[p].data_ptr() for p in (*PLANES, "g")), count,
+                             to=tuple(targets[p].data_ptr() for p in PLANES),
                              grad_dtype="fp32" if self._plan.fp32 else "bf16", lr=hyper.lr, beta1=hyper.beta1,
                              beta2=hyper.beta2, eps=hyper.eps, step=hyper.step, grad_scale=hyper.grad_scale,
                              ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
@@ -308,15 +314,22 @@ class OptimizerPipeline:
         planes.update(chunk.ring or {})
         return planes
 
+    def _second_places(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        """Of planes in DRAM: an early update leaves them as they are. What comes from SSD it changes in its buffers."""
+        if not chunk.job.early:
+            return {}
+        seconds = {name: self._store.second(chunk.job.unit.index, name) for name in PLANES}
+        return {name: second[chunk.begin : chunk.end] for name, second in seconds.items() if second is not None}
+
     def _write_back(self, chunk: Chunk) -> None:
         job = chunk.job
         if job.weights is not None:
             for name, view in self._cache.views(job.weights).items():
                 job.write_tickets.append(self._io.write(job.unit.index, name, chunk.begin, view[chunk.begin : chunk.end],
-                                                        native.nvme_ds.WRITEBACK))
+                                                        native.nvme_ds.WRITEBACK, job.slot))
         if chunk.slot is None:
             return
-        tickets = [self._io.write(job.unit.index, name, chunk.begin, view, native.nvme_ds.WRITEBACK)
+        tickets = [self._io.write(job.unit.index, name, chunk.begin, view, native.nvme_ds.WRITEBACK, job.slot)
                    for name, view in chunk.ring.items() if name != "g"]
         self._writes.when(lambda: self._engine.wait_all(tickets), lambda: self._free_ring(chunk.slot))
 
@@ -327,6 +340,9 @@ class OptimizerPipeline:
 
     def _finish(self, job: Job, arrival: Arrival) -> None:
         index = job.unit.index
+        if job.early:
+            self._writes.when(lambda: self._wait_written(job), lambda: self._note_written(job))
+            return
         if arrival.release is not None:
             arrival.release()
         with self._exchange.lock:
@@ -336,9 +352,33 @@ class OptimizerPipeline:
                 self._kept[index] = job.weights
             self._updated[index] += 1
             self._changed.notify_all()
-        # Writes retire in order, so that when this runs the unit's chunks are on SSD too.
-        self._writes.when(lambda: self._engine.wait_all(job.write_tickets) if job.write_tickets else None,
-                          lambda: self._persist(job))
+        self._writes.when(lambda: self._wait_written(job), lambda: self._persist(job))
+
+    def _wait_written(self, job: Job) -> None:
+        # Writes retire in order, so that when this has returned the unit's chunks are on SSD too.
+        if job.write_tickets:
+            self._engine.wait_all(job.write_tickets)
+
+    def _note_written(self, job: Job) -> None:
+        """An early update has ended, whatever becomes of it."""
+        if job.weights is not None:
+            self._cache.release(job.weights)
+        with self._exchange.lock:
+            job.written = True
+            if job.verdict in (KEEP, FORGET):
+                self._conclude(job)
+            self._changed.notify_all()
+
+    def _conclude(self, job: Job) -> None:
+        """An early update is over and decided about: keep it, or leave everything as it was."""
+        index = job.unit.index
+        if job.verdict == KEEP:
+            self._store.keep_second(index)
+            self._store.versions.advance(index, job.slot)
+        del self._arrivals[index]
+        self._updated[index] += 1
+        self._persisted[index] += 1
+        self._changed.notify_all()
 
     def _persist(self, job: Job) -> None:
         if job.applied:

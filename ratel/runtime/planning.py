@@ -23,6 +23,7 @@ from ratel.plan.report import Report
 from ratel.plan.search import Choice, search
 from ratel.plan.shape import ModelSpec
 from ratel.plan.wear import parse_endurance, wear
+from ratel.runtime.asked import optimizer_of
 from ratel.runtime.outline import MicroOutline, Outline
 from ratel.runtime.plan_machine import PROCESS_BYTES, Machine, machine_for
 from ratel.units import parse_bytes
@@ -107,9 +108,9 @@ class Planner:
         summed = () if self._fp32 else ("block", "ends", "shared") if work.num_micro > 1 else micro.accumulators
         kept = () if config.activations == "auto" else forced_kept(profiles, config.activations)
         return Request(
-            spec=spec, fp32=self._fp32, optimizer=_optimizer(config), work=work, gpu_budget=machine.gpu_budget,
-            dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget, process_bytes=PROCESS_BYTES,
-            workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept,
+            spec=spec, fp32=self._fp32, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,
+            gpu_budget=machine.gpu_budget, dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget,
+            process_bytes=PROCESS_BYTES, workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept,
             forced=None if config.tier == "auto" else config.tier, checkpoint_tier=config.checkpoint_tier,
             durable=config.durable if config.save_every else "off")
 
@@ -191,12 +192,6 @@ def _planner(model: Any, config: TrainConfig, machine: Machine) -> Iterator[Plan
         yield planner
     finally:
         planner.close()
-
-
-def _optimizer(config: TrainConfig) -> str:
-    if config.optimizer != "auto":
-        return config.optimizer
-    return "deferred" if config.max_grad_norm else "eager"
 
 
 def plan(model: Any, *, hardware: "str | Hardware" = "auto", ssds: int | None = None, ssd_space: "str | int | None" = None,

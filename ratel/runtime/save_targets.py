@@ -80,7 +80,7 @@ class CommitLog:
 
     def __init__(self, path: Path, plan: Plan, store: Store, *, stripe_bytes: int, pattern: list[int]) -> None:
         self.path, self.plan, self.store = path, plan, store
-        self._manifest = make_manifest(plan.spec, plan.slot_layout, grain=plan.grain, num_slots=2,
+        self._manifest = make_manifest(plan.spec, plan.slot_layout, grain=plan.grain, num_slots=plan.num_slots,
                                        files=list(store.volume.paths), pattern=pattern, stripe_bytes=stripe_bytes)
         self._sequence = 0
         self._is_there = False

@@ -49,7 +49,8 @@ class StepResult:
     """What one step did. ``loss`` is the mean over target tokens; ``grad_norm`` is taken before clipping.
 
     ``seconds`` is wall time; ``bound_s`` the busy time of the busiest resource, named by ``bound_by``. A step whose
-    gradients are not finite is ``skipped``: no state has changed. ``timeline`` is that of a step that was traced.
+    gradients are not finite is ``skipped``: no state has changed. ``early_units`` were updated before the norm was known,
+    ``redone_units`` of them again. ``timeline`` is that of a step that was traced.
     """
 
     step: int
@@ -61,6 +62,8 @@ class StepResult:
     bound_s: float
     bound_by: str
     skipped: bool
+    early_units: int
+    redone_units: int
     usage: Usage
     timeline: Timeline | None = None
 
@@ -222,14 +225,14 @@ class Session:
         lr = self.lr if lr is None else lr
         hyper = Hyper(lr=lr, step=self._updates_made + 1, **self._hyper)
         with self._protected():
-            loss, norm, applied = self._training.step(micros, targets=targets, attempt=self._attempts, hyper=hyper)
+            done = self._training.step(micros, targets=targets, attempt=self._attempts, hyper=hyper)
         self._attempts += 1
-        self._updates_made += applied
+        self._updates_made += done.applied
         usage = self._meter.read()
         seconds = perf_counter() - begun
-        return StepResult(step=self._attempts, loss=loss, grad_norm=norm, lr=lr, tokens=tokens,
-                          seconds=seconds, bound_s=usage.bound_s, bound_by=usage.bound_by,
-                          skipped=not applied, usage=usage,
+        return StepResult(step=self._attempts, loss=done.loss, grad_norm=done.grad_norm, lr=lr, tokens=tokens,
+                          seconds=seconds, bound_s=usage.bound_s, bound_by=usage.bound_by, skipped=not done.applied,
+                          early_units=done.early_units, redone_units=done.redone_units, usage=usage,
                           timeline=recording.finish(self._attempts, begun) if recording else None)
 
     # --- beside training ----------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class SavedState:
     @property
     def is_in_place(self) -> bool:
         """The run's own SSD files hold the planes."""
-        return self.manifest["num_slots"] == 2
+        return self.manifest["num_slots"] > 1
 
     def planes(self) -> Iterator[tuple[int, str]]:
         for unit, entry in enumerate(self.manifest["planes"]):

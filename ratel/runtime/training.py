@@ -1,19 +1,39 @@
 """Training and evaluating under a plan: the vertical step, and what becomes of its gradients."""
 
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from ratel import native
 from ratel.errors import NonFiniteError
 from ratel.plan.plan import Plan
+from ratel.plan.placement import closed_first
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.gradients import Moved
 from ratel.runtime.machinery import Machinery
 from ratel.runtime.optimizer import Arrival, Hyper, decay_ranges
-from ratel.runtime.step import Micro, VerticalStep, closing_order
+from ratel.runtime.step import Micro, VerticalStep
+
+
+REMEMBERED_STEPS = 8
+"""Of which early updates would have been right in most: then they are made in the next step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Of one step. ``grad_norm`` is taken before clipping; ``applied``: the update is made, now or in the background.
+
+    ``early_units``: updated before the norm was known; ``redone_units``: of these, in vain.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    early_units: int
+    redone_units: int
 
 
 class Training:
@@ -21,14 +41,14 @@ class Training:
 
     def __init__(self, blocks: BlockRuns, plan: Plan, machinery: Machinery, *, seed: int, clip: float) -> None:
         self._plan, self._m, self._clip = plan, machinery, clip
+        self._guesses: deque[bool] = deque(maxlen=REMEMBERED_STEPS)
+        """Of the last steps: were all gradients finite and none scaled?"""
         m = machinery
         self._vertical = VerticalStep(blocks, plan, m.streamer, m.weights, m.activations, m.gradients, m.lanes, seed=seed,
                                       on_gradient=self._on_gradient)
 
-    def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> tuple[float, float, bool]:
-        """One step; returns the loss, the gradients' norm before clipping, and whether the update is made.
-
-        ``attempt`` numbers the step for the random generators. Updates may go on in the background afterwards.
+    def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> Outcome:
+        """``attempt`` numbers the step for the random generators. Updates may go on in the background afterwards.
         """
         with self._m.lanes.computing():
             return self._step(micros, targets, attempt, hyper)
@@ -37,31 +57,47 @@ class Training:
         with self._m.lanes.computing():
             return float(self._vertical.evaluate(micros, targets=targets))
 
-    def _step(self, micros: list[Micro], targets: int, attempt: int, hyper: Hyper) -> tuple[float, float, bool]:
+    def _step(self, micros: list[Micro], targets: int, attempt: int, hyper: Hyper) -> Outcome:
         self._m.updates.begin_step()
-        if not self._plan.deferred:
-            self._submit(hyper, closing_order(self._plan))
-        loss = self._vertical.train(micros, targets=targets, step=attempt)
+        early = self._start_early(hyper)
+        loss = self._vertical.train(micros, targets=targets, step=attempt, early=bool(early))
         with self._m.exchange.tracing.waiting("norm"):
             norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
         loss_value, finite = float(loss), bool(torch.isfinite(norm))
         if finite:
             hyper = replace(hyper, grad_scale=clip_scale(norm, self._clip))
-        applied = self._decide(hyper, finite) if self._plan.deferred else self._conclude_eager(finite)
+        self._guesses.append(finite and hyper.grad_scale == 1.0)
+        again = self._decide(hyper, finite, early) if self._plan.deferred else []
+        applied = finite if self._plan.deferred else self._conclude_eager(finite)
         if applied:
             self._update_on_gpu(hyper)
-        return loss_value, float(norm), applied
+        return Outcome(loss=loss_value, grad_norm=float(norm), applied=applied, early_units=len(early),
+                       redone_units=len(again))
 
-    def _decide(self, hyper: Hyper, finite: bool) -> bool:
-        """Deferred mode: start all updates in forward order, or drop all gradients."""
-        units = [u for u in self._plan.spec.units if u.num_trainable]
-        if finite:
-            self._submit(hyper, sorted(units, key=lambda u: (u.kind != "shared", u.index)))
+    def _start_early(self, hyper: Hyper) -> list[UnitSpec]:
+        """Ask for the updates that start when their gradients arrive; returns their units."""
+        early = [u for u in closed_first(self._plan.spec, self._plan.placements) if self._plan.updates_early(u)]
+        if not self._plan.deferred:
+            self._submit(hyper, early)
+        elif early and expects_no_scaling(self._guesses):
+            self._m.updates.submit_early(early, hyper)
         else:
-            for unit in units:
+            return []
+        return early
+
+    def _decide(self, hyper: Hyper, finite: bool, early: list[UnitSpec]) -> list[UnitSpec]:
+        """Deferred mode: start all updates in forward order but those made early, or drop all gradients. Returns units
+        that have to be updated again."""
+        again = self._m.updates.decide(hyper if finite else None)
+        done = {unit.index for unit in early}
+        late = again + [u for u in self._plan.spec.units if u.num_trainable and u.index not in done]
+        if finite:
+            self._submit(hyper, sorted(late, key=lambda u: (u.kind != "shared", u.index)))
+        else:
+            for unit in late:
                 if not self._plan.placement(unit).on_gpu:
                     self._m.updates.discard(unit)
-        return finite
+        return again
 
     def _conclude_eager(self, finite: bool) -> bool:
         """The pipeline has left out the whole step, or made all of it; anything between is an error."""
@@ -123,6 +159,14 @@ class Training:
         else:
             self._m.pool.adamw(*(p.data_ptr() for p in planes), count,
                                        grad_dtype="fp32" if self._plan.fp32 else "bf16", **scalars)
+
+
+def expects_no_scaling(guesses: Iterable[bool]) -> bool:
+    """Whether an early update is likely to be right. A wrong one costs bandwidth, and time only where that is short; so
+    it is made when it would have been right more often than not. Not in the first step, whose norm is the least certain.
+    """
+    right = list(guesses)
+    return 2 * sum(right) > len(right)
 
 
 def clip_scale(norm: torch.Tensor, max_norm: float) -> float:

@@ -111,9 +111,15 @@ class HostCache:
             slot.refs -= 1
             assert slot.refs >= 0, "a weight slot was released more often than acquired"
             if slot.refs == 0:
-                del self._by_unit[slot.unit]
+                if self._by_unit.get(slot.unit) is slot:
+                    del self._by_unit[slot.unit]
                 self._free[weight_class(self._plan.spec.units[slot.unit])].append(slot)
                 self._freed.notify_all()
+
+    def withdraw(self, slot: HostSlot) -> None:
+        """It is to hold a version that may be forgotten: who asks for the unit from now on reads it from SSD."""
+        with self._exchange.lock:
+            del self._by_unit[slot.unit]
 
     def views(self, slot: HostSlot) -> dict[str, torch.Tensor]:
         """The planes inside the slot, by name."""

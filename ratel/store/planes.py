@@ -1,6 +1,6 @@
 """Where every plane of every unit is, as the plan placed it: a GPU tensor, a DRAM tensor or a range of the volume."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,7 @@ class Plane:
 class Store:
     """All planes, by unit index and name. A plane without elements (of a frozen unit) is left out.
 
+    A plane of a unit that is updated early has a second place in DRAM, which becomes the plane when the update is kept.
     On SSD a plane lies at a fixed place of a slot, and `versions` says which slot is current; `checksums` holds what its
     bytes must add up to. Gradients that wait on SSD have a volume of their own.
     """
@@ -47,6 +48,7 @@ class Store:
         self._grads_end = 0
         self._grad_offsets: dict[int, int] = {}
         self._planes: list[dict[str, Plane]] = [self._place(unit) for unit in plan.spec.units]
+        self._seconds = {unit: self._second_places(unit) for unit in plan.early}
         for (unit, name), span in self._layout.spans.items():
             self.checksums.add(unit, name, span.num_elements)
 
@@ -55,6 +57,23 @@ class Store:
 
     def has(self, unit: int, name: str) -> bool:
         return name in self._planes[unit]
+
+    def second(self, unit: int, name: str) -> torch.Tensor | None:
+        """Where an early update writes the plane; None for one that is not in DRAM."""
+        plane = self._seconds[unit].get(name)
+        return plane and plane.tensor
+
+    def keep_second(self, unit: int) -> None:
+        """What an early update has written is the unit's state from now on."""
+        for name, plane in self._seconds[unit].items():
+            self._seconds[unit][name], self._planes[unit][name] = self._planes[unit][name], plane
+
+    def complete_seconds(self) -> None:
+        """Frozen parts, which no update writes, are in both places."""
+        for unit, planes in self._seconds.items():
+            trained = self.plan.spec.units[unit].num_trainable
+            for name, plane in planes.items():
+                plane.tensor[trained:].copy_(self._planes[unit][name].tensor[trained:])
 
     def slot_to_read(self, unit: int) -> int:
         return self.versions.current[unit]
@@ -90,6 +109,14 @@ class Store:
                     self._grads_end += align_up(planes[name].num_bytes, PAGE_BYTES)
                     self.checksums.add(unit.index, "g", count)
         return planes
+
+    def _second_places(self, unit: int) -> dict[str, Plane]:
+        places = {}
+        for name in self.plan.second_planes(self.plan.spec.units[unit]):
+            if self.has(unit, name):
+                plane = self.plane(unit, name)
+                places[name] = replace(plane, tensor=self._arena.take_as(plane.num_elements, plane.dtype))
+        return places
 
     def _reserve(self, tier: str, count: int, dtype: torch.dtype) -> torch.Tensor | None:
         if tier == GPU:

@@ -72,13 +72,14 @@ class UnitTransfer:
             plane.tensor[begin:end].copy_(values)
 
     def copy_frozen(self, unit: UnitSpec, name: str) -> None:
-        """From the current version into the other: while the unit lived elsewhere, commits may have written one only."""
-        plane = self._store.plane(unit.index, name)
+        """From the current version into the others: while the unit lived elsewhere, commits have written one or two."""
+        plane, current = self._store.plane(unit.index, name), self._store.slot_to_read(unit.index)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
+        others = [slot for slot in range(self._store.versions.num_slots) if slot != current]
         for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
             if 0 < unit.num_trainable <= begin:
                 self._move(unit, name, begin, buffer[: end - begin], write=False)
-                self._write(unit, name, begin, buffer[: end - begin], [1 - self._store.slot_to_read(unit.index)])
+                self._write(unit, name, begin, buffer[: end - begin], others)
 
     def clear(self, unit: UnitSpec, name: str) -> None:
         """Zero a plane. A new volume reads as zeros, so on SSD there is nothing to write."""

@@ -1,8 +1,9 @@
-"""Which of two slots on SSD holds each unit's planes, so that a committed version is never overwritten.
+"""Which of the slots on SSD holds each unit's planes, so that no version that is still needed is overwritten.
 
-An update reads a unit's current version and writes its successor: the other slot where the current version is a
-committed one, else the same. A unit without planes on SSD has versions there only through commits, which copy it.
-Without commits there is one slot, and every version is in it.
+An update reads a unit's current version and writes its successor: another slot where the current version is a
+committed one, else the same. An early update, which may be taken back, always writes a slot that is neither. A unit
+without planes on SSD has versions there only through commits, which copy it. With neither commits nor early updates
+there is one slot, and every version is in it.
 """
 
 NEVER = -1
@@ -21,13 +22,18 @@ class Versions:
     def successor(self, unit: int) -> int:
         """The slot that the unit's next version goes to."""
         current = self.current[unit]
-        return 1 - current if self.num_slots == 2 and self._committed[unit] == current else current
+        return self.spare(unit) if self._committed[unit] == current else current
 
-    def advance(self, unit: int) -> None:
-        """An update is complete: what it wrote is the current version."""
+    def spare(self, unit: int) -> int:
+        """A slot that holds neither the unit's current version nor the committed one."""
+        taken = (self.current[unit], self._committed[unit])
+        return next(slot for slot in range(self.num_slots) if slot not in taken)
+
+    def advance(self, unit: int, slot: int | None = None) -> None:
+        """An update is complete: what it wrote, to the successor or to ``slot``, is the current version."""
         self._updates[unit] += 1
         if self._on_ssd[unit]:
-            self.current[unit] = self.successor(unit)
+            self.current[unit] = self.successor(unit) if slot is None else slot
 
     def include(self, unit: int) -> bool:
         """The commit in the making takes the unit as it is. Whether that differs from what is committed."""

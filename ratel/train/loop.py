@@ -169,6 +169,8 @@ def describe_step(number: int, out: Any) -> dict[str, Any]:
         "bound_s": out.bound_s,
         "bound_by": out.bound_by,
         "skipped": out.skipped,
+        "early_units": out.early_units,
+        "redone_units": out.redone_units,
         "ssd_read_bytes": out.usage.ssd_read_bytes,
         "ssd_written_bytes": out.usage.ssd_written_bytes,
     }

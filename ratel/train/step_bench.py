@@ -113,6 +113,7 @@ def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start
         "ssd_written_bytes": statistics.median(out.usage.ssd_written_bytes for out in counted),
         "gpu_peak_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         "rss_bytes": resident_bytes(), "all_steps_s": [out.seconds for out in outs],
+        "early_units": [out.early_units for out in outs], "redone_units": [out.redone_units for out in outs],
         "losses": [out.loss for out in outs], "grad_norms": [out.grad_norm for out in outs],
         "units_on_gpu": sum(place.on_gpu for place in session.plan.placements), "units": len(spec.units),
         "plan": {key: value for key, value in session.plan.to_json().items() if key != "units"},
