@@ -146,3 +146,48 @@ def test_400_billion_parameters_are_planned_in_seconds() -> None:
     (1, 1 << 17, [1]), (3, 16, [3, 2, 1]), (31, 1024, [31, 16, 8, 4, 2, 1])])
 def test_sizes_of_micro_batches_halve_whatever_the_number_of_rows(rows: int, positions: int, expected: list[int]) -> None:
     assert micro_sizes(rows, positions) == expected
+
+
+# --- updates before the norm is known ---------------------------------------------------------------------------------
+
+
+def in_mode(requests: list[Request], optimizer: str) -> list[Request]:
+    return [replace(request, optimizer=optimizer) for request in requests]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_auto_takes_early_updates_where_they_make_the_step_shorter(seed: int) -> None:
+    requests, hardware = random_requests(seed, with_inner=False), random_hardware(seed)
+    deferred, auto, early = (found(in_mode(requests, o), hardware) for o in ("deferred", "auto", "speculative"))
+    if deferred is None:
+        assert auto is None and early is None
+        return
+    plan = auto.plan
+    assert auto.prediction.step_s == min(c.prediction.step_s for c in (deferred, early) if c is not None)
+    assert (plan.optimizer, bool(plan.early)) == (("speculative", True) if auto.prediction.step_s
+                                                  < deferred.prediction.step_s else ("deferred", False))
+    assert plan.dram_bytes <= requests[0].dram_budget and plan.ssd_bytes <= (requests[0].ssd_budget or 0)
+    assert plan.gpu_bytes <= requests[0].gpu_budget
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_of_anything_never_gets_a_slower_plan_with_early_updates(seed: int) -> None:
+    requests, hardware = in_mode(random_requests(seed, with_inner=False), "auto"), random_hardware(seed)
+    before = step_s(requests, hardware)
+    for what in RATES:
+        assert step_s(requests, faster(hardware, what, 1.5)) <= before * (1 + 1e-9), what
+    for name, slack in (("gpu_budget", 0.01), ("dram_budget", 1e-9), ("ssd_budget", 1e-9)):
+        if getattr(requests[0], name) is not None:
+            grown = [replace(r, **{name: int(getattr(r, name) * 1.3)}) for r in requests]
+            assert step_s(grown, hardware) <= before * (1 + slack), name
+
+
+def test_an_optimizer_that_is_slower_than_both_passes_is_hidden_under_both() -> None:
+    """Exact clipping then costs what the bound is: nothing waits for the norm but what the CPU has no time for anyway."""
+    spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
+    request = Request(spec=spec, fp32=False, optimizer="deferred", work=work, gpu_budget=14 * GIB, dram_budget=200 * GIB,
+                      ssd_budget=None, profiles=(profile(2048, 1024),) * 24)
+    slow = replace(load_hardware("h100"), adam_params_per_s=4e9, dram_bps=2e11)
+    deferred, auto = (search([replace(request, optimizer=o)], slow).prediction for o in ("deferred", "auto"))
+    assert auto.step_s < 0.9 * deferred.step_s
+    assert auto.step_s < 1.1 * auto.bound_s

@@ -2,7 +2,8 @@
 
 The grid does not depend on rates, and a rate that grows makes none of its candidates slower. Filling goes as far as a budget
 allows. That may be too far on the GPU, where an update takes time that nothing hides (3% of a step were seen); the best
-candidate of each micro-batch size is therefore compared with plans that have fewer units there.
+candidate of each micro-batch size is therefore compared with plans that have fewer units there. With clipping, all
+are tried with some of their updates made early as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ratel.plan.activations import BlockProfile, Inner
-from ratel.plan.choose import Request, choose, finished, place_checkpoints, with_placements
+from ratel.plan.choose import Request, choose, early_counts, finished, place_checkpoints, with_placements
 from ratel.plan.cost import Prediction, predict
 from ratel.plan.hardware import Hardware
-from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, forced_placements
+from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements
 from ratel.plan.plan import Buffers, Plan
 
 LEAN = Buffers(weight_slots=2, grad_slots=1, host_weight_slots=2, host_grad_slots=2, ring_slots=2, chunk_elements=1 << 20,
@@ -63,25 +64,45 @@ def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
 
 
 def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
-    filled = _shortest(candidates(request), hardware)
-    if filled is None:
+    may_speculate = request.optimizer in ("auto", "speculative")
+    deferred = replace(request, optimizer="deferred") if may_speculate else request
+    tried = _predicted(candidates(deferred), hardware)
+    if not tried:
         return None
-    lighter = _shortest(_lighter(request, filled.plan), hardware)
-    if lighter is None:
-        return filled
-    best = min(filled, lighter, key=lambda choice: choice.prediction.step_s)
-    return replace(best, considered=filled.considered + lighter.considered)
+    tried += _predicted(_lighter(deferred, min(tried, key=_step_s).plan), hardware)
+    early = _predicted_early(tried, replace(request, optimizer="speculative"), hardware) if may_speculate else []
+    # Where the CPU updates nothing, there is nothing to speculate on.
+    only_early = request.optimizer == "speculative" and any(closed_first(c.plan.spec, c.plan.placements) for c in tried)
+    choices = early if only_early else tried + early
+    return replace(min(choices, key=_step_s), considered=len(tried + early)) if choices else None
 
 
-def _shortest(plans: Iterable[Plan], hardware: Hardware) -> Choice | None:
-    best: Choice | None = None
-    considered = 0
-    for plan in plans:
-        considered += 1
-        prediction = predict(plan, hardware)
-        if best is None or prediction.step_s < best.prediction.step_s:
-            best = Choice(plan=plan, prediction=prediction, considered=considered)
-    return best and replace(best, considered=considered)
+def _predicted(plans: Iterable[Plan], hardware: Hardware) -> list[Choice]:
+    return [Choice(plan=plan, prediction=predict(plan, hardware), considered=1) for plan in plans]
+
+
+def _step_s(choice: Choice) -> float:
+    return choice.prediction.step_s
+
+
+def _predicted_early(tried: list[Choice], request: Request, hardware: Hardware) -> list[Choice]:
+    """The plans with early updates. Those whose busiest resource takes longer than the best so far cannot be better."""
+    found: list[Choice] = []
+    for choice in sorted(tried, key=_step_s):
+        if not found or choice.prediction.bound_s < min(map(_step_s, found)):
+            found += _predicted(_speculative(request, choice.plan), hardware)
+    return found
+
+
+def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
+    """The plan with more and more units updated early, for which what is in DRAM makes room."""
+    for count in early_counts(len(closed_first(plan.spec, plan.placements))):
+        asked = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
+        on_gpu = tuple(place if place.on_gpu else _off_gpu(request) for place in plan.placements)
+        filled = (with_placements(asked, plan.placements, plan.checkpoint_tiers) if request.forced is not None
+                  else _fill_dram(asked, plan.checkpoint_tiers, on_gpu))
+        if filled.early and fits(asked, finished(asked, filled)):
+            yield finished(asked, filled)
 
 
 def _lighter(request: Request, plan: Plan) -> Iterator[Plan]:
@@ -170,10 +191,14 @@ def _fill_gpu(request: Request, checkpoints: tuple[str, ...]) -> tuple[UnitPlace
 
 def _on_gpu(request: Request, count: int) -> tuple[UnitPlacement, ...]:
     """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
-    rest = UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD)
+    rest = _off_gpu(request)
     order = sorted(request.spec.units, key=lambda u: (u.kind != "shared", u.index))
     chosen = {unit.index for unit in order[:count]}
     return tuple(UnitPlacement.all_on(GPU) if u.index in chosen else rest for u in request.spec.units)
+
+
+def _off_gpu(request: Request) -> UnitPlacement:
+    return UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD)
 
 
 def _fits_gpu(request: Request, plan: Plan) -> bool:
@@ -183,10 +208,12 @@ def _fits_gpu(request: Request, plan: Plan) -> bool:
 
 
 def _fill_dram(request: Request, checkpoints: tuple[str, ...], placements: tuple[UnitPlacement, ...]) -> Plan:
-    """One kind of plane after the other, hottest first, in forward order."""
+    """One kind of plane after the other, hottest first, in forward order; before all the gradients of early units."""
     if request.ssd_budget is None:
         return with_placements(request, placements, checkpoints)
-    order = [(plane, unit.index) for plane in HEAT for unit in request.spec.units if not placements[unit.index].on_gpu]
+    early = [("g", unit.index) for unit in closed_first(request.spec, placements, request.early_units)]
+    order = early + [(plane, unit.index) for plane in HEAT for unit in request.spec.units
+                     if not placements[unit.index].on_gpu and (plane, unit.index) not in early]
 
     def plan_with(count: int) -> Plan:
         planes: dict[int, dict[str, str]] = {}

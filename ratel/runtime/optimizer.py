@@ -190,7 +190,7 @@ class OptimizerPipeline:
     def _wait_forgotten(self, job: Job) -> None:
         if job.after is not None:
             with self._exchange.lock:
-                self._exchange.wait_for(self._changed, lambda: job.after.written)
+                self._exchange.wait_for(self._changed, lambda: job.after.written, "early update", job.unit.name)
 
     def _start_chunk(self, job: Job, begin: int, end: int) -> Chunk:
         planes = self._plan.ring_planes(job.unit)
