@@ -33,6 +33,8 @@ class Setting:
 
     durable: str
     optimizer: str
+    speculates: bool = False
+    """Instead of deferring all updates: in every step, right or wrong."""
     place: str = "ssd"
     save_every: int = 1
     folders: tuple[str, ...] = ("a",)
@@ -83,15 +85,19 @@ class Site:
     def train(self, out: Path, setting: Setting, tell: Tell) -> None:
         """Start the run, or take it up."""
         from ratel.plan.plan import Buffers
+        from ratel.runtime import training
         from ratel.train import run
         from ratel.train.states import StateDirectory
         from resume_common import train
 
         tell_what_lasts(tell)
         run.Session = partial(run.Session, placement=PLACES[setting.place], buffers=Buffers(chunk_elements=4096))
+        optimizer = setting.optimizer
+        if setting.speculates:
+            optimizer, training.expects_no_scaling = "speculative", lambda before: True
         has_state = StateDirectory(out / "state").newest() is not None
         train(self.model, self.text, out, steps=STEPS, save_every=setting.save_every, durable=setting.durable,
-              optimizer=setting.optimizer, max_grad_norm=CLIPS[setting.optimizer], resume=has_state, export=True,
+              optimizer=optimizer, max_grad_norm=CLIPS[setting.optimizer], resume=has_state, export=True,
               overwrite=not has_state, ssd=[self.folder(name) for name in setting.folders],
               checkpoint_tier=setting.checkpoint_tier)
 

@@ -95,6 +95,8 @@ class Killing:
     def _vary(self, setting: Setting) -> Setting:
         draw = self._draw
         setting = replace(setting, place=draw.choice(("ssd", "ssd", "mixed", "dram", "gpu", "gradients")))
+        if setting.optimizer == "deferred":
+            setting = replace(setting, speculates=draw.random() < 0.5)
         if draw.random() < 0.25:
             setting = replace(setting, save_every=4 - setting.save_every)
         if draw.random() < 0.2:
