@@ -4,6 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
+from ratel import startup
 from ratel.cli.parser import add_command, add_options
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
@@ -23,9 +24,14 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ratel.train.options import begin_reading
+
     config = train_config(args)
     if config.model is None:
         raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
-    from ratel.train import run as training
+    startup.note("interpreter and options", 0.0)
+    begin_reading(config)  # before PyTorch is imported: the disk has nothing else to do in these seconds
+    with startup.phase("imports"):
+        from ratel.train import run as training
 
     training.run(config, model=config.model)

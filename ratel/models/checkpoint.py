@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ratel.errors import RatelError
 from ratel.models.safetensors_files import StoredTensor, TensorFiles, model_files
+from ratel.models.stored_bits import Run, StoredBits
 from ratel.models.weights import view
 from ratel.plan.shape import ParamSpec, UnitSpec
 
@@ -60,6 +61,16 @@ class CheckpointSource:
             assert name is not None, param.name
             view(out, param).copy_(self._produce(name, self._files.read))
         self._files.close()  # unmaps: pages of a file that was read count as ours while it is open
+
+    def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
+        runs = []
+        for param in sorted(unit.params, key=lambda p: p.offset):
+            recipe = self._recipes[self._stored_name(param)]
+            stored = self._files.tensors[recipe.parts[0][0]]
+            if recipe.converter is not None or stored.dtype is not torch.bfloat16:
+                return None
+            runs.append(Run(file=stored.file, offset=stored.offset, begin=param.offset, end=param.end))
+        return StoredBits(runs)
 
     def _shape_of(self, param: ParamSpec) -> tuple[int, ...] | None:
         name = self._stored_name(param)

@@ -19,6 +19,7 @@ from ratel.models.layout import Layout, make_layout
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.skeleton import Originals, owners
 from ratel.models.shadow import Shadow
+from ratel.models.stored_bits import StoredBits
 from ratel.models.trace import Trace, trace
 from ratel.models.weights import WeightSource, view
 from ratel.plan.shape import ModelSpec, ParamSpec, UnitSpec
@@ -276,6 +277,10 @@ class Parts:
         assert out.dtype is torch.float32 and out.device.type == "cpu" and out.numel() == spec.num_elements
         with torch.no_grad():
             self._source.read(spec, out.zero_())
+
+    def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
+        """As `WeightSource.stored_bits`."""
+        return self._source.stored_bits(unit)
 
     def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
         """Give the module the user gave its own parameters again, with the weights ``get_unit`` returns (fp32, unit

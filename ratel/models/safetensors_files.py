@@ -31,6 +31,8 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype_name: str
+    offset: int
+    """Of its first byte in the file."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +113,8 @@ def read_header(path: Path, field: str = "model") -> dict[str, StoredTensor]:
             if header_bytes > min(MAX_HEADER_BYTES, num_bytes - 8):
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(header_bytes))
-        tensors = {name: StoredTensor(file=path, shape=tuple(entry["shape"]), dtype_name=entry["dtype"])
+        tensors = {name: StoredTensor(file=path, shape=tuple(entry["shape"]), dtype_name=entry["dtype"],
+                                      offset=8 + header_bytes + entry["data_offsets"][0])
                    for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         _check_sizes(header)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
+from ratel.models.stored_bits import StoredBits
 from ratel.plan.shape import ParamSpec, UnitSpec
 
 
@@ -17,6 +18,9 @@ class WeightSource(Protocol):
 
     def read(self, unit: UnitSpec, out: Tensor) -> None:
         """Write the unit's weights into ``out`` (fp32, CPU, ``unit.num_elements``, already zero)."""
+
+    def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
+        """A way to read the unit in parts, where all of its weights are bf16 in files; else None."""
 
 
 def view(flat: Tensor, param: ParamSpec) -> Tensor:
@@ -37,6 +41,9 @@ class TensorSource:
     def read(self, unit: UnitSpec, out: Tensor) -> None:
         for param in unit.params:
             view(out, param).copy_(self.tensors[param.name])
+
+    def stored_bits(self, unit: UnitSpec) -> None:
+        return None
 
 
 class FreshSource:
@@ -73,6 +80,9 @@ class FreshSource:
             finally:
                 for param, data in before:
                     param.data = data
+
+    def stored_bits(self, unit: UnitSpec) -> None:
+        return None
 
     def _initialise(self, chosen: set[int]) -> None:
         if not hasattr(self._root, "_init_weights"):

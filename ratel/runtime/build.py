@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ratel import native
+from ratel import native, readahead, startup
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.plan.plan import Plan
@@ -23,13 +23,18 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
         if saved is not None:
             saved.check_model(parts.spec)
         goes_on = saved is not None and are_own(saved, commits) and can_continue(saved, plan, io)
-        machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits, earlier=saved if goes_on else None)
-        _fill(machinery, saved, moments, goes_on=goes_on)
+        with startup.phase("reserving memory and files"):
+            machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits,
+                                  earlier=saved if goes_on else None)
+        with startup.phase("importing states"):
+            _fill(machinery, saved, moments, goes_on=goes_on)
     except BaseException:
         if machinery is not None:
             machinery.close()
         pool.close()
         raise
+    finally:
+        readahead.end()
     return machinery
 
 

@@ -29,6 +29,7 @@ from ratel.runtime.slot_sums import SlotSums
 from ratel.runtime.state import SavedState
 from ratel.runtime.state_format import describe_planes
 from ratel.runtime.streamer import Source, Streamer
+from ratel.runtime.weight_import import import_weights
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostCache
 from ratel.store.plane_io import PlaneIO
@@ -95,15 +96,8 @@ class Machinery:
         return self.weights if gather.is_unit else self.activations
 
     def import_weights(self) -> None:
-        """Bring every unit from the model's source to its tier, one unit in memory at a time."""
-        master = torch.empty(max(u.num_elements for u in self.plan.spec.units), dtype=torch.float32)
-        for unit in self.plan.spec.units:
-            part = master[: unit.num_elements]
-            self._parts.read_unit(unit.index, part)
-            self.transfer.write_weights(unit, part)
-            for name in ("m", "v"):
-                if self.store.has(unit.index, name):
-                    self.transfer.clear(unit, name)
+        """Bring every unit from the model's source to its tier; moments are zero."""
+        import_weights(self._parts, self.plan.spec, self.store, self.transfer)
         self._imported()
 
     def import_state(self, saved: SavedState) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ratel import models
+from ratel import models, startup
 from ratel.config import read_options
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.hardware.device import require_device
@@ -137,8 +137,9 @@ class Session:
         self._gives_back = isinstance(model, torch.nn.Module)
         self._attempts, self._saved_at = 0, -1
         self._saved: SavedState | None = None
-        self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
-                                 attention=attention)
+        with startup.phase("model in outline"):
+            self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
+                                     attention=attention)
         try:
             self.parts.check_source()
             self._moments = open_moments(optimizer_state)
@@ -172,9 +173,11 @@ class Session:
         return BlockRuns(self.parts, CompiledBlocks(self.parts) if self._compiles else None)
 
     def _make_plan(self, blocks: BlockRuns, batch: Any) -> Planned:
-        self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
+        with startup.phase("rates of the machine"):
+            self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
         wishes = replace(self._wishes, hardware=self.machine, own_files=own_files(self._saved, self._commits))
-        return make_plan(blocks, batch, wishes, self.device)
+        with startup.phase("trial of blocks and plan"):
+            return make_plan(blocks, batch, wishes, self.device)
 
     def _prepare(self, batch: Any) -> Plan:
         self._shape = Shape.of(batch, count_rows(batch))

@@ -1,14 +1,15 @@
 """Whole-unit transfers outside the hot path: import of weights, and reading states back for export and tests."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ratel import native
 from ratel.memory.arena import keep_mapped
 from ratel.plan.layout import pieces
-from ratel.plan.placement import SSD
+from ratel.plan.placement import DRAM, SSD
 from ratel.plan.shape import UnitSpec
 from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
@@ -34,6 +35,17 @@ class UnitTransfer:
             for name, half in halves.items():
                 if begin < self._count(unit, name):
                     self._move(unit, name, begin, half[: end - begin], write=True)
+
+    def fill_upper_half(self, unit: UnitSpec, begin: int, end: int, fill: Callable[[Tensor], None]) -> None:
+        """Let ``fill`` write elements of `hi`: in place where that is DRAM, else into a buffer that is moved from there. From
+        any thread."""
+        plane = self._store.plane(unit.index, "hi")
+        if plane.tier == DRAM:
+            fill(plane.tensor[begin:end])
+            return
+        buffer = aligned_empty(end - begin, torch.bfloat16)
+        fill(buffer)
+        self._move(unit, "hi", begin, buffer, write=True)
 
     def read_weights(self, unit: UnitSpec) -> torch.Tensor:
         """The fp32 master, 1-D on the CPU; frozen parameters in bf16 runs have no `lo` and come back as bf16 values."""
@@ -81,13 +93,12 @@ class UnitTransfer:
                 self._move(unit, name, begin, buffer[: end - begin], write=False)
                 self._write(unit, name, begin, buffer[: end - begin], others)
 
-    def clear(self, unit: UnitSpec, name: str) -> None:
-        """Zero a plane. A new volume reads as zeros, so on SSD there is nothing to write."""
+    def start_at_zero(self, unit: UnitSpec, name: str) -> None:
+        """A plane that nothing was written to yet is to be zeros. It is: in a new volume, in the arena, where the system has
+        given fresh memory, and on the GPU, where the store has asked for zeros. Only the checksums do not know it."""
         plane = self._store.plane(unit.index, name)
         if plane.tier == SSD:
             self._store.checksums.record_zeros(unit.index, name, plane.dtype)
-        else:
-            plane.tensor.zero_()
 
     def _count(self, unit: UnitSpec, name: str) -> int:
         return self._store.plane(unit.index, name).num_elements if self._store.has(unit.index, name) else 0

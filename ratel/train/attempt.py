@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ratel import startup
 from ratel.config import TrainConfig
 from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
@@ -48,7 +49,7 @@ class Attempt:
                  display: ProgressDisplay, earlier: Resumption | None) -> None:
         self.config, self.session, self.inputs, self.out, self.display = config, session, inputs, out, display
         self.earlier = earlier
-        self._is_planned = False
+        self._is_planned = self._has_stepped = False
 
     def prepare(self) -> None:
         """Whatever can be refused is refused here; then the directory is this run's."""
@@ -121,6 +122,8 @@ class Attempt:
             def record(entry: dict[str, Any]) -> None:
                 metrics.write(entry)
                 self.display.step(entry)
+                if not self._has_stepped:
+                    self._write_startup(entry)
 
             def save(progress: Progress, *, copies: bool = False) -> None:
                 metrics.flush()  # no state may know of steps that metrics.jsonl does not
@@ -178,6 +181,11 @@ class Attempt:
         newest, committed = self.out.states.newest(), self.out.states.committed_step()
         if committed is not None and newest != self.out.states.commits and not self.session.plan.commits:
             self.out.states.drop_commits()
+
+    def _write_startup(self, first: dict[str, Any]) -> None:
+        self._has_stepped = True
+        startup.note("first step", startup.age_s() - first["step_s"])
+        self.out.write_json("startup", {"phases": startup.phases()})
 
     def _write_plan(self) -> None:
         self.out.write_json("plan", self.session.plan.to_json())

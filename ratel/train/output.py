@@ -11,7 +11,7 @@ from ratel.errors import RatelError
 from ratel.runtime.durable_files import make_directory, sync_path, write_synced
 from ratel.train.states import StateDirectory
 
-RESULTS = ("config.json", "plan.json", "hardware.json", "metrics.jsonl", "model", "model.partial", "state")
+RESULTS = ("config.json", "plan.json", "hardware.json", "startup.json", "metrics.jsonl", "model", "model.partial", "state")
 _REMEDY = "Give a directory that you may write to, or that can be made"
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ratel import startup
 from ratel.config import TrainConfig
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.monitor.progress import ProgressDisplay
@@ -13,7 +14,7 @@ from ratel.runtime.session import Session
 from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
 from ratel.train.interrupt import Interrupted
-from ratel.train.options import complete
+from ratel.train.options import begin_reading, complete
 from ratel.train.output import choose
 from ratel.train.resume import take_up
 
@@ -40,6 +41,7 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
 def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = None, tokenizer: Any = None,
         eval_data: Any = None) -> TrainResult:
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
+    begin_reading(config)
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
@@ -47,10 +49,12 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
         with open_session(config, model, loss_fn, commits=out.states.commits) as session:
             earlier = take_up(out, session) if config.resume else None
             vocab_size = session.parts.spec.vocab_size if session.parts.is_causal_lm else None
+            begun_s = startup.age_s()
             with open_inputs(config, model=model, data=data if data is not None else config.data,
                              eval_data=eval_data if eval_data is not None else config.eval_data,
                              tokenizer=tokenizer if tokenizer is not None else config.tokenizer,
                              vocab_size=vocab_size, position=earlier.extra["data"] if earlier else None) as inputs:
+                startup.note("data", begun_s)
                 attempt = Attempt(config, session, inputs, out, display, earlier)
                 attempt.prepare()
                 result = attempt.complete()

@@ -1,0 +1,179 @@
+"""The way to the first step: reading ahead, weights straight from their files to their tiers, and the time line."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ratel import models, readahead, startup
+from ratel.errors import RatelError
+from ratel.models import stored_bits
+from ratel.models.stored_bits import Run, StoredBits
+from ratel.runtime import weight_import
+from ratel.runtime.session import Session
+
+STATES = ("hi", "lo", "m", "v")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards, whose order is not the model's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=1500, num_hidden_layers=3, num_attention_heads=2,
+                         num_key_value_heads=1, vocab_size=10001, max_position_embeddings=64, tie_word_embeddings=False)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="700KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
+def states(checkpoint: Path, tier: str, ssd: Path, **options: object) -> dict[tuple[str, str], torch.Tensor]:
+    with Session(str(checkpoint), device="cpu", dtype="bf16", dram="2GiB", ssd=[ssd], tier=tier, **options) as session:
+        session.prepare(1, 16)
+        return {(unit.name, name): session.read_state(unit, name) for unit in session.plan.spec.units for name in STATES}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("tier", ["gpu", "dram", "ssd"])
+def test_weights_from_files_are_those_that_were_converted_in_memory(checkpoint: Path, tier: str, ssd_dir: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"gpu_memory": "2GiB"} if tier == "gpu" else {}
+    monkeypatch.setattr(weight_import, "PIECE_ELEMENTS", 1 << 18)  # two pieces of the embedding
+    straight = states(checkpoint, tier, ssd_dir, **more)
+    monkeypatch.setattr(models.Parts, "stored_bits", lambda self, unit: None)
+    converted = states(checkpoint, tier, ssd_dir, **more)
+    assert straight.keys() == converted.keys()
+    for key, values in straight.items():
+        assert values.dtype == converted[key].dtype and torch.equal(values, converted[key]), key
+        assert values.any() == (key[1] == "hi"), key
+
+
+@pytest.mark.unit
+def test_fp32_weights_are_converted(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    parts = models.load(str(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert all(parts.stored_bits(unit) is None for unit in parts.spec.units)
+    parts.close()
+
+
+@pytest.mark.unit
+def test_any_part_of_a_unit_is_read_and_padding_is_zero(tmp_path: Path) -> None:
+    bits = torch.randint(-(1 << 15), 1 << 15, (40,), dtype=torch.int16)  # infinities and NaN among them
+    file = tmp_path / "file"
+    file.write_bytes(b"head" + bits.numpy().tobytes())
+    runs = [Run(file=file, offset=4 + 2 * 10, begin=0, end=5), Run(file=file, offset=4, begin=8, end=18)]
+    whole = torch.zeros(24, dtype=torch.int16)
+    whole[0:5], whole[8:18] = bits[10:15], bits[0:10]
+    for begin in range(24):
+        for end in range(begin + 1, 25):
+            out = torch.full((end - begin,), 7, dtype=torch.int16)
+            StoredBits(runs).read(begin, out.view(torch.bfloat16))
+            assert torch.equal(out, whole[begin:end]), (begin, end)
+
+
+@pytest.mark.unit
+def test_a_file_that_became_shorter_or_unreadable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(10))
+    run = StoredBits([Run(file=file, offset=0, begin=0, end=8)])
+    with pytest.raises(RatelError, match="the file ends at byte 10, in the middle of a weight") as refusal:
+        run.read(0, torch.empty(8, dtype=torch.bfloat16))
+    assert str(file) in str(refusal.value)
+
+    def failing(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(stored_bits.os, "preadv", failing)
+    with pytest.raises(OSError) as failure:
+        run.read(0, torch.empty(4, dtype=torch.bfloat16))
+    assert (failure.value.errno, failure.value.filename) == (5, str(file))
+
+
+@pytest.mark.e2e
+def test_an_import_that_fails_says_why_and_can_be_tried_again(checkpoint: Path, ssd_dir: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    read = StoredBits.read
+
+    def failing(self: StoredBits, begin: int, out: torch.Tensor) -> None:
+        raise OSError(5, "Input/output error", "weights")
+
+    with Session(str(checkpoint), device="cpu", dram="2GiB", ssd=[ssd_dir], tier="ssd") as session:
+        monkeypatch.setattr(StoredBits, "read", failing)
+        with pytest.raises(OSError, match="weights"):
+            session.prepare(1, 16)
+        assert not any(thread.name.startswith("ratel-import") for thread in threading.enumerate())
+        monkeypatch.setattr(StoredBits, "read", read)
+        session.prepare(1, 16)
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def finished(reader: readahead.ReadAhead, seconds: float = 30.0) -> int:
+    until = time.monotonic() + seconds
+    while reader.running and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not reader.running
+    return reader.num_bytes
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("limit", [10 << 20, 1 << 30])
+def test_files_are_read_in_full_or_up_to_the_limit(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "_PIECE_BYTES", 1 << 20)
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(bytes((8 << 20) + 123))
+    read = finished(readahead.ReadAhead(paths, limit))
+    assert read == (2 * ((8 << 20) + 123) if limit > 16 << 20 else pytest.approx(limit, abs=1 << 20))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("content", ["none", "not json", "[]", '{"weight_map": {"a": "gone.safetensors"}}'])
+def test_what_cannot_be_read_ahead_is_left_to_the_import(tmp_path: Path, content: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "_current", None)
+    if content != "none":
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+    readahead.begin(str(tmp_path), 1 << 30)
+    readahead.begin("llama-3b", 1 << 30)
+    if readahead._current is not None:
+        assert finished(readahead._current) == 0
+    readahead.end()
+
+
+@pytest.mark.unit
+def test_the_index_says_which_files_and_one_reading_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "_current", None)
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    index = {"weight_map": {"x": "model-2.safetensors", "y": "model-1.safetensors", "z": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    readahead.begin(str(tmp_path), 1 << 30)
+    first = readahead._current
+    assert [path.name for path in first.paths] == ["model-1.safetensors", "model-2.safetensors"]
+    assert finished(first) == 2000
+    readahead.begin(str(tmp_path), 1 << 30)
+    assert readahead._current is first
+
+
+# --- the time line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.unit
+def test_seconds_count_from_the_beginning_of_the_process() -> None:
+    import psutil
+
+    assert startup.age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
+    with startup.phase("a test"):
+        time.sleep(0.05)
+    last = startup.phases()[-1]
+    assert last["name"] == "a test" and 0.03 < last["end_s"] - last["begin_s"] < 5.0
