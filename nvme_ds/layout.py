@@ -11,9 +11,12 @@ SHARE_TOLERANCE = 0.03  # a directory's share may differ this much, relatively, 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
     """The smallest integers whose shares follow the weights (bandwidths, say) within SHARE_TOLERANCE, or the nearest
-    ones of a cycle of MAX_CYCLE."""
+    ones of a cycle of MAX_CYCLE. Small integers are taken as they are."""
     if any(not weight > 0 for weight in weights):
         raise ValueError(f"weights: every directory needs a positive weight (given: {list(weights)})")
+    if all(float(weight).is_integer() for weight in weights) and sum(weights) <= MAX_CYCLE:
+        common = gcd(*map(int, weights))
+        return [int(weight) // common for weight in weights]
     total = sum(weights)
     best, best_error = [1] * len(weights), float("inf")
     for cycle in range(len(weights), max(MAX_CYCLE, len(weights)) + 1):

@@ -152,7 +152,7 @@ class Pool:
         return out
 
     def touch(self, address: int, num_bytes: int) -> None:
-        """Make the kernel map fresh memory, in parallel. Writes a zero into every page: not for memory in use."""
+        """Make the kernel map fresh memory, in parallel. What is there stays, also what others write meanwhile."""
         _check_count(num_bytes, "num_bytes")
         self._call("touch", address, num_bytes)
 

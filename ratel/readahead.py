@@ -31,9 +31,14 @@ class ReadAhead:
     def __init__(self, paths: list[Path], limit_bytes: int) -> None:
         self.paths, self._pieces = paths, _pieces(paths, limit_bytes)
         self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._begin_s, self.num_bytes, self.running = startup.age_s(), 0, _THREADS
-        for _ in range(_THREADS):
-            threading.Thread(target=self._work, name="ratel-readahead", daemon=True).start()
+        self._begin_s, self.num_bytes, self._running = startup.age_s(), 0, _THREADS
+        self._threads = [threading.Thread(target=self._work, name="ratel-readahead", daemon=True) for _ in range(_THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        for thread in self._threads:
+            thread.join()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -68,8 +73,8 @@ class ReadAhead:
 
     def _end(self) -> None:
         with self._lock:
-            self.running -= 1
-            is_last = self.running == 0
+            self._running -= 1
+            is_last = self._running == 0
         if is_last:
             startup.note("reading ahead", self._begin_s, bytes=self.num_bytes)
 
@@ -85,6 +90,12 @@ def begin(model: str, limit_bytes: int) -> None:
             _current = ReadAhead(paths, limit_bytes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         pass
+
+
+def wait() -> None:
+    """Until nothing is read ahead any more: whoever measures the disk needs it for itself."""
+    if _current is not None:
+        _current.wait()
 
 
 def end() -> None:

@@ -261,7 +261,7 @@ def test_the_files_that_are_gone_on_with_do_not_count_as_taken(ssd_dir: Path, tm
     files = SavedState(commits).files
     folders = [os.fspath(path.parent) for path in files]
     own_bytes = min(path.stat().st_size for path in files)
-    assert usable_bytes(folders, files) >= usable_bytes(folders, []) + own_bytes > 0
+    assert usable_bytes(folders, files, (1,) * len(folders)) >= usable_bytes(folders, [], (1,) * len(folders)) + own_bytes > 0
 
 
 # --- locks --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("weights, expected", [
-    ([1], [1]), ([5.0], [1]), ([1, 1, 1], [1, 1, 1]), ([2, 1], [2, 1]), ([4, 2], [2, 1]),
+    ([1], [1]), ([5.0], [1]), ([1, 1, 1], [1, 1, 1]), ([8, 7], [8, 7]), ([2, 1], [2, 1]), ([4, 2], [2, 1]),
     ([6.8e9, 3.4e9, 1.7e9], [4, 2, 1]), ([1000, 1], [64, 1]),
 ])
 def test_weights_become_small_integers(weights: list[float], expected: list[int]) -> None:

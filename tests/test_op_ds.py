@@ -327,6 +327,8 @@ def test_memory_helpers(pool: op_ds.Pool) -> None:
     fresh = np.zeros(10_000_019, dtype=np.uint8)
     pool.touch(fresh.ctypes.data, len(fresh))
     assert not fresh.any()
+    pool.touch(target.ctypes.data, len(target))
+    assert (target[1:n + 1] == 7).all() and target[0] == 9 and (target[n + 3:] == 9).all()  # what is there stays
     a, b, c = (torch.randn(100_003) for _ in range(3))
     pool.triad(a[1:].data_ptr(), b.data_ptr(), c.data_ptr(), 0.5, 100_001)
     assert torch.equal(a[1:100_002], b[:100_001] + 0.5 * c[:100_001])

@@ -91,13 +91,17 @@ def test_gains_are_those_of_planning_again(tight: Any) -> None:
 
 def test_wear_by_hand(tight: Any) -> None:
     plan, prediction = tight.plan, tight.prediction
-    worn = wear(plan, replace(prediction, ssd_written=10**9, step_s=2.0), drives=2, capacity_bytes=4 * 10**12,
+    worn = wear(plan, replace(prediction, ssd_written=10**9, step_s=2.0), weights=(1, 1), capacities=[2 * 10**12] * 2,
                 endurance_bytes=1e15)
     assert worn.day_bytes == 43200e9 and worn.drive_writes_per_day == pytest.approx(10.8)
     assert worn.years == pytest.approx(2e15 / 43200e9 / 365.25)
-    unknown = wear(plan, prediction, drives=1)
+    uneven = wear(plan, replace(prediction, ssd_written=10**9, step_s=2.0), weights=(3, 1), capacities=[2 * 10**12] * 2,
+                  endurance_bytes=1e15)
+    assert uneven.drive_writes_per_day == pytest.approx(1.5 * 10.8)  # of the first, which has three quarters
+    assert uneven.years == pytest.approx(worn.years / 1.5)
+    unknown = wear(plan, prediction, weights=(1,))
     assert unknown.drive_writes_per_day is None and unknown.years is None and unknown.step_bytes > 0
-    commits = wear(replace(plan, durable="step"), prediction, drives=1, save_every=10)
+    commits = wear(replace(plan, durable="step"), prediction, weights=(1,), save_every=10)
     assert commits.step_bytes == prediction.ssd_written + replace(plan, durable="step").saved_bytes // 10
 
 
@@ -128,7 +132,7 @@ def test_budgets_of_another_machine() -> None:
     machine = machine_for(resolve({"hardware": "4090"}), ssds=3, ssd_space=10**12)
     assert hardware.gpu_bytes - 2 * 2**30 < machine.gpu_budget < hardware.gpu_bytes
     assert machine.dram_budget == int(0.9 * hardware.dram_bytes)
-    assert (machine.ssd_budget, machine.capacity_bytes, len(machine.hardware.ssds)) == (10**12, 10**12, 3)
+    assert (machine.ssd_budget, machine.capacities, len(machine.hardware.ssds)) == (10**12, (10**12 // 3,) * 3, 3)
     given = machine_for(resolve({"hardware": "4090", "gpu_memory": "10GiB", "dram": "20GiB"}), ssds=0)
     assert (given.gpu_budget, given.dram_budget, given.ssd_budget) == (10 * 2**30, 20 * 2**30, None)
 

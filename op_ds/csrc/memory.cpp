@@ -17,6 +17,12 @@ size_t bytes_to_line(const void* p) {
   return (kLineBytes - reinterpret_cast<uintptr_t>(p) % kLineBytes) % kLineBytes;
 }
 
+// A zero for a zero: a fresh page is written, and a byte that somebody has put there in the meantime stays.
+void touch(char* byte) {
+  char expected = 0;
+  __atomic_compare_exchange_n(byte, &expected, char{0}, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
 void stream_copy(void* target, const void* source, size_t num_bytes) noexcept {
@@ -42,9 +48,9 @@ void stream_copy(void* target, const void* source, size_t num_bytes) noexcept {
 }
 
 void touch_pages(void* address, size_t num_bytes) noexcept {
-  auto* bytes = static_cast<volatile char*>(address);
-  for (size_t i = 0; i < num_bytes; i += kPageBytes) bytes[i] = 0;
-  if (num_bytes > 0) bytes[num_bytes - 1] = 0;  // an unaligned range ends in a page of its own
+  auto* bytes = static_cast<char*>(address);
+  for (size_t i = 0; i < num_bytes; i += kPageBytes) touch(bytes + i);
+  if (num_bytes > 0) touch(bytes + num_bytes - 1);  // an unaligned range ends in a page of its own
 }
 
 void triad(float* a, const float* b, const float* c, float scale, int64_t n) noexcept {

@@ -12,7 +12,7 @@ constexpr int64_t kMemoryBlockBytes = int64_t{1} << 18;
 // third of the traffic. Falls back to memcpy where there are no streaming stores.
 void stream_copy(void* target, const void* source, size_t num_bytes) noexcept;
 
-// One zero per page, which is what makes the kernel map it. Only for memory that nobody has written yet.
+// A write to each page, which is what makes the kernel map it, that leaves what is there: others may use the memory meanwhile.
 void touch_pages(void* address, size_t num_bytes) noexcept;
 
 // a = b + scale * c with streaming stores (12 bytes an element): the usual measure of memory bandwidth.

@@ -32,6 +32,7 @@ class Link:
     def __init__(self, device: torch.device, pool: Any, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._arena = Arena(2 * num_bytes, pin=device.type == "cuda", pool=pool)
+        self._arena.settle()
         self._host = [self._arena.take(num_bytes) for _ in range(2)]
         self._device = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._lanes = Lanes(device)

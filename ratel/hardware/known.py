@@ -2,6 +2,7 @@
 
 import torch
 
+from ratel import readahead
 from ratel.hardware import probe
 from ratel.hardware.probe_cache import load, store
 from ratel.plan.hardware import Hardware, load_hardware, with_cap, with_ssds
@@ -37,6 +38,7 @@ def _this_machine(device: torch.device, directories: tuple[str, ...]) -> Hardwar
     if found is None:
         found = load(brief, probe.Probe)
     if found is None:
+        readahead.wait()  # what is measured beside it would be kept for every later run
         found = probe.measure(directories, None, device, BRIEF)
         store(brief, found)
     return found.hardware

@@ -1,11 +1,14 @@
 """One pinned region of host memory, reserved up front and laid out once.
 
 Anonymous memory (transparent huge pages where the kernel gives them), touched by several threads, then registered with
-CUDA in one call. Registering own memory is exact to the page, where a caching pinned allocator rounds each request up to
+CUDA in one call. The kernel clears 4 to 5 GB/s, so a thread of the arena's own does both while its parts are handed out
+and filled: fresh memory is zero, and whoever writes to a page first maps it. Registering own memory is exact to the page, where a caching pinned allocator rounds each request up to
 a power of two, and several times faster than asking CUDA for pinned memory.
 """
 
 import mmap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -15,10 +18,15 @@ from ratel.units import MIB, align_up, format_bytes
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
+_TOUCHED_BYTES = 256 * MIB
+"""Between two looks at whether the arena is given up: 60 ms on a machine with 16 cores."""
 
 
 class Arena:
-    """Hands out parts of the region until it is used up; parts live as long as the arena."""
+    """Hands out parts of the region until it is used up; parts live as long as the arena, and begin as zeros.
+
+    They can be used at once. Only after ``settle`` is their memory there for certain, and pinned if ``pin``.
+    """
 
     def __init__(self, num_bytes: int, *, pin: bool, pool: "native.op_ds.Pool") -> None:
         self.num_bytes = align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES)
@@ -27,10 +35,11 @@ class Arena:
         skip = -whole.data_ptr() % HUGE_PAGE_BYTES
         self._bytes = whole[skip : skip + self.num_bytes]
         self._cursor = 0
-        pool.touch(self._bytes.data_ptr(), self.num_bytes)
-        self.pinned = pin
-        if pin:
-            _register(self._bytes)
+        self.pinned = False
+        self._given_up = threading.Event()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="ratel-arena")
+        self._made = self._worker.submit(self._make, pool, torch.cuda.current_device() if pin else None)
+        self._worker.shutdown(wait=False)
 
     @property
     def address(self) -> int:
@@ -51,16 +60,36 @@ class Arena:
     def take_as(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         return self.take(num_elements * dtype.itemsize).view(dtype)
 
+    def settle(self) -> None:
+        """Wait until the memory is there. Raises RatelError if CUDA does not pin it."""
+        self._made.result()
+
+    def _make(self, pool: "native.op_ds.Pool", device: int | None) -> None:
+        for begin in range(0, self.num_bytes, _TOUCHED_BYTES):
+            if self._given_up.is_set():
+                return
+            pool.touch(self.address + begin, min(_TOUCHED_BYTES, self.num_bytes - begin))
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own
+            _register(self._bytes)
+            self.pinned = True
+
     def abandon(self) -> None:
         """Instead of ``close``, where transfers are not known to be over: the memory stays as it is."""
+        self._give_up()
         keep_mapped(self)
 
     def close(self) -> None:
         """Unregister. The memory itself goes when the last tensor over it does."""
+        self._give_up()
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
             self.pinned = False
         self._bytes = self._bytes[:0]
+
+    def _give_up(self) -> None:
+        self._given_up.set()
+        self._worker.shutdown()
 
 
 def keep_mapped(memory: object) -> None:

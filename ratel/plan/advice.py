@@ -44,7 +44,7 @@ def _variants(requests: list[Request], same: list[Request],
         for more in dict.fromkeys((1, count)):
             what = "one more SSD" if more == 1 else f"{2 * count} SSDs instead of {count}"
             grown = same[0].ssd_budget * (count + more) // count
-            yield what, _with(same, ssd_budget=grown), replace(hardware, ssds=hardware.ssds + hardware.ssds[:1] * more)
+            yield what, _with(same, ssd_budget=grown), replace(hardware, ssds=hardware.ssds + hardware.ssds[:1] * more, stripes=())
     yield "64 GiB more DRAM", _with(same, dram_budget=same[0].dram_budget + MORE_DRAM_BYTES), hardware
     if same[0].gpu_budget is not None and not same[0].on_host:
         yield "8 GiB more GPU memory", _with(requests, gpu_budget=same[0].gpu_budget + MORE_GPU_BYTES), hardware

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.plan.stripes import Weights, stripe_weights
 
 MACHINES = Path(__file__).parent / "machines"
 
@@ -46,6 +47,12 @@ class Hardware:
     ssds: tuple[Ssd, ...] = ()
     ssd_limit_bps: float | None = None
     """What all SSDs together can move in both directions, where something (a controller, PCIe) limits their sum."""
+    stripes: Weights = ()
+    """Stripes of each SSD in one round, where that is not to be chosen by their speed: states lie on them already."""
+
+    @property
+    def stripe_weights(self) -> Weights:
+        return self.stripes or stripe_weights([ssd.mixed_bps for ssd in self.ssds])
 
     def __post_init__(self) -> None:
         for name in ("gpu_flops", "gpu_bps", "h2d_bps", "d2h_bps", "duplex_bps", "dram_bps", "adam_params_per_s"):
@@ -67,7 +74,7 @@ class Hardware:
         for ssd in content.get("ssds", ()):
             _check_fields(Ssd, ssd, "hardware.ssds")
             ssds.append(Ssd(**ssd))
-        return cls(**{**content, "ssds": tuple(ssds)})
+        return cls(**{**content, "ssds": tuple(ssds), "stripes": tuple(content.get("stripes", ()))})
 
 
 def load_hardware(name: str, *, ssds: int | None = None) -> Hardware:
@@ -99,7 +106,7 @@ def with_ssds(hardware: Hardware, count: int) -> Hardware:
     if count < 0 or (count > 0 and not hardware.ssds):
         raise RatelError("cannot be made of this machine's devices", field="ssds", value=count,
                          remedy="Name one device under ssds in the hardware file")
-    return replace(hardware, ssds=hardware.ssds[:1] * count)
+    return replace(hardware, ssds=hardware.ssds[:1] * count, stripes=())
 
 
 def with_cap(hardware: Hardware, bps: float | None) -> Hardware:
@@ -125,7 +132,7 @@ def _check_fields(cls: type, content: dict[str, Any], where: str) -> None:
     if unknown:
         raise RatelError("no such number is known", field=f"{where}.{unknown[0]}", value=content[unknown[0]],
                          remedy=f"Known are {', '.join(known)}")
-    missing = [name for name in known if name not in content and name not in ("ssds", "ssd_limit_bps")]
+    missing = [name for name in known if name not in content and name not in ("ssds", "ssd_limit_bps", "stripes")]
     if missing:
         raise RatelError("is missing", field=f"{where}.{missing[0]}",
                          remedy="Copy a file of ratel/plan/machines and change it")

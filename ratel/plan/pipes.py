@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ratel.plan.hardware import Hardware
+from ratel.plan.stripes import striped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ def link(hardware: Hardware) -> Pipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SsdRates:
-    """All devices together, in bytes per second. Stripes are equal, so that the slowest device sets the pace."""
+    """All devices together, in bytes per second. The device that is slowest for its share of the stripes sets the pace."""
 
     read_bps: float
     write_bps: float
@@ -54,7 +55,6 @@ def ssd_rates(hardware: Hardware) -> SsdRates | None:
     if not hardware.ssds:
         return None
     limit = hardware.ssd_limit_bps or float("inf")
-    count = len(hardware.ssds)
-    read, write, mixed = (min(count * min(getattr(ssd, name) for ssd in hardware.ssds), limit)
+    read, write, mixed = (min(striped([getattr(ssd, name) for ssd in hardware.ssds], hardware.stripe_weights), limit)
                           for name in ("read_bps", "write_bps", "mixed_bps"))
     return SsdRates(read_bps=read, write_bps=write, mixed_bps=mixed)

@@ -72,7 +72,13 @@ class Report:
             limits = ("no limit", "") if allowed is None else (format_bytes(allowed), format_bytes(allowed - used))
             rows.append((tier, format_bytes(used), *limits))
             rows += [(f"  {name}", format_bytes(num_bytes), "", "") for name, num_bytes in summed(items)]
-        return table(rows)
+        return table(rows) + list(self._stripes())
+
+    def _stripes(self) -> Iterator[str]:
+        weights = self.hardware.stripe_weights
+        if self.plan.ssd_items and len(set(weights)) > 1:
+            shares = ", ".join(f"{weight / sum(weights):.0%}" for weight in weights)
+            yield f"of what is on the SSDs each holds, by its speed: {shares}"
 
     def _time(self) -> list[str]:
         prediction = self.prediction
@@ -114,7 +120,7 @@ class Report:
             "forward_busy_s": prediction.forward, "backward_busy_s": prediction.backward,
             "memory": {tier: {"used": sum(items.values()), "allowed": allowed, "by_purpose": items}
                        for tier, (items, allowed) in self.tiers.items()},
-            "durable": self.plan.durable, "saving": asdict(self.saving),
+            "ssd_stripes": list(self.hardware.stripe_weights), "durable": self.plan.durable, "saving": asdict(self.saving),
             "wear": None if self.wear is None else asdict(self.wear),
             "gains": None if self.gains is None else [asdict(gain) for gain in self.gains],
             "notes": list(self.notes), "plan": self.plan.to_json(),

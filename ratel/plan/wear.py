@@ -1,10 +1,12 @@
 """What a run writes to its SSDs, and how long they last."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ratel.errors import RatelError
 from ratel.plan.cost import Prediction
 from ratel.plan.plan import Plan
+from ratel.plan.stripes import Weights, striped
 from ratel.units import parse_bytes
 
 DAY_S = 86400.0
@@ -20,19 +22,21 @@ class Wear:
     day_bytes: float
     """In a day of training without a pause."""
     drive_writes_per_day: float | None
-    """How often the drives are written from end to end."""
+    """How often the drive that is written most for its size is written from end to end."""
     years: float | None
-    """Of training without a pause until the rated endurance of the drives is used up."""
+    """Of training without a pause until the rated endurance of the first drive is used up."""
 
 
-def wear(plan: Plan, prediction: Prediction, *, drives: int, capacity_bytes: int | None = None,
+def wear(plan: Plan, prediction: Prediction, *, weights: Weights, capacities: Sequence[int] = (),
          endurance_bytes: float | None = None, save_every: int = 0) -> Wear:
-    """``capacity_bytes`` of all drives; ``endurance_bytes`` as one drive is rated; ``save_every`` steps states are saved,
-    which writes to these SSDs where they are committed in place."""
+    """``weights``: the drives' shares of the stripes; ``capacities``: bytes of each drive, where they are known;
+    ``endurance_bytes`` as one drive is rated; ``save_every`` steps states are saved, which writes to these SSDs where they
+    are committed in place."""
     saves = plan.saved_bytes // save_every if plan.commits and save_every else 0
     step_bytes = prediction.ssd_written + saves
     day_bytes = step_bytes * DAY_S / prediction.step_s
-    rated = endurance_bytes and endurance_bytes * drives
+    capacity_bytes = striped(capacities, weights) if capacities else None
+    rated = endurance_bytes and striped([endurance_bytes] * len(weights), weights)
     return Wear(step_bytes=step_bytes, day_bytes=day_bytes,
                 drive_writes_per_day=day_bytes / capacity_bytes if capacity_bytes else None,
                 years=rated / day_bytes / YEAR_DAYS if rated and day_bytes else None)

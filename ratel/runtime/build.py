@@ -1,6 +1,7 @@
 """The machinery of a session with the states in it, from whichever source: the model's own weights, or a saved state."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from ratel import native, readahead, startup
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.plan.plan import Plan
+from ratel.plan.stripes import Weights
 from ratel.runtime.machinery import IoOptions, Machinery, can_continue
 from ratel.runtime.moments import import_moments
 from ratel.runtime.state import SavedState
@@ -23,11 +25,13 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
         if saved is not None:
             saved.check_model(parts.spec)
         goes_on = saved is not None and are_own(saved, commits) and can_continue(saved, plan, io)
-        with startup.phase("reserving memory and files"):
+        with startup.phase("files and address space"):
             machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits,
                                   earlier=saved if goes_on else None)
         with startup.phase("importing states"):
             _fill(machinery, saved, moments, goes_on=goes_on)
+        with startup.phase("the rest of the memory"):
+            machinery.settle()
     except BaseException:
         if machinery is not None:
             machinery.close()
@@ -52,6 +56,16 @@ def _fill(machinery: Machinery, saved: SavedState | None, moments: MomentFiles |
 def are_own(saved: SavedState, commits: Path | None) -> bool:
     """Whether the state is the commits that a session with this directory goes on with."""
     return commits is not None and os.path.realpath(saved.path) == os.path.realpath(commits)
+
+
+def own_stripes(saved: SavedState | None, commits: Path | None, directories: Sequence[str]) -> Weights:
+    """How such commits are striped over these directories, which is how the session goes on; () where there are none to go
+    on with."""
+    if saved is None or not saved.is_in_place or not are_own(saved, commits):
+        return ()
+    if [os.fspath(path.parent) for path in saved.files] != list(map(os.path.realpath, directories)):
+        return ()
+    return tuple(saved.manifest["pattern"].count(index) for index in range(len(directories)))
 
 
 def own_files(saved: SavedState | None, commits: Path | None) -> tuple[Path, ...]:

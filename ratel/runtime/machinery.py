@@ -19,6 +19,7 @@ from ratel.plan.placement import ELEMENT_BYTES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather
 from ratel.plan.shape import UnitSpec
+from ratel.plan.stripes import Weights
 from ratel.runtime.activations import Activations
 from ratel.runtime.commit_files import remove_leftovers, volume_name
 from ratel.runtime.gradients import Gradients
@@ -41,6 +42,8 @@ from ratel.units import align_up
 @dataclass(frozen=True, kw_only=True)
 class IoOptions:
     directories: tuple[str, ...] = ()
+    stripes: Weights = ()
+    """Of each directory in one round; (): one each."""
     backend: str = "auto"
     bandwidth_bps: float | None = None
     direct: str = "auto"
@@ -72,7 +75,6 @@ class Machinery:
         self.engine = open_engine(io)
         state_volume, grad_volume, activation_volume = self._open_volumes(plan, io, commits, earlier)
         self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool)
-        self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
         self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
         self.io = PlaneIO(self.store, self.engine, exchange.tracing)
         self.transfer = UnitTransfer(self.store, self.io, self.pool, self.engine)
@@ -91,6 +93,12 @@ class Machinery:
         if plan.commits:
             self.log = CommitLog(commits, plan, self.store, stripe_bytes=io.stripe_bytes, pattern=_pattern(io))
         assert self.arena.free_bytes == 0, f"{self.arena.free_bytes} bytes of the arena have no use"
+
+    def settle(self) -> None:
+        """Wait for the arena, then let the I/O engine have it: registering maps what is not mapped yet, on one core. Comes
+        after the import, which needs neither, and before the first step."""
+        self.arena.settle()
+        self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
 
     def _source_of(self, gather: Gather) -> Source:
         return self.weights if gather.is_unit else self.activations
@@ -175,7 +183,7 @@ class Machinery:
         name = earlier.files[0].name.rpartition(".")[0]
         try:
             return self.engine.open_volume([path.parent for path in earlier.files], name, num_bytes,
-                                           stripe_bytes=io.stripe_bytes, direct=io.direct)
+                                           stripe_bytes=io.stripe_bytes, weights=io.stripes or None, direct=io.direct)
         except OSError as error:
             raise RatelError(f"cannot be opened: {error}", field="state", value=earlier.files[0],
                              remedy="End the run that uses it, or resume from another state") from error
@@ -185,7 +193,7 @@ class Machinery:
             return None
         try:
             return self.engine.create_volume(list(io.directories), name, num_bytes, stripe_bytes=io.stripe_bytes,
-                                             direct=io.direct)
+                                             weights=io.stripes or None, direct=io.direct)
         except OSError as error:
             if error.errno == errno.EINVAL and io.direct == "on":
                 raise RatelError(str(error), field="direct", value="on", remedy="Use --direct auto, or another directory"
@@ -218,7 +226,7 @@ def can_continue(saved: SavedState, plan: Plan, io: IoOptions) -> bool:
 
 
 def _pattern(io: IoOptions) -> list[int]:
-    return native.nvme_ds.layout.stripe_pattern([1] * len(io.directories))
+    return native.nvme_ds.layout.stripe_pattern(io.stripes or [1] * len(io.directories))
 
 
 def update_order(plan: Plan) -> list[UnitSpec]:

@@ -12,7 +12,7 @@ from ratel.hardware.host import available_memory
 from ratel.hardware.known import AUTO, NONE, hardware_for
 from ratel.memory.resident import resident_bytes
 from ratel.plan.hardware import Hardware, load_hardware, machine_names, with_cap, with_ssds
-from ratel.runtime.prepare import DRAM_MARGIN, GPU_MARGIN_BYTES
+from ratel.runtime.prepare import DRAM_MARGIN, GPU_MARGIN_BYTES, usable_bytes
 from ratel.units import GIB, MIB, format_bytes
 
 PROCESS_BYTES = 2 * GIB
@@ -34,8 +34,8 @@ class Machine:
     dram_budget: int
     ssd_budget: int | None
     """``None``: no SSDs."""
-    capacity_bytes: int | None
-    """Of all SSDs, as far as known."""
+    capacities: tuple[int, ...]
+    """Bytes of each SSD, as far as known."""
     notes: tuple[str, ...]
     """What was assumed."""
 
@@ -66,10 +66,9 @@ def _this_machine(config: TrainConfig) -> Machine:
     hardware = hardware_for(AUTO, device, config.ssd, config.ssd_bandwidth)
     free, _ = torch.cuda.mem_get_info(device)
     dram = config.dram or int(available_memory() * DRAM_MARGIN) + resident_bytes()
-    usage = [disk_usage(path) for path in config.ssd]
     return Machine(hardware=hardware, gpu_budget=config.gpu_memory or free - GPU_MARGIN_BYTES, dram_budget=dram,
-                   ssd_budget=min(u.free for u in usage) * len(usage) if usage else None,
-                   capacity_bytes=sum(u.total for u in usage) or None, notes=())
+                   ssd_budget=usable_bytes(config.ssd, (), hardware.stripe_weights),
+                   capacities=tuple(disk_usage(path).total for path in config.ssd), notes=())
 
 
 def _other_machine(config: TrainConfig, hardware: Hardware, ssds: int | None, ssd_space: int | None) -> Machine:
@@ -89,5 +88,5 @@ def _other_machine(config: TrainConfig, hardware: Hardware, ssds: int | None, ss
     return Machine(hardware=with_cap(hardware, config.ssd_bandwidth),
                    gpu_budget=config.gpu_memory or hardware.gpu_bytes - GPU_MARGIN_BYTES - CONTEXT_BYTES,
                    dram_budget=config.dram or int(hardware.dram_bytes * DRAM_MARGIN),
-                   ssd_budget=(ssd_space or UNLIMITED) if count else None, capacity_bytes=ssd_space if count else None,
+                   ssd_budget=(ssd_space or UNLIMITED) if count else None, capacities=(ssd_space // count,) * count if ssd_space and count else (),
                    notes=tuple(notes))

@@ -74,7 +74,7 @@ class Planner:
         chosen, requests = self._choose()
         machine = self.machine
         worn = None if machine.ssd_budget is None else wear(
-            chosen.plan, chosen.prediction, drives=len(machine.hardware.ssds), capacity_bytes=machine.capacity_bytes,
+            chosen.plan, chosen.prediction, weights=machine.hardware.stripe_weights, capacities=machine.capacities,
             endurance_bytes=endurance_bytes, save_every=self.config.save_every)
         gains = tuple(advise(requests, machine.hardware, chosen)) if advice else None
         report = Report(plan=chosen.plan, prediction=chosen.prediction, hardware=machine.hardware,

@@ -22,6 +22,7 @@ from ratel.plan.micro_sizes import COMPARED, micro_sizes
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan, Work
 from ratel.plan.search import search
+from ratel.plan.stripes import Weights, striped
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
@@ -69,6 +70,8 @@ class Wishes:
     optimizer: str
     budgets: Budgets
     directories: tuple[str, ...] = ()
+    stripes: Weights = ()
+    """Of each directory in one round; (): one each."""
     own_files: tuple[Path, ...] = ()
     """In these directories, and to be worked on further: what they take counts as free."""
     micro_batch: int | str = "auto"
@@ -145,7 +148,7 @@ class _Trials:
         is_free = wishes.activations == "auto" and wishes.hardware is not None
         return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
-                       ssd_budget=usable_bytes(wishes.directories, wishes.own_files), buffers=wishes.buffers,
+                       ssd_budget=usable_bytes(wishes.directories, wishes.own_files, wishes.stripes), buffers=wishes.buffers,
                        process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
                        forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept,
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),
@@ -200,8 +203,9 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
     return budget - torch.cuda.memory_reserved(device)
 
 
-def usable_bytes(directories: Sequence[str], own_files: Sequence[Path]) -> int | None:
-    """Space for equal stripes, ``own_files`` counted as free: the fullest directory decides. None without directories."""
+def usable_bytes(directories: Sequence[str], own_files: Sequence[Path], weights: Weights) -> int | None:
+    """Space for stripes with these weights, ``own_files`` counted as free: the directory that is full first decides. None
+    without directories."""
     if not directories:
         return None
     spaces = []
@@ -209,4 +213,4 @@ def usable_bytes(directories: Sequence[str], own_files: Sequence[Path]) -> int |
         disk, real = os.statvfs(directory), os.path.realpath(directory)
         own_bytes = sum(path.stat().st_size for path in own_files if os.fspath(path.parent) == real)
         spaces.append(disk.f_bavail * disk.f_frsize + own_bytes)
-    return min(spaces) * len(directories)
+    return int(striped(spaces, weights or (1,) * len(directories)))

@@ -23,10 +23,11 @@ from ratel.plan.hardware import Hardware
 from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
+from ratel.plan.stripes import Weights
 from ratel.plan.timeline import Timeline
 from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is_compiled, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.build import build, own_files
+from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery
@@ -173,11 +174,25 @@ class Session:
         return BlockRuns(self.parts, CompiledBlocks(self.parts) if self._compiles else None)
 
     def _make_plan(self, blocks: BlockRuns, batch: Any) -> Planned:
+        directories = self._io.directories
         with startup.phase("rates of the machine"):
-            self.machine = hardware_for(self._hardware, self.device, self._io.directories, self._io.bandwidth_bps)
-        wishes = replace(self._wishes, hardware=self.machine, own_files=own_files(self._saved, self._commits))
+            machine = hardware_for(self._hardware, self.device, directories, self._io.bandwidth_bps)
+        on_disk, even = own_stripes(self._saved, self._commits, directories), (1,) * len(directories)
+        stripes = on_disk or (even if machine is None else machine.stripe_weights)
         with startup.phase("trial of blocks and plan"):
-            return make_plan(blocks, batch, wishes, self.device)
+            try:
+                return self._plan_striped(blocks, batch, machine, stripes)
+            except RatelError as error:
+                if error.field != "ssd" or on_disk or stripes == even:
+                    raise
+                return self._plan_striped(blocks, batch, machine, even)  # a fast drive may be the one with little space
+
+    def _plan_striped(self, blocks: BlockRuns, batch: Any, machine: Hardware | None, stripes: Weights) -> Planned:
+        self.machine = None if machine is None else replace(machine, stripes=stripes)
+        self._io = replace(self._io, stripes=stripes)
+        wishes = replace(self._wishes, hardware=self.machine, stripes=stripes,
+                         own_files=own_files(self._saved, self._commits))
+        return make_plan(blocks, batch, wishes, self.device)
 
     def _prepare(self, batch: Any) -> Plan:
         self._shape = Shape.of(batch, count_rows(batch))
@@ -209,6 +224,7 @@ class Session:
         if self._machinery is not None:
             facts["isa"] = self._machinery.pool.isa
             facts["io_backend"] = self._machinery.engine.backend if self._machinery.engine else None
+            facts["ssd_stripes"] = dict(zip(self._io.directories, self._io.stripes))
         return facts
 
     # --- training -----------------------------------------------------------------------------------------------
