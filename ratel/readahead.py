@@ -79,17 +79,28 @@ class ReadAhead:
             startup.note("reading ahead", self._begin_s, bytes=self.num_bytes)
 
 
-def begin(model: str, limit_bytes: int) -> None:
-    """Start on the weights of a directory, in the order of its files, unless that was done. Whatever is not a
-    directory with weights is passed over: it is refused later, with the reason."""
-    global _current
+def weight_files(model: str) -> list[Path]:
+    """The files with a directory's weights, in order. None of whatever is not a directory with weights: it is refused later,
+    with the reason."""
     try:
-        paths = _weight_files(Path(model).expanduser())
-        if paths and (_current is None or _current.paths != paths):
-            end()
-            _current = ReadAhead(paths, limit_bytes)
+        directory = Path(model).expanduser()
+        index = directory / f"{_STEM}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return [directory / name for name in names]
+        return [directory / _STEM] if (directory / _STEM).is_file() else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        pass
+        return []
+
+
+def begin(paths: list[Path], limit_bytes: int) -> bool:
+    """Start on these files. False if that was done before."""
+    global _current
+    if _current is not None and _current.paths == paths:
+        return False
+    end()
+    _current = ReadAhead(paths, limit_bytes)
+    return True
 
 
 def wait() -> None:
@@ -102,14 +113,6 @@ def end() -> None:
     """What is not read yet need not be read: the weights are in, or will not be."""
     if _current is not None:
         _current.stop()
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / f"{_STEM}.index.json"
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    single = directory / _STEM
-    return [single] if single.is_file() else []
 
 
 def _pieces(paths: list[Path], limit_bytes: int) -> Iterator[tuple[Path, int, int]]:

@@ -3,17 +3,22 @@
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from ratel import models, readahead, startup
+from ratel import models, native, readahead, startup
 from ratel.errors import RatelError
+from ratel.memory import early
+from ratel.memory.arena import Arena, region_bytes
+from ratel.memory.resident import resident_bytes
 from ratel.models import stored_bits
 from ratel.models.stored_bits import Run, StoredBits
 from ratel.runtime import weight_import
 from ratel.runtime.session import Session
+from ratel.units import MIB
 
 STATES = ("hi", "lo", "m", "v")
 
@@ -134,17 +139,17 @@ def test_files_are_read_in_full_or_up_to_the_limit(tmp_path: Path, limit: int, m
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("content", ["none", "not json", "[]", '{"weight_map": {"a": "gone.safetensors"}}'])
-def test_what_cannot_be_read_ahead_is_left_to_the_import(tmp_path: Path, content: str,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "_current", None)
+@pytest.mark.parametrize("content", ["none", "not json", "[]", '{"weight_map": 3}'])
+def test_what_is_no_checkpoint_is_left_to_the_import(tmp_path: Path, content: str) -> None:
     if content != "none":
         (tmp_path / "model.safetensors.index.json").write_text(content)
-    readahead.begin(str(tmp_path), 1 << 30)
-    readahead.begin("llama-3b", 1 << 30)
-    if readahead._current is not None:
-        assert finished(readahead._current) == 0
-    readahead.end()
+    assert readahead.weight_files(str(tmp_path)) == [] == readahead.weight_files("llama-3b")
+
+
+@pytest.mark.unit
+def test_a_file_that_is_missing_ends_the_reading_quietly(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert finished(readahead.ReadAhead(readahead.weight_files(str(tmp_path)), 1 << 30)) == 0
 
 
 @pytest.mark.unit
@@ -154,12 +159,60 @@ def test_the_index_says_which_files_and_one_reading_is_enough(tmp_path: Path, mo
         (tmp_path / name).write_bytes(bytes(1000))
     index = {"weight_map": {"x": "model-2.safetensors", "y": "model-1.safetensors", "z": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    readahead.begin(str(tmp_path), 1 << 30)
-    first = readahead._current
-    assert [path.name for path in first.paths] == ["model-1.safetensors", "model-2.safetensors"]
-    assert finished(first) == 2000
-    readahead.begin(str(tmp_path), 1 << 30)
-    assert readahead._current is first
+    paths = readahead.weight_files(str(tmp_path))
+    assert [path.name for path in paths] == ["model-1.safetensors", "model-2.safetensors"]
+    assert readahead.begin(paths, 1 << 30) and finished(readahead._current) == 2000
+    assert not readahead.begin(paths, 1 << 30)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool() -> Iterator["native.op_ds.Pool"]:
+    with native.op_ds.Pool(2) as threads:
+        yield threads
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("num_bytes", [3 * MIB, 40 * MIB, 90 * MIB])
+def test_an_arena_takes_memory_that_was_mapped_ahead(num_bytes: int, pool: "native.op_ds.Pool",
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "_PIECE_BYTES", MIB)
+    before = resident_bytes()
+    early.begin(64 * MIB, 2)
+    until = time.monotonic() + 30
+    while early._current.touched_bytes < 64 * MIB and time.monotonic() < until:
+        time.sleep(0.01)
+    with early.paused() as held:
+        assert held == 64 * MIB and resident_bytes() - held == pytest.approx(before, abs=16 * MIB)
+    arena = Arena(num_bytes, pin=False, pool=pool, memory=early.take(region_bytes(num_bytes)))
+    part = arena.take(num_bytes)
+    part[::4096] = 7  # beside the thread that maps the rest
+    arena.settle()
+    assert part[::4096].eq(7).all() and int(part.count_nonzero()) == part[::4096].numel()
+    assert resident_bytes() == pytest.approx(before + num_bytes, abs=16 * MIB)
+    assert early.take(1) is None
+    arena.close()
+
+
+@pytest.mark.native
+def test_mapping_ahead_ends_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "_PIECE_BYTES", MIB)
+    early.begin(1 << 62, 1)  # more than there is
+    assert early.take(1) is None
+    early.begin(8 << 30, 1)
+    early.drop()
+    assert early.take(1) is None and not any(t.name == "ratel-early" for t in threading.enumerate())
+    early.begin(0, 1)
+    assert early.take(1) is None
+
+
+@pytest.mark.native
+def test_an_arena_that_is_closed_at_once_stops_mapping(pool: "native.op_ds.Pool") -> None:
+    before = resident_bytes()
+    Arena(4 << 30, pin=False, pool=pool).close()
+    assert resident_bytes() - before < 1 << 30
 
 
 # --- the time line ----------------------------------------------------------------------------------------------------

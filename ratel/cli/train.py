@@ -24,13 +24,13 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ratel.train.options import begin_reading
+    from ratel.train.ahead import begin_ahead
 
     config = train_config(args)
     if config.model is None:
         raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
     startup.note("interpreter and options", 0.0)
-    begin_reading(config)  # before PyTorch is imported: the disk has nothing else to do in these seconds
+    begin_ahead(config)  # before PyTorch is imported: disk and memory have nothing else to do in these seconds
     with startup.phase("imports"):
         from ratel.train import run as training
 

@@ -5,6 +5,7 @@ import torch
 from ratel import readahead
 from ratel.hardware import probe
 from ratel.hardware.probe_cache import load, store
+from ratel.memory import early
 from ratel.plan.hardware import Hardware, load_hardware, with_cap, with_ssds
 
 BRIEF = probe.Effort(rate_s=0.15, dram_bytes=768 << 20, adam_params=1 << 25, copy_bytes=128 << 20, ssd_file_bytes=256 << 20,
@@ -39,6 +40,7 @@ def _this_machine(device: torch.device, directories: tuple[str, ...]) -> Hardwar
         found = load(brief, probe.Probe)
     if found is None:
         readahead.wait()  # what is measured beside it would be kept for every later run
-        found = probe.measure(directories, None, device, BRIEF)
+        with early.paused():
+            found = probe.measure(directories, None, device, BRIEF)
         store(brief, found)
     return found.hardware

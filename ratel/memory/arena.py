@@ -6,14 +6,15 @@ and filled: fresh memory is zero, and whoever writes to a page first maps it. Re
 a power of two, and several times faster than asking CUDA for pinned memory.
 """
 
-import mmap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from mmap import mmap
 
 import torch
 
 from ratel import native
 from ratel.errors import RatelError
+from ratel.memory.anonymous import anonymous_map
 from ratel.units import MIB, align_up, format_bytes
 
 PAGE_BYTES = 4096
@@ -28,9 +29,10 @@ class Arena:
     They can be used at once. Only after ``settle`` is their memory there for certain, and pinned if ``pin``.
     """
 
-    def __init__(self, num_bytes: int, *, pin: bool, pool: "native.op_ds.Pool") -> None:
+    def __init__(self, num_bytes: int, *, pin: bool, pool: "native.op_ds.Pool", memory: mmap | None = None) -> None:
+        """``memory``: to be used instead of new one, zero, of `region_bytes` at least."""
         self.num_bytes = align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES)
-        self._map = _anonymous_map(self.num_bytes + HUGE_PAGE_BYTES)
+        self._map = memory or anonymous_map(region_bytes(num_bytes))
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         skip = -whole.data_ptr() % HUGE_PAGE_BYTES
         self._bytes = whole[skip : skip + self.num_bytes]
@@ -92,26 +94,17 @@ class Arena:
         self._worker.shutdown()
 
 
+def region_bytes(num_bytes: int) -> int:
+    """Of address space for an arena of this size, which begins at a huge page."""
+    return align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES) + HUGE_PAGE_BYTES
+
+
 def keep_mapped(memory: object) -> None:
     """Until the process ends: a device that has stopped answering may still write into it."""
     _never_freed.append(memory)
 
 
 _never_freed: list[object] = []
-
-
-def _anonymous_map(num_bytes: int) -> mmap.mmap:
-    try:
-        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise RatelError(f"the system gave no {format_bytes(num_bytes)} of memory ({error})", field="dram",
-                         remedy="Give a smaller --dram, or free memory") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without transparent huge pages: plain pages give the same rates
-    return region
 
 
 def _register(part: torch.Tensor) -> None:

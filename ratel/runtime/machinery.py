@@ -9,7 +9,8 @@ import torch
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.memory.arena import Arena
+from ratel.memory import early
+from ratel.memory.arena import Arena, region_bytes
 from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer
@@ -74,7 +75,8 @@ class Machinery:
         self.lanes = Lanes(device)
         self.engine = open_engine(io)
         state_volume, grad_volume, activation_volume = self._open_volumes(plan, io, commits, earlier)
-        self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool)
+        self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool,
+                           memory=early.take(region_bytes(plan.arena_bytes)))
         self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
         self.io = PlaneIO(self.store, self.engine, exchange.tracing)
         self.transfer = UnitTransfer(self.store, self.io, self.pool, self.engine)

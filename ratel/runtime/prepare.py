@@ -12,6 +12,7 @@ import torch
 from ratel.errors import RatelError
 from ratel.hardware.device import avoid_fragmentation
 from ratel.hardware.host import available_memory
+from ratel.memory import early
 from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.plan.choose import Request, choose
@@ -129,8 +130,12 @@ class _Trials:
     def __init__(self, blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> None:
         self._blocks, self._batch, self._wishes, self._device = blocks, batch, wishes, device
         self.gpu_budget = _gpu_budget(device, wishes.budgets.gpu)
-        self._held_bytes = resident_bytes()
-        self._dram_budget = wishes.budgets.dram or int(available_memory() * DRAM_MARGIN) + self._held_bytes
+        if device.type != "cuda":
+            early.drop()  # here what a block takes is measured in the memory of the process
+        with early.paused() as ahead_bytes:  # for the arena that is planned here
+            self._held_bytes = resident_bytes() - ahead_bytes
+            free_bytes = available_memory() + ahead_bytes
+        self._dram_budget = wishes.budgets.dram or int(free_bytes * DRAM_MARGIN) + self._held_bytes
         self._rows = count_rows(batch)
 
     def request(self, micro_rows: int) -> Request | None:

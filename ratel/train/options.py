@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ratel import readahead
 from ratel.config import TrainConfig, flag_of, read_file, resolve
 from ratel.errors import RatelError
-from ratel.hardware.host import available_memory
 
 _OF_ONE_START = ("resume", "overwrite", "trace")
 """What is asked for once: it is not an option of the run that is continued."""
@@ -25,12 +23,6 @@ def complete(given: Mapping[str, Any], file: str | os.PathLike[str] | None) -> T
     earlier = read_earlier(Path(named["out"]))
     options = {**_without(earlier, _OF_ONE_START), **_without(in_file, ("overwrite",)), **given, "resume": True}
     return resolve(options)
-
-
-def begin_reading(config: TrainConfig) -> None:
-    """Bring the weights into the page cache in the background. A run that continues takes them from its state."""
-    if config.model is not None and not config.resume:
-        readahead.begin(config.model, available_memory() // 2)
 
 
 def read_earlier(out: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from ratel.config import TrainConfig
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.session import Session
+from ratel.train.ahead import begin_ahead
 from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
 from ratel.train.interrupt import Interrupted
-from ratel.train.options import begin_reading, complete
+from ratel.train.options import complete
 from ratel.train.output import choose
 from ratel.train.resume import take_up
 
@@ -41,7 +42,7 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
 def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = None, tokenizer: Any = None,
         eval_data: Any = None) -> TrainResult:
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
-    begin_reading(config)
+    begin_ahead(config)
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)

@@ -1,0 +1,29 @@
+"""Anonymous memory: address space first, pages when they are touched."""
+
+import ctypes
+import mmap
+
+from ratel import native
+from ratel.errors import RatelError
+from ratel.units import format_bytes
+
+
+def anonymous_map(num_bytes: int) -> mmap.mmap:
+    """Raises RatelError where the system does not give it."""
+    try:
+        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RatelError(f"the system gave no {format_bytes(num_bytes)} of memory ({error})", field="dram",
+                         remedy="Give a smaller --dram, or free memory") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            region.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without transparent huge pages: plain pages give the same rates
+    return region
+
+
+def touch(pool: "native.op_ds.Pool", region: mmap.mmap, begin: int, num_bytes: int) -> None:
+    """Make the kernel map a part of it; what is there stays."""
+    view = ctypes.c_char.from_buffer(region)
+    pool.touch(ctypes.addressof(view) + begin, num_bytes)

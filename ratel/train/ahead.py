@@ -1,0 +1,31 @@
+"""What a run waits for longest, begun before PyTorch is imported: reading the weights, and mapping memory for states."""
+
+from pathlib import Path
+
+from ratel import readahead
+from ratel.config import TrainConfig
+from ratel.hardware.host import available_memory, usable_cores
+from ratel.memory import early
+from ratel.units import GIB
+
+_NVIDIA = Path("/dev/nvidiactl")
+"""Where there is no such device the model computes on the CPU, and what a block takes is measured in the process's memory."""
+
+_STATES_PER_WEIGHT = 7
+"""14 bytes of states and gradient for the 2 of a bf16 weight. What the plan puts elsewhere is given back."""
+
+_PROCESS_BYTES = 4 * GIB
+"""Left of the budget: Python, PyTorch and CUDA, and what they may grow by, take 1.5 to 2 GiB."""
+
+
+def begin_ahead(config: TrainConfig) -> None:
+    """In the background, once. A run that continues takes its weights from its state."""
+    files = [] if config.model is None else readahead.weight_files(config.model)
+    if not files or config.resume:
+        return
+    free_bytes = available_memory()
+    is_new = readahead.begin(files, free_bytes // 2)
+    if is_new and config.tier in ("auto", "dram") and config.device != "cpu" and _NVIDIA.exists():
+        weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        budget = (config.dram or int(0.9 * free_bytes)) - _PROCESS_BYTES
+        early.begin(min(_STATES_PER_WEIGHT * weight_bytes, budget), max(1, usable_cores() - 1))
