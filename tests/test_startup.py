@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratel import models, native, readahead, startup
+from ratel import cli, models, native, readahead, startup
 from ratel.errors import RatelError
 from ratel.memory import early
 from ratel.memory.arena import Arena, region_bytes
@@ -227,3 +227,19 @@ def test_seconds_count_from_the_beginning_of_the_process() -> None:
         time.sleep(0.05)
     last = startup.phases()[-1]
     assert last["name"] == "a test" and 0.03 < last["end_s"] - last["begin_s"] < 5.0
+
+
+@pytest.mark.e2e
+def test_a_run_says_what_its_start_went_to(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "_current", None)
+    (tmp_path / "text.txt").write_text("One and two are three. " * 200)
+    arguments = ["--data", tmp_path / "text.txt", "--steps", 2, "--batch-size", 2, "--seq-len", 16, "--dram", "2GiB",
+                 "--eval-fraction", 0, "--device", "cpu", "--no-export", "--quiet", "--out", tmp_path / "out"]
+    assert cli.main(["train", "--model", str(checkpoint), *map(str, arguments)]) == 0
+    phases = {phase["name"]: phase for phase in json.loads((tmp_path / "out" / "startup.json").read_text())["phases"]}
+    order = ["imports", "model in outline", "trial of blocks and plan", "importing states", "first step"]
+    begins = [phases[name]["begin_s"] for name in order]
+    assert begins == sorted(begins) and all(phase["begin_s"] <= phase["end_s"] for phase in phases.values())
+    reading = phases["reading ahead"]
+    assert reading["bytes"] == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert reading["begin_s"] <= phases["imports"]["begin_s"]
