@@ -16,7 +16,7 @@ from pathlib import Path
 from ratel import startup
 
 _STEM = "model.safetensors"
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 128 << 20
 """Of one thread at a time. Large, because an import holds the interpreter while the loader maps a library of a gigabyte:
 for so long no thread gets its next piece."""
 _THREADS = 8
