@@ -132,8 +132,8 @@ class _Trials:
         self.gpu_budget = _gpu_budget(device, wishes.budgets.gpu)
         if device.type != "cuda":
             early.drop()  # here what a block takes is measured in the memory of the process
-        with early.paused() as ahead_bytes:  # for the arena that is planned here
-            self._held_bytes = resident_bytes() - ahead_bytes
+        self._held_bytes = _held_bytes()
+        with early.paused() as ahead_bytes:
             free_bytes = available_memory() + ahead_bytes
         self._dram_budget = wishes.budgets.dram or int(free_bytes * DRAM_MARGIN) + self._held_bytes
         self._rows = count_rows(batch)
@@ -149,7 +149,7 @@ class _Trials:
         except torch.OutOfMemoryError:
             return None
         # A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap.
-        held = resident_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
+        held = _held_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
         is_free = wishes.activations == "auto" and wishes.hardware is not None
         return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
@@ -206,6 +206,12 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
     budget = given if given is not None else free - GPU_MARGIN_BYTES
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
     return budget - torch.cuda.memory_reserved(device)
+
+
+def _held_bytes() -> int:
+    """Of this process, without the memory that is mapped ahead for the arena that is being planned."""
+    with early.paused() as ahead_bytes:
+        return resident_bytes() - ahead_bytes
 
 
 def usable_bytes(directories: Sequence[str], own_files: Sequence[Path], weights: Weights) -> int | None:
