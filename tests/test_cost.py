@@ -66,7 +66,8 @@ def test_two_devices_are_twice_as_fast_up_to_the_limit_of_their_sum() -> None:
     assert ssd_rates(replace(FAST, ssds=(one,) * 4, ssd_limit_bps=5e9)) == SsdRates(read_bps=5e9, write_bps=4e9,
                                                                                   mixed_bps=5e9)
     uneven = replace(FAST, ssds=(one, Ssd(read_bps=9e9, write_bps=9e9, mixed_bps=9e9)))
-    assert ssd_rates(uneven).read_bps == 4e9  # equal stripes wait for the slower device
+    assert uneven.stripe_weights == (1, 6) and ssd_rates(uneven).read_bps == 10.5e9  # 7/6 of the faster one, which is the slower
+    assert ssd_rates(replace(uneven, stripes=(1, 1))).read_bps == 4e9  # equal stripes wait for the slower device
 
 
 def test_the_cpu_optimizer_runs_under_backward_or_under_the_next_forward() -> None:

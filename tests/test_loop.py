@@ -186,7 +186,7 @@ def test_a_run_leaves_its_results(fake_run: Any, tmp_path: Path) -> None:
     assert result.losses == [3.0, 2.0, 3.0] and result.eval_losses == {3: 2.0} and result.steps == 3
     assert session.calls == ["evaluate", "flush", "export", "close"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "plan.json", "hardware.json",
-                                                                     "metrics.jsonl", "model"}
+                                                                     "metrics.jsonl", "startup.json", "model"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["steps"], config["model"], config["data"]) == (3, "demo", "list")
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3

@@ -4,7 +4,6 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from ratel import startup
 from ratel.cli.parser import add_command, add_options
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
@@ -24,6 +23,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ratel import startup
     from ratel.train.ahead import begin_ahead
 
     config = train_config(args)
