@@ -180,9 +180,10 @@ class TrainConfig:
                         "force all model states into one tier")
     checkpoint_tier: str = _option("auto", _choice("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",
                                    "force the blocks' saved inputs into one tier")
-    activations: str = _option("auto", _choice("auto", "recompute", "gpu", "dram", "ssd"), MEMORY,
-                               "auto|recompute|gpu|dram|ssd",
-                               "what becomes of results inside blocks that backward needs: computed again, or kept in a tier")
+    activations: str = _option("auto", _choice("auto", "recompute", "spill", "gpu", "dram", "ssd"), MEMORY,
+                               "auto|recompute|spill|gpu|dram|ssd",
+                               "what becomes of results inside blocks that backward needs: computed again, computed again "
+                               "and passed through DRAM, or kept in a tier")
     io_backend: str = _option("auto", _choice("auto", "io_uring", "threads"), MEMORY, "auto|io_uring|threads",
                               "how files are read and written; a forced one never falls back")
     direct: str = _option("auto", _choice("auto", "on", "off"), MEMORY, "auto|on|off", "bypass the page cache")

@@ -54,7 +54,7 @@ def _add_step(parts: Any) -> None:
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories for states")
     for flag, choices in (("device", ["auto", "cuda", "cpu"]), ("tier", ["auto", "gpu", "dram", "ssd"]),
                           ("checkpoint-tier", ["auto", "gpu", "dram", "ssd"]),
-                          ("activations", ["auto", "recompute", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
+                          ("activations", ["auto", "recompute", "spill", "gpu", "dram", "ssd"]), ("dtype", ["bf16", "fp32"]),
                           ("optimizer", ["auto", "eager", "deferred", "speculative"]),
                           ("compile", ["off", "on"])):
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])

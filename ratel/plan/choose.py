@@ -8,6 +8,7 @@ from ratel.plan.forced_kept import Kept
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first,
                                   forced_placements, plane_bytes, weight_class)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
+from ratel.plan.saved import Spill
 from ratel.plan.shape import ModelSpec
 from ratel.units import format_bytes
 
@@ -39,6 +40,8 @@ class Request:
     profiles: tuple[BlockProfile, ...] = ()
     kept: Kept = ()
     """Inner activations, as in the plan."""
+    spill: Spill | None = None
+    """As in the plan; then nothing is ``kept``."""
     on_host: bool = False
     """The device is the CPU."""
     early_units: int = 0
@@ -110,7 +113,8 @@ def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                 work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, kept=request.kept)
+                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, kept=request.kept,
+                spill=request.spill)
 
 
 def place_checkpoints(request: Request, tier: str) -> tuple[str, ...]:
@@ -196,7 +200,8 @@ def _check_budgets(request: Request, plan: Plan) -> None:
 def _exceeded(request: Request, plan: Plan) -> RatelError | None:
     if request.gpu_budget is not None and plan.gpu_bytes > request.gpu_budget:
         return _short("gpu_memory", "GPU memory", request.gpu_budget, plan.gpu_bytes, plan.gpu_items,
-                      "Give a larger --gpu-memory, a smaller --micro-batch or --seq-len, or --checkpoint-tier dram")
+                      "Give a larger --gpu-memory, a smaller --micro-batch or --seq-len, or --checkpoint-tier dram"
+                      + ("; what backward needs of a block goes through DRAM already" if request.spill else ""))
     if plan.dram_bytes > request.dram_budget:
         remedy = "Give a larger --dram" if request.ssd_budget is not None else "Give a larger --dram, or --ssd DIR"
         return _short("dram", "DRAM", request.dram_budget, plan.dram_bytes, plan.host_items, remedy)

@@ -9,7 +9,7 @@ from ratel.plan.activations import BlockProfile
 from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, closed_first, plane_bytes, weight_class,
                                   weight_planes)
-from ratel.plan.saved import INPUT, Saved, largest_group, slot_counts
+from ratel.plan.saved import INPUT, Saved, Spill, largest_group, slot_counts
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
@@ -77,9 +77,11 @@ class Plan:
     """By block; blocks of one kind share one. Empty: not known."""
     kept: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), repr=False)
     """By block: ``(name, tier)`` of each inner activation that is kept until backward. What is absent is recomputed."""
+    spill: Spill | None = None
+    """None: what autograd saves in a block stays on the GPU until its backward has used it."""
     buffers: Buffers = Buffers()
     workspace_bytes: int = 0
-    """GPU memory left to PyTorch's allocator for activations inside a stage."""
+    """GPU memory left to PyTorch's allocator for activations inside a stage; measured with the windows of `spill`."""
     accumulators: tuple[str, ...] = ()
     """Weight classes whose gradients are sums of several passes, kept in fp32 and rounded once."""
     gpu_budget: int | None = None
@@ -321,6 +323,7 @@ class Plan:
         for name, inner in (("checkpoint", False), ("inner activation", True)):
             items[f"{name}s"] = self._saved_bytes(DRAM, inner=inner)
             items[f"{name} slots"] = 2 * sum(_paged(size) * count for size, count in self.staging_slots(inner).items())
+        items["saved tensors of a block"] = _paged(self.spill.region_bytes) if self.spill else 0
         items["buffers for saving"] = self.save_pieces * self.save_piece_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
@@ -405,7 +408,8 @@ class Plan:
                 "early_updates": [self.spec.units[unit].name for unit in sorted(self.early)],
                 "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
                 "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers),
-                "activations": [dict(kept) for kept in self.kept], "units": units,
+                "activations": [dict(kept) for kept in self.kept],
+                "spill": asdict(self.spill) if self.spill else None, "units": units,
                 "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
                 "step_traffic_bytes": asdict(step_traffic(self)),
                 "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}

@@ -16,7 +16,7 @@ from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather, gathers
 from ratel.plan.shape import StageSpec, UnitSpec
 from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
-                                update_traffic)
+                                spill_traffic, update_traffic)
 
 MOST_STEPS = 12
 """Steps followed at most until two take the same time; two or three are enough unless the optimizer lags behind."""
@@ -189,12 +189,21 @@ class _Steps:
             key = (stage.index - 1, micro)
             leaves = bool(self._activations(*key).d2h)
             self._compute = max(self._compute, self._landing(key) if leaves else 0.0)
-            self._compute += self._gpu.block(stage.index - 1, rows)[1]
+            self._compute = max(self._compute + self._gpu.block(stage.index - 1, rows)[1], self._spilled(rows))
             if leaves:
                 del self._landed[key]
                 self._back_slots.release(self._compute)
         for unit in closing:
             self._leave(unit)
+
+    def _spilled(self, rows: int) -> float:
+        """When what a block's second run saves has left and come back: each way begins with what is saved first."""
+        moved = spill_traffic(self._plan, rows)
+        if not moved.d2h:
+            return 0.0
+        self._d2h = max(self._d2h, self._compute) + moved.d2h * self._price.d2h
+        self._h2d = max(self._h2d, self._compute) + moved.h2d * self._price.h2d
+        return max(self._d2h, self._h2d)
 
     def _class(self, unit: int) -> str:
         return weight_class(self._plan.spec.units[unit])

@@ -20,7 +20,7 @@ from ratel.plan.shape import StageSpec, UnitSpec
 from ratel.plan.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
 from ratel.plan.timeline import Span
 from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
-                                update_traffic)
+                                spill_traffic, update_traffic)
 
 MOST_CHUNKS = 24
 """Pieces of one unit's update at most: a unit of 3 B parameters has 770 chunks, which would simulate for a minute."""
@@ -133,7 +133,10 @@ class _Engine:
             leaves = self._activations(stage.index - 1, micro).d2h > 0
             if leaves:
                 yield self._landed[stage.index - 1, micro]
+            spilled = self._spill(stage.name, rows)
             yield from self._compute(f"{stage.name} backward", self._m.gpu.block(stage.index - 1, rows)[1])
+            for copied in spilled:
+                yield copied
             if leaves:
                 del self._landed[stage.index - 1, micro]
                 self._back_slots.release()
@@ -147,6 +150,12 @@ class _Engine:
 
     def _activations(self, block: int, micro: int) -> Traffic:
         return activation_traffic(self._plan, block, self._rows[micro])
+
+    def _spill(self, name: str, rows: int) -> list[Event]:
+        """What a block's second run saves, on its way out and back: each way begins with what is saved first."""
+        moved = spill_traffic(self._plan, rows)
+        ways = ((TwoWay.OUT, moved.d2h), (TwoWay.IN, moved.h2d))
+        return [self._m.link.move(way, num_bytes, f"saved tensors {name}") for way, num_bytes in ways if num_bytes]
 
     def _save(self, block: int, micro: int) -> Process:
         moved = self._activations(block, micro)

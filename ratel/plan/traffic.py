@@ -67,7 +67,8 @@ def pass_traffic(plan: Plan) -> PassTraffic:
     return PassTraffic(
         forward=sum((gather_traffic(plan, g.unit) for p, g in weights if p < turn), zero) + out,
         backward=sum((gather_traffic(plan, g.unit) for p, g in weights if p >= turn), zero) + back
-        + sum((gradient_traffic(plan, u) for u in units), zero),
+        + sum((gradient_traffic(plan, u) for u in units), zero)
+        + sum((spill_traffic(plan, rows) for rows in micro_rows(plan) for _ in plan.checkpoint_tiers), zero),
         forward_updates=sum((update_traffic(plan, u) for u in units if not plan.updates_early(u)), zero),
         backward_updates=sum((update_traffic(plan, u) for u in units if plan.updates_early(u)), zero))
 
@@ -116,6 +117,13 @@ def activation_traffic(plan: Plan, block: int, rows: int) -> Traffic:
     for inner, tier in kept_inner(plan, block):
         total += _leaving(plan, inner.row_bytes, tier, rows)
     return total
+
+
+def spill_traffic(plan: Plan, rows: int) -> Traffic:
+    """What the backward pass of one block and micro-batch saves out of the GPU and fetches back. As if nothing were asked
+    for while it is still there."""
+    num_bytes = plan.spill.region_bytes * rows // plan.work.micro_rows if plan.spill else 0
+    return Traffic(h2d=num_bytes, d2h=num_bytes)
 
 
 def kept_inner(plan: Plan, block: int) -> list[tuple[Inner, str]]:

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.blocks import count_elements
-from ratel.models.inputs import BlockInputs
+from ratel.models.inputs import BlockInputs, leaves
 from ratel.models.parts import TRIAL_ERRORS
 from ratel.plan.activations import BlockProfile
 from ratel.runtime.block_kinds import Form, form_of, is_exact, kind_of
@@ -24,6 +24,7 @@ from ratel.runtime.block_profile import (guessed_profile, inner_numbers, kept_by
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.op_trace import OpTrace, trace
 from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, Save
+from ratel.runtime.spiller import Spiller
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class BlockRuns:
         self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
         self._recorded: dict[tuple[int, int], tuple[Program, dict[str, list[Any]]]] = {}
         """By block and micro-batch: what forward kept, and the parts of it that are not worth moving."""
+        self._spiller: Spiller | None = None
 
     # --- learning -----------------------------------------------------------------------------------------------
 
@@ -62,12 +64,15 @@ class BlockRuns:
         return self._kinds[block]
 
     def learn(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
-        """Trace the kind of this block with arguments of this form, on random hidden states.
+        """Trace the kind of this block with arguments of this form, on random hidden states. Once is enough.
 
         It is to be run again in full if other values make other operations, or if a second run that leaves things out
         is not exact (`is_exact`). Where blocks are to be compiled, it is tried. ``seed`` sets the random generators,
         always to the same state.
         """
+        key = self._key(block, hidden, inputs)
+        if key in self._traces or key in self._too_large:
+            return
         inputs, leaf = inputs.with_leaves(), _random_like(hidden)
         try:
             with torch.enable_grad():
@@ -78,8 +83,8 @@ class BlockRuns:
                 elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
                     self._run_in_full(block, "what it does cannot be followed")
         except torch.OutOfMemoryError:  # following takes more than running; whether that fits is measured next
-            self._traces.pop(self._key(block, hidden, inputs), None)
-            self._too_large.add(self._key(block, hidden, inputs))
+            self._traces.pop(key, None)
+            self._too_large.add(key)
         except TRIAL_ERRORS as error:  # code that does not run under a dispatch mode, or not on random values
             self._run_in_full(block, f"what it does cannot be traced ({type(error).__name__}: {error})")
         if self._compiled is not None:
@@ -105,6 +110,10 @@ class BlockRuns:
         """From now on forward keeps these results, by block: names, and the most bytes that each may take."""
         self._kept = kept
 
+    def spill_to(self, spiller: Spiller | None) -> None:
+        """From now on second runs give it what autograd saves, and leave nothing out; None: what is saved stays."""
+        self._spiller = spiller
+
     # --- running ------------------------------------------------------------------------------------------------
 
     def first(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
@@ -120,8 +129,11 @@ class BlockRuns:
                seed: Callable[[], None]) -> Tensor:
         """Run again with a graph for backward. ``saved``: what `first` gave to ``save``, by name.
 
-        Raises RatelError if the block does not do what it did in forward.
+        `finish` says that backward through it is over. Raises RatelError if the block does not do what it did in forward.
         """
+        if self._spiller is not None:
+            with self._spiller.saving(given_to(self.parts, block, hidden, inputs)):
+                return self.parts.block(block, hidden, inputs)
         program, extras = self._recorded.pop((block, micro), (None, {}))
         if program is not None:
             results = {name: saved[name] + extras[name] for name in extras}
@@ -148,6 +160,11 @@ class BlockRuns:
 
     def _runs_in_full(self, block: int) -> bool:
         return self._kinds[block] in self._in_full or self._is_compiled.get(self._kinds[block], False)
+
+    def finish(self) -> None:
+        """Backward has used what the last second run made for it."""
+        if self._spiller is not None:
+            self._spiller.finish()
 
     def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         program = self._program(block, leaf, inputs, self._kept[block])
@@ -197,6 +214,13 @@ class BlockRuns:
     def _run_in_full(self, block: int, reason: str) -> None:
         log.info("block %d and its like are run again in full for backward: %s", block, reason)
         self._in_full.add(self._kinds[block])
+
+
+def given_to(parts: Parts, block: int, hidden: Tensor, inputs: BlockInputs) -> list[Tensor]:
+    """Weights and arguments of a block: what stays where it is while the block runs."""
+    module, call = parts.blocks[block], inputs.calls[block]
+    arguments = (x for x in leaves((call.args, call.kwargs)) if isinstance(x, Tensor))
+    return [hidden, *arguments, *module.parameters(), *module.buffers()]
 
 
 def _random_like(hidden: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.save_targets import CommitLog
 from ratel.runtime.saver import Saver
 from ratel.runtime.slot_sums import SlotSums
+from ratel.runtime.spiller import Spiller
 from ratel.runtime.state import SavedState
 from ratel.runtime.state_format import describe_planes
 from ratel.runtime.streamer import Source, Streamer
@@ -88,6 +89,7 @@ class Machinery:
         self.activations = Activations(plan, self.arena, device, exchange, self.lanes, self.copies,
                                        self.writes, self.engine, activation_volume,
                                        SlotSums(self.pool, activation_volume, enabled=io.checksums))
+        self.spiller = Spiller(self.lanes, self.arena.take(plan.spill.region_bytes), plan.spill) if plan.spill else None
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
         self.streamer = Streamer(exchange, self.lanes, self.copies, self._source_of)
         self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,

@@ -5,22 +5,31 @@ at once is counted, as ``ratel/runtime/trial.py`` measures it where a model is t
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ratel import models
+from ratel.memory.lanes import Lanes
 from ratel.models.inputs import BlockInputs
 from ratel.plan.activations import BlockProfile
+from ratel.plan.saved import Spill
 from ratel.plan.shape import ModelSpec, StageSpec
 from ratel.runtime.block_profile import plain_profile, profile_of
+from ratel.runtime.block_runs import given_to
 from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
 from ratel.runtime.op_trace import trace
 from ratel.runtime.shapes_only import META, FusedAttention, ShapesOnly
+from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.trial import SLACK, SLACK_BYTES
+from ratel.units import MIB
+
+
+LIBRARY_BYTES = 33 * MIB
+"""On a GPU beside all tensors: the workspace of cuBLAS (32 MiB on Hopper), and tensors in whole blocks of 512 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,8 @@ class MicroOutline:
     """By block."""
     accumulators: tuple[str, ...]
     """Weight classes whose gradients are sums even of this micro-batch alone, because its loss goes in chunks."""
+    spill: Spill | None
+    """How second runs are done where what they save goes to DRAM."""
 
     @property
     def workspace_bytes(self) -> int:
@@ -63,19 +74,25 @@ class Outline:
         """A module that was given gets its parameters back."""
         self._parts.close()
 
-    def micro(self, rows: int, seq_len: int, *, on_cuda: bool = True) -> MicroOutline:
-        """Of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with what CUDA's attention takes for itself."""
+    def micro(self, rows: int, seq_len: int, *, on_cuda: bool = True, spills: bool = False) -> MicroOutline:
+        """Of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with what CUDA's attention takes for itself. ``spills``:
+        what second runs save goes to DRAM."""
         shapes = ShapesOnly(attention_scratch=on_cuda)
         batch = {"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)}
         with _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
             with torch.no_grad():
+                # Positions that the model makes itself have no values here, and it would keep apart what may be several
+                # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
+                batch["position_ids"] = torch.arange(seq_len)[None]
                 hidden, inputs = self._parts.head(batch)
             profiles = {kind: self._profile(shapes, stage, hidden, inputs) for kind, stage in self._kinds().items()}
-            peaks = [self._run_block(shapes, stage, hidden, inputs) for stage in self._kinds().values()]
+            spill = Spill.of(hidden.nbytes, WITHOUT_END) if spills else None
+            runs = [self._run_block(shapes, stage, hidden, inputs, spill) for stage in self._kinds().values()]
+            peaks = [peak for peak, _ in runs]
             peaks.append(self._run_tail(shapes, hidden, batch))
         return MicroOutline(
             rows=rows, hidden_bytes=hidden.nbytes, accumulators=self._chunk_accumulators(rows, seq_len),
-            activation_bytes=max(peaks),
+            activation_bytes=max(peaks) + (LIBRARY_BYTES if on_cuda else 0), spill=spill and replace(spill, region_bytes=max(used for _, used in runs)),
             profiles=tuple(profiles[_kind(self.spec, stage)] for stage in self._blocks()))
 
     def _blocks(self) -> list[StageSpec]:
@@ -92,15 +109,22 @@ class Outline:
         chunked = positions_per_chunk(rows, self.spec.vocab_size) < seq_len
         return ("ends", "shared") if chunked and self._parts.dtype is torch.bfloat16 else ()
 
-    def _run_block(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs) -> int:
-        """Bytes at the peak of forward and backward."""
-        leaf = hidden.detach().requires_grad_()
+    def _run_block(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs,
+                   spill: Spill | None) -> tuple[int, int]:
+        """Bytes at the peak of forward and backward, and those that are spilled."""
+        leaf, inputs, block = hidden.detach().requires_grad_(), inputs.with_leaves(), stage.index - 1
+        spiller = self._spiller(spill) if spill else None
         shapes.restart()
-        with torch.enable_grad():
-            output = self._parts.block(stage.index - 1, leaf, inputs.with_leaves())
+        with torch.enable_grad(), spiller.saving(given_to(self._parts, block, leaf, inputs)) if spiller else nullcontext():
+            output = self._parts.block(block, leaf, inputs)
+        used = spiller.used_bytes if spiller else 0
         output.backward(torch.zeros_like(output))
         self._drop_grads()
-        return shapes.peak_bytes
+        return shapes.peak_bytes - (spill.region_bytes if spill else 0), used
+
+    def _spiller(self, spill: Spill) -> Spiller:
+        region = torch.empty(spill.region_bytes, dtype=torch.uint8, device=META)
+        return Spiller(Lanes(torch.device("cpu")), region, spill)
 
     def _profile(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs) -> BlockProfile:
         """As the runtime learns it: a block whose operations depend on values is always run again in full."""

@@ -14,7 +14,7 @@ from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.plan.advice import advise
 from ratel.plan.choose import Request
 from ratel.plan.cost import Prediction
-from ratel.plan.forced_kept import forced_kept
+from ratel.plan.forced_kept import AUTO, SPILL, forced_kept
 from ratel.plan.hardware import Hardware
 from ratel.plan.largest import fits_somewhere, largest_count, with_depth
 from ratel.plan.micro_sizes import COMPARED, SATURATING_TOKENS, micro_sizes
@@ -56,7 +56,7 @@ class Planner:
         self._fp32 = config.dtype == "fp32"
         dtype = torch.float32 if self._fp32 else torch.bfloat16
         self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention)
-        self._micros: dict[tuple[int, int], MicroOutline] = {}
+        self._micros: dict[tuple[int, int, bool], MicroOutline] = {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -83,51 +83,65 @@ class Planner:
         return PlanResult(plan=chosen.plan, prediction=chosen.prediction, report=report)
 
     def _choose(self) -> tuple[Choice, list[Request]]:
-        """As a session does: of a few sizes of micro-batches the best one, smaller ones only where none fits."""
-        config = self.config
+        """As a session does: of a few sizes of micro-batches the best one, smaller ones only where none fits, and at last
+        the smallest with what its second runs save in DRAM."""
+        config, spills = self.config, self.config.activations == SPILL
         sizes = micro_sizes(config.batch_size, config.seq_len) if config.micro_batch == "auto" else [config.micro_batch]
-        for begin in range(0, len(sizes), COMPARED):
-            requests = [self.request(size) for size in sizes[begin : begin + COMPARED]]
+        tried = [(sizes[begin : begin + COMPARED], spills) for begin in range(0, len(sizes), COMPARED)]
+        tried += [(sizes[-1:], True)] if self._may_spill else []
+        for rows, spills in tried:
+            requests = [self.request(size, spills=spills) for size in rows]
             try:
                 return search(requests, self.machine.hardware), requests
             except RatelError as error:
-                if error.field != "gpu_memory" or begin + COMPARED >= len(sizes):
+                failure = error
+                if error.field != "gpu_memory":
                     raise
-        raise AssertionError("there is at least one size")
+        raise failure
+
+    @property
+    def _may_spill(self) -> bool:
+        """Unasked."""
+        return self.config.activations == AUTO and self.config.compile == "off"
 
     def request(self, micro_rows: int, *, rows: int | None = None, seq_len: int | None = None,
-                depth: int | None = None) -> Request:
-        """``depth``: with so many blocks instead of the model's."""
+                depth: int | None = None, spills: bool = False) -> Request:
+        """``depth``: with so many blocks instead of the model's. ``spills``: what second runs save goes to DRAM."""
         config, machine = self.config, self.machine
         rows, seq_len = rows or config.batch_size, seq_len or config.seq_len
-        micro = self._micro(micro_rows, seq_len)
+        micro = self._micro(micro_rows, seq_len, spills)
         spec = self.spec if depth is None else with_depth(self.spec, depth)
         blocks = sum(stage.kind == "block" for stage in spec.stages)
         profiles = (micro.profiles + micro.profiles[-1:] * blocks)[:blocks]
         work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=micro.hidden_bytes)
         summed = () if self._fp32 else ("block", "ends", "shared") if work.num_micro > 1 else micro.accumulators
-        kept = () if config.activations == "auto" else forced_kept(profiles, config.activations)
+        kept = () if config.activations == AUTO and not spills else forced_kept(profiles, config.activations)
         return Request(
             spec=spec, fp32=self._fp32, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,
             gpu_budget=machine.gpu_budget, dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget,
             process_bytes=PROCESS_BYTES, workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept,
+            spill=micro.spill,
             forced=None if config.tier == "auto" else config.tier, checkpoint_tier=config.checkpoint_tier,
             durable=config.durable if config.save_every else "off")
 
-    def _micro(self, rows: int, seq_len: int) -> MicroOutline:
-        if (rows, seq_len) not in self._micros:
-            self._micros[rows, seq_len] = self._outline.micro(rows, seq_len)
-        return self._micros[rows, seq_len]
+    def _micro(self, rows: int, seq_len: int, spills: bool) -> MicroOutline:
+        key = rows, seq_len, spills
+        if key not in self._micros:
+            self._micros[key] = self._outline.micro(rows, seq_len, spills=spills)
+        return self._micros[key]
 
     # --- the largest ------------------------------------------------------------------------------------------------
 
     def fits(self, *, rows: int | None = None, seq_len: int | None = None, depth: int | None = None) -> bool:
-        """With any size of micro-batch: all at once needs no sums of gradients, one row the least activations."""
+        """With any size of micro-batch: all at once needs no sums of gradients, one row the least activations, least of all
+        with what its second runs save in DRAM."""
         rows = rows or self.config.batch_size
         given = self.config.micro_batch
         sizes = [min(given, rows)] if given != "auto" else [1, rows] if rows * (seq_len or self.config.seq_len) <= (
             SATURATING_TOKENS) else [1]
-        return any(fits_somewhere(self.request(size, rows=rows, seq_len=seq_len, depth=depth)) for size in sizes)
+        tried = [(size, False) for size in sizes] + ([(sizes[0], True)] if self._may_spill else [])
+        return any(fits_somewhere(self.request(size, rows=rows, seq_len=seq_len, depth=depth, spills=spills))
+                   for size, spills in tried)
 
     def largest_batch(self) -> int:
         return largest_count(lambda rows: self.fits(rows=rows))

@@ -17,7 +17,7 @@ from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.plan.choose import Request, choose
 from ratel.plan.cost import Prediction
-from ratel.plan.forced_kept import Activations
+from ratel.plan.forced_kept import AUTO, SPILL, Activations
 from ratel.plan.hardware import Hardware
 from ratel.plan.micro_sizes import COMPARED, micro_sizes
 from ratel.plan.placement import Forced
@@ -101,22 +101,22 @@ def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.devic
     together = 1 if wishes.hardware is None else COMPARED
     for begin in range(0, len(sizes), together):
         try:
-            found = _plan_for(trials, sizes[begin : begin + together], wishes)
-            break
+            return _plan_for(trials, sizes[begin : begin + together], wishes, spills=wishes.activations == SPILL)
         except RatelError as error:
             failure = error
             if error.field not in ("gpu_memory", "dram" if device.type == "cpu" else ""):
                 raise
-    else:
-        raise failure
-    return found
+    if wishes.activations == AUTO and failure.field == "gpu_memory" and not blocks.compiles:
+        return _plan_for(trials, sizes[-1:], wishes, spills=True)
+    raise failure
 
 
-def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes) -> Planned:
-    """The best plan with one of these micro-batches."""
-    requests = [request for request in map(trials.request, sizes) if request is not None]
+def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes, *, spills: bool) -> Planned:
+    """The best plan with one of these micro-batches. ``spills``: what second runs save goes through DRAM."""
+    requests = [request for request in (trials.request(size, spills) for size in sizes) if request is not None]
     if not requests:
-        raise RatelError(f"a micro-batch of {sizes[-1]} does not pass a block within the budget", field="gpu_memory",
+        raise RatelError(f"a micro-batch of {sizes[-1]} does not pass a block within the budget"
+                         + (", though what backward needs of it goes through DRAM" if spills else ""), field="gpu_memory",
                          value=trials.gpu_budget, remedy="Give a larger --gpu-memory or a smaller --seq-len")
     if wishes.hardware is None:
         return Planned(plan=choose(requests[0]), prediction=None)
@@ -138,24 +138,25 @@ class _Trials:
         self._dram_budget = wishes.budgets.dram or int(free_bytes * DRAM_MARGIN) + self._held_bytes
         self._rows = count_rows(batch)
 
-    def request(self, micro_rows: int) -> Request | None:
+    def request(self, micro_rows: int, spills: bool) -> Request | None:
         """None if a block does not fit on the GPU with so many rows."""
         wishes, parts = self._wishes, self._blocks.parts
         work = _work(parts, self._batch, self._rows, micro_rows)
         sizes = dict.fromkeys(size for size in (micro_rows, self._rows % micro_rows) if size)
         try:
             trial = try_out(self._blocks, [_take_rows(self._batch, size, self._device) for size in sizes], self._device,
-                            wishes.activations, timed=wishes.hardware is not None)
+                            wishes.activations, timed=wishes.hardware is not None,
+                            region_limit=self._dram_budget - self._held_bytes if spills else None)
         except torch.OutOfMemoryError:
             return None
         # A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap.
         held = _held_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
-        is_free = wishes.activations == "auto" and wishes.hardware is not None
+        is_free = wishes.activations == AUTO and wishes.hardware is not None and not spills
         return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
                        ssd_budget=usable_bytes(wishes.directories, wishes.own_files, wishes.stripes), buffers=wishes.buffers,
                        process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
-                       forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept,
+                       forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept, spill=trial.spill,
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),
                        checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",
                        durable=wishes.durable)

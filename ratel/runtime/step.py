@@ -153,6 +153,7 @@ class VerticalStep:
                                                          lambda: self._seed_for(stage, micro, step))
                         saved.clear()
                         torch.autograd.backward(output, micro.grad)
+                        self._blocks.finish()
                         micro.grad = hidden.grad
                         del output, hidden
                         self._collect(stage)

@@ -44,6 +44,7 @@ class Training:
         self._guesses: deque[bool] = deque(maxlen=REMEMBERED_STEPS)
         """Of the last steps: were all gradients finite and none scaled?"""
         m = machinery
+        blocks.spill_to(m.spiller)
         self._vertical = VerticalStep(blocks, plan, m.streamer, m.weights, m.activations, m.gradients, m.lanes, seed=seed,
                                       on_gradient=self._on_gradient)
 

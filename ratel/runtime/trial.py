@@ -7,24 +7,33 @@ libraries, and is taken over what the process held before, which the plan counts
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ratel import native
+from ratel.errors import RatelError
+from ratel.hardware.host import usable_cores
 from ratel.hardware.timing import median_seconds
+from ratel.memory import early
+from ratel.memory.arena import Arena, region_bytes
+from ratel.memory.lanes import Lanes
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes
 from ratel.models import Parts
 from ratel.models.inputs import BlockInputs
 from ratel.plan.activations import BlockProfile
 from ratel.plan.forced_kept import Activations, Kept, forced_kept
+from ratel.plan.saved import Spill
 from ratel.plan.shape import StageSpec, UnitSpec
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
 from ratel.runtime.micro import count_rows, with_labels
+from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.step import seed_generators
-from ratel.units import MIB
+from ratel.units import MIB, format_bytes
 
 RANDOM_WEIGHTS = 0.02
 """Standard deviation of weights that stand for real ones where values matter."""
@@ -45,13 +54,16 @@ class Trial:
     kept: Kept
     workspace_bytes: int
     """Of one micro-batch, beyond planes, slots and what is kept."""
+    spill: Spill | None
+    """How second runs were done where what they save went to DRAM."""
 
 
 def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations, *,
-            timed: bool = False) -> Trial:
+            timed: bool = False, region_limit: int | None = None) -> Trial:
     """``batches``: one micro-batch of each size that a step has, the largest first. ``timed``: measure how long they take.
+    ``region_limit``: second runs spill what they save, and may take so many bytes of DRAM for it; None: they do not.
 
-    Raises torch.OutOfMemoryError if it does not fit on the GPU at all.
+    Raises torch.OutOfMemoryError if it does not fit on the GPU at all, RatelError if it takes more than the limit.
     """
     cuda = device.type == "cuda"
     meter = _GpuMeter(device) if cuda else _HostMeter()
@@ -59,13 +71,62 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
         profiles = _learn(blocks, batches, device)
         kept = forced_kept(profiles, activations)
         blocks.keep(_kept_bytes(profiles, kept, count_rows(batches[0])))
-        peak = max(_measure(blocks.parts, units, run, device, meter)
-                   for run, units in _trials(blocks, batches[0], profiles, kept))
-        if timed:
-            blocks.keep([{} for _ in profiles])
-            profiles = _timed(blocks, batches[0], profiles, device)
+        with _spilling(blocks, batches[0], device, region_limit) as spill:
+            on_host = spill.region_bytes if spill and not cuda else 0  # it has a place of its own in the plan
+            peak = max(_measure(blocks.parts, units, run, device, meter)
+                       for run, units in _trials(blocks, batches[0], profiles, kept)) - on_host
+            if timed:
+                blocks.keep([{} for _ in profiles])
+                profiles = _timed(blocks, batches[0], profiles, device)
     meter.close()
-    return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes)
+    return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes,
+                 spill=spill)
+
+
+@contextmanager
+def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | None) -> Iterator[Spill | None]:
+    """Second runs spill to memory of the trial's own, as much as they need; not without a limit."""
+    if limit is None:
+        yield None
+        return
+    spill = _needed_spill(blocks, batch, device)
+    if spill.region_bytes > limit:
+        raise RatelError(f"what backward needs of one block takes {format_bytes(spill.region_bytes)} of DRAM on its way, "
+                         f"and there are {format_bytes(limit)}", field="dram",
+                         remedy="Give a larger --dram, or a smaller --seq-len")
+    pool = native.op_ds.Pool(max(1, usable_cores() - 1))
+    # What is mapped for the session's own arena already: both at once could be more than the budget.
+    arena = Arena(spill.region_bytes, pin=device.type == "cuda", pool=pool,
+                  memory=early.take(region_bytes(spill.region_bytes)))
+    try:
+        arena.settle()
+        blocks.spill_to(Spiller(Lanes(device), arena.take(spill.region_bytes), spill))
+        yield spill
+    finally:
+        blocks.spill_to(None)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        arena.close()
+        pool.close()
+
+
+def _needed_spill(blocks: BlockRuns, batch: Any, device: torch.device) -> Spill:
+    """Found out by running one block of each kind. What is saved goes to memory that is not there, so it is lost."""
+    parts, used = blocks.parts, 0
+    with torch.no_grad():
+        hidden, inputs = parts.head(batch)
+    spill = Spill.of(hidden.nbytes, WITHOUT_END)
+    counter = Spiller(Lanes(device), torch.empty(WITHOUT_END, dtype=torch.uint8, device="meta"), spill)
+    blocks.spill_to(counter)
+    try:
+        for block in dict.fromkeys(map(blocks.first_alike, range(parts.num_blocks))):
+            with _random_weights(parts, block, device), torch.enable_grad():
+                blocks.second(block, 0, torch.randn_like(hidden).requires_grad_(), inputs.with_leaves(), {}, lambda: None)
+            used = max(used, counter.used_bytes)
+            counter.finish()
+    finally:
+        blocks.spill_to(None)
+    return replace(spill, region_bytes=used)
 
 
 def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple[BlockProfile, ...]:
@@ -76,14 +137,10 @@ def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple
     with torch.no_grad():
         heads = [parts.head(batch) for batch in batches]
     for block in dict.fromkeys(first_alike):
-        units = _units(parts, parts.spec.stages[block + 1])
-        for unit in units:
-            _attach(parts, unit, device, random=True)
-        for hidden, inputs in heads:
-            blocks.learn(block, hidden, inputs, lambda: seed_generators(device, 0))
-        profiles[block] = blocks.profile(block, *heads[0], count_rows(batches[0]))
-        for unit in units:
-            parts.attach(unit.index, None)
+        with _random_weights(parts, block, device):
+            for hidden, inputs in heads:
+                blocks.learn(block, hidden, inputs, lambda: seed_generators(device, 0))
+            profiles[block] = blocks.profile(block, *heads[0], count_rows(batches[0]))
     return tuple(profiles[block] for block in first_alike)
 
 
@@ -101,14 +158,10 @@ def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
     for block in dict.fromkeys(map(blocks.first_alike, range(parts.num_blocks))):
-        units = _units(parts, parts.spec.stages[block + 1])
-        for unit in units:
-            _attach(parts, unit, device, random=True)
         leaf = torch.randn_like(hidden).requires_grad_()
-        passes = (lambda: _forward(blocks, block, leaf, inputs), lambda: _backward(blocks, block, leaf, inputs, units))
-        found[block] = [median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes]
-        for unit in units:
-            parts.attach(unit.index, None)
+        with _random_weights(parts, block, device) as units:
+            passes = (lambda: _forward(blocks, block, leaf, inputs), lambda: _backward(blocks, block, leaf, inputs, units))
+            found[block] = [median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes]
     return tuple(replace(profile, seconds=((rows, *found[blocks.first_alike(block)]),))
                  for block, profile in enumerate(profiles))
 
@@ -123,6 +176,7 @@ def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, 
     with torch.enable_grad():
         output = blocks.second(block, 0, leaf, inputs.with_leaves(), {}, lambda: None)
     output.backward(torch.ones_like(output))
+    blocks.finish()
     for unit in units:
         for grad in blocks.parts.take_grads(unit.index):
             if grad is not None:
@@ -133,13 +187,12 @@ def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], int], device
              meter: "_GpuMeter | _HostMeter") -> int:
     meter.reset()
     planes = sum(_attach(parts, unit, device) for unit in units)
-    elsewhere = run()
-    _measure_norms(parts, units)
-    growth = meter.peak_growth() - planes - elsewhere
-    for unit in units:
-        parts.attach(unit.index, None)
-        parts.take_grads(unit.index)
-    return growth
+    try:
+        elsewhere = run()
+        _measure_norms(parts, units)
+        return meter.peak_growth() - planes - elsewhere
+    finally:  # after a run for which there was no room, too: another one may follow
+        _detach(parts, units)
 
 
 class _GpuMeter:
@@ -214,6 +267,7 @@ def _block_trial(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
             output = blocks.second(block, 0, leaf, inputs.with_leaves(), saved, lambda: None)
         saved.clear()
         output.backward(torch.zeros_like(output))
+        blocks.finish()
         return num_bytes
 
     return run
@@ -236,6 +290,24 @@ def _tail_trial(parts: Parts, batch: Any, hidden: Tensor) -> Callable[[], int]:
 
 def _units(parts: Parts, stage: StageSpec) -> list[UnitSpec]:
     return [parts.spec.units[u] for u in stage.units]
+
+
+@contextmanager
+def _random_weights(parts: Parts, block: int, device: torch.device) -> Iterator[list[UnitSpec]]:
+    """The units of a block, attached with other weights than zeros."""
+    units = _units(parts, parts.spec.stages[block + 1])
+    for unit in units:
+        _attach(parts, unit, device, random=True)
+    try:
+        yield units
+    finally:
+        _detach(parts, units)
+
+
+def _detach(parts: Parts, units: list[UnitSpec]) -> None:
+    for unit in units:
+        parts.attach(unit.index, None)
+        parts.take_grads(unit.index)
 
 
 def _attach(parts: Parts, unit: UnitSpec, device: torch.device, *, random: bool = False) -> int:
