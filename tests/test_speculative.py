@@ -4,6 +4,7 @@ Steps are made to guess wrongly on purpose: what a guess is based on is replaced
 """
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,15 @@ from families_common import CAUSAL, Reference, batches, build, loss_fn_of
 from ratel.errors import RatelError
 from ratel.memory import jitter
 from ratel.plan.plan import Buffers
+from ratel.plan.schedule import Gather
+from ratel.runtime.optimizer import OptimizerPipeline
+from ratel.runtime.saver import Saver
 from ratel.runtime.session import Session, StepResult
 from ratel.runtime.state import SavedState
 from ratel.runtime.training import REMEMBERED_STEPS, expects_no_scaling
+from ratel.runtime.update_jobs import Chunk, Job
+from ratel.runtime.weights import WeightSource
+from ratel.store.host_cache import HostSlot
 from test_concurrency import with_frozen
 from test_durable import assert_holds, everything
 from test_failures import within
@@ -190,6 +197,48 @@ def test_frozen_parts_stay_with_units_that_change_places(place: str, frozen: tup
     assert_same(run(ssd_dir, model=with_frozen(*frozen), max_grad_norm=clip, steps=4, **PLACES[place]), expected)
 
 
+@pytest.mark.usefixtures("guess", "share")
+def test_weights_that_an_early_update_has_changed_are_nobody_elses(deferred: Callable, ssd_dir: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while an upload of what was there before is late to give them back: made again, it must read from SSD."""
+    late, done = [], WeightSource.done
+
+    def give_back_late(source: WeightSource, gather: Gather, handle: HostSlot | None) -> None:
+        if handle is not None and source._plan.spec.units[gather.unit].name == "block.3":
+            late.append((source, gather, handle))
+        else:
+            done(source, gather, handle)
+
+    monkeypatch.setattr(WeightSource, "done", give_back_late)
+    with open_session(ssd_dir, max_grad_norm=ALWAYS, **PLACES["ssd"]) as session, within():
+        outs = []
+        for batch in batches("llama", STEPS):
+            outs.append(session.step(batch))
+            session.flush()
+            assert late
+            while late:
+                done(*late.pop())
+        assert all(out.redone_units for out in outs)
+        found = outs, everything(session)
+    assert_same(found, deferred("llama", ALWAYS))
+
+
+@pytest.mark.usefixtures("guess", "share")
+def test_an_update_is_made_again_when_the_one_in_vain_has_ended(deferred: Callable, ssd_dir: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """With commits both write the same slot, and a drive may serve the later request first."""
+    seen, start = [], OptimizerPipeline._start_chunk
+
+    def noting(updates: OptimizerPipeline, job: Job, begin: int, end: int) -> Chunk:
+        if job.after is not None:
+            seen.append(job.after.written)
+        return start(updates, job, begin, end)
+
+    monkeypatch.setattr(OptimizerPipeline, "_start_chunk", noting)
+    assert_same(run(ssd_dir, max_grad_norm=ALWAYS, delay_s=0.02, **PLACES["ssd"]), deferred("llama", ALWAYS))
+    assert len(seen) >= STEPS and all(seen)
+
+
 # --- gradients that are not finite ------------------------------------------------------------------------------------
 
 
@@ -254,6 +303,29 @@ def test_copies_in_the_background_are_of_their_step(place: str, clip: float, aft
                 paths.append(session.save(tmp_path / f"step-{number}", wait=False))
     for path, expected in zip(paths, after_each_step[clip], strict=True):
         assert_holds(SavedState(path), expected)
+
+
+@pytest.mark.usefixtures("guess", "share")
+@pytest.mark.parametrize("place", ["dram", "ssd"])
+@pytest.mark.parametrize("durable", ["step", "checkpoint"])
+def test_a_save_that_is_slow_is_of_its_step(durable: str, place: str, after_each_step: dict, ssd_dir: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates of the next step are made early while it goes on; what it saves must not change for them."""
+    copy, path = Saver._copy_unit, tmp_path / "state"
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.2)
+        copy(*given)
+
+    monkeypatch.setattr(Saver, "_copy_unit", slowly)
+    with open_session(ssd_dir, durable=durable, commits=path, max_grad_norm=NEVER, **PLACES[place]) as session, within():
+        data = batches("llama", STEPS)
+        for batch in data[:2]:
+            session.step(batch)
+        session.commit() if durable == "step" else session.save(path, wait=False)
+        session.step(data[2])
+        session.wait_saved()
+        assert_holds(SavedState(path), after_each_step[NEVER][1])
 
 
 @pytest.mark.usefixtures("guess", "share")
