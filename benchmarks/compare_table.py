@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from jobs import NOT_BEGUN
+
 GIB = 1 << 30
 REFERENCE, FLOOR = "in GPU memory, fp32 states", "in GPU memory"
 FIRST_WITHIN, LATER_WITHIN = 2.0**-12, 2.0**-10
@@ -35,7 +37,9 @@ def loss_checks(points: Iterable[Point]) -> list[dict[str, Any]]:
 
 
 def compare_lines(points: list[Point]) -> list[str]:
-    """A table in Markdown. A system that failed in every round has its error in the place of numbers."""
+    """A table in Markdown. A system that failed in every round has its error in the place of numbers; what a time budget
+    left no room for is left out."""
+    points = [point for point in points if point.get("error") != NOT_BEGUN]
     lines = ["| batch | clipping | system | s/step | range | tokens/s | TFLOP/s | to the floor | of its bound | GPU peak "
              "| DRAM peak | SSD read + written per step | start s | losses |", "|" + "---|" * 14]
     checks = loss_checks(points)

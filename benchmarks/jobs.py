@@ -18,6 +18,8 @@ SYSTEMS_SCRIPT = Path(__file__).with_name("systems.py")
 LEAST_S = 20.0
 """Less than a process needs to import PyTorch and make its first step: nothing is begun with less time left."""
 
+NOT_BEGUN = "not begun: the time budget was used up"
+
 RunJob = Callable[[Job, float], list[dict[str, Any]]]
 
 
@@ -37,7 +39,7 @@ def run_job(job: Job, limit_s: float) -> list[dict[str, Any]]:
 def run_within(clock: Clock, job: Job, limit_s: float, runner: RunJob = run_job) -> list[dict[str, Any]]:
     """`run_job` while there is time; otherwise results that say that there was none."""
     if clock.left_s < LEAST_S:
-        return [{"batch_size": batch, "seq_len": job.seq_len, "error": "not begun: the time budget was used up"}
+        return [{"batch_size": batch, "seq_len": job.seq_len, "error": NOT_BEGUN}
                 for batch in job.batches]
     return runner(job, min(limit_s, clock.left_s))
 

@@ -107,6 +107,7 @@ class Zero:
     ``options["directory"]``)."""
 
     def __init__(self, job: Job) -> None:
+        name_architecture()
         import deepspeed
 
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -230,8 +231,15 @@ SYSTEMS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
 }
 
 
+def name_architecture() -> None:
+    """DeepSpeed cannot read the suffixed names (9.0a) that PyTorch's own list may have."""
+    if torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
+
+
 def build_zero() -> None:
     """Compile DeepSpeed's native operators into its cache; the last line printed is the version."""
+    name_architecture()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -246,6 +254,8 @@ def main() -> None:
         return
     spec, target = (Path(argument) for argument in sys.argv[1:3])
     job = Job(**json.loads(spec.read_text(encoding="utf-8")))
+    if job.system != "ratel":  # which asks for it by itself: pieces too small for the logits cost others a batch size
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if job.device == "cuda" and job.gpu_memory is not None and job.system != "ratel":  # a session sees to that itself
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(job.gpu_memory) / total))
