@@ -23,6 +23,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--dram", default=None)
+    parser.add_argument("--micro-batch", default="auto", type=lambda text: text if text == "auto" else int(text))
+    parser.add_argument("--compile", default="off", choices=["off", "on"])
     parser.add_argument("--top", type=int, default=30)
     parser.add_argument("--json")
     return parser.parse_args()
@@ -56,7 +58,8 @@ def summarize(profiler: profile, seconds: float, top: int) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    with Session(args.model, gpu_memory=args.gpu_memory, dram=args.dram, max_grad_norm=1e9) as session:
+    with Session(args.model, gpu_memory=args.gpu_memory, dram=args.dram, max_grad_norm=1e9, compile=args.compile,
+                 micro_batch=args.micro_batch) as session:
         use_quick_weights(session)
         print(session.prepare(args.batch, args.seq_len).describe())
         batch = {"input_ids": torch.randint(0, session.parts.spec.vocab_size, (args.batch, args.seq_len))}
