@@ -93,17 +93,16 @@ def test_a_larger_budget_never_gets_a_slower_plan(seed: int) -> None:
                 assert step_s(grown, hardware) <= before * (1 + slack), (name, factor)
 
 
-def test_the_simulator_confirms_chosen_plans_within_5_percent_but_for_one_in_ten() -> None:
-    """As tests/test_cost.py says of plans whose blocks are not all alike."""
-    errors = []
+def test_the_simulator_confirms_chosen_plans_within_5_percent() -> None:
+    confirmed = 0
     for seed in range(40):
         hardware = random_hardware(seed)
-        choice = found(random_requests(seed, with_inner=False), hardware)
+        choice = found(random_requests(seed, with_inner=seed % 8 == 0), hardware)
         if choice is not None:
-            errors.append(abs(choice.prediction.step_s / simulate(choice.plan, hardware).step_s - 1))
-    assert len(errors) >= 30
-    assert sum(error <= 0.05 for error in errors) >= 0.9 * len(errors) and max(errors) < 0.2, errors
-    assert sum(errors) / len(errors) < 0.02
+            expected = simulate(choice.plan, hardware).step_s
+            assert choice.prediction.step_s == pytest.approx(expected, rel=0.05), (seed, choice.prediction)
+            confirmed += 1
+    assert confirmed >= 30
 
 
 def test_the_search_is_never_worse_than_the_simple_rule() -> None:

@@ -58,9 +58,10 @@ def predict(plan: Plan, hardware: Hardware) -> Prediction:
     gpu = GpuSeconds(plan, hardware)
     passes = pass_traffic(plan)
     updated = [u for u in plan.spec.units if not plan.placement(u).on_gpu]
-    first = _PassWork(traffic=passes.forward + passes.forward_updates,
+    first = _PassWork(traffic=passes.forward + passes.forward_updates, first_h2d=passes.first_weights[0],
                       params=sum(u.num_trainable for u in updated if not plan.updates_early(u)))
-    second = _PassWork(traffic=passes.backward + passes.backward_updates,
+    second = _PassWork(traffic=passes.backward + passes.backward_updates, first_h2d=passes.first_weights[1],
+                       last_d2h=passes.last_gradient, before_updates=passes.first_weights[1] + passes.first_gradient,
                        params=sum(u.num_trainable for u in updated if plan.updates_early(u)))
     prices = (_prices(first, hardware), _prices(second, hardware))
     times = follow(plan, gpu, prices)
@@ -75,14 +76,19 @@ class _PassWork:
     traffic: Traffic
     params: int
     """Updated by the CPU during the pass."""
+    first_h2d: int
+    last_d2h: int = 0
+    """Bytes beside which nothing can move the other way."""
+    before_updates: int = 0
+    """Bytes over PCIe beside which nothing is updated."""
 
 
 def _prices(work: _PassWork, hardware: Hardware) -> Prices:
     """What a byte or a parameter costs beside the pass's other traffic: total seconds over total work."""
     moved = work.traffic
-    h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h)
+    h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h, first_in=work.first_h2d, last_out=work.last_d2h)
     params = max(work.params, 1)
-    update = max(1 / hardware.adam_params_per_s, (UPDATE_BYTES + moved.dram_bytes / params) / hardware.dram_bps)
+    update = max(1 / hardware.adam_params_per_s, (UPDATE_BYTES + (moved.dram_bytes - work.before_updates) / params) / hardware.dram_bps)
     return Prices(ssd=_ssd_seconds(moved, hardware) / max(moved.ssd_bytes, 1), h2d=h2d_s / max(moved.h2d, 1),
                   d2h=d2h_s / max(moved.d2h, 1), update=update)
 

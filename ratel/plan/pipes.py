@@ -15,9 +15,11 @@ class Pipe:
     in_beside_bps: float
     out_beside_bps: float
 
-    def seconds(self, bytes_in: float, bytes_out: float) -> tuple[float, float]:
-        """Busy time of each direction where both start at once and the one with less to do is done first."""
-        both = min(bytes_in, bytes_out)
+    def seconds(self, bytes_in: float, bytes_out: float, *, first_in: float = 0, last_out: float = 0) -> tuple[float, float]:
+        """Busy time of each direction where both start at once and the one with less to do is done first.
+
+        ``first_in`` and ``last_out``: of these, the bytes that have the pipe for themselves, before and after."""
+        both = max(min(bytes_in - first_in, bytes_out - last_out), 0)
         return (both / self.in_beside_bps + (bytes_in - both) / self.in_bps,
                 both / self.out_beside_bps + (bytes_out - both) / self.out_bps)
 

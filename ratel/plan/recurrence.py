@@ -259,17 +259,19 @@ class _Steps:
         if own_weights:
             slot = self._host_slots[weight_class(unit)].acquire()
             self._kept.add(index)
-        read, written = moved.ssd_read + own_weights, moved.ssd_written
+        read, written = moved.ssd_read, moved.ssd_written
         ring = plan.buffers.ring_slots * plan.ring_slot_bytes
         through = 0.0
-        if read + written:
+        if own_weights + read + written:
             # What is written has been computed, and no more is read ahead of that than the ring holds.
-            may_read = max(self._cpu, ready) - min(ring, read) * price.ssd
+            may_read = max(self._cpu, ready) - min(ring, own_weights + read) * price.ssd
             may_read = max(may_read, self._persisted[index], slot, 0.0 if early else self._norm_known)
+            if own_weights:
+                ready = max(ready, self._ssd.rest(may_read, own_weights * price.ssd))
             through = self._ssd.rest(may_read, (read + written) * price.ssd)
         self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
         # Chunks are read while others are written; after the last read only what the ring holds is left to write.
-        self._updated[index] = max(self._cpu, through - min(ring, written) * price.ssd)
+        self._updated[index] = self._cpu = max(self._cpu, through - min(ring, written) * price.ssd)
         self._persisted[index] = max(self._updated[index], through)
         if index in plan.early:
             self._updated[index] = self._persisted[index]  # no copy of it is kept: forward reads what was written

@@ -79,16 +79,21 @@ class _Engine:
         plan = self._plan
         early = [u for u in closed_first(plan.spec, plan.placements) if plan.updates_early(u)]
         late = update_order(plan)
-        for _ in range(steps):
+        for step in range(steps):
             before, self._arrivals = self._arrivals, {u.index: Update(u) for u in early + late}
             self._submit(early)
             self._start_gathers(before)
+            if step:
+                yield from self._update_on_gpu()
             yield from self._forward_and_backward()
             self._m.step_ends_s.append(self._clock.now_s)
             self._submit(late)
-            for unit in plan.spec.units:
-                if plan.placement(unit).on_gpu and unit.num_trainable:
-                    yield from self._compute(f"update {unit.name}", self._m.gpu.update(unit))
+
+    def _update_on_gpu(self) -> Process:
+        """Of the step before: the main thread has only launched it, and the gathers of this step have begun."""
+        for unit in self._plan.spec.units:
+            if self._plan.placement(unit).on_gpu and unit.num_trainable:
+                yield from self._compute(f"update {unit.name}", self._m.gpu.update(unit))
 
     def _forward_and_backward(self) -> Process:
         stages = self._plan.spec.stages

@@ -51,6 +51,11 @@ class PassTraffic:
     backward: Traffic
     forward_updates: Traffic
     backward_updates: Traffic
+    first_weights: tuple[int, int]
+    """Bytes, of forward and backward, that come down before anything of their pass can go up."""
+    first_gradient: int
+    last_gradient: int
+    """Bytes. Nothing is updated before the first has come up; what comes down after the last waits for its update."""
 
     @property
     def updates(self) -> Traffic:
@@ -64,7 +69,11 @@ def pass_traffic(plan: Plan) -> PassTraffic:
     out, back = _activation_traffic(plan)
     units = closed_first(plan.spec, plan.placements)
     zero = Traffic()
+    gathered = [[gather_traffic(plan, g.unit).h2d for p, g in weights if (p >= turn) == late] for late in (False, True)]
+    gradients = [gradient_traffic(plan, u).d2h for u in units] or [0]
     return PassTraffic(
+        first_weights=(sum(gathered[0][:1]), sum(gathered[1][:1])), first_gradient=gradients[0],
+        last_gradient=gradients[-1],
         forward=sum((gather_traffic(plan, g.unit) for p, g in weights if p < turn), zero) + out,
         backward=sum((gather_traffic(plan, g.unit) for p, g in weights if p >= turn), zero) + back
         + sum((gradient_traffic(plan, u) for u in units), zero)
