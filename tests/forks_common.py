@@ -65,19 +65,10 @@ class Site:
         self.path, self.model, self.text = path, path / "model", path / "text.jsonl"
 
     def prepare(self) -> None:
-        import torch  # imported here, once, so that a fork starts in milliseconds
+        from resume_common import make_text
 
-        import ratel.train.run  # noqa: F401
-        from ratel import models
-        from resume_common import make_model, make_text
-
-        torch.set_num_threads(1)
-        ended = in_fork(lambda tell: (make_model(self.model), make_text(self.text)))
-        assert ended.status == 0, ended.errors
-        # What transformers works out at its first model takes as long as all steps of a run here.
-        models.load(self.model, dtype=torch.bfloat16, device=torch.device("cpu"), seed=0, loss_fn=None,
-                    attention="auto").close()
-        assert threading.active_count() == 1, "a fork would miss what the others do"
+        import_everything(self.model)
+        make_text(self.text)
 
     def folder(self, name: str) -> Path:
         return self.path / "ssd" / name
@@ -107,6 +98,29 @@ class Site:
 
     def remove_ssd(self) -> None:
         shutil.rmtree(self.path / "ssd", ignore_errors=True)
+
+
+def import_everything(model: Path) -> None:
+    """Once, so that a fork starts in milliseconds, and what a run imports late as well. Makes ``model``."""
+    import torch
+
+    import ratel.data.dataset  # noqa: F401
+    import ratel.data.tokenizer  # noqa: F401
+    import ratel.runtime.export  # noqa: F401
+    import ratel.train.run  # noqa: F401
+    import tokenizers.trainers  # noqa: F401
+    import torch._subclasses.schema_check_mode  # noqa: F401
+    import transformers.convert_slow_tokenizer  # noqa: F401
+    import transformers.tokenization_utils_tokenizers  # noqa: F401
+    from ratel import models
+    from resume_common import make_model
+
+    torch.set_num_threads(1)
+    ended = in_fork(lambda tell: make_model(model))
+    assert ended.status == 0, ended.errors
+    # What transformers works out at its first model takes as long as all steps of a run here.
+    models.load(model, dtype=torch.bfloat16, device=torch.device("cpu"), seed=0, loss_fn=None, attention="auto").close()
+    assert threading.active_count() == 1, "a fork would miss what the others do"
 
 
 def tell_what_lasts(tell: Tell) -> None:

@@ -14,14 +14,14 @@ from ratel.plan.placement import PLANES, plane_bytes
 from ratel.plan.plan import Buffers, Plan
 from ratel.runtime.session import Session
 
-ROWS, POSITIONS, VOCAB = 2, 16, 512
+ROWS, POSITIONS, VOCAB, WIDTH = 2, 16, 512, 768
 BUFFERS = Buffers(weight_slots=2, grad_slots=2, host_weight_slots=3, host_grad_slots=2, ring_slots=2,
                   chunk_elements=1 << 20)
 """Few and small, as for a machine that has little."""
 
 
-def config(layers: int, width: int = 768) -> Any:
-    """At this width 7.1 M parameters a layer, 85 MB of states."""
+def config(layers: int, width: int = WIDTH) -> Any:
+    """At the usual width 7.1 M parameters a layer, 85 MB of states."""
     from transformers import LlamaConfig
 
     return LlamaConfig(vocab_size=VOCAB, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
@@ -33,9 +33,10 @@ def state_bytes_on(plan: Plan, tier: str) -> int:
                if plan.placement(u).tier(p) == tier)
 
 
-def measure(layers: int, steps: int, rows: int = ROWS, positions: int = POSITIONS, **options: Any) -> dict[str, Any]:
+def measure(layers: int, steps: int, rows: int = ROWS, positions: int = POSITIONS, width: int = WIDTH,
+            **options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
-    with Session(config(layers), optimizer_threads=1, buffers=BUFFERS, lr=1e-3,
+    with Session(config(layers, width), optimizer_threads=1, buffers=BUFFERS, lr=1e-3,
                  **{"device": "cpu", "dtype": "bf16", **options}) as session:
         before = peak_bytes()  # planning starts the peak anew
         batch = {"input_ids": torch.randint(0, VOCAB, (rows, positions))}

@@ -5,6 +5,7 @@ Kills are in test_kill.py, failing drives in test_faults.py, the format and dama
 
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.errors import RatelError
 from ratel.memory import jitter
@@ -285,24 +287,20 @@ def test_a_second_session_on_the_same_commits_is_refused(ssd_dir: Path, tmp_path
 
 def test_a_lock_goes_with_its_process(ssd_dir: Path, tmp_path: Path) -> None:
     """A child that is killed while it holds everything; nothing has to be cleaned up before the next session."""
-    import signal
-    import subprocess
-    import sys
-
     commits = tmp_path / "commits"
-    code = ("import sys; from pathlib import Path; from test_durable import *\n"
-            "session = open_session(Path(sys.argv[1]), tier='ssd', durable='step', commits=Path(sys.argv[2]))\n"
-            "session.step(batches('llama', 1)[0]); session.commit(wait=True); print('held', flush=True); sys.stdin.read()")
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    child = subprocess.Popen([sys.executable, "-c", code, ssd_dir, commits], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             text=True, env={**os.environ, "PYTHONPATH": paths})
-    assert child.stdout.readline() == "held\n"
+    child = start(ssd_dir, commits, code=(
+        "import signal, sys; from pathlib import Path; from test_durable import *\n"
+        "session = open_session(Path(sys.argv[1]), tier='ssd', durable='step', commits=Path(sys.argv[2]))\n"
+        "session.step(batches('llama', 1)[0]); session.commit(wait=True); print('held', flush=True); signal.pause()"))
+    while child.output != "held\n":
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.02)
     with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.load(commits)
         with pytest.raises(RatelError, match="in use by another"):
             session.step(batches("llama", 1)[0])
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.wait(timeout=10)
     with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.load(commits)
         session.step(batches("llama", 1)[0])

@@ -7,8 +7,6 @@ command prints and returns in test_cli.py; Ctrl-C that completes the step, and t
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from commands_common import start
 from families_common import batches, build, llama, loss_fn_of
 from ratel.errors import RatelError, WorkerError
 from ratel.memory.retire import Retirer
@@ -341,11 +340,9 @@ def test_ctrl_c_ends_the_command_whatever_it_waits_for(what: str, ssd_dir: Path,
     rate, patience_s = SLOW[what]
     llama(vocab_size=272).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("A line of text to be learned.\n\n" * 200)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ratel", "train", "--model", tmp_path / "model", "--data", tmp_path / "text.txt",
-         "--ssd", ssd_dir, "--tier", "ssd", "--ssd-bandwidth", rate, "--batch-size", "2", "--seq-len", "32", "--steps",
-         "100000", "--device", "cpu", "--eval-fraction", "0", "--out", tmp_path / "out"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("train", "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--ssd", ssd_dir, "--tier", "ssd",
+                    "--ssd-bandwidth", rate, "--batch-size", "2", "--seq-len", "32", "--steps", "100000", "--device", "cpu",
+                    "--eval-fraction", "0", "--out", tmp_path / "out")
     metrics = tmp_path / "out" / "metrics.jsonl"
     try:
         with within(60):

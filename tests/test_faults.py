@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nvme_ds
+from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.runtime.durable_files import write_synced
@@ -73,9 +74,9 @@ def test_a_command_whose_drive_falls_silent_ends_and_can_be_resumed(durable: str
                "--weight-decay": 0.1, "--max-grad-norm": 0.5, "--dram": "4GiB"}
     flags = [str(part) for pair in options.items() for part in pair]
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", SILENT, "110", "train", *flags], text=True, capture_output=True,
-                          timeout=100)
-    assert done.returncode == 1 and "the device does not answer" in done.stderr and "Traceback" not in done.stderr, done
+    command = start("110", "train", *flags, code=SILENT)
+    _, err = command.communicate(timeout=100)
+    assert command.returncode == 1 and "the device does not answer" in err and "Traceback" not in err, err
     assert time.monotonic() - begun < 60
     train(model, None, out, resume=True)
     assert_same_run(out, tmp_path / "whole")

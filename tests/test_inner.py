@@ -50,9 +50,10 @@ def everything_again() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_choice_changes_a_bit(family: str, dtype: str, device: str, ssd_dir: Path) -> None:
+    """In fp32 what is kept differs by its size alone: the scattered choice sends it all four ways."""
     with everything_again():
         expected = train(family, ssd_dir, device, dtype=dtype)
-    for choice in ("recompute", "gpu", "dram", "ssd", SCATTERED):
+    for choice in ("recompute", "gpu", "dram", "ssd", SCATTERED) if dtype == "bf16" else ("recompute", SCATTERED):
         assert_same(train(family, ssd_dir, device, dtype=dtype, activations=choice), expected)
 
 
@@ -367,8 +368,8 @@ def test_a_plan_counts_what_is_kept(tier: str, ssd_dir: Path) -> None:
 
 
 def runs(device: str, ssd: Path, **options: Any) -> list[dict[str, Any]]:
-    """Measures of training with each choice, of 512 tokens at once."""
-    base = dict(layers=2, steps=1, rows=4, positions=256, micro_batch=2, tier="dram", device=device, ssd=str(ssd),
+    """Measures of training with each choice, of 2048 tokens at once: narrow blocks, which hold much for what they compute."""
+    base = dict(layers=2, steps=1, width=192, rows=16, positions=256, micro_batch=8, tier="dram", device=device, ssd=str(ssd),
                 **options)
     return measures([{**base, "activations": choice} for choice in ("recompute", "gpu", "dram", "ssd")])
 

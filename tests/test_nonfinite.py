@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite leaves no trace: the step is skipped and reported, every state bit stays."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,13 @@ class Poison:
         return loss * math.nan if self.on else loss
 
 
-def open_session(ssd_dir: Path, poisoned: str | None, options: dict) -> tuple[Session, Poison, list]:
+def open_session(ssd_dir: Path | None, poisoned: str | None, options: dict) -> tuple[Session, Poison, list]:
     """Of a parameter of llama, or, for None, of the loss of the hand-written transformer."""
     family = "patches" if poisoned is None else "llama"
     model = build(family)
     poison = Poison(model, poisoned)
     session = Session(model, loss_fn=poison.loss_fn if poisoned is None else None, lr=1e-2, weight_decay=0.1,
-                      device="cpu", ssd=[ssd_dir], **{"micro_batch": 2, **options})
+                      device="cpu", ssd=ssd_dir and [ssd_dir], **{"micro_batch": 2, **options})
     return session, poison, batches(family, 4)
 
 
@@ -71,12 +72,18 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not different, f"states differ: {different[:6]}"
 
 
+@cache
+def of_the_good_ones(poisoned: str | None, dtype: str, clip: float) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and states where only the good steps are made: the same in any tier and mode (test_placement.py)."""
+    options = dict(tier="dram", dtype=dtype, max_grad_norm=clip, optimizer="deferred")
+    session, _, (first, _, _, last) = open_session(None, poisoned, options)
+    with session:
+        return [session.step(first).loss, session.step(last).loss], states(session)
+
+
 def check_skipped_exactly(ssd_dir: Path, poisoned: str | None, options: dict) -> None:
     """good, bad, bad, good: as if only the good ones had been."""
-    session, _, (first, _, _, last) = open_session(ssd_dir, poisoned, options)
-    with session:
-        expected = [session.step(first).loss, session.step(last).loss]
-        after = states(session)
+    expected, after = of_the_good_ones(poisoned, options.get("dtype", "bf16"), options.get("max_grad_norm", 1.0))
     session, poison, (first, *bad, last) = open_session(ssd_dir, poisoned, options)
     with session:
         losses = [session.step(first).loss]

@@ -1,6 +1,7 @@
 """Files of optimizer states in PyTorch: what is written and read, and what both sides refuse."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_the_file_says_what_the_document_says(tmp_path: Path) -> None:
-    half = Plain("llama-tied").run("llama-tied", 0, HALF)
+    half = trained("llama-tied", HALF)
     assert save_adamw_state(tmp_path / "new" / "half", half.model, half.optimizer) == tmp_path / "new" / "half"
     assert [path.name for path in (tmp_path / "new" / "half").iterdir()] == ["optimizer.safetensors"]
     with safe_open(tmp_path / "new" / "half" / "optimizer.safetensors", framework="pt") as file:
@@ -32,8 +33,14 @@ def test_the_file_says_what_the_document_says(tmp_path: Path) -> None:
             assert torch.equal(file.get_tensor(f"exp_avg_sq.{name}"), half.optimizer.state[p]["exp_avg_sq"])
 
 
+@cache
+def trained(family: str, steps: int) -> Plain:
+    """Nobody changes it."""
+    return Plain(family).run(family, 0, steps)
+
+
 def saved(tmp_path: Path, steps: int = HALF, family: str = "llama", name: str = "half") -> Path:
-    run = Plain(family).run(family, 0, steps)
+    run = trained(family, steps)
     return save_adamw_state(tmp_path / name, run.model, run.optimizer)
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.runtime.state import SavedState
 from ratel.train.interrupt import Interrupted
 from resume_common import OPTIONS, assert_same_run, make_model, make_text, records, train
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +202,7 @@ def test_ctrl_c_and_a_new_process(model: Path, text: Path, whole: Path, tmp_path
     out = tmp_path / "out"
     flags = [word for name, value in OPTIONS.items() if name != "quiet"
              for word in ("--" + name.replace("_", "-"), str(value))]
-    first = start("--model", model, "--data", text, "--out", out, "--ssd", ssd_dir, "--tier", "ssd", "--ssd-bandwidth",
+    first = start("train", "--model", model, "--data", text, "--out", out, "--ssd", ssd_dir, "--tier", "ssd", "--ssd-bandwidth",
                   "3MB/s", "--save-every", 100, *flags)  # slow enough to be caught
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").exists() or not records_so_far(out):
@@ -215,17 +213,12 @@ def test_ctrl_c_and_a_new_process(model: Path, text: Path, whole: Path, tmp_path
     assert first.returncode == 130 and "and --resume continues" in err, err
     stopped_after = len(records(out))
     assert stopped_after < 8
-    second = start("--out", out, "--resume", "--ssd-bandwidth", "1GB/s")
+    second = start("train", "--out", out, "--resume", "--ssd-bandwidth", "1GB/s")
     shown, err = second.communicate(timeout=90)
     assert second.returncode == 0, err
     assert f"continuing after step {stopped_after} from {out}/state/commits" in shown
     assert "--ssd-bandwidth: was 3000000.0, is 1000000000.0" in shown
     assert_same_run(out, whole)
-
-
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "ratel", "train", *map(str, arguments)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def records_so_far(out: Path) -> int:

@@ -3,14 +3,13 @@
 import json
 import os
 import pty
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands_common import start
 from families_common import batches, build
 from ratel import cli
 from ratel.runtime.state import SavedState
@@ -18,7 +17,6 @@ from resume_common import make_model, make_text, model_files, train
 from test_state import flip
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +96,9 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, out: Path, tm
 
 def test_export_equals_the_runs_own(out: Path, tmp_path: Path) -> None:
     """In a process of its own, as a user does it, from where the run was."""
-    done = subprocess.run([sys.executable, "-m", "ratel", "export", "--state", out, "--out", tmp_path / "model"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
+    command = start("export", "--state", out, "--out", tmp_path / "model")
+    _, err = command.communicate(timeout=90)
+    assert command.returncode == 0, err
     assert model_files(tmp_path) == model_files(out)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import ratel
+from commands_common import Command, start
 from ratel.errors import RatelError
 
 pytestmark = pytest.mark.e2e
@@ -47,12 +48,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "ratel", "train", *map(str, arguments)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def in_a_new_interpreter(*arguments: object) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "ratel", "train", *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=90)
+    return done.returncode, done.stdout, done.stderr
 
 
-def finish(process: "subprocess.Popen[str]", timeout_s: float = 90) -> tuple[int, str, str]:
+def finish(process: Command, timeout_s: float = 90) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:
@@ -66,8 +68,8 @@ def metrics(out: Path) -> list[dict]:
 
 def test_a_run_with_its_states_on_ssd(tiny_model: Path, text: Path, tmp_path: Path, ssd_dir: Path) -> None:
     out = tmp_path / "out"
-    status, shown, err = finish(start("--model", tiny_model, "--data", text, "--ssd", ssd_dir, "--tier", "ssd", "--out",
-                                      out, "--steps", 12, "--eval-every", 6, *SMALL))
+    status, shown, err = in_a_new_interpreter("--model", tiny_model, "--data", text, "--ssd", ssd_dir, "--tier", "ssd",
+                                              "--out", out, "--steps", 12, "--eval-every", 6, *SMALL)
     assert status == 0, err
     records = metrics(out)
     assert [record["step"] for record in records] == list(range(1, 13)) and all(METRICS <= set(r) for r in records)
@@ -90,7 +92,7 @@ def test_the_result_loads_with_transformers(tiny_model: Path, text: Path, tmp_pa
     assert AutoTokenizer.from_pretrained(result.out / "model")("two")["input_ids"][-3:] == list(b"two")
 
 
-def run_until(process: "subprocess.Popen[str]", out: Path, steps: int) -> None:
+def run_until(process: Command, out: Path, steps: int) -> None:
     deadline = time.monotonic() + 90
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < steps:
         assert process.poll() is None, process.communicate()
@@ -101,7 +103,7 @@ def run_until(process: "subprocess.Popen[str]", out: Path, steps: int) -> None:
 def test_ctrl_c_completes_the_step_and_writes_the_model(tiny_model: Path, text: Path, tmp_path: Path,
                                                         ssd_dir: Path) -> None:
     out = tmp_path / "out"
-    process = start("--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier",
+    process = start("train", "--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier",
                     "ssd", *SMALL)
     run_until(process, out, 2)
     process.send_signal(signal.SIGINT)
@@ -114,7 +116,7 @@ def test_ctrl_c_completes_the_step_and_writes_the_model(tiny_model: Path, text: 
 
 def test_ctrl_c_twice_ends_at_once(tiny_model: Path, text: Path, tmp_path: Path, ssd_dir: Path) -> None:
     out = tmp_path / "out"
-    process = start("--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier",
+    process = start("train", "--model", tiny_model, "--data", text, "--out", out, "--steps", 100000, "--ssd", ssd_dir, "--tier",
                     "ssd", "--ssd-bandwidth", "100kB/s", *SMALL)  # a step takes seconds
     deadline = time.monotonic() + 60
     while not (out / "config.json").exists():
@@ -132,7 +134,7 @@ def test_ctrl_c_twice_ends_at_once(tiny_model: Path, text: Path, tmp_path: Path,
 
 
 def test_a_file_gives_the_options_and_flags_override_it(tmp_path: Path) -> None:
-    status, _, err = finish(start("--config", ROOT / "examples" / "run.toml", "--steps", 2, "--seq-len", 16, "--out",
+    status, _, err = finish(start("train", "--config", ROOT / "examples" / "run.toml", "--steps", 2, "--seq-len", 16, "--out",
                                   tmp_path / "out", "--ssd", tmp_path / "ssd", "--eval-sequences", 1, "--no-export"))
     assert status == 0, err
     config = json.loads((tmp_path / "out" / "config.json").read_text())

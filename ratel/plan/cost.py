@@ -87,8 +87,8 @@ def _prices(work: _PassWork, hardware: Hardware) -> Prices:
     """What a byte or a parameter costs beside the pass's other traffic: total seconds over total work."""
     moved = work.traffic
     h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h, first_in=work.first_h2d, last_out=work.last_d2h)
-    params = max(work.params, 1)
-    update = max(1 / hardware.adam_params_per_s, (UPDATE_BYTES + (moved.dram_bytes - work.before_updates) / params) / hardware.dram_bps)
+    beside = (moved.dram_bytes - work.before_updates) / max(work.params, 1)
+    update = max(1 / hardware.adam_params_per_s, (UPDATE_BYTES + beside) / hardware.dram_bps)
     return Prices(ssd=_ssd_seconds(moved, hardware) / max(moved.ssd_bytes, 1), h2d=h2d_s / max(moved.h2d, 1),
                   d2h=d2h_s / max(moved.d2h, 1), update=update)
 
