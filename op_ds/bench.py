@@ -10,7 +10,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,10 +49,10 @@ def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = N
     dict that ``json`` can write: ``settings``, ``machine``, ``results`` by contestant and ``best_bandwidth_bps``.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
-    with Pool(num_threads, isa=isa) as pool:
+    with Pool(num_threads, isa=isa) as pool, _torch_threads(torch, num_threads):
         actions = _native_actions(pool, num_params)
         if torch is not None:
-            actions["torch fused fp32"] = _torch_action(torch, num_params, num_threads)
+            actions["torch fused fp32"] = _torch_action(torch, num_params)
         seconds = _alternate(actions, repeats)
         used_isa = pool.isa
     results = {name: _result(name, times, num_params) for name, times in seconds.items()}
@@ -101,8 +102,22 @@ def _native_actions(pool: Pool, n: int) -> dict[str, Action]:
     }
 
 
-def _torch_action(torch: ModuleType, n: int, num_threads: int) -> Action:
-    torch.set_num_threads(num_threads)
+@contextmanager
+def _torch_threads(torch: ModuleType | None, count: int) -> Iterator[None]:
+    """What runs in this process afterwards has the threads that it had: more than cores, and OpenMP's waiting by spinning
+    made small tensors twelve times slower."""
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _torch_action(torch: ModuleType, n: int) -> Action:
     param = torch.nn.Parameter(torch.full((n,), 0.01))
     param.grad = torch.full((n,), 0.01)
     optimizer = torch.optim.AdamW([param], lr=ADAM["lr"], betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"],

@@ -5,6 +5,7 @@ Tiers are registered in pyproject.toml. ``RATEL_REQUIRE_GPU=1`` turns the missin
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,15 @@ def _one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_put_back() -> Iterator[None]:
+    """Two threads of torch in two processes on two cores wait for each other by spinning: all later tests took 12 times
+    as long."""
+    yield
+    torch = sys.modules.get("torch")
+    assert torch is None or torch.get_num_threads() == 1, "put torch's threads back"
 
 
 @pytest.fixture
