@@ -120,7 +120,7 @@ class _Steps:
         self._plan, self._gpu, self._prices, self._price = plan, gpu, prices, prices[0]
         self._schedule, self._closing, self._rows = step_schedule(plan), closing_units(plan), micro_rows(plan)
         self._ssd = _Ssd()
-        self._opened = self._h2d = self._compute = self._d2h = self._cpu = self._norm_known = 0.0
+        self._loading = self._opened = self._h2d = self._compute = self._d2h = self._cpu = self._norm_known = 0.0
         self._updated, self._arrived, self._persisted = ([0.0] * len(plan.spec.units) for _ in range(3))
         self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
         self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
@@ -260,18 +260,25 @@ class _Steps:
             slot = self._host_slots[weight_class(unit)].acquire()
             self._kept.add(index)
         read, written = moved.ssd_read, moved.ssd_written
-        ring = plan.buffers.ring_slots * plan.ring_slot_bytes
+        chunk = min(plan.chunk_of(unit) / unit.num_trainable, 1.0)
+        ring = min(plan.buffers.ring_slots * chunk, 1.0)
+        free = max(self._persisted[index], slot, 0.0 if early else self._norm_known)
+        if own_weights:
+            self._loading = max(self._loading, free)
+            ready = max(ready, self._ssd.rest(self._loading, own_weights * price.ssd))
+        begin, update_s = max(self._cpu, ready), unit.num_trainable * price.update
         through = 0.0
-        if own_weights + read + written:
+        if read + written:
             # What is written has been computed, and no more is read ahead of that than the ring holds.
-            may_read = max(self._cpu, ready) - min(ring, own_weights + read) * price.ssd
-            may_read = max(may_read, self._persisted[index], slot, 0.0 if early else self._norm_known)
-            if own_weights:
-                ready = max(ready, self._ssd.rest(may_read, own_weights * price.ssd))
-            through = self._ssd.rest(may_read, (read + written) * price.ssd)
-        self._cpu = max(self._cpu, ready) + unit.num_trainable * price.update
+            through = self._ssd.rest(max(begin - ring * read * price.ssd, free), (read + written) * price.ssd)
+        self._cpu = begin + update_s
+        if read:
+            # The next unit's first chunk takes the place of one that has been written back.
+            rest = max(ring - chunk, 0.0)
+            self._loading = max(self._loading, through - rest * read * price.ssd,
+                                begin + (1 - rest) * update_s + chunk * written * price.ssd)
         # Chunks are read while others are written; after the last read only what the ring holds is left to write.
-        self._updated[index] = self._cpu = max(self._cpu, through - min(ring, written) * price.ssd)
+        self._updated[index] = self._cpu = max(self._cpu, through - ring * written * price.ssd)
         self._persisted[index] = max(self._updated[index], through)
         if index in plan.early:
             self._updated[index] = self._persisted[index]  # no copy of it is kept: forward reads what was written
