@@ -5,6 +5,7 @@ takes a little more, because the first gather of a pass, the last gradient and t
 under; ``ratel/plan/recurrence.py`` follows the stages to find how much. docs/planner.md has the formulas.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ratel.errors import RatelError
@@ -55,6 +56,11 @@ class Prediction:
 
 def predict(plan: Plan, hardware: Hardware) -> Prediction:
     """The step time of ``plan`` on ``hardware``. Raises RatelError if the plan uses SSDs and the machine has none."""
+    return predict_below(plan, hardware, float("inf"))
+
+
+def predict_below(plan: Plan, hardware: Hardware, limit_s: float) -> Prediction | None:
+    """As `predict`, but None for a step whose busiest resource alone takes ``limit_s``: most of a search's plans."""
     gpu = GpuSeconds(plan, hardware)
     passes = pass_traffic(plan)
     updated = [u for u in plan.spec.units if not plan.placement(u).on_gpu]
@@ -64,11 +70,12 @@ def predict(plan: Plan, hardware: Hardware) -> Prediction:
                        last_d2h=passes.last_gradient, before_updates=passes.first_weights[1] + passes.first_gradient,
                        params=sum(u.num_trainable for u in updated if plan.updates_early(u)))
     prices = (_prices(first, hardware), _prices(second, hardware))
-    times = follow(plan, gpu, prices)
     compute = _compute_seconds(plan, gpu)
     forward, backward = (_busy(work, hardware, price, seconds)
                          for work, price, seconds in zip((first, second), prices, compute))
-    return _prediction(plan, times, forward, backward, first.traffic + second.traffic)
+    if max(forward[name] + backward[name] for name in RESOURCES) >= limit_s:
+        return None
+    return _prediction(plan, follow(plan, gpu, prices), forward, backward, first.traffic + second.traffic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +120,11 @@ def _busy(work: _PassWork, hardware: Hardware, prices: Prices, compute_s: float)
 
 def _compute_seconds(plan: Plan, gpu: GpuSeconds) -> tuple[float, float]:
     forward = backward = 0.0
+    sizes = Counter(micro_rows(plan)).items()
     for stage in plan.spec.stages:
-        for rows in micro_rows(plan):
+        for rows, count in sizes:
             there, back = gpu.block(stage.index - 1, rows) if stage.kind == "block" else gpu.ends(stage, rows)
-            forward, backward = forward + there, backward + back
+            forward, backward = forward + count * there, backward + count * back
     return forward, backward + sum(gpu.update(u) for u in plan.spec.units if plan.placement(u).on_gpu)
 
 

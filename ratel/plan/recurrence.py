@@ -118,13 +118,26 @@ class _Steps:
 
     def __init__(self, plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> None:
         self._plan, self._gpu, self._prices, self._price = plan, gpu, prices, prices[0]
-        self._schedule, self._closing, self._rows = step_schedule(plan), closing_units(plan), micro_rows(plan)
+        self._schedule, self._rows = step_schedule(plan), micro_rows(plan)
+        # All that is asked for again and again in every step is found once: a search follows a thousand plans.
+        off_gpu = [not place.on_gpu for place in plan.placements]
+        self._streamed = {s.index: [u for u in s.units if off_gpu[u]] for s in plan.spec.stages}
+        self._closing = {stage: [u for u in units if off_gpu[u.index]] for stage, units in closing_units(plan).items()}
+        self._early = [plan.updates_early(u) for u in plan.spec.units]
+        self._classes = [weight_class(u) for u in plan.spec.units]
+        self._weights = [gather_traffic(plan, u.index) for u in plan.spec.units]
+        self._gradients = [gradient_traffic(plan, u) for u in plan.spec.units]
+        self._updates = [update_traffic(plan, u) for u in plan.spec.units]
+        self._order = update_order(plan)
         self._ssd = _Ssd()
         self._loading = self._opened = self._h2d = self._compute = self._d2h = self._cpu = self._norm_known = 0.0
         self._updated, self._arrived, self._persisted = ([0.0] * len(plan.spec.units) for _ in range(3))
         self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
         self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
         self._back_slots, self._staging_out, self._staging_in = (Slots(plan.buffers.checkpoint_slots) for _ in range(3))
+        self._out = [[activation_traffic(plan, block, rows) for rows in self._rows[:1] + self._rows[-1:]]
+                     for block in range(len(plan.checkpoint_tiers))]
+        """By block: of a full micro-batch, and of the last. Asked for in every pass of every micro-batch."""
         self._landed: dict[int | tuple[int, int], float] = {}
         self._uses: dict[int, int] = {}
         self._saved: dict[tuple[int, int], float] = {}
@@ -149,18 +162,17 @@ class _Steps:
             self._using(stage, lambda stage=stage: self._backward(stage))
         self._norm_known = self._compute
         self._compute += sum(self._gpu.update(u) for u in self._plan.spec.units if self._plan.placement(u).on_gpu)
-        self._pending = update_order(self._plan)
+        self._pending = list(self._order)
         return Times(step_s=self._norm_known - began, forward_s=forward_s)
 
     def _first_landing(self, computed: float) -> float:
         """When the first stage can start: what eager updates of the step before take until then is that step's."""
-        units = [u for u in self._plan.spec.stages[0].units if not self._plan.placements[u].on_gpu]
-        return max([computed, *map(self._landing, units)])
+        return max([computed, *map(self._landing, self._streamed[0])])
 
     # --- the GPU ------------------------------------------------------------------------------------------------
 
     def _using(self, stage: StageSpec, work: Callable[[], None]) -> None:
-        units = [u for u in stage.units if not self._plan.placements[u].on_gpu]
+        units = self._streamed[stage.index]
         for unit in units:
             self._compute = max(self._compute, self._landing(unit))
         work()
@@ -179,9 +191,9 @@ class _Steps:
             self._compute += self._gpu.block(stage.index - 1, rows)[0]
 
     def _backward(self, stage: StageSpec) -> None:
-        closing = [u for u in self._closing[stage.index] if not self._plan.placement(u).on_gpu]
+        closing = self._closing[stage.index]
         for unit in closing:
-            self._compute = max(self._compute, self._grad_slots[weight_class(unit)].acquire())
+            self._compute = max(self._compute, self._grad_slots[self._class(unit.index)].acquire())
         for micro, rows in enumerate(self._rows):
             if stage.kind != "block":
                 self._compute += self._gpu.ends(stage, rows)[1]
@@ -206,12 +218,12 @@ class _Steps:
         return max(self._d2h, self._h2d)
 
     def _class(self, unit: int) -> str:
-        return weight_class(self._plan.spec.units[unit])
+        return self._classes[unit]
 
     # --- activations and gradients on their way out ------------------------------------------------------------
 
     def _activations(self, block: int, micro: int) -> Traffic:
-        return activation_traffic(self._plan, block, self._rows[micro])
+        return self._out[block][micro == len(self._rows) - 1]
 
     def _save(self, block: int, micro: int) -> None:
         moved = self._activations(block, micro)
@@ -232,7 +244,7 @@ class _Steps:
 
     def _leave(self, unit: UnitSpec) -> None:
         """A complete gradient: to DRAM, then to SSD or straight into its update."""
-        moved, cls = gradient_traffic(self._plan, unit), weight_class(unit)
+        moved, cls = self._gradients[unit.index], self._class(unit.index)
         passing = self._plan.grads_pass_through(unit)
         if passing:
             self._compute = max(self._compute, self._host_grads[cls].acquire())
@@ -241,7 +253,7 @@ class _Steps:
         self._arrived[unit.index] = self._d2h
         if moved.ssd_written:
             self._arrived[unit.index] = self._ssd.rest(self._d2h, moved.ssd_written * self._price.ssd)
-        if self._plan.updates_early(unit):
+        if self._early[unit.index]:
             self._update(unit)
         if passing:
             done = self._arrived if self._plan.deferred else self._updated
@@ -251,13 +263,13 @@ class _Steps:
 
     def _update(self, unit: UnitSpec) -> None:
         """Reads go ahead of the gradient by what the ring holds; write-backs trail."""
-        plan, index, early = self._plan, unit.index, self._plan.updates_early(unit)
-        moved, price = update_traffic(plan, unit), self._prices[early]
+        plan, index, early = self._plan, unit.index, self._early[unit.index]
+        moved, price = self._updates[index], self._prices[early]
         ready = self._arrived[index] if early else max(self._norm_known, self._arrived[index])
         own_weights = 0 if early else plan.host_weight_bytes(unit)
         slot = 0.0
         if own_weights:
-            slot = self._host_slots[weight_class(unit)].acquire()
+            slot = self._host_slots[self._class(index)].acquire()
             self._kept.add(index)
         read, written = moved.ssd_read, moved.ssd_written
         chunk = min(plan.chunk_of(unit) / unit.num_trainable, 1.0)
@@ -283,7 +295,7 @@ class _Steps:
         if index in plan.early:
             self._updated[index] = self._persisted[index]  # no copy of it is kept: forward reads what was written
         if early and plan.weights_from_ssd(unit):
-            self._host_slots[weight_class(unit)].release(self._persisted[index])
+            self._host_slots[self._class(index)].release(self._persisted[index])
 
     # --- gathers ------------------------------------------------------------------------------------------------
 
@@ -311,7 +323,7 @@ class _Steps:
 
     def _gather(self, gather: Gather) -> None:
         index, plan = gather.unit, self._plan
-        unit, moved, cls = plan.spec.units[index], gather_traffic(plan, index), self._class(index)
+        unit, moved, cls = plan.spec.units[index], self._weights[index], self._class(index)
         self._finish_update(index)
         taken_over = index in self._kept
         self._kept.discard(index)

@@ -12,7 +12,7 @@ from itertools import product
 
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.choose import Request, choose, early_counts, finished, place_checkpoints, with_placements
-from ratel.plan.cost import Prediction, predict
+from ratel.plan.cost import Prediction, predict_below
 from ratel.plan.hardware import Hardware
 from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements
 from ratel.plan.plan import Buffers, Plan
@@ -66,32 +66,57 @@ def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
 def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
     may_speculate = request.optimizer in ("auto", "speculative")
     deferred = replace(request, optimizer="deferred") if may_speculate else request
-    tried = _predicted(candidates(deferred), hardware)
-    if not tried:
+    tried = _Tried(hardware)
+    tried.add(candidates(deferred))
+    if tried.best is None:
         return None
-    tried += _predicted(_lighter(deferred, min(tried, key=_step_s).plan), hardware)
-    early = _predicted_early(tried, replace(request, optimizer="speculative"), hardware) if may_speculate else []
+    tried.add(_lighter(deferred, tried.best.plan))
+    if not may_speculate:
+        return tried.result
+    early = _Tried(hardware)
     # Where the CPU updates nothing, there is nothing to speculate on.
-    only_early = request.optimizer == "speculative" and any(closed_first(c.plan.spec, c.plan.placements) for c in tried)
-    choices = early if only_early else tried + early
-    return replace(min(choices, key=_step_s), considered=len(tried + early)) if choices else None
+    only_early = request.optimizer == "speculative" and tried.has_late_updates
+    if not only_early:
+        early.best = tried.best
+    for choice in sorted(tried.predicted, key=_step_s):
+        if choice.prediction.bound_s < early.best_s:  # else it cannot be better with early updates either
+            early.add(_speculative(replace(request, optimizer="speculative"), choice.plan))
+    early.considered += tried.considered
+    return early.result
 
 
-def _predicted(plans: Iterable[Plan], hardware: Hardware) -> list[Choice]:
-    return [Choice(plan=plan, prediction=predict(plan, hardware), considered=1) for plan in plans]
+class _Tried:
+    """Plans of one size of micro-batches, predicted as far as they may be the best so far."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._hardware = hardware
+        self.best: Choice | None = None
+        self.predicted: list[Choice] = []
+        self.considered = 0
+        self.has_late_updates = False
+
+    @property
+    def best_s(self) -> float:
+        return self.best.prediction.step_s if self.best else float("inf")
+
+    @property
+    def result(self) -> Choice | None:
+        return self.best and replace(self.best, considered=self.considered)
+
+    def add(self, plans: Iterable[Plan]) -> None:
+        for plan in plans:
+            self.considered += 1
+            self.has_late_updates |= bool(closed_first(plan.spec, plan.placements))
+            prediction = predict_below(plan, self._hardware, self.best_s)
+            if prediction is None:
+                continue
+            self.predicted.append(Choice(plan=plan, prediction=prediction, considered=1))
+            if prediction.step_s < self.best_s:
+                self.best = self.predicted[-1]
 
 
 def _step_s(choice: Choice) -> float:
     return choice.prediction.step_s
-
-
-def _predicted_early(tried: list[Choice], request: Request, hardware: Hardware) -> list[Choice]:
-    """The plans with early updates. Those whose busiest resource takes longer than the best so far cannot be better."""
-    found: list[Choice] = []
-    for choice in sorted(tried, key=_step_s):
-        if not found or choice.prediction.bound_s < min(map(_step_s, found)):
-            found += _predicted(_speculative(request, choice.plan), hardware)
-    return found
 
 
 def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:

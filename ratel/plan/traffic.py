@@ -4,6 +4,7 @@ Per trained parameter with everything on SSD (bf16, deep model) this is 14 bytes
 the turn are gathered once and save a read.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ratel.plan.activations import Inner
@@ -29,6 +30,10 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(ssd_read=self.ssd_read + other.ssd_read, ssd_written=self.ssd_written + other.ssd_written,
                        h2d=self.h2d + other.h2d, d2h=self.d2h + other.d2h)
+
+    def __mul__(self, count: int) -> "Traffic":
+        return Traffic(ssd_read=self.ssd_read * count, ssd_written=self.ssd_written * count, h2d=self.h2d * count,
+                       d2h=self.d2h * count)
 
     @property
     def ssd_bytes(self) -> int:
@@ -77,7 +82,7 @@ def pass_traffic(plan: Plan) -> PassTraffic:
         forward=sum((gather_traffic(plan, g.unit) for p, g in weights if p < turn), zero) + out,
         backward=sum((gather_traffic(plan, g.unit) for p, g in weights if p >= turn), zero) + back
         + sum((gradient_traffic(plan, u) for u in units), zero)
-        + sum((spill_traffic(plan, rows) for rows in micro_rows(plan) for _ in plan.checkpoint_tiers), zero),
+        + sum((spill_traffic(plan, rows) * len(plan.checkpoint_tiers) for rows in micro_rows(plan)), zero),
         forward_updates=sum((update_traffic(plan, u) for u in units if not plan.updates_early(u)), zero),
         backward_updates=sum((update_traffic(plan, u) for u in units if plan.updates_early(u)), zero))
 
@@ -152,8 +157,9 @@ def _leaving(plan: Plan, row_bytes: int, tier: str, rows: int) -> Traffic:
 
 def _activation_traffic(plan: Plan) -> tuple[Traffic, Traffic]:
     """All activations on their way out, and on their way back."""
-    out = sum((activation_traffic(plan, block, rows) for block in range(len(plan.checkpoint_tiers))
-               for rows in micro_rows(plan)), Traffic())
+    sizes = Counter(micro_rows(plan)).items()
+    out = sum((activation_traffic(plan, block, rows) * count for block in range(len(plan.checkpoint_tiers))
+               for rows, count in sizes), Traffic())
     return out, returning(out)
 
 
