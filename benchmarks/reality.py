@@ -101,10 +101,11 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
     capped = with_cap(machine, None if rate is None else parse_rate(rate))
     with Session(make_config(*entry["model"]), device="cuda" if cuda else "cpu", ssd=[args.ssd], **options) as session:
         use_quick_weights(session)
-        plan = session.prepare(entry["batch"], entry["seq"])
-        reset_peak()  # trials of blocks come before the plan
         if cuda:
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak()  # of the configurations before; the import of weights is in the plan, and in the peak
+        plan = session.prepare(entry["batch"], entry["seq"])
+        # Trials of blocks come before the plan, and are not in it.
+        torch.cuda.reset_peak_memory_stats() if cuda else reset_peak()
         predicted, simulated = predict(plan, capped), simulate(plan, capped)
         seconds = [step_seconds(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
     measured_s = statistics.median(seconds)
