@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is measured while tests run beside each other is of no use to anyone later.
+_CACHE = tempfile.TemporaryDirectory(prefix="ratel-test-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import pytest
 

@@ -13,6 +13,7 @@ from ratel.plan.attained import StepReport, busy_seconds, describe, report_step
 from ratel.plan.bubbles import find_bubbles
 from ratel.plan.cost import predict
 from ratel.plan.hardware import load_hardware
+from ratel.plan.plan import Buffers
 from ratel.plan.timeline import Span, Timeline
 from ratel.runtime.session import Session
 from ratel.train.step_bench import details
@@ -142,8 +143,10 @@ def test_bubbles_and_computation_make_up_the_step(device: str, optimizer: str, s
 
 @pytest.mark.numerics
 def test_a_slow_ssd_binds_and_reading_is_why_the_step_waits(ssd_dir: Path) -> None:
-    """Only `hi` is on SSD, which forward and backward read and updates write."""
-    report = traced(ssd_dir, placement={"*": {"hi": "ssd"}}, checkpoint_tier="gpu", ssd_bandwidth="250KB/s")
+    """Only `hi` of blocks is on SSD, which forward and backward read and updates write. There is a DRAM slot for each:
+    with fewer (the ends share one), half of the waiting is for slots whose last users wait for the SSD."""
+    report = traced(ssd_dir, placement={"*": "dram", "block.*": {"hi": "ssd"}}, checkpoint_tier="gpu",
+                    ssd_bandwidth="100KB/s", buffers=Buffers(host_weight_slots=16))
     assert report.bound("busy_s")[0] == "ssd" and report.bound("busy_s")[1] > 0.6 * report.step_s
     reading_s = sum(seconds for cause, seconds in report.bubbles.idle_s.items() if cause.endswith("SSD read"))
     idle_s = sum(report.bubbles.idle_s.values())

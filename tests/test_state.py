@@ -61,6 +61,19 @@ def test_resuming_anywhere_equals_going_on(family: str, ssd_dir: Path, tmp_path:
         assert all(torch.equal(found[name], expected[name]) for name in expected), options
 
 
+def test_a_resumed_run_keeps_its_micro_batches(ssd_dir: Path, tmp_path: Path) -> None:
+    """Others are tried and may be faster, or fit better; but sums would be rounded in another order."""
+    state = saved_after(2, "llama", ssd_dir, tmp_path / "s", micro_batch=1)
+    with open_session("llama", ssd_dir, micro_batch="auto") as session:
+        session.load(state)
+        for batch in batches("llama", STEPS)[2:]:
+            session.step(batch)
+        assert session.plan.work.micro_rows == 1
+        found = everything(session)
+    expected = uninterrupted("llama", ssd_dir, micro_batch=1)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_other_number_of_directories(ssd_dir: Path, tmp_path: Path) -> None:
     expected = uninterrupted("llama", ssd_dir)
     path = saved_after(2, "llama", ssd_dir, tmp_path / "state", tier="dram")

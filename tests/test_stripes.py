@@ -103,7 +103,7 @@ def config() -> object:
 
 def session(folders: list[Path], hardware: "Hardware | str", **options: object) -> Session:
     return Session(config(), device="cpu", dtype="bf16", dram="2GiB", ssd=folders, tier="ssd", hardware=hardware, lr=1e-3,
-                   **options)
+                   micro_batch=2, **options)
 
 
 def batch(index: int) -> dict[str, torch.Tensor]:

@@ -1,5 +1,7 @@
 """The machine as a session's planner takes it: measured before, named by the user, or measured now, briefly."""
 
+from dataclasses import asdict
+
 import torch
 
 from ratel import readahead
@@ -34,13 +36,13 @@ def hardware_for(given: "str | Hardware", device: torch.device, directories: tup
 
 def _this_machine(device: torch.device, directories: tuple[str, ...]) -> Hardware:
     key = probe.key_of(device, directories, None)
-    found = load(key, probe.Probe)
+    found = load(key, probe.Probe.from_json)
     brief = {**key, "effort": "brief", "ssd": [drive for _, *drive in key["ssd"]]}  # another folder is the same drive
     if found is None:
-        found = load(brief, probe.Probe)
+        found = load(brief, probe.Probe.from_json)
     if found is None:
         readahead.wait()  # what is measured beside it would be kept for every later run
         with early.paused():
             found = probe.measure(directories, None, device, BRIEF)
-        store(brief, found)
+        store(brief, asdict(found))
     return found.hardware

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -60,6 +60,11 @@ class Probe:
     seconds: float
     """That the measurements took."""
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Probe":
+        points = tuple(tuple(point) for point in content["block_seconds"])
+        return cls(**{**content, "hardware": Hardware.from_json(content["hardware"]), "block_seconds": points})
+
 
 def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "auto", refresh: bool = False,
           effort: Effort = Effort(), progress: Callable[[str], None] = lambda text: None) -> Probe:
@@ -70,10 +75,10 @@ def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "
     """
     where, directories = require_device(device), tuple(dict.fromkeys(directories))
     key = key_of(where, directories, model)
-    found = None if refresh else load(key, Probe)
+    found = None if refresh else load(key, Probe.from_json)
     if found is None:
         found = measure(directories, model, where, effort, progress)
-        store(key, found)
+        store(key, asdict(found))
     return found
 
 
@@ -194,10 +199,15 @@ def _name(device: torch.device) -> str:
 def key_of(device: torch.device, directories: tuple[str, ...], model: Any) -> Key:
     """What a result depends on. A directory is the same as long as it is on the same device."""
     drives = [describe_directory(path) for path in directories]
-    return {"method": METHOD, "torch": str(torch.__version__), "cuda": torch.version.cuda, "cpu": describe_cpu(),
-            "gpu": _gpu_name(device), "dram_bytes": _dram_bytes(),
+    return {**processors_key(device), "dram_bytes": _dram_bytes(),
             "ssd": [[drive["path"], drive["device"], drive["file_system"]] for drive in drives],
             "model": None if model is None else _model_key(model)}
+
+
+def processors_key(device: torch.device) -> Key:
+    """What computation alone depends on."""
+    return {"method": METHOD, "torch": str(torch.__version__), "cuda": torch.version.cuda, "cpu": describe_cpu(),
+            "gpu": _gpu_name(device)}
 
 
 def _model_key(model: Any) -> str:

@@ -5,11 +5,8 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
-
-from ratel.plan.hardware import Hardware
 
 Key = dict[str, Any]
 """Everything a result depends on, as JSON has it."""
@@ -27,15 +24,13 @@ def cache_file(key: Key) -> Path:
     return cache_directory() / f"{digest[:24]}.json"
 
 
-def load(key: Key, make: Callable[..., T]) -> T | None:
-    """What was stored under this key; None if there is nothing, or nothing that can be used."""
+def load(key: Key, read: Callable[[dict[str, Any]], T]) -> T | None:
+    """What was stored under this key, as ``read`` makes it of JSON; None if there is nothing, or nothing that can be used."""
     try:
         content = json.loads(cache_file(key).read_text(encoding="utf-8"))
         if content["key"] != json.loads(json.dumps(key)):
             return None
-        result = content["result"]
-        return make(**{**result, "hardware": Hardware.from_json(result["hardware"]),
-                       "block_seconds": tuple(tuple(point) for point in result["block_seconds"])})
+        return read(content["result"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -43,13 +38,13 @@ def load(key: Key, make: Callable[..., T]) -> T | None:
         return None
 
 
-def store(key: Key, result: Any) -> None:
+def store(key: Key, result: dict[str, Any]) -> None:
     """Replaces the file at once: a reader never sees half of it. A cache that cannot be written is only said."""
     path = cache_file(key)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"key": key, "result": asdict(result)}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         log.warning("the measurements cannot be kept: %s", error)

@@ -4,6 +4,7 @@ What the second run can leave out is learned from a trace, once for every kind o
 arguments. A kind whose operations depend on values (routing to experts one by one) is always run again in full.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,6 +106,15 @@ class BlockRuns:
         if found is None:
             return guessed_profile(count_elements(self.parts.blocks[block]), hidden[..., 0].numel() // rows)
         return (plain_profile if self._runs_in_full(block) else profile_of)(found, rows)
+
+    def fingerprint(self, block: int, hidden: Tensor, inputs: BlockInputs) -> str:
+        """Of all that the time of both runs depends on but weights, values and processors."""
+        kind, form = self._key(block, hidden, inputs)
+        trace = self._traces.get((kind, form))
+        ops = [str(op.func) for op in trace.ops] if trace is not None else None
+        runs = (self._runs_in_full(block), self._is_compiled.get(kind, False), self._spiller is not None)
+        facts = (kind_of(self.parts.blocks[block]), form, ops, runs)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:
         """From now on forward keeps these results, by block: names, and the most bytes that each may take."""

@@ -1,6 +1,7 @@
 """From a model, a batch and budgets to a plan: what the pure planner needs to be told about this machine."""
 
 import gc
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
 from ratel.runtime.trial import try_out
 from ratel.units import GIB, MIB, format_bytes
+
+log = logging.getLogger(__name__)
 
 DRAM_MARGIN = 0.90
 GPU_MARGIN_BYTES = GIB
@@ -76,6 +79,8 @@ class Wishes:
     own_files: tuple[Path, ...] = ()
     """In these directories, and to be worked on further: what they take counts as free."""
     micro_batch: int | str = "auto"
+    micro_before: int | None = None
+    """Rows of a micro-batch in the run that is continued: with others its sums would round otherwise."""
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
     activations: Activations = "auto"
@@ -99,13 +104,18 @@ def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.devic
     trials = _Trials(blocks, batch, wishes, device)
     sizes = _candidates(count_rows(batch), batch, wishes.micro_batch)
     together = 1 if wishes.hardware is None else COMPARED
-    for begin in range(0, len(sizes), together):
+    groups = [sizes[begin : begin + together] for begin in range(0, len(sizes), together)]
+    if wishes.micro_before is not None and wishes.micro_batch == AUTO:
+        groups.insert(0, [wishes.micro_before])
+    for group in groups:
         try:
-            return _plan_for(trials, sizes[begin : begin + together], wishes, spills=wishes.activations == SPILL)
+            return _plan_for(trials, group, wishes, spills=wishes.activations == SPILL)
         except RatelError as error:
             failure = error
             if error.field not in ("gpu_memory", "dram" if device.type == "cpu" else ""):
                 raise
+            if group == [wishes.micro_before]:
+                log.warning("micro-batches of %d, as before, do not fit any more: with others sums round otherwise", *group)
     if wishes.activations == AUTO and failure.field == "gpu_memory" and not blocks.compiles:
         return _plan_for(trials, sizes[-1:], wishes, spills=True)
     raise failure

@@ -190,9 +190,14 @@ class Session:
     def _plan_striped(self, blocks: BlockRuns, batch: Any, machine: Hardware | None, stripes: Weights) -> Planned:
         self.machine = None if machine is None else replace(machine, stripes=stripes)
         self._io = replace(self._io, stripes=stripes)
-        wishes = replace(self._wishes, hardware=self.machine, stripes=stripes,
+        wishes = replace(self._wishes, hardware=self.machine, stripes=stripes, micro_before=self._micro_before(batch),
                          own_files=own_files(self._saved, self._commits))
         return make_plan(blocks, batch, wishes, self.device)
+
+    def _micro_before(self, batch: Any) -> int | None:
+        """Of the run whose state was loaded, if its steps had as many rows."""
+        before = self._saved.training.get("micro_batches", {}) if self._saved else {}
+        return before.get("rows_of_one") if before.get("rows") == count_rows(batch) else None
 
     def _prepare(self, batch: Any) -> Plan:
         self._shape = Shape.of(batch, count_rows(batch))
@@ -327,7 +332,8 @@ class Session:
     def _save(self, target: Target, extra: dict[str, Any] | None, wait: bool) -> None:
         self._check_usable()
         training = {"steps": self._attempts, "updates": self._updates_made, "seed": self.seed, "dtype": self.dtype,
-                    "hyper": self._hyper, "max_grad_norm": self._clip, "extra": extra or {}}
+                    "hyper": self._hyper, "max_grad_norm": self._clip, "extra": extra or {},
+                    "micro_batches": {"rows": self.plan.work.rows, "rows_of_one": self.plan.work.micro_rows}}
         self.wait_saved()
         with self._noticing():
             self._machinery.saver.request(target, training)

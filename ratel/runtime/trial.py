@@ -17,6 +17,8 @@ from torch import Tensor
 from ratel import native
 from ratel.errors import RatelError
 from ratel.hardware.host import usable_cores
+from ratel.hardware import probe_cache
+from ratel.hardware.probe import processors_key
 from ratel.hardware.timing import median_seconds
 from ratel.memory import early
 from ratel.memory.arena import Arena, region_bytes
@@ -152,16 +154,25 @@ def _kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> li
 
 def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
            device: torch.device) -> tuple[BlockProfile, ...]:
-    """With the seconds of both passes of each kind of block, nothing kept."""
+    """With the seconds of both passes of each kind of block, nothing kept.
+
+    What was measured once counts from then on: plans that followed every measurement would differ from run to run, and
+    with the size of micro-batches the rounding of sums.
+    """
     settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     parts, found, rows = blocks.parts, {}, count_rows(batch)
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
     for block in dict.fromkeys(map(blocks.first_alike, range(parts.num_blocks))):
+        key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs)}
+        found[block] = probe_cache.load(key, lambda content: (content["forward_s"], content["backward_s"]))
+        if found[block] is not None:
+            continue
         leaf = torch.randn_like(hidden).requires_grad_()
         with _random_weights(parts, block, device) as units:
             passes = (lambda: _forward(blocks, block, leaf, inputs), lambda: _backward(blocks, block, leaf, inputs, units))
-            found[block] = [median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes]
+            found[block] = tuple(median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes)
+        probe_cache.store(key, dict(zip(("forward_s", "backward_s"), found[block])))
     return tuple(replace(profile, seconds=((rows, *found[blocks.first_alike(block)]),))
                  for block, profile in enumerate(profiles))
 

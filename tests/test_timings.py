@@ -1,0 +1,30 @@
+"""What was measured of a block is kept, so that the next run plans the same and rounds its sums the same."""
+
+import pytest
+import torch
+
+from families_common import build
+from ratel.plan.hardware import load_hardware
+from ratel.runtime import trial
+from ratel.runtime.session import Session
+
+
+def planned_seconds(batch_rows: int = 2, **options: object) -> set[tuple]:
+    with Session(build("llama"), device="cpu", dtype="fp32", hardware=load_hardware("4090"), **options) as session:
+        return {profile.seconds for profile in session.plan_for(batch_rows, 16).plan.profiles}
+
+
+@pytest.mark.numerics
+def test_a_block_is_timed_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    taken = iter(range(1, 100))
+    monkeypatch.setattr(trial, "median_seconds", lambda *_, **__: float(next(taken)))
+    first = planned_seconds(micro_batch=2)
+    assert first == {((2, 1.0, 2.0),)}
+    assert planned_seconds(micro_batch=2) == first
+    assert planned_seconds(micro_batch=1) == {((1, 3.0, 4.0),)}  # another size is another time
+    assert planned_seconds(micro_batch=1, attention="eager") == {((1, 5.0, 6.0),)}
+    for file in (tmp_path / "ratel" / "hardware").iterdir():
+        file.write_text("{")
+    torch.manual_seed(0)
+    assert planned_seconds(micro_batch=2) == {((2, 7.0, 8.0),)}  # what cannot be read is measured again
