@@ -210,6 +210,77 @@ def test_a_function_may_ask_twice_or_never(window: int) -> None:
     assert all(map(torch.equal, gradients(run, spiller(window)), gradients(run)))
 
 
+def conjugates(x: Tensor, w: Tensor) -> Tensor:
+    """Saves a tensor that PyTorch conjugates only when it is read."""
+    numbers = torch.complex(x @ w, x.sin())
+    return (numbers.conj() * numbers.conj() * numbers).real
+
+
+def negates(x: Tensor, w: Tensor) -> Tensor:
+    """Saves a tensor that PyTorch negates only when it is read."""
+    return torch.tanh(x @ w) * torch.complex(x @ w, x.sin()).conj().imag
+
+
+class Marked(Tensor):
+    """A class of its own, which kernels are chosen by."""
+
+
+class NeedsMark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.detach().clone().as_subclass(Marked))
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (2.0 if isinstance(ctx.saved_tensors[0], Marked) else 3.0)
+
+
+def marks(x: Tensor, w: Tensor) -> Tensor:
+    return NeedsMark.apply(x @ w)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("window", [0, MIB])
+@pytest.mark.parametrize("run", [conjugates, negates, marks])
+def test_what_is_more_than_numbers_comes_back_as_it_was(run: Callable, window: int) -> None:
+    assert all(map(torch.equal, gradients(run, spiller(window)), gradients(run)))
+
+
+def goes_back_inside(x: Tensor, w: Tensor) -> Tensor:
+    """Uses a gradient in its forward: what that asks for is gone when the window is full."""
+    (inner,) = torch.autograd.grad(torch.tanh(x @ w).sum(), x, create_graph=True)
+    return chain(x, w) + inner
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("window", [0, 4096, 3 * 4096, MIB])
+def test_backward_may_begin_before_all_is_saved(window: int) -> None:
+    assert all(map(torch.equal, gradients(goes_back_inside, spiller(window)), gradients(goes_back_inside)))
+
+
+class WritesIntoSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.saved_tensors[0].mul_(grad)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("window", [0, MIB])
+def test_a_backward_that_writes_where_another_has_yet_to_read_is_refused(window: int) -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return WritesIntoSaved.apply(torch.tanh(x @ w))  # the result of tanh is saved by both
+
+    for found, error in ((None, RuntimeError), (spiller(window), RatelError)):
+        with pytest.raises(error, match="in.?place"):
+            gradients(run, found)
+
+
 # --- when it is chosen ------------------------------------------------------------------------------------------------
 
 

@@ -12,12 +12,13 @@ on their way out, and of storages that have come back before they were asked for
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 
 from ratel.errors import RatelError
 from ratel.memory.lanes import Event, Lanes
@@ -45,6 +46,8 @@ class _Spilled:
     moved: Event
     uses: int = 0
     """Saved tensors that backward has not asked for yet."""
+    given: list[tuple[Tensor, int]] = field(default_factory=list)
+    """What backward was given of the memory on the GPU, and the versions: it is there to be read by others, too."""
     is_ahead: bool = False
     """On the GPU again, and not asked for yet."""
 
@@ -52,8 +55,16 @@ class _Spilled:
     def num_bytes(self) -> int:
         return self.host.numel()
 
+    def check_unchanged(self) -> None:
+        """Raises RatelError if what is on the GPU is not what was saved."""
+        if self.original is not None:
+            _check_unchanged(self.original, self.version)
+        for tensor, version in self.given:
+            _check_unchanged(tensor, version)
+
     def let_go(self) -> None:
         self.original = self.on_gpu = None
+        self.given.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +136,9 @@ class Spiller:
     def _may_leave(self, tensor: Tensor) -> bool:
         if tensor.layout is not torch.strided or tensor.device.type == "cpu" and self._lanes.is_cuda:
             return False
+        # A view would come back without what is not in its numbers: that they are to be conjugated or negated, its class.
+        if tensor.is_conj() or tensor.is_neg() or type(tensor) not in (Tensor, Parameter):
+            return False
         storage = tensor.untyped_storage()
         return storage.nbytes() >= self._spill.least_bytes and storage._cdata not in self._own
 
@@ -160,7 +174,7 @@ class Spiller:
             oldest = self._leaving.popleft()
             self._leaving_bytes -= oldest.num_bytes
             oldest.moved.synchronize()
-            _check_unchanged(oldest.original, oldest.version)
+            oldest.check_unchanged()
             oldest.let_go()
 
     # --- back ---------------------------------------------------------------------------------------------------
@@ -172,8 +186,7 @@ class Spiller:
         spilled = packed.spilled
         if spilled.on_gpu is None:
             self._fetch(spilled)
-        elif spilled.original is not None:
-            _check_unchanged(spilled.original, spilled.version)
+        spilled.check_unchanged()
         if spilled.is_ahead:
             spilled.is_ahead = False
             self._ahead_bytes -= spilled.num_bytes
@@ -182,6 +195,7 @@ class Spiller:
         self._lanes.wait("compute", spilled.moved)
         tensor = torch.empty(0, dtype=packed.dtype, device=spilled.on_gpu.device)
         tensor.set_(spilled.on_gpu, packed.offset, packed.shape, packed.stride)
+        spilled.given.append((tensor, tensor._version))
         spilled.uses -= 1
         if spilled.uses <= 0:  # a function of the user's own may ask again: then it is fetched again
             spilled.let_go()
