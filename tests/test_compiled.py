@@ -34,6 +34,29 @@ def test_a_compiled_run_does_what_an_eager_one_does(family: str, backend, tmp_pa
 
 
 @pytest.mark.numerics
+def test_every_run_of_a_block_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, run = [], CompiledBlocks.run
+
+    def noting(compiled: CompiledBlocks, block: int, *args: Any) -> torch.Tensor:
+        runs.append((block, torch.is_grad_enabled()))
+        return run(compiled, block, *args)
+
+    monkeypatch.setattr(session_module, "CompiledBlocks", lambda parts: CompiledBlocks(parts, "aot_eager"))
+    monkeypatch.setattr(CompiledBlocks, "run", noting)
+    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
+    model, _ = make("gpt2-dropout")
+    forward = [(block, False) for block in range(3)]
+    with Session(model, device="cpu", dtype="fp32", compile="on") as session:
+        session.prepare(2, 8)
+        runs.clear()
+        session.step(batch)
+        assert runs == forward + [(block, True) for block in (2, 1, 0)]
+        runs.clear()
+        session.evaluate([batch])
+        assert runs == forward
+
+
+@pytest.mark.numerics
 def test_what_depends_on_values_is_not_compiled(backend, tmp_path: Path, caplog) -> None:
     backend("aot_eager")
     assert_same(train("routing", tmp_path, "cpu", compile="on"), train("routing", tmp_path, "cpu"))

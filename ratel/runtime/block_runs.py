@@ -130,7 +130,7 @@ class BlockRuns:
         """Forward. What the block keeps is given to ``save`` while it runs."""
         known = self._key(block, hidden, inputs) in self._traces  # else it is learned in backward
         if not known or not self._kept[block] or self._runs_in_full(block):
-            return self._whole(block, hidden, inputs)
+            return self.plain(block, hidden, inputs)
         # With a graph, as in the second run: without one, attention leaves out what its backward needs.
         with torch.enable_grad():
             return self._record(block, micro, hidden.detach().requires_grad_(), inputs.with_leaves(), save).detach()
@@ -154,7 +154,7 @@ class BlockRuns:
                                  f"({error}): its gradient would be wrong", field="model",
                                  remedy="Make its forward depend on its arguments and weights alone") from error
         if self._runs_in_full(block) or self._key(block, hidden, inputs) in self._too_large:
-            return self._whole(block, hidden, inputs)
+            return self.plain(block, hidden, inputs)
         if self._key(block, hidden, inputs) not in self._traces:
             return self._run_traced(block, hidden, inputs, keep_graph=True)
         try:
@@ -164,7 +164,8 @@ class BlockRuns:
         seed()
         return self.parts.block(block, hidden, inputs)
 
-    def _whole(self, block: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+    def plain(self, block: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
+        """Run it, compiled if its kind is. Keeps nothing, leaves nothing out."""
         run = self._compiled.run if self._is_compiled.get(self._kinds[block]) else self.parts.block
         return run(block, hidden, inputs)
 

@@ -96,7 +96,7 @@ class VerticalStep:
             micro.hidden = run(block, micro)
 
     def _forward_plain(self, block: int, micro: Micro) -> Tensor:
-        return self._parts.block(block, micro.hidden, micro.inputs)
+        return self._blocks.plain(block, micro.hidden, micro.inputs)
 
     def _forward_saving(self, block: int, micro: Micro) -> Tensor:
         self._activations.begin()
