@@ -9,6 +9,7 @@ import torch
 import nvme_ds
 from families_common import batches, build
 from nvme_ds import AlignedBuffer, Engine
+from ratel.errors import RatelError
 from ratel.plan.timeline import Span, Timeline
 from ratel.plan.traffic import step_traffic
 from ratel.runtime.session import Session
@@ -179,3 +180,16 @@ def test_clocks_agree() -> None:
     for span, (begun_s, ended_s) in zip(spans, readings):
         assert begun_s - 50e-6 <= span.begin_s <= span.end_s <= ended_s + 50e-6
         assert begun_s <= span.launched_s <= ended_s
+
+
+def test_a_batch_that_is_refused_leaves_nothing_on(ssd_dir: Path) -> None:
+    """A record that nobody ends would grow with every step after it."""
+    batch = batches("llama", 1)[0]
+    with open_session(ssd_dir) as session:
+        session.step(batch)
+        with pytest.raises(RatelError, match="no token"):
+            session.step({**batch, "labels": torch.full_like(batch["input_ids"], -100)}, trace=True)
+        assert not session._machinery.exchange.tracing.is_on
+        assert session._machinery.lanes._traced is None
+        session.step(batch)
+        assert session._machinery.engine.spans() == ([], 0)

@@ -242,12 +242,12 @@ class Session:
         """
         begun = perf_counter()
         batch = self._ready(batch)
-        recording = Recording(self._machinery) if trace else None
         targets = step_targets(batch) if self.parts.is_causal_lm else 0
         tokens = _count_tokens(batch)
         micros = split(batch, self.plan.work.micro_rows, self.device)
         lr = self.lr if lr is None else lr
         hyper = Hyper(lr=lr, step=self._updates_made + 1, **self._hyper)
+        recording = Recording(self._machinery) if trace else None  # last: what is refused must not leave it on
         with self._protected():
             done = self._training.step(micros, targets=targets, attempt=self._attempts, hyper=hyper)
         self._attempts += 1
