@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ratel import cli, models, native, readahead, startup
+from ratel import cli, models, native, readahead, startup, train
+from ratel.config import TrainConfig
 from ratel.errors import RatelError
 from ratel.memory import early
 from ratel.memory.arena import Arena, region_bytes
@@ -18,7 +19,8 @@ from ratel.models import stored_bits
 from ratel.models.stored_bits import Run, StoredBits
 from ratel.runtime import weight_import
 from ratel.runtime.session import Session
-from ratel.units import MIB
+from ratel.train import ahead
+from ratel.units import GIB, MIB
 
 STATES = ("hi", "lo", "m", "v")
 
@@ -206,6 +208,43 @@ def test_mapping_ahead_ends_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatc
     assert early.take(1) is None and not any(t.name == "ratel-early" for t in threading.enumerate())
     early.begin(0, 1)
     assert early.take(1) is None
+
+
+@pytest.fixture
+def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes that runs have wanted mapped, as on a machine with an NVIDIA GPU."""
+    asked, begin = [], early.begin
+
+    def noting(num_bytes: int, threads: int) -> None:
+        asked.append(num_bytes)
+        begin(min(num_bytes, 16 * MIB), threads)
+
+    monkeypatch.setattr(readahead, "_current", None)
+    monkeypatch.setattr(ahead, "_NVIDIA", Path("/"))
+    monkeypatch.setattr(early, "begin", noting)
+    return asked
+
+
+@pytest.mark.native
+def test_a_run_that_is_refused_gives_back_what_was_mapped_for_it(checkpoint: Path, tmp_path: Path,
+                                                                 asked_ahead: list[int]) -> None:
+    with pytest.raises(RatelError, match="nothing.txt"):
+        train(str(checkpoint), str(tmp_path / "nothing.txt"), out=str(tmp_path / "out"), dtype="bf16", quiet=True)
+    assert asked_ahead and early._current is None
+    assert not any(thread.name == "ratel-early" for thread in threading.enumerate())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dram", [None, 6 * GIB, 1 << 50])
+def test_no_more_is_mapped_than_budget_and_machine_have(dram: int | None, checkpoint: Path, asked_ahead: list[int],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_STATES_PER_WEIGHT", 1 << 30)  # a large model
+    monkeypatch.setattr(ahead, "available_memory", lambda: 10 * GIB)
+    try:
+        ahead.begin_ahead(TrainConfig(model=str(checkpoint), dram=dram))
+    finally:
+        ahead.end_ahead()
+    assert asked_ahead == [min(dram or 9 * GIB, 9 * GIB) - 4 * GIB]
 
 
 @pytest.mark.native

@@ -27,5 +27,12 @@ def begin_ahead(config: TrainConfig) -> None:
     is_new = readahead.begin(files, free_bytes // 2)
     if is_new and config.tier in ("auto", "dram") and config.device != "cpu" and _NVIDIA.exists():
         weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
-        budget = (config.dram or int(0.9 * free_bytes)) - _PROCESS_BYTES
+        most = int(0.9 * free_bytes)  # a budget may be larger than the machine, for a run that does not use it up
+        budget = min(config.dram or most, most) - _PROCESS_BYTES
         early.begin(min(_STATES_PER_WEIGHT * weight_bytes, budget), max(1, usable_cores() - 1))
+
+
+def end_ahead() -> None:
+    """What nobody has taken is not wanted: the run is over, or was refused."""
+    early.drop()
+    readahead.end()

@@ -11,7 +11,7 @@ from ratel.config import TrainConfig
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.session import Session
-from ratel.train.ahead import begin_ahead
+from ratel.train.ahead import begin_ahead, end_ahead
 from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
 from ratel.train.interrupt import Interrupted
@@ -43,6 +43,13 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
         eval_data: Any = None) -> TrainResult:
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
     begin_ahead(config)
+    try:
+        return _run(config, model, data, loss_fn, tokenizer, eval_data)
+    finally:
+        end_ahead()  # a caller that goes on after a refusal needs its memory
+
+
+def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: Any, eval_data: Any) -> TrainResult:
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
