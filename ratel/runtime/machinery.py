@@ -109,6 +109,8 @@ class Machinery:
 
     def import_weights(self) -> None:
         """Bring every unit from the model's source to its tier; moments are zero."""
+        # Threads have streams of their own: what made the planes on the GPU zeros must not come after what they bring.
+        self.lanes.synchronize()
         import_weights(self._parts, self.plan.spec, self.store, self.transfer)
         self._imported()
 
