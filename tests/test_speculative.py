@@ -4,6 +4,7 @@ Steps are made to guess wrongly on purpose: what a guess is based on is replaced
 """
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from ratel.errors import RatelError
 from ratel.memory import jitter
 from ratel.plan.plan import Buffers
 from ratel.plan.schedule import Gather
+from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.saver import Saver
 from ratel.runtime.session import Session, StepResult
 from ratel.runtime.state import SavedState
-from ratel.runtime.training import REMEMBERED_STEPS, expects_no_scaling
+from ratel.runtime.step import VerticalStep
+from ratel.runtime.training import REMEMBERED_STEPS, Training, expects_no_scaling
 from ratel.runtime.update_jobs import Chunk, Job
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostSlot
@@ -413,3 +416,50 @@ def test_every_family_can(guess: Callable, share: Callable, ssd_dir: Path) -> No
     for family in CAUSAL:
         expected = run(ssd_dir, family, optimizer="deferred", tier="dram", max_grad_norm=1.0, steps=2)
         assert_same(run(ssd_dir, family, max_grad_norm=1.0, placement=MIXED, steps=2), expected)
+
+
+# --- steps that break off ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("guess", "share")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", [(VerticalStep, "_turn"), (VerticalStep, "_backward_pre"), (Gradients, "total_norm"),
+                                   (OptimizerPipeline, "decide")], ids=lambda where: where[1])
+@pytest.mark.parametrize("place", ["dram", "ssd, one of each buffer"])
+def test_a_step_that_breaks_off_ends_the_session(place: str, where: tuple[type, str], error: type[BaseException], ssd_dir: Path,
+                                                 tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anywhere between asking for early updates and deciding about them: nothing waits for a decision that never comes, and
+    no later step is made on states that nobody knows. A commit is being made meanwhile."""
+    before, (one, other) = set(threading.enumerate()), batches("llama", 2)
+
+    def broken(*_: Any) -> None:
+        raise error("broken off")
+
+    with within(), jitter.injected(0.002, seed=0):
+        session = open_session(ssd_dir, max_grad_norm=NEVER, durable="step", commits=tmp_path / "commits", **PLACES[place])
+        session.step(one)
+        session.commit()
+        monkeypatch.setattr(*where, broken)
+        with pytest.raises(error, match="broken off"):
+            session.step(other)
+        with pytest.raises(RatelError, match="ended with an earlier error"):
+            session.step(other)
+        session.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_an_interrupt_before_a_step_is_counted_ends_the_session_too(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next step would have its number, and its correction of the moments' bias."""
+    class Interrupts:
+        @property
+        def applied(self) -> bool:
+            raise KeyboardInterrupt("not counted")
+
+    step, (one, other) = Training.step, batches("llama", 2)
+    with open_session(ssd_dir, max_grad_norm=NEVER, tier="dram") as session:
+        session.step(one)
+        monkeypatch.setattr(Training, "step", lambda *args, **more: [step(*args, **more), Interrupts()][1])
+        with pytest.raises(KeyboardInterrupt, match="not counted"):
+            session.step(other)
+        with pytest.raises(RatelError, match="ended with an earlier error"):
+            session.step(other)

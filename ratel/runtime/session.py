@@ -250,8 +250,8 @@ class Session:
         recording = Recording(self._machinery) if trace else None  # last: what is refused must not leave it on
         with self._protected():
             done = self._training.step(micros, targets=targets, attempt=self._attempts, hyper=hyper)
-        self._attempts += 1
-        self._updates_made += done.applied
+            self._attempts += 1  # here, since an interrupt between a step and its counting must end the session, too
+            self._updates_made += done.applied
         usage = self._meter.read()
         seconds = perf_counter() - begun
         return StepResult(step=self._attempts, loss=done.loss, grad_norm=done.grad_norm, lr=lr, tokens=tokens,
