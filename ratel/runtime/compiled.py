@@ -16,7 +16,7 @@ from ratel.models.inputs import BlockInputs
 INDUCTOR = "inductor"
 
 VARIANTS = 64
-"""Programs of one piece of code: kinds of blocks, with and without a graph, full and last micro-batch, training or not.
+"""Programs of one piece of code: kinds of blocks, with and without a graph, full and last micro-batch.
 PyTorch stops at 8, and would run the others uncompiled without a word."""
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}

@@ -92,10 +92,13 @@ class VerticalStep:
             micro.hidden = micro.hidden.contiguous()
             self._activations.save((block, micro.index, INPUT), [micro.hidden])
         with self._computing(stage, micro, step, "forward"):
-            run = self._forward_saving if save and len(self._plan.saved_of(block)) > 1 else self._forward_plain
-            micro.hidden = run(block, micro)
+            micro.hidden = self._run_forward(block, micro, save)
 
-    def _forward_plain(self, block: int, micro: Micro) -> Tensor:
+    def _run_forward(self, block: int, micro: Micro, save: bool) -> Tensor:
+        if not save:  # what is compiled was tried in training: an evaluation must not end a run with the compiler's errors
+            return self._parts.block(block, micro.hidden, micro.inputs)
+        if len(self._plan.saved_of(block)) > 1:
+            return self._forward_saving(block, micro)
         return self._blocks.plain(block, micro.hidden, micro.inputs)
 
     def _forward_saving(self, block: int, micro: Micro) -> Tensor:
