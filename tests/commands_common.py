@@ -61,6 +61,8 @@ class Command:
 def start(*arguments: object, code: str | None = None) -> Command:
     """``ratel ARGUMENTS``, or Python code that finds the arguments in ``sys.argv[1:]``."""
     directory = Path(tempfile.mkdtemp(dir=_directory().name))
+    for name in ("out", "err"):  # there from the start for whoever asks early
+        (directory / name).touch()
     request = {"directory": os.fspath(directory), "arguments": [*map(str, arguments)], "code": code}
     _server().stdin.write(json.dumps(request) + "\n")
     _server().stdin.flush()
