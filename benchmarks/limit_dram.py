@@ -221,8 +221,10 @@ def run(command: list[str], limit_bytes: int, method: str, machine: Machine = Ma
     with limit_dram(limit_bytes, method, machine) as limit:
         print(f"limit_dram: {format_bytes(limit_bytes)} for {command[0]}, {format_bytes(limit.taken_bytes)} taken away "
               f"({method}), {format_bytes(machine.available_bytes())} available", file=sys.stderr)
-        child = subprocess.Popen(limit.enter(command), preexec_fn=_die_with_parent)
-        with _passing_signals(child):
+        with _passing_signals() as passing:
+            child = passing.child = subprocess.Popen(limit.enter(command), preexec_fn=_die_with_parent)
+            if passing.was_asked:
+                child.terminate()
             status = child.wait()
     if limit.watcher.returncode != 0:
         print("limit_dram: the memory came back before the command ended: do not trust its result", file=sys.stderr)
@@ -230,14 +232,28 @@ def run(command: list[str], limit_bytes: int, method: str, machine: Machine = Ma
     return status if status >= 0 else 128 - status
 
 
+class _Passing:
+    """SIGTERM to the command, if there is one yet."""
+
+    child: subprocess.Popen | None = None
+    was_asked = False
+
+    def ask(self, *_: object) -> None:
+        self.was_asked = True
+        if self.child is not None:
+            self.child.terminate()
+
+
 @contextmanager
-def _passing_signals(child: subprocess.Popen) -> Iterator[None]:
+def _passing_signals() -> Iterator[_Passing]:
     """Ctrl-C reaches the command by itself, SIGTERM is passed on, and this program waits in both cases. Not ignored but
-    handled: a command would inherit that a signal is ignored."""
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
+    handled: a command would inherit that a signal is ignored. From before there is a command, whose first word may be what
+    somebody waits for who then ends this program."""
+    passing = _Passing()
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: passing.ask}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield passing
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
