@@ -6,8 +6,8 @@ Steps are made to guess wrongly on purpose: what a guess is based on is replaced
 import random
 import threading
 import time
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
