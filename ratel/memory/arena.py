@@ -2,8 +2,9 @@
 
 Anonymous memory (transparent huge pages where the kernel gives them), touched by several threads, then registered with
 CUDA in one call. The kernel clears 4 to 5 GB/s, so a thread of the arena's own does both while its parts are handed out
-and filled: fresh memory is zero, and whoever writes to a page first maps it. Registering own memory is exact to the page, where a caching pinned allocator rounds each request up to
-a power of two, and several times faster than asking CUDA for pinned memory.
+and filled: fresh memory is zero, and whoever writes to a page first maps it. Registering own memory is exact to the page,
+where a caching pinned allocator rounds each request up to a power of two, and several times faster than asking CUDA for
+pinned memory.
 """
 
 import threading

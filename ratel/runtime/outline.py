@@ -92,7 +92,8 @@ class Outline:
             peaks.append(self._run_tail(shapes, hidden, batch))
         return MicroOutline(
             rows=rows, hidden_bytes=hidden.nbytes, accumulators=self._chunk_accumulators(rows, seq_len),
-            activation_bytes=max(peaks) + (LIBRARY_BYTES if on_cuda else 0), spill=spill and replace(spill, region_bytes=max(used for _, used in runs)),
+            activation_bytes=max(peaks) + (LIBRARY_BYTES if on_cuda else 0),
+            spill=spill and replace(spill, region_bytes=max(used for _, used in runs)),
             profiles=tuple(profiles[_kind(self.spec, stage)] for stage in self._blocks()))
 
     def _blocks(self) -> list[StageSpec]:

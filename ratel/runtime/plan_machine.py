@@ -88,5 +88,6 @@ def _other_machine(config: TrainConfig, hardware: Hardware, ssds: int | None, ss
     return Machine(hardware=with_cap(hardware, config.ssd_bandwidth),
                    gpu_budget=config.gpu_memory or hardware.gpu_bytes - GPU_MARGIN_BYTES - CONTEXT_BYTES,
                    dram_budget=config.dram or int(hardware.dram_bytes * DRAM_MARGIN),
-                   ssd_budget=(ssd_space or UNLIMITED) if count else None, capacities=(ssd_space // count,) * count if ssd_space and count else (),
+                   ssd_budget=(ssd_space or UNLIMITED) if count else None,
+                   capacities=(ssd_space // count,) * count if ssd_space and count else (),
                    notes=tuple(notes))

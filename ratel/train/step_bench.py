@@ -117,7 +117,8 @@ def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start
         "losses": [out.loss for out in outs], "grad_norms": [out.grad_norm for out in outs],
         "units_on_gpu": sum(place.on_gpu for place in session.plan.placements), "units": len(spec.units),
         "plan": {key: value for key, value in session.plan.to_json().items() if key != "units"},
-        "hardware": {**session.hardware, **_versions()},
+        "hardware": {**session.hardware, **_versions(),  # without the names of directories
+                     "ssd_stripes": [*session.hardware.get("ssd_stripes", {}).values()]},
     }
 
 
