@@ -7,8 +7,7 @@ from ratel.runtime.session import Session
 from families_common import CAUSAL, ROWS, Reference, batches, build, loss_fn_of
 
 pytestmark = pytest.mark.numerics
-LR, DECAY = 1e-3, 0.1
-STEPS = 20
+STEPS, LR, DECAY = 20, 1e-3, 0.1
 FAMILIES = [*CAUSAL, "patches"]
 NEVER, ALWAYS = 1e9, 1e-2
 
@@ -17,14 +16,10 @@ NEVER, ALWAYS = 1e9, 1e-2
 REORDERED = {("llama-tied", 1), ("gpt2", 1), ("gemma2", 1)}
 
 
-def data(family: str) -> list[dict[str, torch.Tensor]]:
-    return batches(family, STEPS)
-
-
 def run_session(family: str, ssd: str, **options) -> tuple[list, dict[str, torch.Tensor]]:
     session = Session(build(family), loss_fn=loss_fn_of(family), lr=LR, weight_decay=DECAY, device="cpu", ssd=ssd, **options)
     with session:
-        outs = [session.step(batch) for batch in data(family)]
+        outs = [session.step(batch) for batch in batches(family, STEPS)]
         return outs, session.state_dict()
 
 
@@ -33,7 +28,7 @@ def run_session(family: str, ssd: str, **options) -> tuple[list, dict[str, torch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_equals_torch(family: str, clip: float, micro_rows: int, ssd_dir) -> None:
     reference = Reference(family, dtype=torch.float32, clip=clip, lr=LR, weight_decay=DECAY, micro_rows=micro_rows)
-    expected = [reference.step(batch) for batch in data(family)]
+    expected = [reference.step(batch) for batch in batches(family, STEPS)]
     outs, weights = run_session(family, ssd_dir, dtype="fp32", max_grad_norm=clip, micro_batch=micro_rows, tier="ssd")
     assert all(out.grad_norm > ALWAYS for out in outs) and not any(out.skipped for out in outs)
     for (loss, norm), out in zip(expected, outs, strict=True):
@@ -50,7 +45,7 @@ def test_fp32_equals_torch(family: str, clip: float, micro_rows: int, ssd_dir) -
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "patches"])
 def test_bf16_equals_torch(family: str, micro_rows: int, ssd_dir) -> None:
     reference = Reference(family, dtype=torch.bfloat16, clip=0.5, lr=LR, weight_decay=DECAY, micro_rows=micro_rows)
-    expected = [reference.step(batch) for batch in data(family)]
+    expected = [reference.step(batch) for batch in batches(family, STEPS)]
     outs, weights = run_session(family, ssd_dir, dtype="bf16", max_grad_norm=0.5, micro_batch=micro_rows, tier="ssd")
     for (loss, norm), out in zip(expected, outs, strict=True):
         assert out.loss == pytest.approx(loss, rel=1e-5)
