@@ -9,7 +9,7 @@ from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPla
                                   forced_placements, plane_bytes, weight_class)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.plan.saved import Spill
-from ratel.plan.shape import ModelSpec
+from ratel.plan.shape import ModelSpec, forward_order
 from ratel.units import format_bytes
 
 
@@ -149,7 +149,7 @@ def _fill(request: Request) -> tuple[UnitPlacement, ...]:
 
 def _fill_gpu(request: Request, placements: list[UnitPlacement]) -> None:
     """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
-    order = sorted(request.spec.units, key=lambda u: (u.kind != "shared", u.index))
+    order = forward_order(request.spec.units)
     for unit in order:
         before = placements[unit.index]
         placements[unit.index] = UnitPlacement.all_on(GPU)

@@ -14,7 +14,7 @@ from ratel.plan.compute import GpuSeconds
 from ratel.plan.placement import DRAM, GPU, closed_first, weight_class
 from ratel.plan.plan import Plan
 from ratel.plan.schedule import Gather, gathers
-from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.shape import StageSpec, UnitSpec, closing_units, forward_order
 from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
                                 spill_traffic, update_traffic)
 
@@ -54,21 +54,10 @@ def follow(plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> Times:
     return times
 
 
-def closing_units(plan: Plan) -> dict[int, list[UnitSpec]]:
-    """By stage: the trained units whose gradients are complete when its backward pass is."""
-    closing: dict[int, list[UnitSpec]] = {s.index: [] for s in plan.spec.stages}
-    seen: set[int] = set()
-    for stage in plan.spec.stages:
-        fresh = [plan.spec.units[u] for u in stage.units if u not in seen]
-        closing[stage.index] = [u for u in fresh if u.num_trainable]
-        seen.update(u.index for u in fresh)
-    return closing
-
-
 def update_order(plan: Plan) -> list[UnitSpec]:
     """Units that the CPU updates after backward, in the order in which forward needs them."""
     units = closed_first(plan.spec, plan.placements)
-    return sorted((u for u in units if not plan.updates_early(u)), key=lambda u: (u.kind != "shared", u.index))
+    return forward_order(u for u in units if not plan.updates_early(u))
 
 
 def step_schedule(plan: Plan) -> list[Gather]:
@@ -122,7 +111,7 @@ class _Steps:
         # All that is asked for again and again in every step is found once: a search follows a thousand plans.
         off_gpu = [not place.on_gpu for place in plan.placements]
         self._streamed = {s.index: [u for u in s.units if off_gpu[u]] for s in plan.spec.stages}
-        self._closing = {stage: [u for u in units if off_gpu[u.index]] for stage, units in closing_units(plan).items()}
+        self._closing = {stage: [u for u in units if off_gpu[u.index]] for stage, units in closing_units(plan.spec).items()}
         self._early = [plan.updates_early(u) for u in plan.spec.units]
         self._classes = [weight_class(u) for u in plan.spec.units]
         self._weights = [gather_traffic(plan, u.index) for u in plan.spec.units]

@@ -16,6 +16,7 @@ from ratel.plan.cost import Prediction, predict_below
 from ratel.plan.hardware import Hardware
 from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements
 from ratel.plan.plan import Buffers, Plan
+from ratel.plan.shape import forward_order
 
 LEAN = Buffers(weight_slots=2, grad_slots=1, host_weight_slots=2, host_grad_slots=2, ring_slots=2, chunk_elements=1 << 20,
                checkpoint_slots=2)
@@ -217,7 +218,7 @@ def _fill_gpu(request: Request, checkpoints: tuple[str, ...]) -> tuple[UnitPlace
 def _on_gpu(request: Request, count: int) -> tuple[UnitPlacement, ...]:
     """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
     rest = _off_gpu(request)
-    order = sorted(request.spec.units, key=lambda u: (u.kind != "shared", u.index))
+    order = forward_order(request.spec.units)
     chosen = {unit.index for unit in order[:count]}
     return tuple(UnitPlacement.all_on(GPU) if u.index in chosen else rest for u in request.spec.units)
 

@@ -104,11 +104,22 @@ def closing_stages(spec: ModelSpec) -> dict[int, int]:
     return closing
 
 
+def closing_units(spec: ModelSpec) -> dict[int, list[UnitSpec]]:
+    """By stage: the trained units whose gradients are complete when its backward pass is."""
+    closing = closing_stages(spec)
+    return {stage.index: [unit for unit in map(spec.units.__getitem__, stage.units)
+                          if unit.num_trainable and closing[unit.index] == stage.index] for stage in spec.stages}
+
+
 def closing_order(spec: ModelSpec) -> list[UnitSpec]:
     """Trained units in the order in which their gradients become complete."""
-    closing = closing_stages(spec)
-    return [unit for stage in reversed(spec.stages) for unit in map(spec.units.__getitem__, stage.units)
-            if unit.num_trainable and closing[unit.index] == stage.index]
+    closing = closing_units(spec)
+    return [unit for stage in reversed(spec.stages) for unit in closing[stage.index]]
+
+
+def forward_order(units: Iterable[UnitSpec]) -> list[UnitSpec]:
+    """As forward needs them: what several stages share comes first."""
+    return sorted(units, key=lambda unit: (unit.kind != "shared", unit.index))
 
 
 def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec]) -> UnitSpec:

@@ -14,9 +14,9 @@ from ratel.plan.events import Event, Pool, Process, Queue, TwoWay
 from ratel.plan.hardware import Hardware
 from ratel.plan.placement import closed_first, plane_bytes, weight_class
 from ratel.plan.plan import Plan
-from ratel.plan.recurrence import CLASSES, COPIES_BEHIND, closing_units, step_schedule, update_order
+from ratel.plan.recurrence import CLASSES, COPIES_BEHIND, step_schedule, update_order
 from ratel.plan.schedule import Gather
-from ratel.plan.shape import StageSpec, UnitSpec
+from ratel.plan.shape import StageSpec, UnitSpec, closing_units
 from ratel.plan.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
 from ratel.plan.timeline import Span
 from ratel.plan.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
@@ -56,7 +56,7 @@ class _Engine:
 
     def __init__(self, plan: Plan, machine: Machine) -> None:
         self._plan, self._m, self._clock = plan, machine, machine.clock
-        self._rows, self._closing, self._schedule = micro_rows(plan), closing_units(plan), step_schedule(plan)
+        self._rows, self._closing, self._schedule = micro_rows(plan), closing_units(plan.spec), step_schedule(plan)
         self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
         self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
         slots = plan.buffers.checkpoint_slots

@@ -8,9 +8,9 @@ import torch
 
 from ratel import native
 from ratel.errors import NonFiniteError
-from ratel.plan.plan import Plan
 from ratel.plan.placement import closed_first
-from ratel.plan.shape import UnitSpec
+from ratel.plan.plan import Plan
+from ratel.plan.shape import UnitSpec, forward_order
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.gradients import Moved
 from ratel.runtime.machinery import Machinery
@@ -93,7 +93,7 @@ class Training:
         done = {unit.index for unit in early}
         late = again + [u for u in self._plan.spec.units if u.num_trainable and u.index not in done]
         if finite:
-            self._submit(hyper, sorted(late, key=lambda u: (u.kind != "shared", u.index)))
+            self._submit(hyper, forward_order(late))
         else:
             for unit in late:
                 if not self._plan.placement(unit).on_gpu:
