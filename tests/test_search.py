@@ -8,6 +8,7 @@ import pytest
 
 from plan_common import faster, gpt_spec, random_hardware
 from ratel.errors import RatelError
+from ratel.plan import search as search_module
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.choose import Request, choose
 from ratel.plan.cost import predict
@@ -118,6 +119,18 @@ def test_the_search_is_never_worse_than_the_simple_rule() -> None:
 def test_the_same_question_gets_the_same_plan() -> None:
     requests, hardware = random_requests(3), random_hardware(3)
     assert search(requests, hardware) == search(requests, hardware)
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "speculative", "deferred"])
+def test_what_is_left_out_would_not_have_been_chosen(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds at which plans that are slow without early updates are the only ones with room for them are among these."""
+    def chosen(seed: int) -> Choice | None:
+        return found([replace(request, optimizer=optimizer) for request in random_requests(seed)], random_hardware(seed))
+
+    seeds = (3, 7, 43, 50, 54)
+    pruned = [chosen(seed) for seed in seeds]
+    monkeypatch.setattr(search_module, "predict_below", lambda plan, hardware, limit_s: predict(plan, hardware))
+    assert pruned == [chosen(seed) for seed in seeds] and any(pruned)
 
 
 def test_what_fits_nowhere_is_refused_with_the_budget_that_is_short() -> None:

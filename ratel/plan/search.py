@@ -67,7 +67,8 @@ def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
 def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
     may_speculate = request.optimizer in ("auto", "speculative")
     deferred = replace(request, optimizer="deferred") if may_speculate else request
-    tried = _Tried(hardware)
+    # Where early updates are asked for, a plan that is slow without them is not out of the question.
+    tried = _Tried(hardware, stops_at_best=request.optimizer != "speculative")
     tried.add(candidates(deferred))
     if tried.best is None:
         return None
@@ -76,8 +77,7 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
         return tried.result
     early = _Tried(hardware)
     # Where the CPU updates nothing, there is nothing to speculate on.
-    only_early = request.optimizer == "speculative" and tried.has_late_updates
-    if not only_early:
+    if request.optimizer == "auto" or not any(closed_first(c.plan.spec, c.plan.placements) for c in tried.predicted):
         early.best = tried.best
     for choice in sorted(tried.predicted, key=_step_s):
         if choice.prediction.bound_s < early.best_s:  # else it cannot be better with early updates either
@@ -87,14 +87,13 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
 
 
 class _Tried:
-    """Plans of one size of micro-batches, predicted as far as they may be the best so far."""
+    """Plans of one size of micro-batches. With ``stops_at_best`` they are predicted as far as they may be the best so far."""
 
-    def __init__(self, hardware: Hardware) -> None:
-        self._hardware = hardware
+    def __init__(self, hardware: Hardware, *, stops_at_best: bool = True) -> None:
+        self._hardware, self._stops_at_best = hardware, stops_at_best
         self.best: Choice | None = None
         self.predicted: list[Choice] = []
         self.considered = 0
-        self.has_late_updates = False
 
     @property
     def best_s(self) -> float:
@@ -107,8 +106,7 @@ class _Tried:
     def add(self, plans: Iterable[Plan]) -> None:
         for plan in plans:
             self.considered += 1
-            self.has_late_updates |= bool(closed_first(plan.spec, plan.placements))
-            prediction = predict_below(plan, self._hardware, self.best_s)
+            prediction = predict_below(plan, self._hardware, self.best_s if self._stops_at_best else float("inf"))
             if prediction is None:
                 continue
             self.predicted.append(Choice(plan=plan, prediction=prediction, considered=1))
