@@ -180,7 +180,7 @@ def pool() -> Iterator["native.op_ds.Pool"]:
 @pytest.mark.parametrize("num_bytes", [3 * MIB, 40 * MIB, 90 * MIB])
 def test_an_arena_takes_memory_that_was_mapped_ahead(num_bytes: int, pool: "native.op_ds.Pool",
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "_PIECE_BYTES", MIB)
+    monkeypatch.setattr(early, "TOUCHED_BYTES", MIB)
     before = resident_bytes()
     early.begin(64 * MIB, 2)
     until = time.monotonic() + 30
@@ -200,7 +200,7 @@ def test_an_arena_takes_memory_that_was_mapped_ahead(num_bytes: int, pool: "nati
 
 @pytest.mark.native
 def test_mapping_ahead_ends_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "_PIECE_BYTES", MIB)
+    monkeypatch.setattr(early, "TOUCHED_BYTES", MIB)
     early.begin(1 << 62, 1)  # more than there is
     assert early.take(1) is None
     early.begin(8 << 30, 1)

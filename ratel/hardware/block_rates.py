@@ -28,7 +28,7 @@ def measure_block(parts: Parts, batches: Sequence[tuple[int, Any]], device: torc
     """
     block = largest_block(parts) if block is None else block
     points: list[tuple[int, float, float]] = []
-    with _generators_restored(device), _weights(parts, block, device, _initialised):
+    with _generators_restored(device), attached(parts, block, device, initialised):
         for rows, batch in batches:
             try:
                 points.append((rows, *_time_both(parts, batch, block, device, limit_s)))
@@ -42,7 +42,7 @@ def measure_block(parts: Parts, batches: Sequence[tuple[int, Any]], device: torc
 def forward_flops(parts: Parts, batch: Any, device: torch.device, block: int | None = None) -> float:
     """Of the block on the whole batch; a multiply and an add count as two."""
     block = largest_block(parts) if block is None else block
-    with _weights(parts, block, device, torch.zeros), _generators_restored(device), torch.no_grad():
+    with attached(parts, block, device, torch.zeros), _generators_restored(device), torch.no_grad():
         hidden, inputs = parts.head(batch)
         with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ATTENTION, _attention_flops)) as counter:
             parts.block(block, torch.randn_like(hidden), inputs)
@@ -104,18 +104,21 @@ def _units(parts: Parts, block: int) -> list[UnitSpec]:
     return [parts.spec.units[index] for index in parts.spec.stages[1 + block].units]
 
 
-def _initialised(num_elements: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def initialised(num_elements: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random weights that stand for real ones."""
     return torch.randn(num_elements, dtype=dtype, device=device).mul_(WEIGHT_SCALE)
 
 
 @contextmanager
-def _weights(parts: Parts, block: int, device: torch.device, make: Callable[..., torch.Tensor]) -> Iterator[None]:
-    for unit in _units(parts, block):
+def attached(parts: Parts, block: int, device: torch.device, make: Callable[..., torch.Tensor]) -> Iterator[list[UnitSpec]]:
+    """The block's units, with weights of which ``make`` makes each unit's."""
+    units = _units(parts, block)
+    for unit in units:
         parts.attach(unit.index, make(unit.num_elements, dtype=parts.dtype, device=device))
     try:
-        yield
+        yield units
     finally:
-        for unit in _units(parts, block):
+        for unit in units:
             parts.attach(unit.index, None)
             parts.take_grads(unit.index)
 

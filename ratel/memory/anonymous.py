@@ -5,7 +5,10 @@ import mmap
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.units import format_bytes
+from ratel.units import MIB, format_bytes
+
+TOUCHED_BYTES = 256 * MIB
+"""Between two looks at whether the memory is still wanted: 60 ms on a machine with 16 cores."""
 
 
 def anonymous_map(num_bytes: int) -> mmap.mmap:

@@ -12,11 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from ratel import native, startup
-from ratel.memory.anonymous import anonymous_map, touch
-from ratel.units import MIB, align_up
-
-_PIECE_BYTES = 256 * MIB
-"""Between two looks at whether to go on: 60 ms on a machine with 16 cores."""
+from ratel.memory.anonymous import TOUCHED_BYTES, anonymous_map, touch
+from ratel.units import align_up
 
 _current: "_Early | None" = None
 
@@ -42,7 +39,7 @@ class _Early:
                 with self.lock:
                     if self._ended.is_set():
                         break
-                    count = min(_PIECE_BYTES, len(self.map) - self.touched_bytes)
+                    count = min(TOUCHED_BYTES, len(self.map) - self.touched_bytes)
                     touch(pool, self.map, self.touched_bytes, count)
                     self.touched_bytes += count
         startup.note("mapping memory ahead", begin_s, bytes=self.touched_bytes)

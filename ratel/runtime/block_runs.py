@@ -29,6 +29,8 @@ from ratel.runtime.spiller import Spiller
 
 log = logging.getLogger(__name__)
 
+ON_VALUES = "what it does depends on values"
+
 
 class BlockRuns:
     """What has been learned about the blocks of one model. Not for use from two threads at once."""
@@ -40,10 +42,8 @@ class BlockRuns:
         """By block: the first block of its kind."""
         self._traces: dict[tuple[int, Form], OpTrace] = {}
         self._programs: dict[tuple, Program] = {}
-        self._in_full: set[int] = set()
-        """Kinds whose second run leaves nothing out."""
-        self._on_values: set[int] = set()
-        """Kinds whose operations depend on values."""
+        self._in_full: dict[int, str] = {}
+        """Kinds whose second run leaves nothing out, and the first reason for it."""
         self._compiled = compiled
         self._is_compiled: dict[int, bool] = {}
         """By kind, once it has been tried."""
@@ -64,6 +64,10 @@ class BlockRuns:
         """The first block of the same kind."""
         return self._kinds[block]
 
+    @property
+    def first_of_each_kind(self) -> list[int]:
+        return list(dict.fromkeys(self._kinds))
+
     def learn(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
         """Trace the kind of this block with arguments of this form, on random hidden states. Once is enough.
 
@@ -79,8 +83,7 @@ class BlockRuns:
             with torch.enable_grad():
                 found, again = (self._trace(block, values, inputs) for values in (_random_like(hidden), leaf))
                 if not found.is_like(again):
-                    self._on_values.add(self._kinds[block])
-                    self._run_in_full(block, "what it does depends on values")
+                    self._run_in_full(block, ON_VALUES)
                 elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
                     self._run_in_full(block, "what it does cannot be followed")
         except torch.OutOfMemoryError:  # following takes more than running; whether that fits is measured next
@@ -95,7 +98,7 @@ class BlockRuns:
         kind = self._kinds[block]
         if self._is_compiled.get(kind) is False:
             return
-        why = "what it does depends on values" if kind in self._on_values else self._compiled.why_not(block, leaf, inputs, seed)
+        why = ON_VALUES if self._in_full.get(kind) == ON_VALUES else self._compiled.why_not(block, leaf, inputs, seed)
         self._is_compiled[kind] = why is None
         if why is not None:
             log.warning("block %d and its like are not compiled: %s", block, why)
@@ -224,7 +227,7 @@ class BlockRuns:
 
     def _run_in_full(self, block: int, reason: str) -> None:
         log.info("block %d and its like are run again in full for backward: %s", block, reason)
-        self._in_full.add(self._kinds[block])
+        self._in_full.setdefault(self._kinds[block], reason)
 
 
 def given_to(parts: Parts, block: int, hidden: Tensor, inputs: BlockInputs) -> list[Tensor]:

@@ -124,7 +124,7 @@ class Gradients:
         if self._plan.grads_pass_through(unit):
             # Eager: what holds it is an update; deferred: the write of an earlier gradient.
             host_slot = self._host[weight_class(unit)].acquire("SSD write" if self._plan.deferred else "update slot",
-                                                                   unit.name)
+                                                               unit.name)
             host = host_slot.buffer[: unit.num_trainable * self._dtype.itemsize].view(self._dtype)
         else:
             host = self._store.plane(unit.index, "g").tensor

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.hardware.host import usable_cores
 from ratel.hardware import probe_cache
+from ratel.hardware.block_rates import attached, initialised
+from ratel.hardware.host import usable_cores
 from ratel.hardware.probe import processors_key
 from ratel.hardware.timing import median_seconds
 from ratel.memory import early
@@ -36,9 +37,6 @@ from ratel.runtime.micro import count_rows, with_labels
 from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.step import seed_generators
 from ratel.units import MIB, format_bytes
-
-RANDOM_WEIGHTS = 0.02
-"""Standard deviation of weights that stand for real ones where values matter."""
 
 TIMING_S = 0.1
 """Of each pass of each kind of block, where a plan is to be predicted."""
@@ -121,8 +119,8 @@ def _needed_spill(blocks: BlockRuns, batch: Any, device: torch.device) -> Spill:
     counter = Spiller(Lanes(device), torch.empty(WITHOUT_END, dtype=torch.uint8, device="meta"), spill)
     blocks.spill_to(counter)
     try:
-        for block in dict.fromkeys(map(blocks.first_alike, range(parts.num_blocks))):
-            with _random_weights(parts, block, device), torch.enable_grad():
+        for block in blocks.first_of_each_kind:
+            with attached(parts, block, device, initialised), torch.enable_grad():
                 blocks.second(block, 0, torch.randn_like(hidden).requires_grad_(), inputs.with_leaves(), {}, lambda: None)
             used = max(used, counter.used_bytes)
             counter.finish()
@@ -135,15 +133,14 @@ def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple
     """Of every block, at the size of the first batch. Each kind is tried once per batch, on random weights: with zeros
     all experts would look alike to a router."""
     parts, profiles = blocks.parts, {}
-    first_alike = [blocks.first_alike(block) for block in range(parts.num_blocks)]
     with torch.no_grad():
         heads = [parts.head(batch) for batch in batches]
-    for block in dict.fromkeys(first_alike):
-        with _random_weights(parts, block, device):
+    for block in blocks.first_of_each_kind:
+        with attached(parts, block, device, initialised):
             for hidden, inputs in heads:
                 blocks.learn(block, hidden, inputs, lambda: seed_generators(device, 0))
             profiles[block] = blocks.profile(block, *heads[0], count_rows(batches[0]))
-    return tuple(profiles[block] for block in first_alike)
+    return tuple(profiles[blocks.first_alike(block)] for block in range(parts.num_blocks))
 
 
 def _kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> list[dict[str, int]]:
@@ -163,13 +160,13 @@ def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
     parts, found, rows = blocks.parts, {}, count_rows(batch)
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
-    for block in dict.fromkeys(map(blocks.first_alike, range(parts.num_blocks))):
+    for block in blocks.first_of_each_kind:
         key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs)}
         found[block] = probe_cache.load(key, lambda content: (content["forward_s"], content["backward_s"]))
         if found[block] is not None:
             continue
         leaf = torch.randn_like(hidden).requires_grad_()
-        with _random_weights(parts, block, device) as units:
+        with attached(parts, block, device, initialised) as units:
             passes = (lambda: _forward(blocks, block, leaf, inputs), lambda: _backward(blocks, block, leaf, inputs, units))
             found[block] = tuple(median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes)
         probe_cache.store(key, dict(zip(("forward_s", "backward_s"), found[block])))
@@ -303,28 +300,14 @@ def _units(parts: Parts, stage: StageSpec) -> list[UnitSpec]:
     return [parts.spec.units[u] for u in stage.units]
 
 
-@contextmanager
-def _random_weights(parts: Parts, block: int, device: torch.device) -> Iterator[list[UnitSpec]]:
-    """The units of a block, attached with other weights than zeros."""
-    units = _units(parts, parts.spec.stages[block + 1])
-    for unit in units:
-        _attach(parts, unit, device, random=True)
-    try:
-        yield units
-    finally:
-        _detach(parts, units)
-
-
 def _detach(parts: Parts, units: list[UnitSpec]) -> None:
     for unit in units:
         parts.attach(unit.index, None)
         parts.take_grads(unit.index)
 
 
-def _attach(parts: Parts, unit: UnitSpec, device: torch.device, *, random: bool = False) -> int:
-    """Other weights in place of the real ones, zeros or small ones; returns their bytes."""
+def _attach(parts: Parts, unit: UnitSpec, device: torch.device) -> int:
+    """Zeros in place of the real weights; returns their bytes."""
     flat = torch.zeros(unit.num_elements, dtype=parts.dtype, device=device)
-    if random:
-        flat.normal_(std=RANDOM_WEIGHTS)
     parts.attach(unit.index, flat)
     return flat.numel() * flat.element_size()
