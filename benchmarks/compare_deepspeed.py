@@ -12,7 +12,6 @@ DeepSpeed's rows; the others run without.
 
 import argparse
 import importlib.util
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import torch
 from compare_table import compare_lines, loss_checks
 from jobs import SYSTEMS_SCRIPT, RunJob, emptied, run_job, run_within
 from report import Clock, Report
-from systems import Job
+from systems import Job, read_model
 from watched import run_watched
 
 NEVER, ALWAYS = 1e9, 0.01
@@ -71,8 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def entries(args: argparse.Namespace) -> Iterator[Entry]:
     """One round, what matters most first."""
-    model = json.loads(args.model) if args.model.startswith("{") else args.model
-    work = {"model": model, "seq_len": args.seq_len, "device": args.device, "dtype": args.dtype, "lr": args.lr}
+    work = {"model": read_model(args.model), "seq_len": args.seq_len, "device": args.device, "dtype": args.dtype, "lr": args.lr}
     dram = {**work, "steps": args.steps, "gpu_memory": args.gpu_memory}
 
     def memory(name: str, batch: int, clip: float, **options: Any) -> Entry:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from jobs import NOT_BEGUN
+from ratel.units import GIB
 
-GIB = 1 << 30
 REFERENCE, FLOOR = "in GPU memory, fp32 states", "in GPU memory"
 FIRST_WITHIN, LATER_WITHIN = 2.0**-12, 2.0**-10
 """Of the loss. The first one is a mean over thousands of tokens whose logits are rounded to bf16 (2^-9 of values up

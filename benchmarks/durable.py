@@ -21,7 +21,7 @@ import torch
 from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
 from ratel.runtime.session import Session
-from ratel.train.step_bench import use_quick_weights
+from ratel.train.step_bench import random_tokens, use_quick_weights
 
 WAYS: dict[str, dict[str, Any]] = {
     "nothing": dict(checksums="off"),
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
     with opened(args, way) as session:
         durable = WAYS[way].get("durable")
         for index in range(1 + args.steps):
-            tokens = torch.randint(0, 32000, (args.batch, args.seq_len), generator=torch.Generator().manual_seed(index))
+            tokens = random_tokens(index, args.batch, args.seq_len, 32000)
             begun = time.perf_counter()
             session.step({"input_ids": tokens})
             if durable == "step":

@@ -12,8 +12,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ratel.plan.attained import busy_seconds
+from ratel.plan.timeline import Span
 from ratel.runtime.session import Session
-from ratel.train.step_bench import use_quick_weights
+from ratel.train.step_bench import random_tokens, use_quick_weights
 
 
 def parse() -> argparse.Namespace:
@@ -30,30 +32,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kernel_spans(profiler: profile) -> list[tuple[float, float, str]]:
-    """``(begin, end, name)`` in microseconds of everything but copies between memories, by begin."""
-    spans = [(e.time_range.start, e.time_range.end, e.name) for e in profiler.events()
-             if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))]
-    return sorted(spans)
-
-
-def busy_us(spans: list[tuple[float, float, str]]) -> float:
-    """Time in which at least one of the spans runs."""
-    total, reached = 0.0, float("-inf")
-    for begin, end, _ in spans:
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
+def kernel_spans(profiler: profile) -> list[Span]:
+    """Everything but copies between memories."""
+    return [Span(lane="compute", name=e.name, begin_s=e.time_range.start / 1e6, end_s=e.time_range.end / 1e6)
+            for e in profiler.events()
+            if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))]
 
 
 def summarize(profiler: profile, seconds: float, top: int) -> dict[str, Any]:
     spans = kernel_spans(profiler)
     by_name: dict[str, list[float]] = {}
-    for begin, end, name in spans:
-        by_name.setdefault(name, []).append(end - begin)
+    for span in spans:
+        by_name.setdefault(span.name, []).append(span.end_s - span.begin_s)
     ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]
-    return {"step_s": seconds, "busy_s": busy_us(spans) / 1e6, "kernels": len(spans),
-            "top": [{"name": name[:140], "ms": sum(times) / 1e3, "count": len(times)} for name, times in ranked]}
+    return {"step_s": seconds, "busy_s": busy_seconds(spans, float("inf")), "kernels": len(spans),
+            "top": [{"name": name[:140], "ms": sum(times) * 1e3, "count": len(times)} for name, times in ranked]}
 
 
 def main() -> None:
@@ -62,7 +55,7 @@ def main() -> None:
                  micro_batch=args.micro_batch) as session:
         use_quick_weights(session)
         print(session.prepare(args.batch, args.seq_len).describe())
-        batch = {"input_ids": torch.randint(0, session.parts.spec.vocab_size, (args.batch, args.seq_len))}
+        batch = {"input_ids": random_tokens(0, args.batch, args.seq_len, session.parts.spec.vocab_size)}
         for _ in range(3):
             seconds = session.step(batch).seconds
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:

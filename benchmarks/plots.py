@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-GIB = 1 << 30
+from ratel.units import GIB
+
 SIZE_INCHES = (7.0, 4.0)
 
 

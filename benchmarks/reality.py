@@ -23,7 +23,7 @@ from ratel.plan.cost import predict
 from ratel.plan.hardware import Hardware, with_cap
 from ratel.plan.simulate import simulate
 from ratel.runtime.session import Session
-from ratel.train.step_bench import use_quick_weights
+from ratel.train.step_bench import random_tokens, use_quick_weights
 from ratel.units import parse_rate
 
 OFF = dict(max_grad_norm=0.0)
@@ -118,9 +118,7 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
 
 
 def step_seconds(session: Session, entry: dict[str, Any], index: int) -> float:
-    generator = torch.Generator().manual_seed(index)
-    tokens = torch.randint(0, 32000, (entry["batch"], entry["seq"]), generator=generator)
-    return session.step({"input_ids": tokens}).seconds
+    return session.step({"input_ids": random_tokens(index, entry["batch"], entry["seq"], 32000)}).seconds
 
 
 def main() -> None:

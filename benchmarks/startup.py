@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from nvme_ds.reference import reference_io
+from jobs import NOT_BEGUN
 from report import Clock, Report
-from systems import DTYPES, model_config
+from systems import DTYPES, model_config, read_model
 from watched import stop_group
 from ratel.train.step_bench import fill_quickly
 from ratel.units import GIB, MIB
@@ -158,9 +159,8 @@ def measure(args: argparse.Namespace) -> Report:
     report = Report(args.json, kind="startup", gpu=gpu, torch=torch.__version__)
     shutil.rmtree(root, ignore_errors=True)
     try:
-        model = json.loads(args.model) if args.model.startswith("{") else args.model
         (root / "model").mkdir(parents=True)
-        files = write_checkpoint(model, root / "model")
+        files = write_checkpoint(read_model(args.model), root / "model")
         drop_from_cache(files)
         num_bytes, rate = sum(file.stat().st_size for file in files), read_bps(files)
         report.write(checkpoint_bytes=num_bytes, read_bps=rate, read_s=num_bytes / rate if rate else None)
@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace) -> Report:
 
 def _run(args: argparse.Namespace, root: Path, clock: Clock) -> dict[str, Any]:
     if clock.left_s < 1:
-        return {"error": "not begun: the time budget was used up"}
+        return {"error": NOT_BEGUN}
     out = root / "out"
     shutil.rmtree(out, ignore_errors=True)
     budgets = ["--dram", args.dram, *([] if args.device == "cpu" else ["--gpu-memory", args.gpu_memory])]

@@ -54,6 +54,11 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def read_model(argument: str) -> str | dict[str, Any]:
+    """``Job.model`` as a command line gives it: a preset, or a configuration as JSON."""
+    return json.loads(argument) if argument.startswith("{") else argument
+
+
 def model_config(model: str | dict[str, Any]) -> Any:
     if isinstance(model, str):
         return preset_config(model)
@@ -82,7 +87,7 @@ class InMemory:
 
     def __init__(self, job: Job) -> None:
         self.model = make_model(job)
-        self._clip, self._params = job.clip, [p for p in self.model.parameters()]
+        self._clip, self._params = job.clip, list(self.model.parameters())
         keep = job.options.get("states", "fp32") == "fp32" and job.dtype != "fp32"
         self._masters = [p.detach().float() for p in self._params] if keep else self._params
         self._optimizer = torch.optim.AdamW(self._masters, lr=job.lr, betas=BETAS, eps=EPS, weight_decay=0.0,

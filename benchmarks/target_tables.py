@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from compare_table import compare_lines, last_line
+from ratel.units import GIB, MIB
 
-MIB, GIB = 1 << 20, 1 << 30
 Content = dict[str, Any]
 Point = dict[str, Any]
 

@@ -27,7 +27,7 @@ import torch
 from disk_rate import mixed_bps
 from jobs import RunJob, emptied, run_job, run_within
 from report import Clock, Report
-from systems import Job
+from systems import Job, read_model
 from ratel.units import parse_rate
 
 NEVER = 1e9
@@ -74,8 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def ratel_job(args: argparse.Namespace, model: Any = None, *, batches: tuple[int, ...] | None = None, warmup: int = 2,
               dram: str = "100GiB", **options: Any) -> Job:
-    given = json.loads(args.model) if args.model.startswith("{") else args.model
-    return Job(system="ratel", model=model or given, batches=batches or tuple(args.batch or (8,)), seq_len=args.seq_len,
+    return Job(system="ratel", model=model or read_model(args.model), batches=batches or tuple(args.batch or (8,)), seq_len=args.seq_len,
                warmup=warmup, steps=args.steps or 3, clip=NEVER, device=args.device, dtype=args.dtype,
                gpu_memory=args.gpu_memory, options={"dram": args.dram or dram, **options})
 

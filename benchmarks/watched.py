@@ -11,8 +11,8 @@ from pathlib import Path
 from time import perf_counter
 
 from machine_memory import meminfo
+from report import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY_S = 0.1
 LAST_LINES = 12
 
