@@ -102,11 +102,15 @@ def main() -> None:
                 traceback.print_exc()
                 ways[name] = {"error": str(error)}
         results.append({key: value for key, value in case.items() if key != "ways"} | {"ways": ways})
-    if args.json:
-        report = {"command": f"python benchmarks/pays.py --set {args.set}", "host": describe_host(),
-                  "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                  "torch": torch.__version__, "cases": results}
-        Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        if args.json:  # after each, so that a run cut short leaves what it has measured
+            _write(args, results)
+
+
+def _write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    report = {"command": f"python benchmarks/pays.py --set {args.set}", "host": describe_host(),
+              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+              "torch": torch.__version__, "cases": results}
+    Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
