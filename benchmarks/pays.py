@@ -38,11 +38,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
         dict(name="activations, long sequences", model=(1024, 16), batch=24, seq=8192, options=dict(gpu_memory="6GiB", tier="dram"),
              ways={"all recomputed": dict(activations="recompute"), "all moved to DRAM": dict(activations="dram"),
                    "planned": {}}),
-        dict(name="tiers, 12 GiB DRAM", model=(2048, 24), batch=16, seq=1024, options=dict(gpu_memory="10GiB", dram="12GiB"),
-             ways={"simple rule": dict(hardware="none"), "planned": {}}),
         dict(name="tiers, 40 GiB DRAM", model=(3072, 28), batch=8, seq=1024, options=dict(gpu_memory="24GiB", dram="40GiB"),
              ways={"simple rule": dict(hardware="none"), "planned": {}}),
         dict(name="tiers, 80 GiB DRAM", model=(3072, 28), batch=32, seq=1024, options=dict(gpu_memory="24GiB", dram="80GiB"),
+             ways={"simple rule": dict(hardware="none"), "planned": {}}),
+        dict(name="tiers, 12 GiB DRAM", model=(2048, 24), batch=16, seq=1024, options=dict(gpu_memory="10GiB", dram="12GiB"),
              ways={"simple rule": dict(hardware="none"), "planned": {}}),
     ],
     "cpu": [
