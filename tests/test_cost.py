@@ -13,7 +13,7 @@ from plan_common import (HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan,
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.compute import GpuSeconds
-from ratel.plan.cost import RESOURCES, predict
+from ratel.plan.cost import RESOURCES, predict, predict_clipped
 from ratel.plan.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
 from ratel.plan.pipes import Pipe, SsdRates, ssd_rates
 from ratel.plan.placement import forced_placements
@@ -105,6 +105,16 @@ def test_the_gpu_tier_updates_in_gpu_memory_alone() -> None:
     assert all(found.busy_s[name] == 0 for name in RESOURCES if name != "compute")
 
 
+def test_a_step_that_clips_updates_nothing_early() -> None:
+    early = make_plan(DEEP, "dram", optimizer="speculative", early_units=4)
+    hardware = replace(FAST, adam_params_per_s=1e8)
+    assert early.early
+    assert predict_clipped(early, hardware) == predict(replace(early, optimizer="deferred", early_units=0), hardware)
+    assert predict_clipped(early, hardware).step_s > predict(early, hardware).step_s
+    eager = make_plan(DEEP, "dram", optimizer="eager")
+    assert predict_clipped(eager, hardware) == predict(eager, hardware)
+
+
 # --- what is kept, what was measured --------------------------------------------------------------------------------
 
 
@@ -136,6 +146,14 @@ def test_measured_blocks_are_interpolated_and_scaled() -> None:
     assert seconds.block(0, 1) == pytest.approx((2 / 3, 2.0))
     spared = GpuSeconds(profiled((("qkv", "dram"),), seconds=((4, 2.0, 5.0),)), hardware)
     assert spared.block(0, 4) == pytest.approx((2.0, 5.0 - 0.3 * 2.0))
+
+
+def test_a_micro_batch_takes_as_long_as_its_kernels_take_to_launch() -> None:
+    measured = dict(seconds=((4, 2.0, 5.0),), launch_s=(1.0, 3.0, 4.0))
+    assert GpuSeconds(profiled(**measured), FAST).block(0, 4) == (2.0, 5.0)
+    assert GpuSeconds(profiled(**measured), replace(FAST, gpu_half_tokens=0.0)).block(0, 1) == (1.0, 4.0)
+    kept = GpuSeconds(profiled((("qkv", "dram"),), **measured), FAST)
+    assert kept.block(0, 4) == pytest.approx((3.0, 5.0 - 0.3 * 2.0))
 
 
 # --- the closed form and the simulator ------------------------------------------------------------------------------

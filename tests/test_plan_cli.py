@@ -63,6 +63,14 @@ def test_the_table_says_what_people_ask(capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, text.splitlines())) <= 130
 
 
+def test_it_says_what_a_clipped_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    early = (*SMALL, "--optimizer", "speculative")
+    assert "while gradients are clipped, " in output_of(capsys, *early)
+    assert "while gradients are clipped" not in output_of(capsys, *SMALL, "--optimizer", "deferred")
+    found = json.loads(output_of(capsys, *early, "--json"))
+    assert found["clipped_step_s"] >= found["step_s"]
+
+
 def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", *SMALL, "--ssds", "0", "--gpu-memory", "400MiB", "--dram", "3GiB", "--json"]
     assert cli.main(arguments) == 2

@@ -18,6 +18,7 @@ from plan_common import gpt_spec, make_plan
 from ratel.config import resolve
 from ratel.errors import RatelError
 from ratel.memory.lanes import Lanes
+from ratel.memory.resident import resident_bytes
 from ratel.models.presets import preset_config
 from ratel.plan.cost import predict
 from ratel.plan.hardware import load_hardware
@@ -362,7 +363,7 @@ def test_a_budget_that_is_too_small_otherwise(device: str, freed_is_given_back: 
     def trained(activations: str, gpu_memory: int | str | None) -> tuple[list[float], Plan]:
         torch.manual_seed(0)
         with Session(Body(Chain), loss_fn=patches_loss, device=device, dtype="fp32", tier="dram", checkpoint_tier="dram",
-                     hardware="none", dram="4GiB", gpu_memory=gpu_memory, activations=activations) as session:
+                     hardware="none", dram=resident_bytes() + 4 * GIB, gpu_memory=gpu_memory, activations=activations) as session:
             losses = [session.step(batch).loss]  # plans, and tries blocks out
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,7 @@
 """Which device computes, and in which type."""
 
 import logging
+import warnings
 
 import torch
 
@@ -66,3 +67,9 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) is built without CUDA"
     return f"this PyTorch is built for CUDA {torch.version.cuda} but finds no device or no driver"
+
+
+def quiet_first_product() -> None:
+    """Autograd runs on a thread of its own, whose first product finds no CUDA context there and takes the device's: nothing
+    that a user could do about, so PyTorch's warning about it is not shown."""
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 _GROUP_S = 0.02
 _LARGEST_GROUP = 50
+_LAUNCHES = 5
 
 
 def median_seconds(action: Callable[[], object], *, limit_s: float,
@@ -27,6 +28,20 @@ def median_seconds(action: Callable[[], object], *, limit_s: float,
     begin, found = time.perf_counter(), []
     while len(found) < 2 or time.perf_counter() - begin < limit_s:
         found.append(_group_seconds(action, calls, settle) / calls)
+    return statistics.median(found)
+
+
+def launch_seconds(action: Callable[[], object], *, settle: Callable[[], object]) -> float:
+    """Seconds of the processor for one call that gives a device work: the median over pairs of calls that nothing waits
+    for. Two calls in a row, so that a device's queue has room for both."""
+    found = []
+    for _ in range(_LAUNCHES):
+        settle()
+        begin = time.perf_counter()
+        action()
+        action()
+        found.append((time.perf_counter() - begin) / 2)
+    settle()
     return statistics.median(found)
 
 

@@ -1,5 +1,6 @@
 """The memory of this process as the kernel counts it."""
 
+import ctypes
 from pathlib import Path
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -22,6 +23,14 @@ def reset_peak() -> None:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:
         pass
+
+
+def trim() -> None:
+    """Give the kernel what the heap holds free, where the C library can: memory that is used again without growing the resident
+    set would not be seen in it. A heap of 900 MB was measured as 30."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if give_back is not None:
+        give_back(0)
 
 
 def _field(name: str) -> int:

@@ -35,3 +35,6 @@ class BlockProfile:
     """In the order in which forward makes them. What is not listed is always recomputed."""
     seconds: tuple[tuple[int, float, float], ...] = ()
     """Measured: ``(rows, forward, backward with everything recomputed)``, by rows; empty where nothing was measured."""
+    launch_s: tuple[float, float, float] | None = None
+    """Measured: seconds of the processor until the device has its work of one micro-batch, whatever its size: forward,
+    forward that keeps insides, and backward. None where nothing was measured, or where the processor does the work."""

@@ -1,7 +1,8 @@
 """Seconds of GPU work of every stage, for a plan on a machine: measured blocks where there are any, FLOPs elsewhere.
 
 A micro-batch of few tokens leaves the GPU's matrix units idle between its kernels. One number describes that: a block
-attains half of the GPU's rate at ``gpu_half_tokens``, so that n tokens take the time of ``n + gpu_half_tokens``.
+attains half of the GPU's rate at ``gpu_half_tokens``, so that n tokens take the time of ``n + gpu_half_tokens``. Smaller ones
+yet take as long as it takes to launch their kernels, which is measured with the blocks.
 """
 
 from functools import lru_cache
@@ -53,7 +54,14 @@ class GpuSeconds:
         self.block = lru_cache(maxsize=None)(self._block)
 
     def _block(self, block: int, rows: int) -> tuple[float, float]:
-        """Forward, and backward with its recomputation, of one micro-batch of ``rows`` rows."""
+        """Forward, and backward with its recomputation, of one micro-batch of ``rows`` rows. A device that is done before
+        it is given the next work waits for it."""
+        launch_s = block_profile(self._plan, block).launch_s or (0.0, 0.0, 0.0)
+        forward, backward = self._device_seconds(block, rows)
+        keeps = bool(kept_inner(self._plan, block))
+        return max(forward, launch_s[1 if keeps else 0]), max(backward, launch_s[2])
+
+    def _device_seconds(self, block: int, rows: int) -> tuple[float, float]:
         profile = block_profile(self._plan, block)
         again = recomputed_flops(self._plan, block)
         if profile.seconds:

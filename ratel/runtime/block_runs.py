@@ -120,8 +120,10 @@ class BlockRuns:
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:
-        """From now on forward keeps these results, by block: names, and the most bytes that each may take."""
+        """From now on forward keeps these results, by block: names, and the most bytes that each may take. What it has
+        kept before is forgotten."""
         self._kept = kept
+        self._recorded.clear()
 
     def spill_to(self, spiller: Spiller | None) -> None:
         """From now on second runs give it what autograd saves, and leave nothing out; None: what is saved stays."""

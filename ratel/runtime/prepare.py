@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ratel.errors import RatelError
-from ratel.hardware.device import avoid_fragmentation
+from ratel.hardware.device import avoid_fragmentation, quiet_first_product
 from ratel.hardware.host import available_memory
 from ratel.memory import early
 from ratel.memory.resident import resident_bytes
@@ -209,6 +209,7 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
     gc.collect()
     torch.cuda.empty_cache()
     avoid_fragmentation()
+    quiet_first_product()
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
     if given is not None and given > free:

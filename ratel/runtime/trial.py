@@ -20,11 +20,11 @@ from ratel.hardware import probe_cache
 from ratel.hardware.block_rates import attached, initialised
 from ratel.hardware.host import usable_cores
 from ratel.hardware.probe import processors_key
-from ratel.hardware.timing import median_seconds
+from ratel.hardware.timing import launch_seconds, median_seconds
 from ratel.memory import early
 from ratel.memory.arena import Arena, region_bytes
 from ratel.memory.lanes import Lanes
-from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes
+from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes, trim
 from ratel.models import Parts
 from ratel.models.inputs import BlockInputs
 from ratel.plan.activations import BlockProfile
@@ -151,32 +151,50 @@ def _kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> li
 
 def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
            device: torch.device) -> tuple[BlockProfile, ...]:
-    """With the seconds of both passes of each kind of block, nothing kept.
+    """With the seconds of both passes of each kind of block, nothing kept, and on a GPU of launching them.
 
     What was measured once counts from then on: plans that followed every measurement would differ from run to run, and
     with the size of micro-batches the rounding of sums.
     """
-    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     parts, found, rows = blocks.parts, {}, count_rows(batch)
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
     for block in blocks.first_of_each_kind:
-        key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs)}
-        found[block] = probe_cache.load(key, lambda content: (content["forward_s"], content["backward_s"]))
-        if found[block] is not None:
-            continue
-        leaf = torch.randn_like(hidden).requires_grad_()
-        with attached(parts, block, device, initialised) as units:
-            passes = (lambda: _forward(blocks, block, leaf, inputs), lambda: _backward(blocks, block, leaf, inputs, units))
-            found[block] = tuple(median_seconds(action, limit_s=TIMING_S, settle=settle) for action in passes)
-        probe_cache.store(key, dict(zip(("forward_s", "backward_s"), found[block])))
-    return tuple(replace(profile, seconds=((rows, *found[blocks.first_alike(block)]),))
-                 for block, profile in enumerate(profiles))
+        key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs), "launches": True}
+        found[block] = probe_cache.load(key, lambda content: (content["pass_s"], content["launch_s"]))
+        if found[block] is None:
+            with attached(parts, block, device, initialised) as units:
+                offered = {inner.name: inner.row_bytes * rows for inner in profiles[block].inner}
+                found[block] = _time_passes(blocks, block, torch.randn_like(hidden), inputs, units, offered)
+            probe_cache.store(key, dict(zip(("pass_s", "launch_s"), found[block])))
+    return tuple(_with_seconds(profile, rows, *found[blocks.first_alike(block)]) for block, profile in enumerate(profiles))
 
 
-def _forward(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs) -> None:
-    with torch.no_grad():
-        blocks.first(block, 0, hidden, inputs, lambda name, tensors: None)
+def _with_seconds(profile: BlockProfile, rows: int, pass_s: list[float], launch_s: list[float] | None) -> BlockProfile:
+    return replace(profile, seconds=((rows, *pass_s),), launch_s=None if launch_s is None else tuple(launch_s))
+
+
+def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs, units: list[UnitSpec],
+                 offered: dict[str, int]) -> tuple[list[float], list[float] | None]:
+    """Forward and backward; and until a GPU has its work in forward, in forward that keeps all it can, and in backward."""
+    leaf = hidden.requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            blocks.first(block, 0, leaf, inputs, lambda name, tensors: None)
+
+    def backward() -> None:
+        _backward(blocks, block, leaf, inputs, units)
+
+    settle = torch.cuda.synchronize if hidden.is_cuda else lambda: None
+    pass_s = [median_seconds(action, limit_s=TIMING_S, settle=settle) for action in (forward, backward)]
+    if not hidden.is_cuda:
+        return pass_s, None
+    bare_s, backward_s = (launch_seconds(action, settle=settle) for action in (forward, backward))
+    blocks.keep([offered] * blocks.parts.num_blocks)
+    keeping_s = launch_seconds(forward, settle=settle)
+    blocks.keep([{}] * blocks.parts.num_blocks)
+    return pass_s, [bare_s, keeping_s, backward_s]
 
 
 def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, units: list[UnitSpec]) -> None:
@@ -226,9 +244,11 @@ class _HostMeter:
     slack_bytes = 0  # the plan's margin for the process covers the heap's own
 
     def __init__(self) -> None:
+        trim()
         self._held = resident_bytes()
 
     def reset(self) -> None:
+        trim()
         reset_peak()
 
     def peak_growth(self) -> int:
