@@ -7,7 +7,7 @@ tokens attention is worth its bytes, and what the products make is not: a part s
 the simple rule (GPU, then DRAM, then SSD, hottest planes first; insides recomputed) against the planner, on three budgets: one
 that leaves states on SSD, one whose updates do not hide under a small batch, one with memory to spare for activations.
 
-Every result says what the step was predicted to take, at the rates that were probed before.
+Every result says what the step was predicted to take, at the rates that were probed before. Clipping is on and does not fire.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from ratel.runtime.session import Session
 from ratel.train.step_bench import use_quick_weights
 from ratel.units import parse_rate
 
-from reality import make_config, step_seconds
+from reality import NEVER, make_config, step_seconds
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "gpu": [
@@ -69,7 +69,7 @@ def run(case: dict[str, Any], way: dict[str, Any], args: argparse.Namespace) -> 
     gc.collect()
     cuda = args.set == "gpu"
     with Session(make_config(*case["model"]), device="cuda" if cuda else "cpu", ssd=[args.ssd],
-                 **{**case["options"], "hardware": args.machine, **way}) as session:
+                 **{**case["options"], "max_grad_norm": NEVER, "hardware": args.machine, **way}) as session:
         use_quick_weights(session)
         plan = session.prepare(case["batch"], case["seq"])
         seconds = [step_seconds(session, case, index) for index in range(args.steps + 2)]
