@@ -74,8 +74,9 @@ class Faulting:
 
     def _one_run(self, num_faults: int) -> None:
         draw, out = self._draw, self._site.path / "out"
-        setting = Setting(durable=draw.choice(("step", "checkpoint")), optimizer=draw.choice(("eager", "deferred")),
-                          place=draw.choice(list(PLACES)), save_every=draw.choice((1, 3)),
+        mode = draw.choice(("eager", "deferred", "speculative"))
+        setting = Setting(durable=draw.choice(("step", "checkpoint")), optimizer="eager" if mode == "eager" else "deferred",
+                          speculates=mode == "speculative", place=draw.choice(list(PLACES)), save_every=draw.choice((1, 3)),
                           checkpoint_tier=draw.choice(("gpu", "ssd")))
         ended, lasting, before = None, 0, len(self.faults)
         for _ in range(MOST_STARTS):
@@ -184,7 +185,7 @@ class Faulting:
     def _note(self, setting: Setting, fault: Fault, ended: Ended) -> None:
         outcome = "harmless" if ended.status == 0 else "the run ended with an error that says where; it was resumed"
         self.faults.append({"fault": fault.name, "request": fault.request, "durable": setting.durable,
-                            "optimizer": setting.optimizer, "place": setting.place, "outcome": outcome})
+                            "optimizer": "speculative" if setting.speculates else setting.optimizer, "place": setting.place, "outcome": outcome})
         print(json.dumps({**self.faults[-1], "error": ended.errors.strip().splitlines()[-1] if ended.status else None}),
               flush=True)
 

@@ -25,7 +25,7 @@ from test_state import flip
 
 pytestmark = pytest.mark.e2e
 TESTS = Path(__file__).resolve().parent
-SEED, FAULTS = 5, 20
+SEED, FAULTS = 6, 20
 
 
 @pytest.mark.timeout(300)
@@ -37,7 +37,7 @@ def test_every_kind_of_fault_is_harmless_or_said_and_nothing_durable_is_lost(tmp
                           env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())["results"]
-    assert found["faults"] == FAULTS and len(found["by_fault"]) == 10 and len(found["by_mode"]) == 4, found
+    assert found["faults"] == FAULTS and len(found["by_fault"]) == 10 and len(found["by_mode"]) == 6, found
     assert {"write states", "write commit", "write copy"} <= found["by_request"].keys(), found
     said = sum(count for outcome, count in found["by_fault_and_outcome"].items() if "harmless" not in outcome)
     assert said >= FAULTS // 2, found
