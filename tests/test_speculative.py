@@ -25,7 +25,8 @@ from ratel.runtime import prepare
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.saver import Saver
-from ratel.runtime.session import Session, StepResult
+from ratel.runtime.session import Session
+from ratel.runtime.step_result import StepResult
 from ratel.runtime.state import SavedState
 from ratel.runtime.step import VerticalStep
 from ratel.runtime.training import REMEMBERED_STEPS, Training, expects_no_scaling

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -24,14 +24,13 @@ from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
 from ratel.plan.stripes import Weights
-from ratel.plan.timeline import Timeline
 from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is_compiled, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.loss import count_targets
 from ratel.runtime.machinery import IoOptions, Machinery
-from ratel.runtime.meter import Meter, Usage
+from ratel.runtime.meter import Meter
 from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
@@ -40,37 +39,10 @@ from ratel.runtime.recording import Recording
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
+from ratel.runtime.step_result import StepResult
 from ratel.runtime.training import Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step did. ``loss`` is the mean over target tokens; ``grad_norm`` is taken before clipping.
-
-    ``seconds`` is wall time; ``bound_s`` the busy time of the busiest resource, named by ``bound_by``. A step whose
-    gradients are not finite is ``skipped``: no state has changed. ``early_units`` were updated before the norm was known,
-    ``redone_units`` of them again. ``timeline`` is that of a step that was traced.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    seconds: float
-    bound_s: float
-    bound_by: str
-    skipped: bool
-    early_units: int
-    redone_units: int
-    usage: Usage
-    timeline: Timeline | None = None
-
-    @property
-    def bound(self) -> float:
-        return self.bound_s
 
 
 class Session:

@@ -13,7 +13,8 @@ import torch
 from ratel.memory.resident import resident_bytes
 from ratel.models.weights import view
 from ratel.plan.attained import describe, report_step
-from ratel.runtime.session import Session, StepResult
+from ratel.runtime.session import Session
+from ratel.runtime.step_result import StepResult
 
 Progress = Callable[[str], None]
 
