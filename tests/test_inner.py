@@ -284,6 +284,42 @@ def test_a_forward_that_differs_from_the_trace_is_run_again_in_full(change: str,
     assert changing("recompute", {}, {2: change, 3: change, 4: change}, device) == expected
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh()) * scale
+
+
+class LastIsLearned(Body):
+    """Only the last block's argument needs a gradient; only there does backward need the last product."""
+
+    def __init__(self) -> None:
+        super().__init__(Scaled)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, scale = self.embed(x), self.scale * 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, scale if number == 2 else scale.detach())
+        return self.head(x.mean(1))
+
+
+@pytest.mark.numerics
+def test_blocks_are_not_alike_whose_arguments_need_other_gradients() -> None:
+    def norm(choice: str) -> float:
+        torch.manual_seed(0)
+        with Session(LastIsLearned(), loss_fn=patches_loss, device="cpu", dtype="fp32", micro_batch=4, max_grad_norm=0.5,
+                     activations=choice) as session:
+            return session.step(*batches("patches", 1)).grad_norm
+
+    with everything_again():
+        expected = norm("recompute")
+    assert norm("recompute") == norm("gpu") == expected
+
+
 @pytest.mark.numerics
 def test_a_kernel_that_nobody_sees_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads a product past the dispatcher, as kernels launched by hand do."""

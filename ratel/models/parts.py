@@ -95,6 +95,10 @@ class Parts:
         """The module that runs each block."""
         return self._traced.stages
 
+    def differentiable_arguments(self, block: int) -> tuple[int, ...]:
+        """Which leaves of the block's other arguments need a gradient of their own."""
+        return tuple(leaf for index, leaf in self._traced.differentiable if index == block)
+
     @property
     def probed(self) -> bool:
         return self._layout is not None

@@ -37,7 +37,8 @@ class BlockRuns:
 
     def __init__(self, parts: Parts, compiled: CompiledBlocks | None = None) -> None:
         self.parts = parts
-        kinds = [kind_of(block) for block in parts.blocks]
+        # What autograd saves in a block depends on which of its arguments need gradients.
+        kinds = [(kind_of(block), parts.differentiable_arguments(i)) for i, block in enumerate(parts.blocks)]
         self._kinds = [kinds.index(kind) for kind in kinds]
         """By block: the first block of its kind."""
         self._traces: dict[tuple[int, Form], OpTrace] = {}
