@@ -53,6 +53,8 @@ class Gradients:
         self._norms_leaving: dict[int, torch.Tensor] = {}
         self._slots: dict[int, Slot] = {}
         self._passes: dict[int, int] = {}
+        self._cut: dict[tuple[int, int], list[torch.Tensor]] = {}
+        """By unit and address of a buffer."""
 
     def begin(self, unit: UnitSpec) -> torch.Tensor:
         """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``finish``."""
@@ -71,20 +73,17 @@ class Gradients:
         sum as well, in compute precision.
         """
         total = self._total(unit, grad)
-        params = [p for p in unit.params if p.trainable]
+        views = self._views(unit, total)
         first = self._passes[unit.index] == 0
         self._passes[unit.index] += 1
         if first:
-            _zero_gaps(total, params)
-        for param, part in zip(params, parts, strict=True):
-            view = total[param.offset : param.end].view(param.shape)
-            if part is None:
-                if first:
+            _zero_gaps(total, _trained(unit))
+            for view, part in zip(views, parts, strict=True):
+                if part is None:
                     view.zero_()
-            elif first:
-                view.copy_(part)
-            else:
-                view.add_(part)
+        pairs = [(view, part) for view, part in zip(views, parts, strict=True) if part is not None]
+        if pairs:  # in one call: on a GPU a launch for each parameter costs more than the copies of a small block
+            (torch._foreach_copy_ if first else torch._foreach_add_)(*map(list, zip(*pairs)))
 
     def finish(self, unit: UnitSpec, grad: torch.Tensor) -> "Moved | None":
         """Round, measure and move to DRAM; ``None`` for a unit that is updated on the GPU."""
@@ -113,11 +112,17 @@ class Gradients:
 
     def _measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
         """Norms of the unit's parameters into their places; returns the unit's own."""
-        params = [p for p in unit.params if p.trainable]
-        norms = torch._foreach_norm([grad[p.offset : p.end].view(p.shape) for p in params], 2, dtype=torch.float32)
+        norms = torch._foreach_norm(self._views(unit, grad), 2, dtype=torch.float32)
         stacked = torch.stack(norms)
         self._norms[self._places[unit.index]] = stacked
         return torch.linalg.vector_norm(stacked)
+
+    def _views(self, unit: UnitSpec, flat: torch.Tensor) -> list[torch.Tensor]:
+        """One for each trained parameter, made once: buffers stay where they are."""
+        key = unit.index, flat.data_ptr()
+        if key not in self._cut:
+            self._cut[key] = [flat[p.offset : p.end].view(p.shape) for p in _trained(unit)]
+        return self._cut[key]
 
     def _move(self, unit: UnitSpec, grad: torch.Tensor, norm: torch.Tensor) -> "Moved":
         host_slot = None
@@ -152,6 +157,10 @@ class Gradients:
     def _make_host_pool(self, cls: str, arena: Arena, exchange: Exchange) -> SlotPool:
         num_bytes = self._plan.max_bytes(cls, "grads")
         return SlotPool(exchange, [arena.take(num_bytes) for _ in range(self._plan.host_grad_slot_count(cls))])
+
+
+def _trained(unit: UnitSpec) -> list[ParamSpec]:
+    return [p for p in unit.params if p.trainable]
 
 
 def _zero_gaps(flat: torch.Tensor, params: list[ParamSpec]) -> None:
