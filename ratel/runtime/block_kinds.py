@@ -13,7 +13,7 @@ from ratel.models.inputs import BlockCall, leaves
 from ratel.models.parts import TRIAL_ERRORS
 from ratel.runtime.block_profile import inner_numbers
 from ratel.runtime.op_trace import OpTrace
-from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, poisoned
+from ratel.runtime.replay import Diverged, Program, Recorder, poisoned, replay
 
 Kind = tuple
 """Equal for blocks with the same submodules, settings and parameters."""
@@ -34,9 +34,9 @@ def form_of(hidden: Tensor, call: BlockCall) -> Form:
                  type(x) for x in (hidden, *leaves((call.args, call.kwargs))))
 
 
-def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]) -> bool:
+def is_exact(trace: OpTrace, block: nn.Module, run: Callable[[], Tensor], seed: Callable[[], None]) -> bool:
     """Whether second runs with nothing kept and with everything kept let autograd save the bits that a full one does,
-    and leave the random generators where it does. ``seed`` sets those; ``run`` runs the block with a graph.
+    and leave the random generators where it does. ``seed`` sets those; ``run`` runs ``block`` with a graph.
 
     What is not made holds NaN here, so that a kernel that reads it unseen, launched past PyTorch's dispatcher, shows.
     """
@@ -44,7 +44,7 @@ def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]
     try:
         seed()
         expected = _fingerprint(run, trace)
-        if not _agrees(expected, run, seed, Program.make(trace, {}), {}):
+        if not _agrees(expected, block, run, seed, Program.make(trace, {}), {}):
             return False
         everything, kept = Program.make(trace, numbers), {}
         seed()
@@ -52,24 +52,17 @@ def is_exact(trace: OpTrace, run: Callable[[], Tensor], seed: Callable[[], None]
         with saved_tensors_hooks(lambda tensor: None, lambda packed: packed), recorder:
             run()
         results = {name: kept[name] + recorder.extras[name] for name in numbers}
-        return _agrees(expected, run, seed, everything, results)
+        return _agrees(expected, block, run, seed, everything, results)
     except torch.OutOfMemoryError:
         raise
     except (Diverged, *TRIAL_ERRORS):
         return False
 
 
-def _agrees(expected: list[Tensor], run: Callable[[], Tensor], seed: Callable[[], None], program: Program,
-            results: dict[str, list[Any]]) -> bool:
+def _agrees(expected: list[Tensor], block: nn.Module, run: Callable[[], Tensor], seed: Callable[[], None],
+            program: Program, results: dict[str, list[Any]]) -> bool:
     seed()
-    replayer = Replayer(program, results, poisoned)
-
-    def replay() -> Tensor:
-        with replayer:
-            return run()
-
-    found = _fingerprint(replay, program.trace)
-    replayer.finish()
+    found = _fingerprint(lambda: replay(program, results, block, run, poisoned), program.trace)
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 

@@ -24,7 +24,7 @@ from ratel.runtime.block_profile import (guessed_profile, inner_numbers, kept_by
                                          profile_of)
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.op_trace import OpTrace, trace
-from ratel.runtime.replay import Diverged, Program, Recorder, Replayer, Save
+from ratel.runtime.replay import Diverged, Program, Recorder, Save, replay
 from ratel.runtime.spiller import Spiller
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class BlockRuns:
                 found, again = (self._trace(block, values, inputs) for values in (_random_like(hidden), leaf))
                 if not found.is_like(again):
                     self._run_in_full(block, ON_VALUES)
-                elif not is_exact(found, lambda: self.parts.block(block, leaf, inputs), seed):
+                elif not is_exact(found, self.parts.blocks[block], lambda: self.parts.block(block, leaf, inputs), seed):
                     self._run_in_full(block, "what it does cannot be followed")
         except torch.OutOfMemoryError:  # following takes more than running; whether that fits is measured next
             self._traces.pop(key, None)
@@ -134,12 +134,15 @@ class BlockRuns:
 
     def first(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         """Forward. What the block keeps is given to ``save`` while it runs."""
-        known = self._key(block, hidden, inputs) in self._traces  # else it is learned in backward
+        key = self._key(block, hidden, inputs)
+        known = key in self._traces  # else it is learned in backward
         if not known or not self._kept[block] or self._runs_in_full(block):
             return self.plain(block, hidden, inputs)
+        program = self._program(key, self._kept[block])
         # With a graph, as in the second run: without one, attention leaves out what its backward needs.
         with torch.enable_grad():
-            return self._record(block, micro, hidden.detach().requires_grad_(), inputs.with_leaves(), save).detach()
+            leaf = hidden.detach().requires_grad_()
+            return self._record(block, micro, leaf, inputs.with_leaves(), program, save).detach()
 
     def second(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, saved: dict[str, list[Tensor]],
                seed: Callable[[], None]) -> Tensor:
@@ -159,12 +162,13 @@ class BlockRuns:
                 raise RatelError(f"block {block} did something else when it was run again for backward than in forward "
                                  f"({error}): its gradient would be wrong", field="model",
                                  remedy="Make its forward depend on its arguments and weights alone") from error
-        if self._runs_in_full(block) or self._key(block, hidden, inputs) in self._too_large:
+        key = self._key(block, hidden, inputs)
+        if self._runs_in_full(block) or key in self._too_large:
             return self.plain(block, hidden, inputs)
-        if self._key(block, hidden, inputs) not in self._traces:
+        if key not in self._traces:
             return self._run_traced(block, hidden, inputs, keep_graph=True)
         try:
-            return self._replay(block, hidden, inputs, self._program(block, hidden, inputs, {}), {})
+            return self._replay(block, hidden, inputs, self._program(key, {}), {})
         except Diverged as error:
             self._run_in_full(block, f"it did not do what it did before ({error})")
         seed()
@@ -183,8 +187,8 @@ class BlockRuns:
         if self._spiller is not None:
             self._spiller.finish()
 
-    def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
-        program = self._program(block, leaf, inputs, self._kept[block])
+    def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, program: Program,
+                save: Save) -> Tensor:
         recorder = Recorder(program, save)
         with saved_tensors_hooks(lambda tensor: None, lambda packed: packed), recorder:
             output = self.parts.block(block, leaf, inputs)
@@ -198,10 +202,7 @@ class BlockRuns:
                 results: dict[str, list[Any]]) -> Tensor:
         if not program.saves_work:
             return self.parts.block(block, hidden, inputs)
-        with Replayer(program, results) as replayer:
-            output = self.parts.block(block, hidden, inputs)
-        replayer.finish()
-        return output
+        return replay(program, results, self.parts.blocks[block], lambda: self.parts.block(block, hidden, inputs))
 
     # --- what is known ------------------------------------------------------------------------------------------
 
@@ -219,10 +220,10 @@ class BlockRuns:
         self._programs.clear()
         return output
 
-    def _program(self, block: int, hidden: Tensor, inputs: BlockInputs, kept: dict[str, int]) -> Program:
-        key = (*self._key(block, hidden, inputs), tuple(kept.items()))
+    def _program(self, known: tuple[int, Form], kept: dict[str, int]) -> Program:
+        key = (*known, tuple(kept.items()))
         if key not in self._programs:
-            found = self._traces[key[:2]]
+            found = self._traces[known]
             fitting = {name: number for name, number in inner_numbers(found).items()
                        if kept_bytes(found.ops[number]) <= kept.get(name, 0)}
             self._programs[key] = Program.make(found, fitting)

@@ -5,9 +5,11 @@ left out, because autograd makes some of its own and they cost nothing. What bac
 itself: it hands every tensor that it saves to a hook. Tensors are told apart by their storages.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +86,8 @@ class OpTrace:
     has_all_bits: tuple[bool, ...] = ()
     """By tensor that autograd has saved, in its order. False for what attention notes beside its result: seeds that it
     leaves unset without dropout, and row sums with a margin that no kernel writes."""
+    entered: tuple[tuple[str, int], ...] = ()
+    """Every call of a submodule, in order: its name in the block and how many operations come before."""
 
     def skippable(self, kept: Iterable[int] = ()) -> frozenset[int]:
         """Numbers of operations that a second run need not do, given the results of ``kept``.
@@ -116,6 +120,13 @@ class OpTrace:
         left_out = self.skippable(kept) | kept
         return sum(op.flops for number, op in enumerate(self.ops) if number not in left_out)
 
+    def last_entered(self, number: int) -> tuple[str, int]:
+        """The submodule whose only call begins last, but not after this operation, and how many operations come before;
+        the block itself, ``("", 0)``, where there is none."""
+        calls = Counter(name for name, _ in self.entered)
+        once = (entry for entry in self.entered if calls[entry[0]] == 1 and entry[1] <= number)
+        return max(once, key=lambda entry: entry[1], default=("", 0))
+
     def written_after(self, number: int) -> bool:
         """Whether a later operation writes to what this one has made."""
         return any(self.ops[number].makes & op.makes for op in self.ops[number + 1 :])
@@ -135,20 +146,30 @@ def reads_values(func: Any) -> bool:
 
 
 def outline(tensor: Tensor) -> Outline:
-    return Outline(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+    return Outline(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def outline_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Shapes of tensors, whole numbers and names; of anything else (a scale, a generator) the type."""
-    return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x if isinstance(x, (int, str, type(None)))
-                 else type(x) for x in arg_tree_leaves(*args, **kwargs))
+    """Shapes of tensors and whether they need gradients (what autograd saves depends on that), whole numbers and names;
+    of anything else (a scale, a generator) the type."""
+    return tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else
+                 x if x is None or isinstance(x, (int, str)) else type(x) for x in _flat(args, kwargs))
+
+
+def _flat(args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """An operation's arguments, and what is in those that are lists: no others hold any."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, (list, tuple)):
+            yield from x
+        else:
+            yield x
 
 
 def trace(run: Callable[[], Tensor], module: nn.Module, *, keep_graph: bool) -> tuple[Tensor, OpTrace]:
     """Run ``run``, which calls ``module`` once with gradients enabled. Its result has a graph to go backward through
     only with ``keep_graph``; otherwise what autograd saves is let go at once, as without gradients."""
-    with _module_paths(module) as paths:
-        tracer = _Tracer(paths)
+    tracer = _Tracer()
+    with tracer.following(module):
         pack = tracer.keep if keep_graph else tracer.drop
         with saved_tensors_hooks(pack, lambda packed: packed), tracer:
             output = run()
@@ -157,9 +178,11 @@ def trace(run: Callable[[], Tensor], module: nn.Module, *, keep_graph: bool) -> 
 
 
 class _Tracer(TorchDispatchMode):
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._paths = paths
+        self._running = [""]
+        """The submodules that are running, innermost last."""
+        self._entered: list[tuple[str, int]] = []
         self._ops: list[Op] = []
         self._saved: set[int] = set()
         self._order: list[int] = []
@@ -172,6 +195,25 @@ class _Tracer(TorchDispatchMode):
         if is_numbered(func):
             self._ops.append(self._describe(func, args, kwargs, result))
         return result
+
+    @contextmanager
+    def following(self, module: nn.Module) -> Iterator[None]:
+        """Which submodule runs is known inside."""
+        named = [(name, child) for name, child in module.named_modules() if name]
+        handles = [child.register_forward_pre_hook(partial(self._enter, name)) for name, child in named]
+        handles += [child.register_forward_hook(self._leave) for _, child in named]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+        self._entered.append((name, len(self._ops)))
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
 
     def keep(self, tensor: Tensor) -> Tensor:
         self.drop(tensor)
@@ -194,7 +236,7 @@ class _Tracer(TorchDispatchMode):
 
     def result(self) -> OpTrace:
         return OpTrace(tuple(self._ops), frozenset(self._saved.union(self._order)),
-                       tuple(storage not in self._notes for storage in self._order))
+                       tuple(storage not in self._notes for storage in self._order), tuple(self._entered))
 
     def _describe(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Op:
         inputs = frozenset(self._storage(x) for x in arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor))
@@ -209,7 +251,7 @@ class _Tracer(TorchDispatchMode):
                     or not (plain or is_attention(func)) or _draws(func, args, kwargs))
         return Op(func, outline_arguments(args, kwargs),
                   tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),
-                  inputs if reads_values(func) else frozenset(), makes, must_run, self._paths[-1],
+                  inputs if reads_values(func) else frozenset(), makes, must_run, self._running[-1],
                   flops_of(func, args, kwargs, result))
 
     def _storage(self, tensor: Tensor) -> int:
@@ -235,23 +277,3 @@ def _draws(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
             chosen = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
             return chosen != 0.0
     return True
-
-
-@contextmanager
-def _module_paths(module: nn.Module) -> Iterator[list[str]]:
-    """The submodules that are running, innermost last."""
-    running = [""]
-
-    def leave(child: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
-
-    handles = []
-    for name, child in module.named_modules():
-        if name:
-            handles.append(child.register_forward_pre_hook(lambda _, args, name=name: running.append(name)))
-            handles.append(child.register_forward_hook(leave))
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
