@@ -53,8 +53,8 @@ class Gradients:
         self._norms_leaving: dict[int, torch.Tensor] = {}
         self._slots: dict[int, Slot] = {}
         self._passes: dict[int, int] = {}
-        self._cut: dict[tuple[int, int], list[torch.Tensor]] = {}
-        """By unit and address of a buffer."""
+        self._cut: dict[tuple[int, int, torch.dtype], list[torch.Tensor]] = {}
+        """By unit, and address and type of a buffer."""
 
     def begin(self, unit: UnitSpec) -> torch.Tensor:
         """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``finish``."""
@@ -119,7 +119,7 @@ class Gradients:
 
     def _views(self, unit: UnitSpec, flat: torch.Tensor) -> list[torch.Tensor]:
         """One for each trained parameter, made once: buffers stay where they are."""
-        key = unit.index, flat.data_ptr()
+        key = unit.index, flat.data_ptr(), flat.dtype
         if key not in self._cut:
             self._cut[key] = [flat[p.offset : p.end].view(p.shape) for p in _trained(unit)]
         return self._cut[key]
