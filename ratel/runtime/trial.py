@@ -38,8 +38,11 @@ from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.step import seed_generators
 from ratel.units import MIB, format_bytes
 
-TIMING_S = 0.1
-"""Of each pass of each kind of block, where a plan is to be predicted."""
+TIMING_S = 0.6
+"""Of each pass of each kind of block, where a plan is to be predicted: in 0.1 s a GPU does not come to its power limit."""
+
+TIMING_METHOD = 2
+"""Raised when what is timed, or how, changes: earlier results are then not used."""
 
 SLACK = 1.10
 """The caching allocator's own fragmentation, over what was measured."""
@@ -160,7 +163,7 @@ def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
     for block in blocks.first_of_each_kind:
-        key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs), "launches": True}
+        key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs), "method": TIMING_METHOD}
         found[block] = probe_cache.load(key, lambda content: (content["pass_s"], content["launch_s"]))
         if found[block] is None:
             with attached(parts, block, device, initialised) as units:
