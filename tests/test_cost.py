@@ -149,11 +149,20 @@ def test_measured_blocks_are_interpolated_and_scaled() -> None:
 
 
 def test_a_micro_batch_takes_as_long_as_its_kernels_take_to_launch() -> None:
-    measured = dict(seconds=((4, 2.0, 5.0),), launch_s=(1.0, 3.0, 4.0))
+    measured = dict(seconds=((4, 2.0, 5.0),), launch_s=((1.0, 4.0), (3.0, 4.3)))
     assert GpuSeconds(profiled(**measured), FAST).block(0, 4) == (2.0, 5.0)
     assert GpuSeconds(profiled(**measured), replace(FAST, gpu_half_tokens=0.0)).block(0, 1) == (1.0, 4.0)
     kept = GpuSeconds(profiled((("qkv", "dram"),), **measured), FAST)
     assert kept.block(0, 4) == pytest.approx((3.0, 5.0 - 0.3 * 2.0))
+    assert GpuSeconds(profiled((("qkv", "dram"), ("up", "dram")), **measured), FAST).block(0, 4) == (3.0, 4.3)
+
+
+def test_what_keeping_was_measured_to_save_counts_more_than_its_flops() -> None:
+    measured = dict(seconds=((4, 2.0, 5.0),), keeping_seconds=((4, 2.2, 4.2),))
+    some, everything = profiled((("qkv", "dram"),), **measured), profiled((("qkv", "dram"), ("up", "gpu")), **measured)
+    assert GpuSeconds(profiled(**measured), FAST).block(0, 4) == (2.0, 5.0)
+    assert GpuSeconds(some, FAST).block(0, 4) == pytest.approx((2.2, 5.0 - 3 / 8 * 0.8))
+    assert GpuSeconds(everything, FAST).block(0, 4) == pytest.approx((2.2, 4.2))
 
 
 # --- the closed form and the simulator ------------------------------------------------------------------------------

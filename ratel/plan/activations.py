@@ -35,6 +35,9 @@ class BlockProfile:
     """In the order in which forward makes them. What is not listed is always recomputed."""
     seconds: tuple[tuple[int, float, float], ...] = ()
     """Measured: ``(rows, forward, backward with everything recomputed)``, by rows; empty where nothing was measured."""
-    launch_s: tuple[float, float, float] | None = None
-    """Measured: seconds of the processor until the device has its work of one micro-batch, whatever its size: forward,
-    forward that keeps insides, and backward. None where nothing was measured, or where the processor does the work."""
+    keeping_seconds: tuple[tuple[int, float, float], ...] = ()
+    """The same with all of ``inner`` kept on the device; empty where that was not measured, or did not fit."""
+    launch_s: tuple[tuple[float, float], ...] = ()
+    """Measured: seconds of the processor until the device has its work of one micro-batch, whatever its size, forward and
+    backward; with nothing kept, and with all of ``inner`` kept. Empty where nothing was measured, or where the processor does
+    the work."""

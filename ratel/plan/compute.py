@@ -56,28 +56,33 @@ class GpuSeconds:
     def _block(self, block: int, rows: int) -> tuple[float, float]:
         """Forward, and backward with its recomputation, of one micro-batch of ``rows`` rows. A device that is done before
         it is given the next work waits for it."""
-        launch_s = block_profile(self._plan, block).launch_s or (0.0, 0.0, 0.0)
-        forward, backward = self._device_seconds(block, rows)
         keeps = bool(kept_inner(self._plan, block))
-        return max(forward, launch_s[1 if keeps else 0]), max(backward, launch_s[2])
+        launch_s = block_profile(self._plan, block).launch_s
+        least = launch_s[keeps] if launch_s else (0.0, 0.0)
+        return tuple(map(max, self._device_seconds(block, rows), least))
 
     def _device_seconds(self, block: int, rows: int) -> tuple[float, float]:
         profile = block_profile(self._plan, block)
         again = recomputed_flops(self._plan, block)
-        if profile.seconds:
-            forward, backward = self._measured(profile, rows)
-            spared = (profile.recompute_flops - again) / profile.forward_flops
-            return forward, max(backward - spared * forward, 0.0)
-        return (self._of_flops(profile.forward_flops, rows),
-                self._of_flops(2 * profile.forward_flops + again, rows))
+        if not profile.seconds:
+            return (self._of_flops(profile.forward_flops, rows),
+                    self._of_flops(2 * profile.forward_flops + again, rows))
+        forward, backward = self._measured(profile.seconds, rows)
+        spared = profile.recompute_flops - again
+        if not spared:
+            return forward, backward
+        if profile.keeping_seconds:
+            forward, fastest = self._measured(profile.keeping_seconds, rows)
+            share = min(1.0, spared / sum(inner.row_flops for inner in profile.inner))
+            return forward, backward - share * max(backward - fastest, 0.0)
+        return forward, max(backward - spared / profile.forward_flops * forward, 0.0)
 
     def _of_flops(self, row_flops: float, rows: int) -> float:
         busy_rows = rows + self._hardware.gpu_half_tokens / self._seq_len
         return row_flops * busy_rows / self._hardware.gpu_flops
 
-    def _measured(self, profile: BlockProfile, rows: int) -> tuple[float, float]:
+    def _measured(self, points: tuple[tuple[int, float, float], ...], rows: int) -> tuple[float, float]:
         """Between two measured numbers of rows on the line; beyond them as the saturation curve goes."""
-        points = profile.seconds
         for (low, *at_low), (high, *at_high) in zip(points, points[1:]):
             if low <= rows <= high:
                 share = (rows - low) / (high - low)

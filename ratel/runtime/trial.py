@@ -9,6 +9,7 @@ libraries, and is taken over what the process held before, which the plan counts
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.step import seed_generators
 from ratel.units import MIB, format_bytes
 
-TIMING_S = 0.6
-"""Of each pass of each kind of block, where a plan is to be predicted: in 0.1 s a GPU does not come to its power limit."""
+TIMING_S, GPU_TIMING_S = 0.1, 0.5
+"""Of each measurement of each kind of block, where a plan is to be predicted. In 0.1 s a GPU does not come to its power limit."""
 
 TIMING_METHOD = 2
 """Raised when what is timed, or how, changes: earlier results are then not used."""
@@ -154,7 +155,7 @@ def _kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> li
 
 def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
            device: torch.device) -> tuple[BlockProfile, ...]:
-    """With the seconds of both passes of each kind of block, nothing kept, and on a GPU of launching them.
+    """With the seconds of both passes of each kind of block, nothing kept and everything kept, and on a GPU of launching them.
 
     What was measured once counts from then on: plans that followed every measurement would differ from run to run, and
     with the size of micro-batches the rounding of sums.
@@ -164,46 +165,66 @@ def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
         hidden, inputs = parts.head(batch)
     for block in blocks.first_of_each_kind:
         key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs), "method": TIMING_METHOD}
-        found[block] = probe_cache.load(key, lambda content: (content["pass_s"], content["launch_s"]))
+        found[block] = probe_cache.load(key, lambda content: content["timings"])
         if found[block] is None:
+            offered = {inner.name: inner.row_bytes * rows for inner in profiles[block].inner}
             with attached(parts, block, device, initialised) as units:
-                offered = {inner.name: inner.row_bytes * rows for inner in profiles[block].inner}
-                found[block] = _time_passes(blocks, block, torch.randn_like(hidden), inputs, units, offered)
-            probe_cache.store(key, dict(zip(("pass_s", "launch_s"), found[block])))
+                found[block] = [_time_passes(blocks, block, torch.randn_like(hidden), inputs, units, kept)
+                                for kept in (({}, offered) if offered else ({},))]
+            probe_cache.store(key, {"timings": found[block]})
     return tuple(_with_seconds(profile, rows, *found[blocks.first_alike(block)]) for block, profile in enumerate(profiles))
 
 
-def _with_seconds(profile: BlockProfile, rows: int, pass_s: list[float], launch_s: list[float] | None) -> BlockProfile:
-    return replace(profile, seconds=((rows, *pass_s),), launch_s=None if launch_s is None else tuple(launch_s))
+Timing = dict[str, list[float] | None]
+"""``pass_s`` and ``launch_s``, each of forward and of backward."""
+
+
+def _with_seconds(profile: BlockProfile, rows: int, bare: Timing, keeping: Timing | None = None) -> BlockProfile:
+    def both(what: str) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(timing[what]) for timing in (bare, keeping or bare) if timing[what] is not None)
+
+    return replace(profile, seconds=((rows, *bare["pass_s"]),), launch_s=both("launch_s"),
+                   keeping_seconds=((rows, *keeping["pass_s"]),) if keeping else ())
 
 
 def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs, units: list[UnitSpec],
-                 offered: dict[str, int]) -> tuple[list[float], list[float] | None]:
-    """Forward and backward; and until a GPU has its work in forward, in forward that keeps all it can, and in backward."""
+                 kept: dict[str, int]) -> Timing | None:
+    """None where there is no room for what is to be kept."""
     leaf = hidden.requires_grad_()
-
-    def forward() -> None:
-        with torch.no_grad():
-            blocks.first(block, 0, leaf, inputs, lambda name, tensors: None)
-
-    def backward() -> None:
-        _backward(blocks, block, leaf, inputs, units)
-
     settle = torch.cuda.synchronize if hidden.is_cuda else lambda: None
-    pass_s = [median_seconds(action, limit_s=TIMING_S, settle=settle) for action in (forward, backward)]
-    if not hidden.is_cuda:
-        return pass_s, None
-    bare_s, backward_s = (launch_seconds(action, settle=settle) for action in (forward, backward))
-    blocks.keep([offered] * blocks.parts.num_blocks)
-    keeping_s = launch_seconds(forward, settle=settle)
-    blocks.keep([{}] * blocks.parts.num_blocks)
-    return pass_s, [bare_s, keeping_s, backward_s]
+    limit_s = GPU_TIMING_S if hidden.is_cuda else TIMING_S
+
+    def forward() -> dict[str, list[Tensor]]:
+        saved: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            blocks.first(block, 0, leaf, inputs, saved.__setitem__)
+        return saved
+
+    def both() -> None:
+        _backward(blocks, block, leaf, inputs, units, forward())
+
+    def apart(seconds: Callable[[Callable[[], object]], float]) -> list[float]:
+        forward_s = seconds(forward)
+        return [forward_s, seconds(both) - forward_s]
+
+    blocks.keep([kept] * blocks.parts.num_blocks)
+    try:
+        return {"pass_s": apart(partial(median_seconds, limit_s=limit_s, settle=settle)),
+                "launch_s": apart(partial(launch_seconds, settle=settle)) if hidden.is_cuda else None}
+    except torch.OutOfMemoryError:
+        if not kept:
+            raise
+        return None
+    finally:
+        blocks.keep([{}] * blocks.parts.num_blocks)
 
 
-def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, units: list[UnitSpec]) -> None:
+def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, units: list[UnitSpec],
+              saved: dict[str, list[Tensor]]) -> None:
     """With taking over the gradients, which reads and writes them once more."""
     with torch.enable_grad():
-        output = blocks.second(block, 0, leaf, inputs.with_leaves(), {}, lambda: None)
+        output = blocks.second(block, 0, leaf, inputs.with_leaves(), saved, lambda: None)
+    saved.clear()
     output.backward(torch.ones_like(output))
     blocks.finish()
     for unit in units:
