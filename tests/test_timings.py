@@ -5,7 +5,7 @@ import torch
 
 from families_common import build
 from ratel.plan.hardware import load_hardware
-from ratel.runtime import trial
+from ratel.runtime import block_timing
 from ratel.runtime.session import Session
 
 
@@ -18,7 +18,7 @@ def planned_seconds(batch_rows: int = 2, **options: object) -> set[tuple]:
 def test_a_block_is_timed_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     taken = iter(range(1, 100))
-    monkeypatch.setattr(trial, "median_seconds", lambda *_, **__: float(next(taken)))
+    monkeypatch.setattr(block_timing, "median_seconds", lambda *_, **__: float(next(taken)))
     first = planned_seconds(micro_batch=2)
     assert first == {((2, 1.0, 1.0),)}  # forward; both passes less forward; then the same with insides kept
     assert planned_seconds(micro_batch=2) == first

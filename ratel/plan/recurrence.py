@@ -311,8 +311,8 @@ class _Steps:
         self._landed[key] = self._h2d
 
     def _gather(self, gather: Gather) -> None:
-        index, plan = gather.unit, self._plan
-        unit, moved, cls = plan.spec.units[index], self._weights[index], self._class(index)
+        index = gather.unit
+        moved, cls = self._weights[index], self._class(index)
         self._finish_update(index)
         taken_over = index in self._kept
         self._kept.discard(index)

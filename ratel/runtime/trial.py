@@ -9,7 +9,6 @@ libraries, and is taken over what the process held before, which the plan counts
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ from torch import Tensor
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.hardware import probe_cache
 from ratel.hardware.block_rates import attached, initialised
 from ratel.hardware.host import usable_cores
-from ratel.hardware.probe import processors_key
-from ratel.hardware.timing import launch_seconds, median_seconds
 from ratel.memory import early
 from ratel.memory.arena import Arena, region_bytes
 from ratel.memory.lanes import Lanes
@@ -33,17 +29,12 @@ from ratel.plan.forced_kept import Activations, Kept, forced_kept
 from ratel.plan.saved import Spill
 from ratel.plan.shape import StageSpec, UnitSpec
 from ratel.runtime.block_runs import BlockRuns
+from ratel.runtime.block_timing import with_timings
 from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
 from ratel.runtime.micro import count_rows, with_labels
 from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.step import seed_generators
 from ratel.units import MIB, format_bytes
-
-TIMING_S, GPU_TIMING_S = 0.1, 0.5
-"""Of each measurement of each kind of block, where a plan is to be predicted. In 0.1 s a GPU does not come to its power limit."""
-
-TIMING_METHOD = 2
-"""Raised when what is timed, or how, changes: earlier results are then not used."""
 
 SLACK = 1.10
 """The caching allocator's own fragmentation, over what was measured."""
@@ -81,7 +72,7 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
                        for run, units in _trials(blocks, batches[0], profiles, kept)) - on_host
             if timed:
                 blocks.keep([{} for _ in profiles])
-                profiles = _timed(blocks, batches[0], profiles, device)
+                profiles = with_timings(blocks, batches[0], profiles)
     meter.close()
     return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes,
                  spill=spill)
@@ -151,86 +142,6 @@ def _kept_bytes(profiles: tuple[BlockProfile, ...], kept: Kept, rows: int) -> li
     """By block, what is kept and the most bytes it may take, as `BlockRuns.keep` wants it."""
     row_bytes = [{inner.name: inner.row_bytes for inner in profile.inner} for profile in profiles]
     return [{name: sizes[name] * rows for name, _ in names} for sizes, names in zip(row_bytes, kept)]
-
-
-def _timed(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
-           device: torch.device) -> tuple[BlockProfile, ...]:
-    """With the seconds of both passes of each kind of block, nothing kept and everything kept, and on a GPU of launching them.
-
-    What was measured once counts from then on: plans that followed every measurement would differ from run to run, and
-    with the size of micro-batches the rounding of sums.
-    """
-    parts, found, rows = blocks.parts, {}, count_rows(batch)
-    with torch.no_grad():
-        hidden, inputs = parts.head(batch)
-    for block in blocks.first_of_each_kind:
-        key = {**processors_key(device), "block": blocks.fingerprint(block, hidden, inputs), "method": TIMING_METHOD}
-        found[block] = probe_cache.load(key, lambda content: content["timings"])
-        if found[block] is None:
-            offered = {inner.name: inner.row_bytes * rows for inner in profiles[block].inner}
-            with attached(parts, block, device, initialised) as units:
-                found[block] = [_time_passes(blocks, block, torch.randn_like(hidden), inputs, units, kept)
-                                for kept in (({}, offered) if offered else ({},))]
-            probe_cache.store(key, {"timings": found[block]})
-    return tuple(_with_seconds(profile, rows, *found[blocks.first_alike(block)]) for block, profile in enumerate(profiles))
-
-
-Timing = dict[str, list[float] | None]
-"""``pass_s`` and ``launch_s``, each of forward and of backward."""
-
-
-def _with_seconds(profile: BlockProfile, rows: int, bare: Timing, keeping: Timing | None = None) -> BlockProfile:
-    def both(what: str) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(timing[what]) for timing in (bare, keeping or bare) if timing[what] is not None)
-
-    return replace(profile, seconds=((rows, *bare["pass_s"]),), launch_s=both("launch_s"),
-                   keeping_seconds=((rows, *keeping["pass_s"]),) if keeping else ())
-
-
-def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs, units: list[UnitSpec],
-                 kept: dict[str, int]) -> Timing | None:
-    """None where there is no room for what is to be kept."""
-    leaf = hidden.requires_grad_()
-    settle = torch.cuda.synchronize if hidden.is_cuda else lambda: None
-    limit_s = GPU_TIMING_S if hidden.is_cuda else TIMING_S
-
-    def forward() -> dict[str, list[Tensor]]:
-        saved: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            blocks.first(block, 0, leaf, inputs, saved.__setitem__)
-        return saved
-
-    def both() -> None:
-        _backward(blocks, block, leaf, inputs, units, forward())
-
-    def apart(seconds: Callable[[Callable[[], object]], float]) -> list[float]:
-        forward_s = seconds(forward)
-        return [forward_s, seconds(both) - forward_s]
-
-    blocks.keep([kept] * blocks.parts.num_blocks)
-    try:
-        return {"pass_s": apart(partial(median_seconds, limit_s=limit_s, settle=settle)),
-                "launch_s": apart(partial(launch_seconds, settle=settle)) if hidden.is_cuda else None}
-    except torch.OutOfMemoryError:
-        if not kept:
-            raise
-        return None
-    finally:
-        blocks.keep([{}] * blocks.parts.num_blocks)
-
-
-def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, units: list[UnitSpec],
-              saved: dict[str, list[Tensor]]) -> None:
-    """With taking over the gradients, which reads and writes them once more."""
-    with torch.enable_grad():
-        output = blocks.second(block, 0, leaf, inputs.with_leaves(), saved, lambda: None)
-    saved.clear()
-    output.backward(torch.ones_like(output))
-    blocks.finish()
-    for unit in units:
-        for grad in blocks.parts.take_grads(unit.index):
-            if grad is not None:
-                grad.clone()
 
 
 def _measure(parts: Parts, units: list[UnitSpec], run: Callable[[], int], device: torch.device,
