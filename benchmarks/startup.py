@@ -183,8 +183,10 @@ def _run(args: argparse.Namespace, root: Path, clock: Clock) -> dict[str, Any]:
     command = [sys.executable, "-m", "ratel", "train", "--model", str(root / "model"), "--out", str(out), "--steps", "3",
                "--batch-size", str(args.batch), "--seq-len", str(args.seq_len), "--device", args.device, *budgets,
                "--eval-fraction", "0", "--no-export"]
-    # Caches of its own: what earlier commands found out about the machine, or compiled, must not shorten the first run.
-    caches = {"XDG_CACHE_HOME": str(root / "cache"), "TRITON_CACHE_DIR": str(root / "cache" / "triton")}
+    # Caches of its own: what earlier commands found out about the machine, or compiled, must not shorten the first run. Python's
+    # bytecode is among them, as wherever packages were installed by hand; some containers come without, and write none.
+    caches = {"XDG_CACHE_HOME": str(root / "cache"), "TRITON_CACHE_DIR": str(root / "cache" / "triton"),
+              "PYTHONPYCACHEPREFIX": str(root / "cache" / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     return time_run(command, out, caches, min(LIMIT_S, clock.left_s))
 
 
