@@ -112,9 +112,9 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
         plan = session.prepare(entry["batch"], entry["seq"])
         # Trials of blocks come before the plan, and are not in it.
         torch.cuda.reset_peak_memory_stats() if cuda else reset_peak()
-        if options["max_grad_norm"] == ALWAYS:
-            plan = replace(plan, early_units=0)  # what the session does after the first steps
-        predicted, simulated = predict(plan, capped), simulate(plan, capped)
+        # While gradients are clipped the session makes no update early.
+        done = replace(plan, early_units=0) if options["max_grad_norm"] == ALWAYS else plan
+        predicted, simulated = predict(done, capped), simulate(done, capped)
         seconds = [step_seconds(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
     measured_s = statistics.median(seconds)
     return {"name": entry["name"], "parameters": plan.spec.num_params, "batch": entry["batch"], "seq_len": entry["seq"],

@@ -149,7 +149,8 @@ def _of_planned(peak: int | None, planned: int) -> str:
 
 def pays_section(name: str, report: dict) -> list[str]:
     lines = [f"## What planning is worth: {name}", "",
-             f"{report['gpu'] or report['host']['cpu']['model']}, torch {report['torch']}; `{report['command']}`:", "",
+             f"{report['gpu'] or report['host']['cpu']['model']}, torch {report['torch']}; `{report['command']}`"
+             f"{report.get('note', '')}:", "",
              "| case | way | s/step | predicted s | micro-batches | block inputs | insides kept |", "|---|---|---|---|---|---|---|"]
     for case in report["cases"]:
         for way, r in case["ways"].items():
