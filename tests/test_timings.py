@@ -6,6 +6,7 @@ import torch
 from families_common import build
 from ratel.plan.hardware import load_hardware
 from ratel.runtime import block_timing
+from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.session import Session
 
 
@@ -28,6 +29,25 @@ def test_a_block_is_timed_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
         file.write_text("{")
     torch.manual_seed(0)
     assert planned_seconds(micro_batch=2) == {((2, 13.0, 1.0),)}  # what cannot be read is measured again
+
+
+@pytest.mark.numerics
+def test_what_there_is_no_room_to_keep_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, refused = BlockRuns.first, []
+
+    def without_room(self: BlockRuns, block: int, *arguments: object) -> torch.Tensor:
+        if len(self._kept[block]) > 1:
+            refused.append(block)
+            raise torch.OutOfMemoryError("no room")
+        return first(self, block, *arguments)
+
+    with Session(build("llama"), device="cpu", dtype="fp32", hardware=load_hardware("4090"), micro_batch=2) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockRuns, "first", without_room)
+            profiles = session.plan_for(2, 16).plan.profiles
+        assert refused and all(profile.seconds and not profile.keeping_seconds for profile in profiles)
+        assert session.step({"input_ids": torch.zeros(2, 16, dtype=torch.long)}).loss > 0
 
 
 @pytest.mark.gpu
