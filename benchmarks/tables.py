@@ -129,7 +129,7 @@ def reality_section(name: str, report: dict) -> list[str]:
     """Predictions beside measurements. Peaks are what PyTorch reserved and what the process had resident."""
     lines = [f"## Predicted and measured: {name}", "",
              f"{report['hardware']['name']}, torch {report['torch']}; `{report['command']}`. The machine was probed first. "
-             "\"of planned\" is the measured peak over the plan's.", "",
+             f"{report.get('note', '')}\"of planned\" is the measured peak over the plan's.", "",
              "| configuration | parameters | batch x seq | micro-batches | measured s | predicted s | error | simulated s | bound by "
              "| GPU peak, of planned | DRAM peak, of planned |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in report["results"]:
