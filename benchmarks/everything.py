@@ -1,0 +1,121 @@
+"""Everything that evaluation_data.md has of a machine with a GPU, in one command, what matters most first.
+
+    python benchmarks/everything.py --machine h200 --ssd /mnt/a --ram-disk /dev/shm/a
+    python benchmarks/everything.py --machine h200 --ssd /mnt/a --budget-s 580 --only reality pays
+
+Each measurement is a command of its own, which is printed before it runs and has a time limit. What is not likely to end within
+the budget is not begun. The tables are made anew at the end.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import ROOT, Clock
+from watched import stop_group
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    kind: str
+    """Of the results: MACHINE_KIND.json."""
+    arguments: tuple[str, ...]
+    """What Python runs, but for where the results go."""
+    about_s: float
+    """What it took on an H200 with a disk of 2 GB/s; it is ended after half as much again."""
+    prints_json: bool = False
+    """Instead of writing the file itself."""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", required=True, metavar="NAME", help="how the machine's results are called")
+    parser.add_argument("--ssd", required=True, metavar="DIR", help="a directory on the SSD; 60 GB of it are used")
+    parser.add_argument("--ram-disk", metavar="DIR", help="a directory on a RAM disk, which stands for faster drives")
+    parser.add_argument("--results", default=str(HERE / "results"), metavar="DIR")
+    parser.add_argument("--budget-s", type=float, default=3600)
+    parser.add_argument("--only", nargs="+", metavar="KIND")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args = parser.parse_args(arguments)
+    known = [m.kind for m in measurements(args)]
+    unknown = sorted(set(args.only or ()) - set(known))
+    if unknown:
+        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(known)}")
+    return args
+
+
+def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
+    ssd = ("--ssd", args.ssd)
+    sizes = ("--gpu-memory", "24GiB", "--seq-len", "1024", "--steps", "1", "--json")
+
+    def script(name: str, *more: str) -> tuple[str, ...]:
+        return (str(HERE / f"{name}.py"), *more)
+
+    yield Measurement(kind="reality", about_s=420, arguments=script("reality", "--set", "gpu", *ssd, "--steps", "2"))
+    yield Measurement(kind="pays", about_s=230, arguments=script("pays", "--set", "gpu", *ssd))
+    yield Measurement(kind="compare", about_s=440, arguments=script("compare_deepspeed", "--states", "dram", "--rounds", "1",
+                                                                    "--budget-s", "520", *ssd))
+    yield Measurement(kind="compare_ssd", about_s=350, arguments=script("compare_deepspeed", "--states", "ssd", "--rounds", "1",
+                                                                        "--budget-s", "480", *ssd))
+    ram_disk = ("--ram-disk", args.ram_disk) if args.ram_disk else ()
+    for kind, about_s, more in (("ssd", 260, (*ssd, *ram_disk, "--steps", "2")), ("shapes", 200, (*ssd, "--only", "0", "1")),
+                                ("curve", 110, ()), ("sustained", 150, ())):
+        yield Measurement(kind=kind, about_s=about_s, arguments=script("targets", kind, *more, "--budget-s", str(1.4 * about_s)))
+    yield Measurement(kind="startup", about_s=100, arguments=script("startup", *ssd, "--budget-s", "140"))
+    yield Measurement(kind="max_model", about_s=120, prints_json=True, arguments=(
+        "-m", "ratel", "bench", "max-model", "--model", "llama-8b", "--dram", "16GiB,32GiB,64GiB", "--batch-size", "8", *sizes))
+    yield Measurement(kind="max_batch", about_s=120, prints_json=True, arguments=(
+        "-m", "ratel", "bench", "max-batch", "--model", "llama-3b", "--dram", "40GiB,60GiB", *sizes))
+    yield Measurement(kind="durable_dram", about_s=100, arguments=script(
+        "durable", "--tier", "dram", "--dram", "60GiB", "--layers", "8", "--steps", "5", "--copy-every", "6", "--rounds", "1", *ssd,
+        "--out", f"{args.ssd}/durable-out"))
+
+
+def run(measurement: Measurement, results: Path, machine: str) -> str:
+    """How it ended, in a word or two."""
+    target = results / f"{machine}_{measurement.kind}.json"
+    command = [sys.executable, *measurement.arguments]
+    if measurement.prints_json:
+        with target.open("w", encoding="utf-8") as output:
+            return _wait(subprocess.Popen(command, stdout=output, cwd=ROOT, start_new_session=True), 1.5 * measurement.about_s)
+    command += ["--json", str(target)]
+    return _wait(subprocess.Popen(command, cwd=ROOT, start_new_session=True), 1.5 * measurement.about_s)
+
+
+def _wait(child: subprocess.Popen, limit_s: float) -> str:
+    try:
+        status = child.wait(limit_s)
+        return "done" if status == 0 else f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        return f"ended after {limit_s:.0f} s"
+    finally:
+        stop_group(child)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    clock, results = Clock(args.budget_s), Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    for measurement in measurements(args):
+        if args.only and measurement.kind not in args.only:
+            continue
+        said = f"{measurement.kind}: {shlex.join(('python', *measurement.arguments))}"
+        if args.list:
+            print(said)
+        elif clock.left_s < measurement.about_s:
+            print(f"{said}: not begun, {clock.left_s:.0f} s are left and it takes about {measurement.about_s:.0f}", flush=True)
+        else:
+            print(said, flush=True)
+            print(f"{measurement.kind}: {run(measurement, results, args.machine)}, {clock.left_s:.0f} s left", flush=True)
+    if not args.list and results == HERE / "results":
+        subprocess.run([sys.executable, str(HERE / "tables.py")], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()

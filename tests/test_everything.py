@@ -1,0 +1,58 @@
+"""The command that measures everything: each of its commands is one that the scripts take, and time limits are kept."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import everything  # noqa: E402
+import tables  # noqa: E402
+from ratel import cli  # noqa: E402
+
+pytestmark = pytest.mark.unit
+ASKED = ["--machine", "box", "--ssd", "/mnt/a", "--ram-disk", "/dev/shm/a"]
+ALL = list(everything.measurements(everything.parse(ASKED)))
+
+
+@pytest.mark.parametrize("measurement", ALL, ids=[m.kind for m in ALL])
+def test_its_commands_are_understood(measurement: everything.Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tables.kind_of(Path(f"box_{measurement.kind}.json")) in tables.SECTIONS
+    first, *words = measurement.arguments
+    if measurement.prints_json:
+        assert cli.build_parser().parse_args(words[1:]).json
+        return
+    assert Path(first).is_file()
+    monkeypatch.setattr(sys, "argv", [first, *words, "--json", "x.json"])
+    args = importlib.import_module(Path(first).stem).parse()
+    assert args.json == "x.json"
+    if hasattr(args, "budget_s"):
+        assert measurement.about_s <= args.budget_s <= 1.5 * measurement.about_s
+
+
+def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    good = "import sys, json; json.dump({'points': []}, open(sys.argv[2], 'w'))"
+    made = [everything.Measurement(kind="long", arguments=("-c", "raise SystemExit(9)"), about_s=1000),
+            everything.Measurement(kind="fails", arguments=("-c", "raise SystemExit(3)"), about_s=5),
+            everything.Measurement(kind="hangs", arguments=("-c", "import time; time.sleep(60)"), about_s=0.5),
+            everything.Measurement(kind="works", arguments=("-c", good), about_s=5),
+            everything.Measurement(kind="prints", arguments=("-c", "print('[1]')"), about_s=5, prints_json=True)]
+    monkeypatch.setattr(everything, "measurements", lambda args: iter(made))
+    everything.main([*ASKED, "--results", str(tmp_path), "--budget-s", "60"])
+    said = capfd.readouterr().out
+    for words in ("not begun", "fails: exit status 3", "hangs: ended after 1 s", "works: done", "prints: done"):
+        assert words in said, said
+    assert json.loads((tmp_path / "box_works.json").read_text()) == {"points": []}
+    assert json.loads((tmp_path / "box_prints.json").read_text()) == [1]
+    assert not (tmp_path / "box_long.json").exists()
+
+
+def test_a_kind_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        everything.parse([*ASKED, "--only", "speed"])
+    assert "speed is none of reality, pays, compare" in capsys.readouterr().err
