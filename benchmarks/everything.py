@@ -75,6 +75,8 @@ def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
     yield Measurement(kind="durable_dram", about_s=100, arguments=script(
         "durable", "--tier", "dram", "--dram", "60GiB", "--layers", "8", "--steps", "5", "--copy-every", "6", "--rounds", "1", *ssd,
         "--out", f"{args.ssd}/durable-out"))
+    yield Measurement(kind="largest_sequence", about_s=180, arguments=script("largest", "sequence", "--steps", "2", "--dram", "80GiB", *ssd))
+    yield Measurement(kind="largest_model", about_s=300, arguments=script("largest", "model", "--dram", "110GiB", *ssd))
 
 
 def run(measurement: Measurement, results: Path, machine: str) -> str:
