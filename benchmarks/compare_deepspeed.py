@@ -24,11 +24,8 @@ import torch
 from compare_table import compare_lines, loss_checks
 from jobs import SYSTEMS_SCRIPT, RunJob, emptied, run_job, run_within
 from report import Clock, Report
-from systems import Job, read_model
+from systems import ALWAYS, NEVER, Job, read_model
 from watched import run_watched
-
-NEVER, ALWAYS = 1e9, 0.01
-"""Global norms to clip at: gradients of this work have a norm between 0.9 and 3."""
 
 MISSING = "DeepSpeed is not installed: pip install ratel[deepspeed]"
 BUILD_LIMIT_S = 400.0

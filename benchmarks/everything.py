@@ -14,11 +14,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from report import ROOT, Clock
 from watched import stop_group
 
 HERE = Path(__file__).resolve().parent
+DONE = "done"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +82,26 @@ def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
 
 
 def run(measurement: Measurement, results: Path, machine: str) -> str:
-    """How it ended, in a word or two."""
+    """How it ended, in a word or two. What was measured before stays where a command ends without a result."""
     target = results / f"{machine}_{measurement.kind}.json"
-    command = [sys.executable, *measurement.arguments]
-    if measurement.prints_json:
-        with target.open("w", encoding="utf-8") as output:
-            return _wait(subprocess.Popen(command, stdout=output, cwd=ROOT, start_new_session=True), 1.5 * measurement.about_s)
-    command += ["--json", str(target)]
-    return _wait(subprocess.Popen(command, cwd=ROOT, start_new_session=True), 1.5 * measurement.about_s)
+    command, limit_s = [sys.executable, *measurement.arguments], 1.5 * measurement.about_s
+    if not measurement.prints_json:
+        return _run([*command, "--json", str(target)], limit_s)
+    printed = target.with_name(f"{target.name}.part")
+    with printed.open("w", encoding="utf-8") as output:
+        ended = _run(command, limit_s, stdout=output)
+    if ended == DONE:
+        printed.replace(target)
+    else:
+        printed.unlink()
+    return ended
 
 
-def _wait(child: subprocess.Popen, limit_s: float) -> str:
+def _run(command: list[str], limit_s: float, stdout: TextIO | None = None) -> str:
+    child = subprocess.Popen(command, stdout=stdout, cwd=ROOT, start_new_session=True)
     try:
         status = child.wait(limit_s)
-        return "done" if status == 0 else f"exit status {status}"
+        return DONE if status == 0 else f"exit status {status}"
     except subprocess.TimeoutExpired:
         return f"ended after {limit_s:.0f} s"
     finally:

@@ -28,7 +28,8 @@ from ratel.runtime.session import Session
 from ratel.train.step_bench import use_quick_weights
 from ratel.units import parse_rate
 
-from reality import NEVER, make_config, step_seconds
+from reality import make_config, step_seconds
+from systems import NEVER
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "gpu": [

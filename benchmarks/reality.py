@@ -12,12 +12,12 @@ import gc
 import json
 import statistics
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from systems import ALWAYS, NEVER
 from ratel.hardware.host import describe_host
 from ratel.hardware.probe import probe
 from ratel.memory.resident import peak_bytes, reset_peak
@@ -29,8 +29,6 @@ from ratel.train.step_bench import random_tokens, use_quick_weights
 from ratel.units import parse_rate
 
 OFF = dict(max_grad_norm=0.0)
-NEVER, ALWAYS = 1e9, 1e-3
-"""Norms to clip at that no gradient has, and that every gradient has: a prediction is of one or the other."""
 HALF = {"*": "dram", "block.*": {"m": "ssd", "v": "ssd"}}
 CONFIGURATIONS: dict[str, list[dict[str, Any]]] = {
     # model (hidden, layers), batch, sequence, and what the session is given beside
@@ -112,8 +110,7 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
         plan = session.prepare(entry["batch"], entry["seq"])
         # Trials of blocks come before the plan, and are not in it.
         torch.cuda.reset_peak_memory_stats() if cuda else reset_peak()
-        # While gradients are clipped the session makes no update early.
-        done = replace(plan, early_units=0) if options["max_grad_norm"] == ALWAYS else plan
+        done = plan.while_clipped if options["max_grad_norm"] == ALWAYS else plan
         predicted, simulated = predict(done, capped), simulate(done, capped)
         seconds = [step_seconds(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
     measured_s = statistics.median(seconds)

@@ -54,6 +54,11 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+NEVER, ALWAYS = 1e9, 0.01
+"""Global norms to clip at: one that no gradient has, so that clipping is on and does not fire, and one below all
+(from 0.9 to 15 in this work)."""
+
+
 def read_model(argument: str) -> str | dict[str, Any]:
     """``Job.model`` as a command line gives it: a preset, or a configuration as JSON."""
     return json.loads(argument) if argument.startswith("{") else argument

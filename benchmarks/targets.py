@@ -27,11 +27,8 @@ import torch
 from disk_rate import mixed_bps
 from jobs import RunJob, emptied, run_job, run_within
 from report import Clock, Report
-from systems import Job, read_model
+from systems import NEVER, Job, read_model
 from ratel.units import parse_rate
-
-NEVER = 1e9
-"""A global norm that no gradient has: clipping is on and does not fire."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from plan_common import (HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan,
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.compute import GpuSeconds
-from ratel.plan.cost import RESOURCES, predict, predict_clipped
+from ratel.plan.cost import RESOURCES, predict
 from ratel.plan.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
 from ratel.plan.pipes import Pipe, SsdRates, ssd_rates
 from ratel.plan.placement import forced_placements
@@ -109,10 +109,10 @@ def test_a_step_that_clips_updates_nothing_early() -> None:
     early = make_plan(DEEP, "dram", optimizer="speculative", early_units=4)
     hardware = replace(FAST, adam_params_per_s=1e8)
     assert early.early
-    assert predict_clipped(early, hardware) == predict(replace(early, optimizer="deferred", early_units=0), hardware)
-    assert predict_clipped(early, hardware).step_s > predict(early, hardware).step_s
+    assert predict(early.while_clipped, hardware) == predict(replace(early, optimizer="deferred", early_units=0), hardware)
+    assert predict(early.while_clipped, hardware).step_s > predict(early, hardware).step_s
     eager = make_plan(DEEP, "dram", optimizer="eager")
-    assert predict_clipped(eager, hardware) == predict(eager, hardware)
+    assert predict(eager.while_clipped, hardware) == predict(eager, hardware)
 
 
 # --- what is kept, what was measured --------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path, capfd: p
             everything.Measurement(kind="fails", arguments=("-c", "raise SystemExit(3)"), about_s=5),
             everything.Measurement(kind="hangs", arguments=("-c", "import time; time.sleep(60)"), about_s=0.5),
             everything.Measurement(kind="works", arguments=("-c", good), about_s=5),
-            everything.Measurement(kind="prints", arguments=("-c", "print('[1]')"), about_s=5, prints_json=True)]
+            everything.Measurement(kind="prints", arguments=("-c", "print('[1]')"), about_s=5, prints_json=True),
+            everything.Measurement(kind="stops", arguments=("-c", "print('['); raise SystemExit(4)"), about_s=5, prints_json=True)]
+    (tmp_path / "box_stops.json").write_text("[7]")
     monkeypatch.setattr(everything, "measurements", lambda args: iter(made))
     everything.main([*ASKED, "--results", str(tmp_path), "--budget-s", "60"])
     said = capfd.readouterr().out
@@ -50,6 +52,7 @@ def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path, capfd: p
     assert json.loads((tmp_path / "box_works.json").read_text()) == {"points": []}
     assert json.loads((tmp_path / "box_prints.json").read_text()) == [1]
     assert not (tmp_path / "box_long.json").exists()
+    assert json.loads((tmp_path / "box_stops.json").read_text()) == [7] and not list(tmp_path.glob("*.part"))
 
 
 def test_a_kind_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

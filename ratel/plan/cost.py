@@ -6,7 +6,7 @@ under; ``ratel/plan/recurrence.py`` follows the stages to find how much. docs/pl
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ratel.errors import RatelError
 from ratel.plan.compute import UPDATE_BYTES, GpuSeconds
@@ -57,11 +57,6 @@ class Prediction:
 def predict(plan: Plan, hardware: Hardware) -> Prediction:
     """The step time of ``plan`` on ``hardware``. Raises RatelError if the plan uses SSDs and the machine has none."""
     return predict_below(plan, hardware, float("inf"))
-
-
-def predict_clipped(plan: Plan, hardware: Hardware) -> Prediction:
-    """Of a step whose gradients are scaled down, as those before it were: then no update is made early."""
-    return predict(replace(plan, early_units=0), hardware)
 
 
 def predict_below(plan: Plan, hardware: Hardware, limit_s: float) -> Prediction | None:

@@ -1,6 +1,6 @@
 """The frozen result of planning: placement of every plane, checkpoints, buffer counts, and the bytes they take."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -162,6 +162,11 @@ class Plan:
         that they have to be updated again."""
         first = closed_first(self.spec, self.placements, self.early_units) if self.early_units else []
         return frozenset(unit.index for unit in first if self.placement(unit).g == DRAM)
+
+    @property
+    def while_clipped(self) -> "Plan":
+        """What is done while gradients are scaled down, as those of the steps before were: no update is made early."""
+        return replace(self, early_units=0)
 
     def updates_early(self, unit: UnitSpec) -> bool:
         """Under backward, when its gradient has arrived."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ratel.plan.advice import Gain
-from ratel.plan.cost import RESOURCES, Prediction, predict_clipped
+from ratel.plan.cost import RESOURCES, Prediction, predict
 from ratel.plan.durability import Saving, saving
 from ratel.plan.hardware import Hardware
 from ratel.plan.plan import Plan
@@ -61,7 +61,7 @@ class Report:
         yield (f"step {format_seconds(prediction.step_s)}: {prediction.tokens_per_s:,.0f} tokens/s, "
                f"{flops / 1e12:,.1f} TFLOP/s counted as 6 per parameter and token")
         if plan.early:
-            clipped_s = predict_clipped(plan, self.hardware).step_s
+            clipped_s = predict(plan.while_clipped, self.hardware).step_s
             yield f"while gradients are clipped, {format_seconds(clipped_s)}: no update is made before their norm is known"
         yield (f"bound by: {NAMES[prediction.bound_by]}, busy for {format_seconds(prediction.bound_s)} "
                f"({prediction.bound_s / prediction.step_s:.0%} of the step)")
@@ -118,7 +118,7 @@ class Report:
         prediction = self.prediction
         return {
             "fits": True, "hardware": self.hardware.to_json(), "step_s": prediction.step_s,
-            "clipped_step_s": predict_clipped(self.plan, self.hardware).step_s,
+            "clipped_step_s": predict(self.plan.while_clipped, self.hardware).step_s,
             "tokens_per_s": prediction.tokens_per_s, "bound_by": prediction.bound_by, "bound_s": prediction.bound_s,
             "forward_s": prediction.forward_s, "backward_s": prediction.backward_s, "busy_s": prediction.busy_s,
             "forward_busy_s": prediction.forward, "backward_busy_s": prediction.backward,
