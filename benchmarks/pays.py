@@ -28,7 +28,7 @@ from ratel.runtime.session import Session
 from ratel.train.step_bench import use_quick_weights
 from ratel.units import parse_rate
 
-from reality import make_config, step_seconds
+from reality import make_config, take_step
 from systems import NEVER
 
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -73,7 +73,7 @@ def run(case: dict[str, Any], way: dict[str, Any], args: argparse.Namespace) -> 
                  **{**case["options"], "max_grad_norm": NEVER, "hardware": args.machine, **way}) as session:
         use_quick_weights(session)
         plan = session.prepare(case["batch"], case["seq"])
-        seconds = [step_seconds(session, case, index) for index in range(args.steps + 2)]
+        seconds = [take_step(session, case, index).seconds for index in range(args.steps + 2)]
         kept = [tier for block in plan.kept for _, tier in block]
         rate = case["options"].get("ssd_bandwidth")
         capped = with_cap(args.machine, None if rate is None else parse_rate(rate))

@@ -25,6 +25,7 @@ from ratel.plan.cost import predict
 from ratel.plan.hardware import Hardware, with_cap
 from ratel.plan.simulate import simulate
 from ratel.runtime.session import Session
+from ratel.runtime.step_result import StepResult
 from ratel.train.step_bench import random_tokens, use_quick_weights
 from ratel.units import parse_rate
 
@@ -112,18 +113,21 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
         torch.cuda.reset_peak_memory_stats() if cuda else reset_peak()
         done = plan.while_clipped if options["max_grad_norm"] == ALWAYS else plan
         predicted, simulated = predict(done, capped), simulate(done, capped)
-        seconds = [step_seconds(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
+        taken = [take_step(session, entry, index) for index in range(args.warmup + args.steps)][args.warmup :]
+    seconds = [step.seconds for step in taken]
     measured_s = statistics.median(seconds)
+    busy_s = {name: statistics.median(step.usage.busy_s[name] for step in taken) for name in taken[0].usage.busy_s}
     return {"name": entry["name"], "parameters": plan.spec.num_params, "batch": entry["batch"], "seq_len": entry["seq"],
             "micro_batches": plan.work.num_micro, "optimizer": plan.optimizer, "seconds": seconds,
             "measured_s": measured_s, "predicted_s": predicted.step_s, "simulated_s": simulated.step_s,
             "error": predicted.step_s / measured_s - 1, "bound_by": predicted.bound_by, "busy_s": predicted.busy_s,
+            "measured_busy_s": busy_s,
             "gpu_peak_bytes": torch.cuda.max_memory_reserved() if cuda else None, "gpu_planned_bytes": plan.gpu_bytes,
             "dram_peak_bytes": peak_bytes(), "dram_planned_bytes": plan.dram_bytes}
 
 
-def step_seconds(session: Session, entry: dict[str, Any], index: int) -> float:
-    return session.step({"input_ids": random_tokens(index, entry["batch"], entry["seq"], 32000)}).seconds
+def take_step(session: Session, entry: dict[str, Any], index: int) -> StepResult:
+    return session.step({"input_ids": random_tokens(index, entry["batch"], entry["seq"], 32000)})
 
 
 def main() -> None:
