@@ -17,6 +17,9 @@ EARLY_SHARE = 0.75
 """Of the units that the CPU updates, how many the simple rule has updated early: backward with recomputation takes three
 quarters of the time of both passes, under which the updates are spread."""
 
+WITHOUT_RATES = {"auto": "deferred", "any": "eager"}
+"""Which optimizer is taken where nothing says what is fast: the one that takes the least memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -25,7 +28,7 @@ class Request:
     spec: ModelSpec
     fp32: bool
     optimizer: str
-    """``eager``, ``deferred``, ``speculative``, or ``auto``: of the last two the better one."""
+    """``eager``, ``deferred``, ``speculative``, ``auto``: of the last two the better one, or ``any``: of all three."""
     work: Work
     gpu_budget: int | None
     dram_budget: int
@@ -53,8 +56,8 @@ class Request:
 def choose(request: Request) -> Plan:
     """Place everything, or raise a RatelError that says which budget is short, by how much, and what would fit."""
     _check_tiers(request)
-    plan = _choose_early(request) if request.optimizer == "speculative" else _placed(
-        replace(request, optimizer="deferred") if request.optimizer == "auto" else request)
+    mode = WITHOUT_RATES.get(request.optimizer, request.optimizer)
+    plan = _choose_early(request) if mode == "speculative" else _placed(replace(request, optimizer=mode))
     _check_budgets(request, plan)
     return plan
 

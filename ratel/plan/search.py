@@ -2,8 +2,8 @@
 
 The grid does not depend on rates, and a rate that grows makes none of its candidates slower. Filling goes as far as a budget
 allows. That may be too far on the GPU, where an update takes time that nothing hides (3% of a step were seen); the best
-candidate of each micro-batch size is therefore compared with plans that have fewer units there. With clipping, all
-are tried with some of their updates made early as well.
+candidate of each micro-batch size is therefore compared with plans that have fewer units there. All are tried with
+some of their updates made early as well, and without clipping once more with all of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,14 +57,20 @@ def search(requests: list[Request], hardware: Hardware) -> Choice:
 
 def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
     """Of equal ones the first: larger micro-batches, less moved."""
-    found = [choice for choice in (_best_of_size(request, hardware) for request in requests) if choice is not None]
+    return _better(*(_best_of_size(request, hardware) for request in requests))
+
+
+def _better(*choices: Choice | None) -> Choice | None:
+    """Of equal ones the first."""
+    found = [choice for choice in choices if choice is not None]
     if not found:
         return None
-    best = min(found, key=lambda choice: choice.prediction.step_s)
-    return replace(best, considered=sum(choice.considered for choice in found))
+    return replace(min(found, key=_step_s), considered=sum(choice.considered for choice in found))
 
 
 def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
+    if request.optimizer == "any":
+        return _better(*(_best_of_size(replace(request, optimizer=mode), hardware) for mode in ("eager", "auto")))
     may_speculate = request.optimizer in ("auto", "speculative")
     deferred = replace(request, optimizer="deferred") if may_speculate else request
     # Where early updates are asked for, a plan that is slow without them is not out of the question.

@@ -46,12 +46,15 @@ def durability_of(durable: str, commits: "str | os.PathLike | None", io: IoOptio
 
 
 def optimizer_of(optimizer: str, clip: float) -> str:
-    """``auto`` is eager wherever that is possible: without clipping. Else it is left to the plan."""
+    """As a plan is asked for it: ``any`` is ``auto`` where eager updates are possible, too."""
+    if optimizer not in ("auto", "eager", "deferred", "speculative"):
+        raise RatelError("not an optimizer mode", field="optimizer", value=optimizer,
+                         remedy="Use auto, eager, deferred or speculative")
     if clip and optimizer == "eager":
         raise RatelError("eager updates start before the norm of all gradients is known, so they cannot be clipped "
                          "by it", field="optimizer", value="eager",
                          remedy="Use deferred, speculative or auto, or switch clipping off with max_grad_norm 0")
-    return "eager" if optimizer == "auto" and not clip else optimizer
+    return "any" if optimizer == "auto" and not clip else optimizer
 
 
 def is_compiled(compile: str, activations: Activations) -> bool:

@@ -98,9 +98,6 @@ class Planned:
 
 def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
     """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
-    if wishes.optimizer not in ("auto", "eager", "deferred", "speculative"):
-        raise RatelError("not an optimizer mode", field="optimizer", value=wishes.optimizer,
-                         remedy="Use auto, eager, deferred or speculative")
     trials = _Trials(blocks, batch, wishes, device)
     sizes = _candidates(count_rows(batch), batch, wishes.micro_batch)
     together = 1 if wishes.hardware is None else COMPARED
