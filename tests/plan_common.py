@@ -81,7 +81,7 @@ def random_hardware(seed: int) -> Hardware:
                     gpu_half_tokens=between(100, 6000), gpu_bps=between(6e11, 5e12), h2d_bps=h2d, d2h_bps=d2h,
                     duplex_bps=min(h2d, d2h) * r.uniform(0.6, 1.0), dram_bytes=1, dram_bps=dram, cores=16,
                     adam_params_per_s=dram / 26 * r.uniform(0.3, 1.1), ssds=(ssd,) * r.randint(1, 12),
-                    ssd_limit_bps=r.choice([None, 20e9]))
+                    ssd_limit_bps=r.choice([None, 20e9]), adam_elsewhere=r.uniform(0.7, 0.95))
 
 
 def faster(hardware: Hardware, what: str, factor: float) -> Hardware:
@@ -92,6 +92,8 @@ def faster(hardware: Hardware, what: str, factor: float) -> Hardware:
                        ssd_limit_bps=limit and limit * factor)
     if what in ("read_bps", "write_bps", "mixed_bps"):
         return _faster_ssds(hardware, (what,), factor)
+    if what == "adam_elsewhere":
+        return replace(hardware, adam_elsewhere=min(1.0, factor * hardware.adam_elsewhere))
     names = ("h2d_bps", "d2h_bps", "duplex_bps") if what == "link" else (what,)
     factor = 1 / factor if what == "gpu_half_tokens" else factor
     return replace(hardware, **{name: getattr(hardware, name) * factor for name in names})

@@ -88,6 +88,19 @@ def test_dram_is_shared_by_the_optimizer_and_the_copies() -> None:
     assert found.busy_s["dram"] == pytest.approx((26 * PARAMS + moved.h2d + moved.d2h) / 1e11)
 
 
+def test_early_updates_are_as_slow_as_writing_to_other_planes_is() -> None:
+    plan = make_plan(DEEP, "dram", checkpoints="gpu", optimizer="speculative", early_units=20)
+    slow = replace(FAST, adam_params_per_s=1e9, dram_bps=4e10, adam_elsewhere=0.8)
+    found, once = predict(plan, slow), predict(plan, replace(slow, adam_elsewhere=1.0))
+    early = sum(DEEP.units[unit].num_trainable for unit in plan.early)
+    assert found.backward["cpu optimizer"] == pytest.approx(early / 0.8e9)
+    assert found.forward["cpu optimizer"] == pytest.approx((PARAMS - early) / 1e9)
+    assert found.backward["dram"] - once.backward["dram"] == pytest.approx(26 * early / 4 / 4e10)
+    simulated = [simulate(plan, hardware).step_s for hardware in (slow, replace(slow, adam_elsewhere=1.0))]
+    assert simulated[0] > 1.03 * simulated[1] and found.step_s == pytest.approx(simulated[0], rel=0.05)
+    assert predict(plan.while_clipped, slow) == predict(plan.while_clipped, replace(slow, adam_elsewhere=1.0))
+
+
 def test_compute_counts_recomputation_and_an_unsaturated_gpu() -> None:
     plan = make_plan(gpt_spec(20, 2048), "dram", rows=4, micro_rows=2)
     hardware = replace(FAST, gpu_flops=1e14, gpu_half_tokens=2048.0)

@@ -12,7 +12,7 @@ from ratel.plan import search as search_module
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.choose import Request, choose
 from ratel.plan.cost import predict
-from ratel.plan.hardware import Hardware, load_hardware
+from ratel.plan.hardware import Hardware, Ssd, load_hardware
 from ratel.plan.plan import Buffers, Work
 from ratel.plan.micro_sizes import micro_sizes
 from ratel.plan.search import Choice, candidates, search
@@ -22,7 +22,7 @@ from ratel.units import GIB
 pytestmark = pytest.mark.unit
 
 SEEDS = range(12)
-RATES = ("gpu_flops", "gpu_bps", "link", "dram_bps", "adam_params_per_s", "ssd")
+RATES = ("gpu_flops", "gpu_bps", "link", "dram_bps", "adam_params_per_s", "adam_elsewhere", "ssd")
 
 
 def profile(hidden: int, seq_len: int) -> BlockProfile:
@@ -203,3 +203,29 @@ def test_an_optimizer_that_is_slower_than_both_passes_is_hidden_under_both() -> 
     deferred, auto = (search([replace(request, optimizer=o)], slow).prediction for o in ("deferred", "auto"))
     assert auto.step_s < 0.9 * deferred.step_s
     assert auto.step_s < 1.1 * auto.bound_s
+
+
+@pytest.mark.parametrize("ssd_budget", [None, 2000 * GIB])
+def test_what_dram_is_left_takes_early_updates_though_it_is_less_than_a_quarter_needs(ssd_budget: int | None) -> None:
+    """Nor is anything moved to a slow SSD for them that had room in DRAM."""
+    spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
+    request = Request(spec=spec, fp32=False, optimizer="deferred", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,
+                      ssd_budget=ssd_budget, profiles=(profile(2048, 1024),) * 24)
+    slow = replace(load_hardware("h100"), adam_params_per_s=2e9, ssds=(Ssd(read_bps=5e8, write_bps=5e8, mixed_bps=5e8),))
+    deferred = search([request], slow)
+    room = 12 * spec.units[2].num_trainable * 5 // 2
+    auto = search([replace(request, optimizer="auto", dram_budget=deferred.plan.dram_bytes + room)], slow)
+    assert len(auto.plan.early) == 2 and auto.plan.ssd_bytes == deferred.plan.ssd_bytes
+    assert auto.prediction.step_s < 0.98 * deferred.prediction.step_s
+
+
+def test_without_clipping_the_best_of_all_modes_is_taken() -> None:
+    spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
+    request = Request(spec=spec, fp32=False, optimizer="any", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,
+                      ssd_budget=None, profiles=(profile(2048, 1024),) * 24)
+    for dram_budget in (200 * GIB, 22 * GIB):
+        asked = replace(request, dram_budget=dram_budget)
+        modes = {o: found([replace(asked, optimizer=o)], load_hardware("h100")) for o in ("eager", "auto", "any")}
+        best = min((c for o, c in modes.items() if o != "any" and c is not None), key=lambda c: c.prediction.step_s)
+        assert modes["any"].prediction == best.prediction and modes["any"].plan == best.plan
+    assert choose(request).optimizer == "eager"

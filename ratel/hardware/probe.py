@@ -21,7 +21,7 @@ from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.hardware import Hardware
 from ratel.units import GIB, MIB
 
-METHOD = 3
+METHOD = 4
 """Raised when what is measured, or how, changes: earlier results are then not used."""
 
 
@@ -98,7 +98,7 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
         link = Link(device, pool, effort.copy_bytes)
         try:
             h2d_bps, d2h_bps, duplex_bps = link.rates(effort.rate_s)
-            adam = _adam(threads, effort)
+            adam, elsewhere = _adam(threads, effort), _adam(threads, effort, to_other_planes=True)
             with repeated_beside(link.both_to_the_end):
                 adam_beside = _adam(threads, effort)
         finally:
@@ -112,8 +112,8 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
     hardware = Hardware(
         name=_name(device), source="measured", gpu_bytes=_gpu_bytes(device, dram_bytes), gpu_flops=block.flops,
         gpu_half_tokens=block.half_tokens, gpu_bps=gpu_bps, h2d_bps=h2d_bps, d2h_bps=d2h_bps, duplex_bps=duplex_bps,
-        dram_bytes=dram_bytes, dram_bps=dram_bps, cores=usable_cores(), adam_params_per_s=adam, ssds=ssds,
-        ssd_limit_bps=limit_bps)
+        dram_bytes=dram_bytes, dram_bps=dram_bps, cores=usable_cores(), adam_params_per_s=adam,
+        adam_elsewhere=min(1.0, elsewhere / adam), ssds=ssds, ssd_limit_bps=limit_bps)
     return Probe(hardware=hardware, adam_beside_copies_params_per_s=adam_beside, block_model=block.model,
                  block_seq_len=block.seq_len, block_seconds=block.seconds, seconds=time.perf_counter() - begin)
 
@@ -175,10 +175,11 @@ def _pool(threads: int) -> Iterator[Any]:
         pool.close()
 
 
-def _adam(threads: int, effort: Effort) -> float:
-    """With the threads that a session has by default, on what an eighth of the free memory holds at most."""
+def _adam(threads: int, effort: Effort, *, to_other_planes: bool = False) -> float:
+    """With the threads that a session has by default, on what a quarter of the free memory holds at most."""
     num_params = min(effort.adam_params, available_memory() // (8 * rates.ADAMW_BYTES))
-    return rates.measure_adamw(threads, num_params=num_params, limit_s=effort.rate_s)["params_per_s"]
+    return rates.measure_adamw(threads, num_params=num_params, limit_s=effort.rate_s,
+                               to_other_planes=to_other_planes)["params_per_s"]
 
 
 def _dram_bytes() -> int:

@@ -30,7 +30,8 @@ def _host_rows(probe: Probe) -> Iterator[tuple[str, str]]:
     hardware = probe.hardware
     yield "DRAM", f"{format_bytes(hardware.dram_bytes)}, {_gb(hardware.dram_bps)} with {hardware.cores} cores"
     yield "CPU AdamW", (f"{hardware.adam_params_per_s / 1e9:.2f} G parameters/s, "
-                        f"{probe.adam_beside_copies_params_per_s / 1e9:.2f} G while the link is busy")
+                        f"{probe.adam_beside_copies_params_per_s / 1e9:.2f} G while the link is busy, "
+                        f"{hardware.adam_elsewhere:.0%} of that rate to other planes")
 
 
 def _ssd_rows(hardware: Hardware) -> Iterator[tuple[str, str]]:

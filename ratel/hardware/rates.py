@@ -75,25 +75,26 @@ def _copy_rate(copy: Callable[[], object], device: torch.device) -> float:
     return _COPY_BYTES * _COPY_REPEATS / (time.perf_counter() - start)
 
 
-def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS,
-                  limit_s: float = _ADAMW_LIMIT_S) -> dict[str, Any]:
+def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS, limit_s: float = _ADAMW_LIMIT_S,
+                  to_other_planes: bool = False) -> dict[str, Any]:
     """Parameters per second of the native AdamW on split masters with bf16 gradients.
 
+    ``to_other_planes``: what it reads is left, and the results go elsewhere, as in updates that may have to be forgotten.
     Nothing is left as zeros that were never written: the kernel maps one page, which stays in the caches, for all of them.
     """
     count = num_params
-    half = [torch.zeros(count, dtype=torch.bfloat16) for _ in range(3)]
-    moments = [torch.zeros(count) for _ in range(2)]
-    hi, lo, grad, m, v = (tensor.data_ptr() for tensor in [*half, *moments])
+    grad, *planes = _adamw_planes(count, 1)
+    others = _adamw_planes(count, 0) if to_other_planes else []
+    places, targets = (tuple(plane.data_ptr() for plane in found) for found in (planes, others or planes))
     pool = native.op_ds.Pool(num_threads)
 
     def update(step: int) -> None:
-        pool.adamw(hi, lo, m, v, grad, count, grad_dtype="bf16", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, step=step,
-                   grad_scale=1.0, ranges=[(count, 0.0)])
+        pool.adamw(*places, grad.data_ptr(), count, to=targets, grad_dtype="bf16", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
+                   step=step, grad_scale=1.0, ranges=[(count, 0.0)])
 
     try:
-        for address, num_bytes in ((hi, 2), (lo, 2), (grad, 2), (m, 4), (v, 4)):
-            pool.fill(address, num_bytes * count, 0x3A)
+        for plane in (grad, *planes, *others):
+            pool.fill(plane.data_ptr(), plane.nbytes, 0x3A)
         update(1)  # the kernel maps the memory now, which takes several times as long as the update
         start, repeats = time.perf_counter(), 0
         while repeats < 2 or time.perf_counter() - start < limit_s:
@@ -103,3 +104,9 @@ def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS,
         return {"isa": pool.isa, "threads": num_threads, "params_per_s": count * repeats / seconds}
     finally:
         pool.close()
+
+
+def _adamw_planes(count: int, grads: int) -> list[torch.Tensor]:
+    """Gradients, `hi` and `lo` of two bytes, and both moments."""
+    dtypes = [torch.bfloat16] * (grads + 2) + [torch.float32] * 2
+    return [torch.zeros(count, dtype=dtype) for dtype in dtypes]

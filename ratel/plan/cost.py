@@ -68,7 +68,7 @@ def predict_below(plan: Plan, hardware: Hardware, limit_s: float) -> Prediction 
                       params=sum(u.num_trainable for u in updated if not plan.updates_early(u)))
     second = _PassWork(traffic=passes.backward + passes.backward_updates, first_h2d=passes.first_weights[1],
                        last_d2h=passes.last_gradient, before_updates=passes.first_weights[1] + passes.first_gradient,
-                       params=sum(u.num_trainable for u in updated if plan.updates_early(u)))
+                       params=sum(u.num_trainable for u in updated if plan.updates_early(u)), to_other_planes=bool(plan.early))
     prices = (_prices(first, hardware), _prices(second, hardware))
     compute = _compute_seconds(plan, gpu)
     forward, backward = (_busy(work, hardware, price, seconds)
@@ -88,6 +88,12 @@ class _PassWork:
     """Bytes beside which nothing can move the other way."""
     before_updates: int = 0
     """Bytes over PCIe beside which nothing is updated."""
+    to_other_planes: bool = False
+    """The updates leave what they are made from."""
+
+    def update_share(self, hardware: Hardware) -> float:
+        """Of the rates of the CPU and of DRAM, what updates attain."""
+        return hardware.adam_elsewhere if self.to_other_planes else 1.0
 
 
 def _prices(work: _PassWork, hardware: Hardware) -> Prices:
@@ -95,7 +101,8 @@ def _prices(work: _PassWork, hardware: Hardware) -> Prices:
     moved = work.traffic
     h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h, first_in=work.first_h2d, last_out=work.last_d2h)
     beside = (moved.dram_bytes - work.before_updates) / max(work.params, 1)
-    update = max(1 / hardware.adam_params_per_s, (UPDATE_BYTES + beside) / hardware.dram_bps)
+    share = work.update_share(hardware)
+    update = max(1 / (share * hardware.adam_params_per_s), (UPDATE_BYTES / share + beside) / hardware.dram_bps)
     return Prices(ssd=_ssd_seconds(moved, hardware) / max(moved.ssd_bytes, 1), h2d=h2d_s / max(moved.h2d, 1),
                   d2h=d2h_s / max(moved.d2h, 1), update=update)
 
@@ -112,9 +119,10 @@ def _ssd_seconds(moved: Traffic, hardware: Hardware) -> float:
 
 def _busy(work: _PassWork, hardware: Hardware, prices: Prices, compute_s: float) -> dict[str, float]:
     moved = work.traffic
-    dram_bytes = moved.dram_bytes + UPDATE_BYTES * work.params
+    share = work.update_share(hardware)
+    dram_bytes = moved.dram_bytes + UPDATE_BYTES / share * work.params
     return {"compute": compute_s, "h2d": moved.h2d * prices.h2d, "d2h": moved.d2h * prices.d2h,
-            "cpu optimizer": work.params / hardware.adam_params_per_s, "dram": dram_bytes / hardware.dram_bps,
+            "cpu optimizer": work.params / (share * hardware.adam_params_per_s), "dram": dram_bytes / hardware.dram_bps,
             "ssd": moved.ssd_bytes * prices.ssd}
 
 

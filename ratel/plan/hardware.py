@@ -2,7 +2,7 @@
 per second."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ class Hardware:
     cores: int
     adam_params_per_s: float
     """The CPU optimizer alone, with states in DRAM."""
+    adam_elsewhere: float = 1.0
+    """Share of that rate which it attains where it leaves what it reads and writes to other planes: updates that may have
+    to be forgotten."""
     ssds: tuple[Ssd, ...] = ()
     ssd_limit_bps: float | None = None
     """What all SSDs together can move in both directions, where something (a controller, PCIe) limits their sum."""
@@ -55,7 +58,7 @@ class Hardware:
         return self.stripes or stripe_weights([ssd.mixed_bps for ssd in self.ssds])
 
     def __post_init__(self) -> None:
-        for name in ("gpu_flops", "gpu_bps", "h2d_bps", "d2h_bps", "duplex_bps", "dram_bps", "adam_params_per_s"):
+        for name in ("gpu_flops", "gpu_bps", "h2d_bps", "d2h_bps", "duplex_bps", "dram_bps", "adam_params_per_s", "adam_elsewhere"):
             _check_rate(name, getattr(self, name))
         for ssd in self.ssds:
             for name, rate in asdict(ssd).items():
@@ -132,7 +135,7 @@ def _check_fields(cls: type, content: dict[str, Any], where: str) -> None:
     if unknown:
         raise RatelError("no such number is known", field=f"{where}.{unknown[0]}", value=content[unknown[0]],
                          remedy=f"Known are {', '.join(known)}")
-    missing = [name for name in known if name not in content and name not in ("ssds", "ssd_limit_bps", "stripes")]
+    missing = [name for name, f in known.items() if name not in content and f.default is MISSING]
     if missing:
         raise RatelError("is missing", field=f"{where}.{missing[0]}",
                          remedy="Copy a file of ratel/plan/machines and change it")

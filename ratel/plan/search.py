@@ -125,14 +125,28 @@ def _step_s(choice: Choice) -> float:
 
 
 def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
-    """The plan with more and more units updated early, for which what is in DRAM makes room."""
-    for count in early_counts(len(closed_first(plan.spec, plan.placements))):
-        asked = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
-        on_gpu = tuple(place if place.on_gpu else _off_gpu(request) for place in plan.placements)
-        filled = (with_placements(asked, plan.placements, plan.checkpoint_tiers) if request.forced is not None
-                  else _fill_dram(asked, plan.checkpoint_tiers, on_gpu))
-        if filled.early and fits(asked, finished(asked, filled)):
-            yield finished(asked, filled)
+    """The plan with more and more units updated early, by quarters, for which what is in DRAM makes room; and with as many
+    as DRAM has room for as it is."""
+    most = len(closed_first(plan.spec, plan.placements))
+    made = {count: _with_early(request, plan, count) for count in early_counts(most)}
+
+    def leaves_the_rest(count: int) -> bool:
+        if count and count not in made:
+            made[count] = _with_early(request, plan, count)
+        return not count or (made[count] is not None and made[count].ssd_bytes <= plan.ssd_bytes)
+
+    tried = {*made, _largest(most, leaves_the_rest)} - {0}
+    yield from (made[count] for count in sorted(tried) if made[count] is not None)
+
+
+def _with_early(request: Request, plan: Plan, count: int) -> Plan | None:
+    """With so many units updated early, if that fits."""
+    asked = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
+    on_gpu = tuple(place if place.on_gpu else _off_gpu(request) for place in plan.placements)
+    filled = (with_placements(asked, plan.placements, plan.checkpoint_tiers) if request.forced is not None
+              else _fill_dram(asked, plan.checkpoint_tiers, on_gpu))
+    made = finished(asked, filled)
+    return made if filled.early and fits(asked, made) else None
 
 
 def _lighter(request: Request, plan: Plan) -> Iterator[Plan]:

@@ -9,7 +9,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.events import Event, Pool, Process, Queue, TwoWay
 from ratel.plan.hardware import Hardware
 from ratel.plan.placement import closed_first, plane_bytes, weight_class
@@ -323,9 +322,10 @@ class _Engine:
             if chunk.is_first and update.slot is not None:
                 yield update.slot.filled
             yield chunk.read
-            begin_s, params = self._clock.now_s, chunk.share * update.unit.num_trainable
-            through_s = self._m.memory.take(UPDATE_BYTES * params)
-            yield self._clock.delay(params / self._m.adam_params_per_s)
+            begin_s = self._clock.now_s
+            seconds, num_bytes = self._m.update(update.unit, chunk.share * update.unit.num_trainable)
+            through_s = self._m.memory.take(num_bytes)
+            yield self._clock.delay(seconds)
             self._clock.record("cpu optimizer", update.unit.name, begin_s)
             done = self._clock.delay(max(through_s - self._clock.now_s, 0.0))
             done.then(lambda chunk=chunk: self._write_back(chunk))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ratel.plan.compute import GpuSeconds
+from ratel.plan.compute import UPDATE_BYTES, GpuSeconds
 from ratel.plan.events import Clock, Event, Memory, TwoWay
 from ratel.plan.hardware import Hardware
 from ratel.plan.pipes import SsdRates, link, ssd_rates
@@ -24,8 +24,13 @@ class Machine:
         rates = ssd_rates(hardware) or SsdRates(read_bps=1.0, write_bps=1.0, mixed_bps=1.0)
         self.ssd = TwoWay(self.clock, self.memory, rates.pipe, ("ssd read", "ssd write"))
         self.gpu = GpuSeconds(plan, hardware)
-        self.adam_params_per_s = hardware.adam_params_per_s
+        self._hardware, self._early = hardware, plan.early
         self.step_ends_s: list[float] = []
+
+    def update(self, unit: UnitSpec, params: float) -> tuple[float, float]:
+        """Seconds of the CPU, and bytes of DRAM, for ``params`` parameters of the unit."""
+        share = self._hardware.adam_elsewhere if unit.index in self._early else 1.0
+        return params / (share * self._hardware.adam_params_per_s), UPDATE_BYTES / share * params
 
     def read(self, num_bytes: float, name: str, urgency: int) -> Event:
         return self.ssd.move(TwoWay.IN, num_bytes, name, urgency) if num_bytes else Event(done=True)
