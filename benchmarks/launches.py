@@ -85,7 +85,8 @@ def fastest(action: Callable[[], object], args: argparse.Namespace) -> float:
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    report = Report(args.json, kind="launches", torch=torch.__version__, device=args.device)
+    report = Report(args.json, kind="launches", torch=torch.__version__, device=args.device,
+                    gpu=torch.cuda.get_device_name() if args.device == "cuda" else None)
 
     def add(name: str, seconds: float, visits: int) -> None:
         report.add({"name": name, "visit_s": seconds / visits})

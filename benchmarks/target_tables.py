@@ -28,6 +28,7 @@ INTRODUCTIONS = {
     "startup": "From before the process exists to the first line of metrics.jsonl, less that step's own time. The "
                "checkpoint was dropped from the page cache before each run that is not called cached, and read at the "
                "disk's rate for comparison.",
+    "launches": "Python and launches, forward and backward, of a block so narrow that its kernels take next to no time.",
 }
 
 
@@ -43,7 +44,7 @@ def target_lines(kind: str, content: Content) -> list[str]:
 
 def _machine(content: Content) -> str:
     commit = f", commit {content['commit'][:10]}" if content.get("commit") else ""
-    return f"{content['gpu'] or content['host']['cpu']['model']}, torch {content['torch']}{commit}"
+    return f"{content.get('gpu') or content['host']['cpu']['model']}, torch {content['torch']}{commit}"
 
 
 def _table(head: str, rows: list[list[str]]) -> list[str]:
@@ -154,11 +155,20 @@ def _sustained(content: Content) -> list[str]:
                    "| loss", rows)
     if len(good) > 1:
         shared = min(len(p["losses"]) for p in good)
-        equal = all(p["losses"][:shared] == good[0]["losses"][:shared] for p in good)
         planned = _gib(sum(good[0]["plan"]["dram_bytes"].values()))
-        lines += ["", f"The first {shared} losses of all runs are {'equal, bit for bit' if equal else 'NOT equal'}; the "
-                      f"arena is reserved once ({planned} of DRAM planned in all) and cannot grow."]
+        lines += ["", f"{_agreement([p['losses'][:shared] for p in good])} The arena is reserved once ({planned} of DRAM planned in "
+                      "all) and cannot grow."]
     return lines
+
+
+def _agreement(runs: list[list[float]]) -> str:
+    steps = list(zip(*runs))
+    apart = [max(losses) / min(losses) - 1 for losses in steps]
+    if not any(apart):
+        return f"The first {len(steps)} losses of all runs are equal, bit for bit."
+    same = next(i for i, difference in enumerate(apart) if difference)
+    return (f"The first {same} losses of all runs are equal, bit for bit; those of the next {len(steps) - same} steps differ by "
+            f"{max(apart):.1e} at most.")
 
 
 def _startup(content: Content) -> list[str]:
@@ -181,6 +191,11 @@ def _startup(content: Content) -> list[str]:
     return lines
 
 
+def _launches(content: Content) -> list[str]:
+    return _table("for each block and micro-batch | ms", [
+        _failed(p) if "error" in p else [p["name"], f"{p['visit_s'] * 1e3:.2f}"] for p in content["points"]])
+
+
 def _shape(p: Point) -> str:
     return f"{p['batch_size']} x {p['seq_len']}"
 
@@ -199,6 +214,6 @@ def _seconds(p: Point, key: str) -> str:
 
 LINES: dict[str, Callable[[Content], list[str]]] = {
     "compare": _compare, "ssd": _ssd, "dram47": _dram47, "curve": _curve, "shapes": _shapes, "sustained": _sustained,
-    "startup": _startup}
+    "startup": _startup, "launches": _launches}
 TITLES = {"compare": "Beside other systems", "ssd": "States on SSD", "dram47": "With ZeRO-Infinity's DRAM",
-          "curve": "Over batch sizes", "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start"}
+          "curve": "Over batch sizes", "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start", "launches": "What the CPU does"}

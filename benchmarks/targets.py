@@ -103,8 +103,9 @@ def curve_cases(args: argparse.Namespace) -> Iterator[Case]:
 def shapes_cases(args: argparse.Namespace) -> Iterator[Case]:
     folder = str(Path(args.ssd) / "ratel-targets")
     moe = {"name": "qwen3-30b-a3b", "num_blocks": 8}
-    yield Case(name="llama-8b in DRAM", limit_s=300, job=ratel_job(args, "llama-8b", dram="108GiB"))
-    yield Case(name="mixture of experts in DRAM", limit_s=300, job=ratel_job(args, moe))
+    batches = tuple(args.batch or (32, 8))  # at 8 the CPU optimizer is as long as the passes, and few updates can be made early
+    yield Case(name="llama-8b in DRAM", limit_s=300, job=ratel_job(args, "llama-8b", batches=batches, dram="108GiB"))
+    yield Case(name="mixture of experts in DRAM", limit_s=300, job=ratel_job(args, moe, batches=batches))
     yield Case(name="llama-8b in DRAM and on SSD", limit_s=400, folder=folder,
                job=ratel_job(args, "llama-8b", dram="64GiB", warmup=3, ssd=[folder]))
     yield Case(name="llama-3b without clipping", limit_s=120, job=ratel_job(args, "llama-3b", max_grad_norm=0.0))
