@@ -178,7 +178,7 @@ def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pyte
         m = session._machinery
         monkeypatch.setattr(m.lanes, "on", on)
         for owner, name in ((m.gradients, "begin"), (m.gradients, "collect"), (m.gradients, "finish"),
-                            (m.gradients, "total_norm"), (m.activations, "save"), (session.parts, "head"),
+                            (m.gradients, "total_norm"), (m.activations, "save_input"), (session.parts, "head"),
                             (session.parts, "tail_logits")):
             monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
         train(session, batches("llama", 2))

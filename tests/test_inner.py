@@ -399,10 +399,11 @@ def test_a_plan_counts_what_is_kept(tier: str, ssd_dir: Path) -> None:
                      buffers=replace(Buffers(), inner_slots=3)) as session:
             plans[choice] = session.prepare(4, 16)
     group = sum(2 * inner.row_bytes for inner in plans[tier].profiles[0].inner)
-    paged = sum(-(-2 * inner.row_bytes // 4096) * 4096 for inner in plans[tier].profiles[0].inner)
+    together = sum(-(-2 * inner.row_bytes // 256) * 256 for inner in plans[tier].profiles[0].inner)
+    paged = -(-together // 4096) * 4096
     found = [{name: num_bytes for name, num_bytes in getattr(plans[tier], items).items() if "inner" in name}
              for items in ("gpu_items", "dram_items", "ssd_items")]
-    away = {"inner activation slots": 3 * group, "inner activations on their way out": 3 * group}
+    away = {"inner activation slots": 3 * together, "inner activations on their way out": 3 * together}
     assert found == {"gpu": [{"inner activations kept": 4 * 2 * group}, {}, {}],
                      "dram": [away, {"inner activations": 4 * 2 * paged}, {}],
                      "ssd": [away, {"inner activation slots": 2 * 3 * paged},

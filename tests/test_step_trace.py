@@ -74,6 +74,21 @@ def test_spans_of_an_ssd_add_up_to_what_it_moved(ssd_dir: Path) -> None:
                                                            for micro in range(plan.work.num_micro)}
 
 
+def test_what_a_block_keeps_comes_back_from_a_tier_at_once(ssd_dir: Path) -> None:
+    """Whatever its parts are; three ways each on its own and one that mixes tiers."""
+    kept = {"*": "recompute", "block.0": "dram", "block.1": "ssd", "block.2": {"mlp.*": "ssd", "self_attn.?_proj": "dram"}}
+    with open_session(ssd_dir, tier="dram", activations=kept, checkpoint_tier="gpu", micro_batch=2) as session:
+        timeline = [session.step(batch, trace=True) for batch in batches("llama", 2)][-1].timeline
+        plan = session.plan
+    back = [s for s in lane(timeline, "h2d") if s.name.startswith("inside")]
+    assert sorted(s.name for s in back) == sorted(f"inside {block}.{micro}" for block, groups in ((0, 1), (1, 1), (2, 2))
+                                                  for micro in range(plan.work.num_micro) for _ in range(groups))
+    for block in range(3):
+        moved = sum(s.num_bytes for s in plan.saved_of(block) if s.tier != "gpu") * plan.work.num_micro
+        assert sum(s.num_bytes for s in back if s.name.startswith(f"inside {block}.")) == moved
+    assert len([s for s in lane(timeline, "ssd read")]) == len([s for s in lane(timeline, "ssd write")]) == 2 * plan.work.num_micro
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_tracing_changes_no_bit(device: str, ssd_dir: Path) -> None:
     results = []

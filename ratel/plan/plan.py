@@ -3,13 +3,14 @@
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from math import prod
 
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
 from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, closed_first, plane_bytes, weight_class,
                                   weight_planes)
-from ratel.plan.saved import INPUT, Saved, Spill, largest_group, slot_counts
+from ratel.plan.saved import INPUT, Group, Saved, Spill, groups_of, largest_of_a_block, slots_for
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
@@ -277,19 +278,28 @@ class Plan:
     def _saved_by_block(self) -> dict[int, tuple[Saved, ...]]:
         return {block: tuple(group) for block, group in groupby(self.saved, key=lambda saved: saved.block)}
 
+    def groups_of(self, block: int) -> tuple[Group, ...]:
+        """What leaves the GPU of what the block keeps."""
+        return self._groups_by_block.get(block, ())
+
+    @cached_property
+    def _groups_by_block(self) -> dict[int, tuple[Group, ...]]:
+        return {block: groups for block, saved in self._saved_by_block.items() if (groups := groups_of(saved))}
+
     @property
-    def offloads_saved(self) -> bool:
-        return any(saved.tier != GPU for saved in self.saved)
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for groups in self._groups_by_block.values() for group in groups)
 
-    def return_slots(self, inner: bool) -> dict[int, int]:
-        """GPU slots for what comes back, checkpoints or inner activations: their number by their bytes."""
-        depth = self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
-        return slot_counts((s for s in self.saved if s.is_inner == inner and s.tier != GPU), depth)
+    def return_slots(self, inner: bool) -> tuple[int, int]:
+        """GPU slots for what comes back, checkpoints or inner activations: how many, and of how many bytes each."""
+        return self._slots([group for group in self.groups if group.is_inner == inner], inner)
 
-    def staging_slots(self, inner: bool) -> dict[int, int]:
+    def staging_slots(self, inner: bool) -> tuple[int, int]:
         """DRAM slots for what goes to SSD; there are as many for what comes back."""
-        depth = self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
-        return slot_counts((s for s in self.saved if s.is_inner == inner and s.tier == SSD), depth)
+        return self._slots([group for group in self.groups if group.is_inner == inner and group.tier == SSD], inner)
+
+    def _slots(self, groups: list[Group], inner: bool) -> tuple[int, int]:
+        return slots_for(groups, self.buffers.inner_slots if inner else self.buffers.checkpoint_slots)
 
     @cached_property
     def gpu_items(self) -> dict[str, int]:
@@ -306,10 +316,10 @@ class Plan:
             items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
         items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
         items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
-        items["checkpoint slots"] = _sum_of(self.return_slots(inner=False))
+        items["checkpoint slots"] = prod(self.return_slots(inner=False))
         items["inner activations kept"] = self._saved_bytes(GPU, inner=True)
-        items["inner activation slots"] = _sum_of(self.return_slots(inner=True))
-        leaving = largest_group(s for s in self.saved if s.is_inner and s.tier != GPU)
+        items["inner activation slots"] = prod(self.return_slots(inner=True))
+        leaving = largest_of_a_block(group for group in self.groups if group.is_inner)
         items["inner activations on their way out"] = self.buffers.inner_slots * leaving
         items["workspace"] = self.workspace_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
@@ -327,7 +337,8 @@ class Plan:
         items["optimizer ring"] = self.buffers.ring_slots * _paged(self.ring_slot_bytes)
         for name, inner in (("checkpoint", False), ("inner activation", True)):
             items[f"{name}s"] = self._saved_bytes(DRAM, inner=inner)
-            items[f"{name} slots"] = 2 * sum(_paged(size) * count for size, count in self.staging_slots(inner).items())
+            count, num_bytes = self.staging_slots(inner)
+            items[f"{name} slots"] = 2 * count * _paged(num_bytes)
         items["saved tensors of a block"] = _paged(self.spill.region_bytes) if self.spill else 0
         items["buffers for saving"] = self.save_pieces * self.save_piece_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
@@ -400,8 +411,9 @@ class Plan:
 
     def _saved_bytes(self, tier: str, *, inner: bool) -> int:
         """Of all micro-batches; in DRAM and on SSD in whole pages."""
-        sizes = [s.num_bytes for s in self.saved if s.tier == tier and s.is_inner == inner]
-        return self.work.num_micro * sum(sizes if tier == GPU else map(_paged, sizes))
+        if tier == GPU:
+            return self.work.num_micro * sum(s.num_bytes for s in self.saved if s.tier == tier and s.is_inner == inner)
+        return self.work.num_micro * sum(_paged(g.num_bytes) for g in self.groups if g.tier == tier and g.is_inner == inner)
 
     def to_json(self) -> dict:
         from ratel.plan.traffic import step_traffic  # it looks at plans, too
@@ -436,10 +448,6 @@ class Plan:
                 f"{'es' if work.num_micro > 1 else ''}; {self.describe_optimizer()}; "
                 f"GPU {format_bytes(self.gpu_bytes)}, DRAM {format_bytes(self.dram_bytes)}, "
                 f"SSD {format_bytes(self.ssd_bytes)}")
-
-
-def _sum_of(slots: dict[int, int]) -> int:
-    return sum(num_bytes * count for num_bytes, count in slots.items())
 
 
 def _paged(num_bytes: int) -> int:

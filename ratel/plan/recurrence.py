@@ -292,10 +292,10 @@ class _Steps:
         """When a gather has landed; those before it in the schedule are started first."""
         while key not in self._landed:
             gather = next(self._todo)
-            if gather.is_checkpoint:
-                self._fetch(gather.checkpoint)
-            else:
+            if gather.is_unit:
                 self._gather(gather)
+            else:
+                self._fetch(gather.saved[:2])
         return self._landed[key]
 
     def _fetch(self, key: tuple[int, int]) -> None:

@@ -4,10 +4,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ratel.units import MIB
+from ratel.plan.placement import GPU
+from ratel.units import MIB, align_up
 
 INPUT = ""
 """The name of a block's input among what is kept of the block."""
+
+PART_ALIGN = 256
+"""Bytes. Where each tensor begins in a buffer of several; kernels choose their path by alignment."""
 
 WINDOW_INPUTS = 4
 """Inputs of a block that one window holds: the widest results inside usual blocks are 2.7 to 4 times as wide."""
@@ -33,6 +37,39 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """What leaves the GPU and comes back as one: the input of a block, or all of its inner activations that go to one tier.
+
+    Each transfer on its way back has slots, events and threads that wait for it; one for all costs what one result would.
+    """
+
+    block: int
+    what: str
+    """`INPUT`, or the tier."""
+    tier: str
+    members: tuple[Saved, ...]
+
+    @property
+    def is_inner(self) -> bool:
+        return self.what != INPUT
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a full micro-batch, one after the other."""
+        return sum(align_up(saved.num_bytes, PART_ALIGN) for saved in self.members)
+
+
+def groups_of(saved: Iterable[Saved]) -> tuple[Group, ...]:
+    """Of one block."""
+    members: dict[str, list[Saved]] = {}
+    for one in saved:
+        if one.tier != GPU:
+            members.setdefault(one.tier if one.is_inner else INPUT, []).append(one)
+    return tuple(Group(block=found[0].block, what=what, tier=found[0].tier, members=tuple(found))
+                 for what, found in members.items())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Spill:
     """That what autograd saves in the second run of a block goes to DRAM while it is made, and comes back in backward."""
 
@@ -50,18 +87,17 @@ class Spill:
                    least_bytes=min(LEAST_BYTES, hidden_bytes // LEAST_SHARE))
 
 
-def slot_counts(saved: Iterable[Saved], depth: int) -> dict[int, int]:
-    """Slots by their size. What one block keeps of one micro-batch is needed at once: there is room for ``depth`` times
-    the most that a block keeps of each size."""
-    most: Counter[int] = Counter()
-    for (_, num_bytes), count in Counter((s.block, s.num_bytes) for s in saved).items():
-        most[num_bytes] = max(most[num_bytes], count * depth)
-    return dict(most)
+def slots_for(groups: Iterable[Group], depth: int) -> tuple[int, int]:
+    """Number of slots, and the bytes of each. What one block keeps of one micro-batch is needed at once: there is room for
+    ``depth`` times the most that a block has."""
+    groups = list(groups)
+    most = max(Counter(group.block for group in groups).values(), default=0)
+    return depth * most, max((group.num_bytes for group in groups), default=0)
 
 
-def largest_group(saved: Iterable[Saved]) -> int:
+def largest_of_a_block(groups: Iterable[Group]) -> int:
     """Bytes of what one block keeps of one micro-batch, for the block that keeps most."""
     by_block: Counter[int] = Counter()
-    for one in saved:
-        by_block[one.block] += one.num_bytes
+    for group in groups:
+        by_block[group.block] += group.num_bytes
     return max(by_block.values(), default=0)

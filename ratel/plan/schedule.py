@@ -5,19 +5,18 @@ A gather may serve two uses: the units around the turn (last in forward, first i
 
 from dataclasses import dataclass
 
-from ratel.plan.placement import GPU, weight_class
+from ratel.plan.placement import weight_class
 from ratel.plan.plan import Plan
 from ratel.plan.saved import INPUT
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Bring one unit's weights, one checkpoint ``(block, micro)`` or one inner activation ``(block, micro, name)`` into a
-    GPU slot; freed after ``uses`` releases."""
+    """Bring one unit's weights, or one group of what was saved (``(block, micro, what)``), into a GPU slot; freed after
+    ``uses`` releases."""
 
     unit: int = -1
-    checkpoint: tuple[int, int] = (-1, -1)
-    inner: tuple[int, int, str] = (-1, -1, "")
+    saved: tuple[int, int, str] = (-1, -1, INPUT)
     uses: int = 1
     keep_for_update: bool = False
     """An update follows under backward: the DRAM copy stays until the optimizer has used it."""
@@ -26,17 +25,6 @@ class Gather:
     def is_unit(self) -> bool:
         return self.unit >= 0
 
-    @property
-    def is_checkpoint(self) -> bool:
-        return self.checkpoint[0] >= 0
-
-    @property
-    def is_inner(self) -> bool:
-        return self.inner[0] >= 0
-
-    @classmethod
-    def of_saved(cls, block: int, micro: int, name: str) -> "Gather":
-        return cls(checkpoint=(block, micro)) if name == INPUT else cls(inner=(block, micro, name))
 
 
 def _stage_order(plan: Plan, training: bool) -> list[int]:
@@ -78,7 +66,7 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: 
     make what is behind it wait for that use's computation.
     """
     weights = unit_gathers(plan, training=training, early=early)
-    if not training or not plan.offloads_saved:
+    if not training or not plan.groups:
         return [g for _, g in weights]
     ahead = max(plan.weight_slot_count("block") - 2, 0)
     order = _stage_order(plan, training)
@@ -93,9 +81,8 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: 
             cursor += 1
         stage = plan.spec.stages[order[position]]
         if stage.kind == "block":
-            returning = [s for s in plan.saved_of(stage.index - 1) if s.tier != GPU]
-            result += [Gather.of_saved(saved.block, micro, saved.name)
-                       for micro in range(num_micro or plan.work.num_micro) for saved in returning]
+            result += [Gather(saved=(group.block, micro, group.what))
+                       for micro in range(num_micro or plan.work.num_micro) for group in plan.groups_of(stage.index - 1)]
     return result + [g for _, g in weights[cursor:]]
 
 

@@ -215,13 +215,14 @@ class _Engine:
 
     def _read(self, opened: Queue, before: dict[int, Update]) -> Process:
         for gather in self._schedule:
-            if gather.is_checkpoint:
-                yield self._saved[gather.checkpoint]
-                del self._saved[gather.checkpoint]
-                moved = self._activations(*gather.checkpoint)
+            if not gather.is_unit:
+                key = gather.saved[:2]
+                yield self._saved[key]
+                del self._saved[key]
+                moved = self._activations(*key)
                 if moved.ssd_written:
                     yield self._staging_in.acquire()
-                read = self._m.read(moved.ssd_written, f"activations {gather.checkpoint}", ACTIVATION)
+                read = self._m.read(moved.ssd_written, f"activations {key}", ACTIVATION)
                 opened.put((gather, read, None))
                 continue
             if gather.unit in before:
@@ -262,8 +263,9 @@ class _Engine:
         for _ in self._schedule:
             yield opened.some()
             gather, read, slot = opened.take()
-            if gather.is_checkpoint:
-                key, name = gather.checkpoint, f"activations {gather.checkpoint}"
+            if not gather.is_unit:
+                key = gather.saved[:2]
+                name = f"activations {key}"
                 moved = self._activations(*key)
                 yield self._back_slots.acquire()
                 num_bytes, after = moved.d2h, self._staging_in.release if moved.ssd_written else None

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ratel.plan.activations import Inner
-from ratel.plan.placement import ELEMENT_BYTES, GPU, SSD, closed_first, plane_bytes
+from ratel.plan.placement import ELEMENT_BYTES, SSD, closed_first, plane_bytes
 from ratel.plan.plan import PAGE_BYTES, Plan
 from ratel.plan.schedule import unit_gathers
 from ratel.plan.shape import UnitSpec
@@ -126,11 +126,9 @@ def activation_traffic(plan: Plan, block: int, rows: int) -> Traffic:
 
     The same bytes come back in backward. SSD moves whole slots of a full micro-batch, PCIe the rows there are.
     """
-    input_row = plan.work.hidden_bytes // plan.work.micro_rows
-    total = _leaving(plan, input_row, plan.checkpoint_tiers[block], rows)
-    for inner, tier in kept_inner(plan, block):
-        total += _leaving(plan, inner.row_bytes, tier, rows)
-    return total
+    groups = plan.groups_of(block)
+    return Traffic(d2h=sum(saved.num_bytes // plan.work.micro_rows * rows for group in groups for saved in group.members),
+                   ssd_written=sum(align_up(group.num_bytes, PAGE_BYTES) for group in groups if group.tier == SSD))
 
 
 def spill_traffic(plan: Plan, rows: int) -> Traffic:
@@ -146,13 +144,6 @@ def kept_inner(plan: Plan, block: int) -> list[tuple[Inner, str]]:
         return []
     inner = {i.name: i for i in plan.profiles[block].inner}
     return [(inner[name], tier) for name, tier in plan.kept[block]]
-
-
-def _leaving(plan: Plan, row_bytes: int, tier: str, rows: int) -> Traffic:
-    if tier == GPU:
-        return Traffic()
-    slot = align_up(row_bytes * plan.work.micro_rows, PAGE_BYTES) if tier == SSD else 0
-    return Traffic(ssd_written=slot, d2h=row_bytes * rows)
 
 
 def _activation_traffic(plan: Plan) -> tuple[Traffic, Traffic]:

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ratel.plan.saved import PART_ALIGN
 from ratel.units import align_up
-
-PART_ALIGN = 256
-"""Bytes. Where each tensor begins; kernels choose their path by alignment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +23,11 @@ def packed_bytes(sizes: list[int]) -> int:
     return sum(align_up(num_bytes, PART_ALIGN) for num_bytes in sizes[:-1]) + sizes[-1]
 
 
-def lay_out_parts(tensors: list[Tensor]) -> tuple[list[Part], int]:
-    """Places for all of them, and the bytes that they take. Each must fill one range of memory."""
+def lay_out_parts(tensors: list[Tensor], begin: int = 0) -> tuple[list[Part], int]:
+    """Places for all of them from ``begin`` on, and the bytes that they take. Each must fill one range of memory."""
     parts, sizes = [], []
     for tensor in tensors:
-        parts.append(Part(packed_bytes([*sizes, 0]), tensor.shape, tensor.stride(), tensor.dtype))
+        parts.append(Part(begin + packed_bytes([*sizes, 0]), tensor.shape, tensor.stride(), tensor.dtype))
         sizes.append(tensor.numel() * tensor.element_size())
     return parts, packed_bytes(sizes)
 

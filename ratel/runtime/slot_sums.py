@@ -7,7 +7,7 @@ from ratel.errors import DamagedError
 
 
 class SlotSums:
-    """One CRC-32 for each (block, micro-batch, name), in DRAM. Switched off, nothing is computed and nothing compared."""
+    """One CRC-32 for each (block, micro-batch, group), in DRAM. Switched off, nothing is computed and nothing compared."""
 
     def __init__(self, pool: "native.op_ds.Pool", volume: "native.nvme_ds.Volume | None", *, enabled: bool) -> None:
         self._pool, self._volume, self._enabled = pool, volume, enabled
@@ -25,7 +25,7 @@ class SlotSums:
         found, expected = self._compute(buffer), self._sums.pop(key)
         if found != expected:
             path, position = self._volume.locate(offset)
-            what = f"{key[2] or 'the input'} of block {key[0]}, micro-batch {key[1]}"
+            what = f"{'what is kept inside' if key[2] else 'the input'} of block {key[0]}, micro-batch {key[1]}"
             raise DamagedError(f"is damaged at byte {position}: {what} has checksum {found:08x}, {expected:08x} was written",
                                path=path)
 

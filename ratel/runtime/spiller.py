@@ -22,8 +22,7 @@ from torch.nn import Parameter
 
 from ratel.errors import RatelError
 from ratel.memory.lanes import Event, Lanes
-from ratel.plan.saved import Spill
-from ratel.runtime.packing import PART_ALIGN
+from ratel.plan.saved import PART_ALIGN, Spill
 from ratel.units import align_up
 
 LABEL = "saved tensors"

@@ -7,6 +7,7 @@ module only while their stage runs; each unit's gradient leaves when its last st
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class VerticalStep:
         block = stage.index - 1
         if save:
             micro.hidden = micro.hidden.contiguous()
-            self._activations.save((block, micro.index, INPUT), [micro.hidden])
+            self._activations.save_input(block, micro.index, micro.hidden)
         with self._computing(stage, micro, step, "forward"):
             micro.hidden = self._run_forward(block, micro, save)
 
@@ -103,8 +104,8 @@ class VerticalStep:
 
     def _forward_saving(self, block: int, micro: Micro) -> Tensor:
         self._activations.begin()
-        output = self._blocks.first(block, micro.index, micro.hidden, micro.inputs, lambda name, tensors:
-                                    self._activations.save((block, micro.index, name), tensors))
+        output = self._blocks.first(block, micro.index, micro.hidden, micro.inputs,
+                                    partial(self._activations.save, block, micro.index))
         self._activations.end(block, micro.index)
         return output
 
@@ -209,17 +210,15 @@ class VerticalStep:
     @contextmanager
     def _saved(self, block: int, micro: Micro) -> Iterator[dict[str, list[Tensor]]]:
         """What forward has saved of the block, by name."""
-        gathered, saved = [], {}
-        for place in self._plan.saved_of(block):
-            key = (block, micro.index, place.name)
-            if place.tier == GPU:
-                saved[place.name] = self._activations.kept(key)
-            else:
-                gathered.append(key_of(Gather.of_saved(*key)))
-                saved[place.name] = self._activations.returned(key, self._streamer.get(gathered[-1], f"{block}.{micro.index}"))
+        saved = {place.name: self._activations.kept(block, micro.index, place.name)
+                 for place in self._plan.saved_of(block) if place.tier == GPU}
+        gathered = [Gather(saved=(block, micro.index, group.what)) for group in self._plan.groups_of(block)]
+        for gather in gathered:
+            view = self._streamer.get(key_of(gather), f"{block}.{micro.index}")
+            saved |= self._activations.returned(gather.saved, view)
         yield saved
-        for key in gathered:
-            self._streamer.release(key)
+        for gather in gathered:
+            self._streamer.release(key_of(gather))
 
     @contextmanager
     def _computing(self, stage: StageSpec, micro: Micro, step: int, what: str) -> Iterator[None]:

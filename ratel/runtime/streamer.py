@@ -23,7 +23,7 @@ Key = tuple
 def key_of(gather: Gather) -> Key:
     if gather.is_unit:
         return "unit", gather.unit
-    return ("checkpoint", *gather.checkpoint) if gather.is_checkpoint else ("inner", *gather.inner)
+    return "saved", *gather.saved
 
 
 class Source(Protocol):
