@@ -173,6 +173,23 @@ def largest_section(name: str, r: dict) -> list[str]:
             f"{r['dram_peak_bytes'] / GIB:.1f} GiB.", ""]
 
 
+def reproducible_section(name: str, report: dict) -> list[str]:
+    lines = [f"## The same bits again: {name}", "", f"{report['gpu'] or report['host']['cpu']['model']}, torch {report['torch']}; "
+             f"`{report['command']}`. Each piece of work was repeated on the same inputs; a repetition differs if any bit of its "
+             "results does. The largest shares of elements are named.", "", "| work | repetitions that differ | in |", "|---|---|---|"]
+    for p in report["points"]:
+        if "error" in p:
+            lines.append(f"| {p['name']} | not possible: {p['error'].split('.')[0]} | |")
+            continue
+        ranked = sorted(p["tensors"].items(), key=lambda item: -(item[1]["elements"] or 0) / (item[1]["of"] or 1))
+        found = [tensor if one["elements"] is None else
+                 f"{tensor} ({one['elements']:,} of {one['of']:,}, up to {one['largest']:.1e})" for tensor, one in ranked[:3]]
+        more = f" and {len(ranked) - 3} more" if len(ranked) > 3 else ""
+        chosen = f" ({p['chosen']})" if p.get("chosen") else ""
+        lines.append(f"| {p['name']}{chosen} | {p['different']} of {p['repetitions']} | {'; '.join(found)}{more} |".replace("|  |", "| |"))
+    return [*lines, ""]
+
+
 def max_section(name: str, results: list[dict]) -> list[str]:
     from ratel.train.max_bench import table
 
@@ -184,6 +201,7 @@ def max_section(name: str, results: list[dict]) -> list[str]:
 
 SECTIONS = {"step": step_section, "io": io_section, "durable": durable_section, "paper": paper_section,
             "reality": reality_section, "pays": pays_section, "largest": largest_section, "max": max_section,
+            "reproducible": reproducible_section,
             "adam": lambda name, content: adam_section(name, content if isinstance(content, list) else [content]),
             "kills": lambda name, content: ordeal_section(name, "kills", content),
             "faults": lambda name, content: ordeal_section(name, "faults", content),
