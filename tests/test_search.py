@@ -206,7 +206,7 @@ def test_an_optimizer_that_is_slower_than_both_passes_is_hidden_under_both() -> 
 
 
 @pytest.mark.parametrize("ssd_budget", [None, 2000 * GIB])
-def test_what_dram_is_left_takes_early_updates_though_it_is_less_than_a_quarter_needs(ssd_budget: int | None) -> None:
+def test_what_dram_is_left_takes_early_updates_though_it_is_less_than_an_eighth_needs(ssd_budget: int | None) -> None:
     """Nor is anything moved to a slow SSD for them that had room in DRAM."""
     spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
     request = Request(spec=spec, fp32=False, optimizer="deferred", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,

@@ -73,8 +73,8 @@ def _choose_early(request: Request) -> Plan:
 
 
 def early_counts(most: int) -> list[int]:
-    """Numbers of early units to try: by quarters, from the fewest."""
-    return sorted({max(1, most * quarters // 4) for quarters in range(1, 5)})
+    """Numbers of early units to try: by eighths, from the fewest."""
+    return sorted({max(1, most * eighths // 8) for eighths in range(1, 9)})
 
 
 def _placed(request: Request) -> Plan:

@@ -125,7 +125,7 @@ def _step_s(choice: Choice) -> float:
 
 
 def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
-    """The plan with more and more units updated early, by quarters, for which what is in DRAM makes room; and with as many
+    """The plan with more and more units updated early, by eighths, for which what is in DRAM makes room; and with as many
     as DRAM has room for as it is."""
     most = len(closed_first(plan.spec, plan.placements))
     made = {count: _with_early(request, plan, count) for count in early_counts(most)}
