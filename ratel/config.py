@@ -166,6 +166,9 @@ class TrainConfig:
                              "kernel of the attention; flash needs the package flash-attn")
     compile: str = _option("off", _choice("off", "on"), TRAINING, "off|on",
                            "fuse the operations of blocks (torch.compile): faster steps, other roundings, a slower start")
+    deterministic: bool = _option(False, _read_switch, TRAINING, None,
+                                  "use only kernels that give the same bits every time: another run of the same ends equal, "
+                                  "on a GPU too")
 
     device: str = _option("auto", _choice("auto", "cuda", "cpu"), MEMORY, "auto|cuda|cpu", "where the model computes")
     gpu_memory: int | None = _option(None, _optional(_bytes), MEMORY, "SIZE",

@@ -58,6 +58,7 @@ def _add_step(parts: Any) -> None:
                           ("optimizer", ["auto", "eager", "deferred", "speculative"]),
                           ("compile", ["off", "on"])):
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
+    parser.add_argument("--deterministic", action="store_true", help="use only kernels that give the same bits every time")
     parser.add_argument("--trace", metavar="FILE", help="write what every resource and thread did in the last step, for Perfetto")
     for flag in ("gpu-memory", "dram", "ssd-bandwidth"):
         parser.add_argument(f"--{flag}", metavar="SIZE" if flag != "ssd-bandwidth" else "RATE")
@@ -92,6 +93,7 @@ def _max(args: argparse.Namespace) -> None:
 
 
 def _step(args: argparse.Namespace) -> None:
+    from ratel.runtime.same_bits import same_bits
     from ratel.train.step_bench import StepBench, details, measure, table
 
     check_can_trace(args.trace)
@@ -100,7 +102,8 @@ def _step(args: argparse.Namespace) -> None:
     bench = StepBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, warmup=args.warmup,
                       steps=args.steps, trace=args.trace,
                       options={"ssd": list(args.ssd) or None, **{n: getattr(args, n) for n in names}})
-    result = measure(bench, progress=lambda text: print(text, file=sys.stderr))
+    with same_bits(args.deterministic):
+        result = measure(bench, progress=lambda text: print(text, file=sys.stderr))
     print(json.dumps(result, indent=2) if args.json else f"{table([result])}\n\n{details(result)}")
 
 

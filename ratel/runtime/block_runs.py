@@ -117,7 +117,7 @@ class BlockRuns:
         trace = self._traces.get((kind, form))
         ops = [str(op.func) for op in trace.ops] if trace is not None else None
         runs = (self._runs_in_full(block), self._is_compiled.get(kind, False), self._spiller is not None)
-        facts = (kind_of(self.parts.blocks[block]), form, ops, runs)
+        facts = (kind_of(self.parts.blocks[block]), form, ops, runs, torch.are_deterministic_algorithms_enabled())
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:

@@ -10,6 +10,7 @@ from ratel import startup
 from ratel.config import TrainConfig
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.monitor.progress import ProgressDisplay
+from ratel.runtime.same_bits import same_bits
 from ratel.runtime.session import Session
 from ratel.train.ahead import begin_ahead, end_ahead
 from ratel.train.attempt import Attempt, TrainResult
@@ -44,7 +45,8 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
     begin_ahead(config)
     try:
-        return _run(config, model, data, loss_fn, tokenizer, eval_data)
+        with same_bits(config.deterministic):
+            return _run(config, model, data, loss_fn, tokenizer, eval_data)
     finally:
         end_ahead()  # a caller that goes on after a refusal needs its memory
 
