@@ -177,11 +177,27 @@ def test_the_bundled_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert sources == dataset._reader.corpus.sources
     assert {Path(source.name).suffix for source in sources[1:]} == {".txt", ".jsonl"}
     monkeypatch.setattr(bundled, "_EXAMPLES", tmp_path / "absent")
-    monkeypatch.setattr(bundled, "_documentation", lambda: iter(["one"]))
+    monkeypatch.setattr(bundled, "_documentation", lambda: b"one")
     assert [source.data for source in bundled.bundled_sources()] == [b"one"]
-    monkeypatch.setattr(bundled, "_documentation", lambda: iter([]))
+    monkeypatch.setattr(bundled, "_documentation", lambda: b"")
     with pytest.raises(RatelError, match="data: none was given"):
         bundled.bundled_sources()
+
+
+def test_the_bundled_text_is_taken_out_of_its_sources_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library, calls = tmp_path / "lib", []
+    library.mkdir()
+    extracted = bundled._extracted
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(bundled, "_extracted", lambda *paths: calls.append(1) or extracted(*paths))
+    (library / "a.py").write_text('"""One \\ud800."""')  # half of a character: not UTF-8
+    assert bundled._documentation() == bundled._documentation() == b"a\nOne ?."
+    assert len(calls) == 1
+    (library / "a.py").write_text('"""Another."""')
+    (library / "b.py").write_text('"""Two."""')
+    assert bundled._documentation() == bundled._documentation() == b"a\nAnother.\n\nb\nTwo."
+    assert len(calls) == 2
 
 
 def test_an_error_in_the_thread_comes_in_its_turn(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,24 @@
 """The text that is always there: what the running Python's standard library says about itself, and our examples."""
 
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from ratel.data.sources import Source, find_sources
 from ratel.errors import RatelError
+from ratel.hardware import probe_cache
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "corpus"
+_METHOD = 1
+"""Raised when other text is taken out of the same sources: what is kept of it is then not used."""
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def bundled_sources() -> tuple[Source, ...]:
     """The standard library's documentation, and the example corpus where this is a checkout of the project."""
-    data = "\n\n".join(_documentation()).encode("utf-8", errors="replace")
+    data = _documentation()
     sources = [Source(name="<documentation of the Python standard library>", suffix=".txt", num_bytes=len(data),
                       data=data)] if data else []
     if _EXAMPLES.is_dir():
@@ -25,16 +29,36 @@ def bundled_sources() -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def _documentation() -> Iterator[str]:
-    """Docstrings of the top-level modules, then the language reference. Sources are parsed; nothing is imported."""
+def _documentation() -> bytes:
+    """UTF-8. Kept from one run to the next: parsing the sources takes one to two seconds."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.glob("*.py")):
+    paths, topics = sorted(library.glob("*.py")), library / "pydoc_data" / "topics.py"
+    key = {"method": _METHOD, "python": sys.version, "sources": [_version(path) for path in (*paths, topics)]}
+    data = probe_cache.load(key, lambda content: content["text"].encode("utf-8"))
+    if data is None:
+        data = "\n\n".join(_extracted(paths, topics)).encode("utf-8", errors="replace")
+        probe_cache.store(key, {"text": data.decode("utf-8")})
+    return data
+
+
+def _version(path: Path) -> list[str | int]:
+    """Of a source file, which may be missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def _extracted(modules: list[Path], topics: Path) -> Iterator[str]:
+    """Docstrings of the top-level modules, then the language reference. Sources are parsed; nothing is imported."""
+    for path in modules:
         tree = _parse(path)
         if tree is not None:
             yield from _docstrings(tree, path.stem)
-    topics = _parse(library / "pydoc_data" / "topics.py")
-    if topics is not None:
-        yield from _long_strings(topics)
+    tree = _parse(topics)
+    if tree is not None:
+        yield from _long_strings(tree)
 
 
 def _parse(path: Path) -> ast.Module | None:

@@ -1,4 +1,4 @@
-"""Measurements of this machine, kept in the user's cache directory: one file for each thing they depend on."""
+"""What was found out about this machine, kept in the user's cache directory: one file for each thing that it depends on."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def load(key: Key, read: Callable[[dict[str, Any]], T]) -> T | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("%s cannot be used (%s); this machine is measured again", cache_file(key), error)
+        log.warning("%s cannot be used (%s) and is made again", cache_file(key), error)
         return None
 
 
@@ -47,4 +47,4 @@ def store(key: Key, result: dict[str, Any]) -> None:
         partial.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        log.warning("the measurements cannot be kept: %s", error)
+        log.warning("what was found out cannot be kept for the next run: %s", error)
