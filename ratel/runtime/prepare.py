@@ -4,12 +4,13 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ratel import startup
 from ratel.errors import RatelError
 from ratel.hardware.device import avoid_fragmentation, quiet_first_product
 from ratel.hardware.host import available_memory
@@ -17,7 +18,7 @@ from ratel.memory import early
 from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.plan.choose import Request, choose
-from ratel.plan.cost import Prediction
+from ratel.plan.cost import Prediction, predict
 from ratel.plan.forced_kept import AUTO, SPILL, Activations
 from ratel.plan.hardware import Hardware
 from ratel.plan.micro_sizes import COMPARED, micro_sizes
@@ -25,6 +26,7 @@ from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan, Work
 from ratel.plan.search import search
 from ratel.plan.stripes import Weights, striped
+from ratel.runtime import earlier_plan
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.loss import positions_per_chunk
 from ratel.runtime.micro import count_rows, map_tensors, tensors_of
@@ -99,6 +101,35 @@ class Planned:
 def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
     """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
     trials = _Trials(blocks, batch, wishes, device)
+    if wishes.hardware is None:
+        return _search(trials, blocks, batch, wishes, device)
+    shapes = [(tuple(t.shape), t.dtype) for t in tensors_of(batch)]
+    key = earlier_plan.key_of(device, blocks.parts.spec, blocks.compiles, torch.are_deterministic_algorithms_enabled(), shapes,
+                              replace(wishes, own_files=()))
+    planned = _plan_again(trials, earlier_plan.load(key), wishes)
+    if planned is None:
+        planned = _search(trials, blocks, batch, wishes, device)
+        earlier_plan.store(key, planned.plan, trials.ssd_budget)
+    return planned
+
+
+def _plan_again(trials: "_Trials", earlier: "earlier_plan.EarlierPlan | None", wishes: Wishes) -> Planned | None:
+    """As it was chosen for the same before; None if it must be searched for."""
+    if earlier is None or wishes.micro_before not in (None, earlier.micro_rows):
+        return None  # of a run that goes on with other micro-batches than before the user is told
+    try:
+        request = trials.request(earlier.micro_rows, earlier.spills)
+    except RatelError:
+        return None
+    plan = request and earlier.again(request)
+    if not plan:
+        return None
+    log.info("the plan is what was chosen in an earlier start")
+    return Planned(plan=plan, prediction=predict(plan, wishes.hardware))
+
+
+def _search(trials: "_Trials", blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
+    """Among sizes of micro-batches, a few at a time, until one fits."""
     sizes = _candidates(count_rows(batch), batch, wishes.micro_batch)
     together = 1 if wishes.hardware is None else COMPARED
     groups = [sizes[begin : begin + together] for begin in range(0, len(sizes), together)]
@@ -127,7 +158,8 @@ def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes, *, spills: bo
                          value=trials.gpu_budget, remedy="Give a larger --gpu-memory or a smaller --seq-len")
     if wishes.hardware is None:
         return Planned(plan=choose(requests[0]), prediction=None)
-    chosen = search(requests, wishes.hardware)
+    with startup.phase("search for a plan"):
+        chosen = search(requests, wishes.hardware)
     return Planned(plan=chosen.plan, prediction=chosen.prediction)
 
 
@@ -143,10 +175,17 @@ class _Trials:
         with early.paused() as ahead_bytes:
             free_bytes = available_memory() + ahead_bytes
         self._dram_budget = wishes.budgets.dram or int(free_bytes * DRAM_MARGIN) + self._held_bytes
+        self.ssd_budget = usable_bytes(wishes.directories, wishes.own_files, wishes.stripes)
         self._rows = count_rows(batch)
+        self._requests: dict[tuple[int, bool], Request | None] = {}
 
     def request(self, micro_rows: int, spills: bool) -> Request | None:
         """None if a block does not fit on the GPU with so many rows."""
+        if (micro_rows, spills) not in self._requests:
+            self._requests[micro_rows, spills] = self._try(micro_rows, spills)
+        return self._requests[micro_rows, spills]
+
+    def _try(self, micro_rows: int, spills: bool) -> Request | None:
         wishes, parts = self._wishes, self._blocks.parts
         work = _work(parts, self._batch, self._rows, micro_rows)
         sizes = dict.fromkeys(size for size in (micro_rows, self._rows % micro_rows) if size)
@@ -161,7 +200,7 @@ class _Trials:
         is_free = wishes.activations == AUTO and wishes.hardware is not None and not spills
         return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
-                       ssd_budget=usable_bytes(wishes.directories, wishes.own_files, wishes.stripes), buffers=wishes.buffers,
+                       ssd_budget=self.ssd_budget, buffers=wishes.buffers,
                        process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
                        forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept, spill=trial.spill,
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),

@@ -161,6 +161,8 @@ class _GpuMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the first that is tried.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         self._held = torch.cuda.memory_allocated(device)
 
