@@ -1,18 +1,23 @@
 """The way to the first step: reading ahead, weights straight from their files to their tiers, and the time line."""
 
+import gc
 import json
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from ratel import cli, models, native, readahead, startup, train
+from ratel.cli import train as train_command
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
-from ratel.memory import early
+from ratel.memory import early, early_context
 from ratel.memory.arena import Arena, region_bytes
 from ratel.memory.resident import resident_bytes
 from ratel.models import stored_bits
@@ -247,6 +252,61 @@ def test_no_more_is_mapped_than_budget_and_machine_have(dram: int | None, checkp
     assert asked_ahead == [min(dram or 9 * GIB, 9 * GIB) - 4 * GIB]
 
 
+# --- the GPU's context ------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """Stands for libcuda: notes what it is asked, and fails where it is told to."""
+
+    def __init__(self, fails: str | None = None) -> None:
+        self.calls: list[str] = []
+        self._fails = fails
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def answer(*_: object) -> int:
+            self.calls.append(name)
+            return 100 if name == self._fails else 0
+
+        return answer
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("fails", [None, "cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "library"])
+def test_a_context_is_made_ahead_or_left_to_pytorch(fails: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Driver:
+        if fails == "library":
+            raise OSError(f"{name}: cannot open shared object file")
+        return driver
+
+    driver, asked = Driver(fails), ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    monkeypatch.setattr(early_context.ctypes, "CDLL", load)
+    monkeypatch.setattr(startup, "_phases", deque())
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "")
+    early_context.begin()
+    assert not driver.calls  # PyTorch is here
+    monkeypatch.delitem(sys.modules, "torch")
+    early_context.begin()
+    for thread in threading.enumerate():
+        if thread.name == "ratel-context":
+            thread.join()
+    expected = [] if fails == "library" else asked if fails is None else asked[: asked.index(fails) + 1]
+    assert driver.calls == expected
+    assert [phase["name"] for phase in startup.phases()] == (["context of the GPU"] if fails is None else [])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("device, resumes, begun", [("cuda", False, 1), ("auto", True, 1), ("cpu", False, 0)])
+def test_the_context_is_asked_for_where_the_gpu_computes(device: str, resumes: bool, begun: int,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(ahead, "_NVIDIA", Path("/"))
+    monkeypatch.setattr(early_context, "begin", lambda: calls.append(1))
+    ahead.begin_ahead(TrainConfig(model="demo", device=device, resume=resumes, out="run"))
+    monkeypatch.setattr(ahead, "_NVIDIA", Path("/nothing"))
+    ahead.begin_ahead(TrainConfig(model="demo", device=device, resume=resumes, out="run"))
+    assert len(calls) == begun
+
+
 @pytest.mark.native
 def test_an_arena_that_is_closed_at_once_stops_mapping(pool: "native.op_ds.Pool") -> None:
     before = resident_bytes()
@@ -276,9 +336,24 @@ def test_a_run_says_what_its_start_went_to(checkpoint: Path, tmp_path: Path, mon
                  "--eval-fraction", 0, "--device", "cpu", "--no-export", "--quiet", "--out", tmp_path / "out"]
     assert cli.main(["train", "--model", str(checkpoint), *map(str, arguments)]) == 0
     phases = {phase["name"]: phase for phase in json.loads((tmp_path / "out" / "startup.json").read_text())["phases"]}
-    order = ["imports", "model in outline", "trial of blocks and plan", "importing states", "first step"]
+    order = ["imports", "transformers", "model in outline", "trial of blocks and plan", "importing states", "first step"]
     begins = [phases[name]["begin_s"] for name in order]
     assert begins == sorted(begins) and all(phase["begin_s"] <= phase["end_s"] for phase in phases.values())
     reading = phases["reading ahead"]
     assert reading["bytes"] == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert reading["begin_s"] <= phases["imports"]["begin_s"]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_looked_for_during_imports(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(train_command.gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with train_command._nothing_collected():
+        assert gc.isenabled()  # this process has more to do
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ImportError) if fails else nullcontext(), train_command._nothing_collected():
+        assert not gc.isenabled()
+        if fails:
+            raise ImportError
+    assert gc.isenabled() and frozen == [False]

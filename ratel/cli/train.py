@@ -1,6 +1,10 @@
 """``ratel train``."""
 
 import argparse
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -31,7 +35,25 @@ def run(args: argparse.Namespace) -> None:
         raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
     startup.note("interpreter and options", 0.0)
     begin_ahead(config)  # before PyTorch is imported: disk and memory have nothing else to do in these seconds
-    with startup.phase("imports"):
-        from ratel.train import run as training
+    with _nothing_collected():
+        with startup.phase("imports"):
+            from ratel.train import run as training
+        with startup.phase("transformers"):
+            import transformers.modeling_utils  # noqa: F401 - what every model of it needs
 
     training.run(config, model=config.model)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What imports make stays: half a million objects, among which the collector of garbage would look again and again (0.7 of
+    4 s), and whenever it is due while the run goes on. In a process that has more to do than this run it is left alone."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -1,11 +1,12 @@
-"""What a run waits for longest, begun before PyTorch is imported: reading the weights, and mapping memory for states."""
+"""What a run waits for longest, begun before PyTorch is imported: reading the weights, mapping memory for states, and the GPU's
+context."""
 
 from pathlib import Path
 
 from ratel import readahead
 from ratel.config import TrainConfig
 from ratel.hardware.host import available_memory, usable_cores
-from ratel.memory import early
+from ratel.memory import early, early_context
 from ratel.units import GIB
 
 _NVIDIA = Path("/dev/nvidiactl")
@@ -20,12 +21,15 @@ _PROCESS_BYTES = 4 * GIB
 
 def begin_ahead(config: TrainConfig) -> None:
     """In the background, once. A run that continues takes its weights from its state."""
+    has_gpu = config.device != "cpu" and _NVIDIA.exists()
+    if has_gpu:
+        early_context.begin()
     files = [] if config.model is None else readahead.weight_files(config.model)
     if not files or config.resume:
         return
     free_bytes = available_memory()
     is_new = readahead.begin(files, free_bytes // 2)
-    if is_new and config.tier in ("auto", "dram") and config.device != "cpu" and _NVIDIA.exists():
+    if is_new and config.tier in ("auto", "dram") and has_gpu:
         weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
         most = int(0.9 * free_bytes)  # a budget may be larger than the machine, for a run that does not use it up
         budget = min(config.dram or most, most) - _PROCESS_BYTES
