@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from ratel.cli import train as train_command
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
 from ratel.memory import early, early_context
-from ratel.memory.arena import Arena, region_bytes
+from ratel.memory.anonymous import region_bytes
+from ratel.memory.arena import Arena
 from ratel.memory.resident import resident_bytes
 from ratel.models import stored_bits
 from ratel.models.stored_bits import Run, StoredBits
@@ -220,9 +222,9 @@ def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that runs have wanted mapped, as on a machine with an NVIDIA GPU."""
     asked, begin = [], early.begin
 
-    def noting(num_bytes: int, threads: int) -> None:
+    def noting(num_bytes: int, threads: int, *, pins: bool = False) -> None:
         asked.append(num_bytes)
-        begin(min(num_bytes, 16 * MIB), threads)
+        begin(min(num_bytes, 16 * MIB), threads, pins=pins)
 
     monkeypatch.setattr(readahead, "_current", None)
     monkeypatch.setattr(ahead, "_NVIDIA", Path("/"))
@@ -280,18 +282,101 @@ def test_a_context_is_made_ahead_or_left_to_pytorch(fails: str | None, monkeypat
 
     driver, asked = Driver(fails), ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
     monkeypatch.setattr(early_context.ctypes, "CDLL", load)
+    monkeypatch.setattr(early_context, "_current", None)
     monkeypatch.setattr(startup, "_phases", deque())
     monkeypatch.setenv("CUDA_MODULE_LOADING", "")
     early_context.begin()
     assert not driver.calls  # PyTorch is here
     monkeypatch.delitem(sys.modules, "torch")
     early_context.begin()
-    for thread in threading.enumerate():
-        if thread.name == "ratel-context":
-            thread.join()
+    assert early_context.pin(4096, 4096) == (fails is None)
     expected = [] if fails == "library" else asked if fails is None else asked[: asked.index(fails) + 1]
-    assert driver.calls == expected
+    assert driver.calls == expected + (["cuCtxSetCurrent", "cuMemHostRegister_v2"] if fails is None else [])
     assert [phase["name"] for phase in startup.phases()] == (["context of the GPU"] if fails is None else [])
+
+
+class Pinned:
+    """Stands for the driver: memory that is pinned, as address and bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.parts: dict[int, int] = {}
+        monkeypatch.setattr(early_context, "pin", self.pin)
+        monkeypatch.setattr(early_context, "unpin", self.parts.pop)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+
+    def pin(self, address: int, num_bytes: int) -> bool:
+        self.parts[address] = num_bytes
+        return True
+
+    def cudaHostUnregister(self, address: int) -> None:
+        del self.parts[address]
+
+
+def mapped(num_bytes: int, *, pins: bool) -> None:
+    """As much memory as an arena of this size takes, ahead."""
+    early.begin(region_bytes(num_bytes), 2, pins=pins)
+    until = time.monotonic() + 30
+    while not (early._current.is_pinned if pins else early._current.touched_bytes) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("num_bytes", [40 * MIB, 40 * MIB + 4096])
+def test_an_arena_of_the_size_of_last_time_is_pinned_already(num_bytes: int, pool: "native.op_ds.Pool",
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = Pinned(monkeypatch)
+    mapped(num_bytes, pins=True)
+    arena = Arena(num_bytes, pin=False, pool=pool, memory=early.take(region_bytes(num_bytes)))
+    assert arena.pinned and pinned.parts == {arena.address: num_bytes}
+    arena.settle()
+    assert not arena.take(num_bytes).any()
+    arena.close()
+    assert not pinned.parts
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("num_bytes", [30 * MIB, 50 * MIB])
+def test_an_arena_of_another_size_pins_its_memory_itself(num_bytes: int, pool: "native.op_ds.Pool",
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = Pinned(monkeypatch)
+    mapped(40 * MIB, pins=True)
+    assert list(pinned.parts.values()) == [40 * MIB]
+    arena = Arena(num_bytes, pin=False, pool=pool, memory=early.take(region_bytes(num_bytes)))
+    assert not pinned.parts and not arena.pinned
+    arena.settle()
+    assert not arena.take(num_bytes).any()
+    arena.close()
+    mapped(40 * MIB, pins=True)
+    early.drop()
+    assert not pinned.parts
+
+
+@pytest.mark.native
+def test_what_the_driver_does_not_pin_is_left_to_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_context, "_current", None)  # nothing has made a context
+    early.begin(region_bytes(4 * MIB), 1, pins=True)
+    assert not early.take(region_bytes(4 * MIB)).is_pinned
+
+
+@pytest.mark.native
+def test_a_start_maps_and_pins_what_the_last_one_took(checkpoint: Path, asked_ahead: list[int],
+                                                      monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = TrainConfig(model=str(checkpoint), dram=6 * GIB)
+
+    def asked(config: TrainConfig) -> int:
+        monkeypatch.setattr(readahead, "_current", None)
+        ahead.begin_ahead(config)
+        ahead.end_ahead()
+        return asked_ahead.pop()
+
+    guess = asked(config)
+    ahead.remember_arena(config, 5 * MIB)
+    assert asked(config) == region_bytes(5 * MIB) != guess
+    assert asked(replace(config, lr=1.0, seed=3, steps=7)) == region_bytes(5 * MIB)
+    assert asked(replace(config, batch_size=3)) == guess
+    ahead.remember_arena(config, 1 << 60)  # more than there is now
+    assert asked(config) == guess
 
 
 @pytest.mark.unit

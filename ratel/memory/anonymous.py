@@ -5,7 +5,10 @@ import mmap
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.units import MIB, format_bytes
+from ratel.units import MIB, align_up, format_bytes
+
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 * MIB
 
 TOUCHED_BYTES = 256 * MIB
 """Between two looks at whether the memory is still wanted: 60 ms on a machine with 16 cores."""
@@ -30,3 +33,14 @@ def touch(pool: "native.op_ds.Pool", region: mmap.mmap, begin: int, num_bytes: i
     """Make the kernel map a part of it; what is there stays."""
     view = ctypes.c_char.from_buffer(region)
     pool.touch(ctypes.addressof(view) + begin, num_bytes)
+
+
+def region_bytes(num_bytes: int) -> int:
+    """Of address space for an arena of this size, which begins at a huge page."""
+    return align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES) + HUGE_PAGE_BYTES
+
+
+def arena_in(region: mmap.mmap) -> tuple[int, int]:
+    """Address and bytes of the arena in a region of `region_bytes`."""
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    return align_up(begin, HUGE_PAGE_BYTES), len(region) - HUGE_PAGE_BYTES

@@ -9,17 +9,15 @@ pinned memory.
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from mmap import mmap
 
 import torch
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.memory.anonymous import TOUCHED_BYTES, anonymous_map
-from ratel.units import MIB, align_up, format_bytes
-
-PAGE_BYTES = 4096
-HUGE_PAGE_BYTES = 2 * MIB
+from ratel import startup
+from ratel.memory.anonymous import HUGE_PAGE_BYTES, PAGE_BYTES, TOUCHED_BYTES, anonymous_map, region_bytes
+from ratel.memory.early import Taken
+from ratel.units import align_up, format_bytes
 
 
 class Arena:
@@ -28,15 +26,15 @@ class Arena:
     They can be used at once. Only after ``settle`` is their memory there for certain, and pinned if ``pin``.
     """
 
-    def __init__(self, num_bytes: int, *, pin: bool, pool: "native.op_ds.Pool", memory: mmap | None = None) -> None:
-        """``memory``: to be used instead of new one, zero, of `region_bytes` at least."""
+    def __init__(self, num_bytes: int, *, pin: bool, pool: "native.op_ds.Pool", memory: Taken | None = None) -> None:
+        """``memory``: to be used instead of new one, zero, of `region_bytes`."""
         self.num_bytes = align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES)
-        self._map = memory or anonymous_map(region_bytes(num_bytes))
+        self._map = memory.map if memory else anonymous_map(region_bytes(num_bytes))
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         skip = -whole.data_ptr() % HUGE_PAGE_BYTES
         self._bytes = whole[skip : skip + self.num_bytes]
         self._cursor = 0
-        self.pinned = False
+        self.pinned = memory is not None and memory.is_pinned
         self._given_up = threading.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ratel-arena")
         self._made = self._worker.submit(self._make, pool, torch.cuda.current_device() if pin else None)
@@ -66,14 +64,18 @@ class Arena:
         self._made.result()
 
     def _make(self, pool: "native.op_ds.Pool", device: int | None) -> None:
+        if self.pinned:  # ahead, when all of it was mapped
+            return
         for begin in range(0, self.num_bytes, TOUCHED_BYTES):
             if self._given_up.is_set():
                 return
             pool.touch(self.address + begin, min(TOUCHED_BYTES, self.num_bytes - begin))
         if device is not None:
             torch.cuda.set_device(device)  # each thread has its own
+            begin_s = startup.age_s()
             _register(self._bytes)
             self.pinned = True
+            startup.note("pinning memory", begin_s, bytes=self.num_bytes)
 
     def abandon(self) -> None:
         """Instead of ``close``, where transfers are not known to be over: the memory stays as it is."""
@@ -91,11 +93,6 @@ class Arena:
     def _give_up(self) -> None:
         self._given_up.set()
         self._worker.shutdown()
-
-
-def region_bytes(num_bytes: int) -> int:
-    """Of address space for an arena of this size, which begins at a huge page."""
-    return align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES) + HUGE_PAGE_BYTES
 
 
 def keep_mapped(memory: object) -> None:

@@ -2,7 +2,8 @@
 
 The kernel clears memory at 4 to 5 GB/s, so 30 GiB take longer than reading the checkpoint of the model that needs them; while
 Python imports its modules on one core, the others have nothing to do. The arena takes what is mapped, gives back what is
-too much and maps what is missing. A plan must see the machine as if nothing were held here: see ``paused``.
+too much and maps what is missing. Pinned it can be as a whole only, so that is done ahead where its size is known from an
+earlier start, and undone if it has become another. A plan must see the machine as if nothing were held here: see ``paused``.
 """
 
 import atexit
@@ -10,18 +11,29 @@ import mmap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from ratel import native, startup
-from ratel.memory.anonymous import TOUCHED_BYTES, anonymous_map, touch
+from ratel.memory import early_context
+from ratel.memory.anonymous import TOUCHED_BYTES, anonymous_map, arena_in, touch
 from ratel.units import align_up
 
 _current: "_Early | None" = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Memory for an arena; if it ``is_pinned``, then from the arena's first byte to its last."""
+
+    map: mmap.mmap
+    is_pinned: bool = False
+
+
 class _Early:
-    def __init__(self, num_bytes: int, threads: int) -> None:
+    def __init__(self, num_bytes: int, threads: int, pins: bool) -> None:
         self.map = anonymous_map(align_up(num_bytes, mmap.PAGESIZE))
         self.touched_bytes = 0
+        self.is_pinned, self._pins = False, pins
         self.lock = threading.Lock()
         """Held while a piece is being mapped, and by whoever wants it quiet."""
         self._ended = threading.Event()
@@ -43,16 +55,26 @@ class _Early:
                     touch(pool, self.map, self.touched_bytes, count)
                     self.touched_bytes += count
         startup.note("mapping memory ahead", begin_s, bytes=self.touched_bytes)
+        if self._pins and not self._ended.is_set():
+            begin_s = startup.age_s()
+            self.is_pinned = early_context.pin(*arena_in(self.map))
+            startup.note("pinning memory ahead", begin_s, bytes=len(self.map) if self.is_pinned else 0)
+
+    def unpin(self) -> None:
+        if self.is_pinned:
+            early_context.unpin(arena_in(self.map)[0])
+            self.is_pinned = False
 
 
-def begin(num_bytes: int, threads: int) -> None:
-    """Map up to so much, in the background. Where the system has not that much to give, nothing is done."""
+def begin(num_bytes: int, threads: int, *, pins: bool = False) -> None:
+    """Map up to so much, in the background. Where the system has not that much to give, nothing is done. ``pins``: it is just
+    what an arena is going to take, and is to be pinned for the GPU, too."""
     global _current
     drop()
     if num_bytes <= 0:
         return
     with suppress(ValueError, OSError):
-        _current = _Early(num_bytes, threads)
+        _current = _Early(num_bytes, threads, pins)
         # Before the interpreter takes the map away under the threads that write to it.
         atexit.register(drop)
 
@@ -67,19 +89,23 @@ def paused() -> Iterator[int]:
         yield _current.touched_bytes
 
 
-def take(num_bytes: int) -> mmap.mmap | None:
+def take(num_bytes: int) -> Taken | None:
     """The memory as a map of this size; None where there is none."""
     global _current
     early, _current = _current, None
     if early is None:
         return None
     early.end()
+    size = align_up(num_bytes, mmap.PAGESIZE)
+    if size == len(early.map):
+        return Taken(map=early.map, is_pinned=early.is_pinned)
+    early.unpin()
     try:
-        early.map.resize(align_up(num_bytes, mmap.PAGESIZE))
+        early.map.resize(size)
     except (OSError, ValueError, SystemError):
         early.map.close()
         return None
-    return early.map
+    return Taken(map=early.map)
 
 
 def drop() -> None:
@@ -88,4 +114,5 @@ def drop() -> None:
     early, _current = _current, None
     if early is not None:
         early.end()
+        early.unpin()
         early.map.close()

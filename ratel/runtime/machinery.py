@@ -10,7 +10,8 @@ import torch
 from ratel import native
 from ratel.errors import RatelError
 from ratel.memory import early
-from ratel.memory.arena import Arena, region_bytes
+from ratel.memory.anonymous import region_bytes
+from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer

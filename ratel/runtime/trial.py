@@ -19,7 +19,8 @@ from ratel.errors import RatelError
 from ratel.hardware.block_rates import attached, initialised
 from ratel.hardware.host import usable_cores
 from ratel.memory import early
-from ratel.memory.arena import Arena, region_bytes
+from ratel.memory.anonymous import region_bytes
+from ratel.memory.arena import Arena
 from ratel.memory.lanes import Lanes
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes, trim
 from ratel.models import Parts

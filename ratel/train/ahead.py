@@ -5,8 +5,10 @@ from pathlib import Path
 
 from ratel import readahead
 from ratel.config import TrainConfig
+from ratel.hardware import probe_cache
 from ratel.hardware.host import available_memory, usable_cores
 from ratel.memory import early, early_context
+from ratel.memory.anonymous import region_bytes
 from ratel.units import GIB
 
 _NVIDIA = Path("/dev/nvidiactl")
@@ -17,6 +19,12 @@ _STATES_PER_WEIGHT = 7
 
 _PROCESS_BYTES = 4 * GIB
 """Left of the budget: Python, PyTorch and CUDA, and what they may grow by, take 1.5 to 2 GiB."""
+
+
+_PLACING = ("model", "dtype", "device", "gpu_memory", "dram", "ssd", "ssd_bandwidth", "hardware", "batch_size", "seq_len",
+            "micro_batch", "tier", "checkpoint_tier", "activations", "optimizer", "max_grad_norm", "attention", "compile",
+            "deterministic", "save_every", "durable")
+"""Options that plans depend on. With one that is missing here, the arena would be taken for larger or smaller than it gets."""
 
 
 def begin_ahead(config: TrainConfig) -> None:
@@ -30,10 +38,28 @@ def begin_ahead(config: TrainConfig) -> None:
     free_bytes = available_memory()
     is_new = readahead.begin(files, free_bytes // 2)
     if is_new and config.tier in ("auto", "dram") and has_gpu:
-        weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
-        most = int(0.9 * free_bytes)  # a budget may be larger than the machine, for a run that does not use it up
-        budget = min(config.dram or most, most) - _PROCESS_BYTES
-        early.begin(min(_STATES_PER_WEIGHT * weight_bytes, budget), max(1, usable_cores() - 1))
+        _begin_mapping(config, files, most=int(0.9 * free_bytes))
+
+
+def _begin_mapping(config: TrainConfig, files: list[Path], most: int) -> None:
+    """What the arena took in an earlier start; else what states may take at most."""
+    threads = max(1, usable_cores() - 1)
+    known = probe_cache.load(_key(config), lambda content: int(content["arena_bytes"]))
+    if known is not None and region_bytes(known) <= most:
+        early.begin(region_bytes(known), threads, pins=True)
+        return
+    weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    budget = min(config.dram or most, most) - _PROCESS_BYTES  # a budget may be larger than the machine
+    early.begin(min(_STATES_PER_WEIGHT * weight_bytes, budget), threads)
+
+
+def remember_arena(config: TrainConfig, num_bytes: int) -> None:
+    """For the next start with the same options."""
+    probe_cache.store(_key(config), {"arena_bytes": num_bytes})
+
+
+def _key(config: TrainConfig) -> probe_cache.Key:
+    return {"arena of": {name: getattr(config, name) for name in _PLACING}}
 
 
 def end_ahead() -> None:

@@ -17,6 +17,7 @@ from ratel.monitor.progress import ProgressDisplay
 from ratel.plan.durability import saving
 from ratel.plan.timeline import Timeline
 from ratel.runtime.session import Session
+from ratel.train.ahead import remember_arena
 from ratel.train.inputs import Inputs
 from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import Loop, Progress
@@ -75,7 +76,9 @@ class Attempt:
     def _prepare_session(self) -> None:
         has_known_shape = self.session.parts.is_causal_lm and self.inputs.tokenizer is not None
         if has_known_shape:
-            self.session.prepare(self.config.batch_size, self.config.seq_len)
+            plan = self.session.prepare(self.config.batch_size, self.config.seq_len)
+            if self.session.device.type == "cuda":
+                remember_arena(self.config, plan.arena_bytes)
         elif self.earlier:
             self.session.evaluate([self.inputs.sample])  # brings the state in: damage is found before the start
         self._is_planned = has_known_shape or self.earlier is not None
