@@ -104,7 +104,8 @@ def compare(entry: dict[str, Any], args: argparse.Namespace, machine: Hardware) 
         options = {"gpu_memory": "24GiB", **options}
     rate = options.get("ssd_bandwidth")
     capped = with_cap(machine, None if rate is None else parse_rate(rate))
-    with Session(make_config(*entry["model"]), device="cuda" if cuda else "cpu", ssd=[args.ssd], **options) as session:
+    # Without being told, a session on a CPU device plans with no rates, and times no blocks.
+    with Session(make_config(*entry["model"]), device="cuda" if cuda else "cpu", ssd=[args.ssd], hardware=machine, **options) as session:
         use_quick_weights(session)
         if cuda:
             reset_peak()  # of the configurations before; the import of weights is in the plan, and in the peak

@@ -170,6 +170,16 @@ def test_a_micro_batch_takes_as_long_as_its_kernels_take_to_launch() -> None:
     assert GpuSeconds(profiled((("qkv", "dram"), ("up", "dram")), **measured), FAST).block(0, 4) == (3.0, 4.3)
 
 
+def test_a_measured_loss_takes_the_place_of_its_flops() -> None:
+    plan = make_plan(gpt_spec(4, 2048), "dram", rows=7, micro_rows=4)
+    hardware = replace(FAST, gpu_flops=1e13, gpu_half_tokens=1024.0)
+    last, gpu = plan.spec.stages[-1], GpuSeconds(replace(plan, loss_s=0.5), hardware)
+    assert GpuSeconds(plan, hardware).ends(last, 4)[1] not in (0, 0.5)
+    assert gpu.ends(last, 4) == (0.0, 0.5) and gpu.ends(last, 3) == (0.0, pytest.approx(0.5 * 4 / 5))
+    without = predict(plan, hardware).busy_s["compute"] - sum(GpuSeconds(plan, hardware).ends(last, rows)[1] for rows in (4, 3))
+    assert predict(replace(plan, loss_s=0.5), hardware).busy_s["compute"] == pytest.approx(without + 0.9)
+
+
 def test_what_keeping_was_measured_to_save_counts_more_than_its_flops() -> None:
     measured = dict(seconds=((4, 2.0, 5.0),), keeping_seconds=((4, 2.2, 4.2),))
     some, everything = profiled((("qkv", "dram"),), **measured), profiled((("qkv", "dram"), ("up", "gpu")), **measured)

@@ -11,8 +11,10 @@ from ratel.runtime.session import Session
 
 
 def planned_seconds(batch_rows: int = 2, **options: object) -> set[tuple]:
+    """Of blocks, and of the loss."""
     with Session(build("llama"), device="cpu", dtype="fp32", hardware=load_hardware("4090"), **options) as session:
-        return {profile.seconds for profile in session.plan_for(batch_rows, 16).plan.profiles}
+        plan = session.plan_for(batch_rows, 16).plan
+        return {(*profile.seconds, plan.loss_s) for profile in plan.profiles}
 
 
 @pytest.mark.numerics
@@ -21,14 +23,14 @@ def test_a_block_is_timed_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
     taken = iter(range(1, 100))
     monkeypatch.setattr(block_timing, "median_seconds", lambda *_, **__: float(next(taken)))
     first = planned_seconds(micro_batch=2)
-    assert first == {((2, 1.0, 1.0),)}  # forward; both passes less forward; then the same with insides kept
+    assert first == {((2, 1.0, 1.0), 5.0)}  # forward; both passes less forward; then the same with insides kept; then the loss
     assert planned_seconds(micro_batch=2) == first
-    assert planned_seconds(micro_batch=1) == {((1, 5.0, 1.0),)}  # another size is another time
-    assert planned_seconds(micro_batch=1, attention="eager") == {((1, 9.0, 1.0),)}
+    assert planned_seconds(micro_batch=1) == {((1, 6.0, 1.0), 10.0)}  # another size is another time
+    assert planned_seconds(micro_batch=1, attention="eager") == {((1, 11.0, 1.0), 10.0)}  # of which the loss knows nothing
     for file in (tmp_path / "ratel" / "hardware").iterdir():
         file.write_text("{")
     torch.manual_seed(0)
-    assert planned_seconds(micro_batch=2) == {((2, 13.0, 1.0),)}  # what cannot be read is measured again
+    assert planned_seconds(micro_batch=2) == {((2, 15.0, 1.0), 19.0)}  # what cannot be read is measured again
 
 
 @pytest.mark.numerics

@@ -1,7 +1,7 @@
 """How fast the device runs transformer blocks: seconds by rows of a micro-batch, and the curve through them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -109,10 +109,15 @@ def initialised(num_elements: int, *, dtype: torch.dtype, device: torch.device) 
     return torch.randn(num_elements, dtype=dtype, device=device).mul_(WEIGHT_SCALE)
 
 
-@contextmanager
-def attached(parts: Parts, block: int, device: torch.device, make: Callable[..., torch.Tensor]) -> Iterator[list[UnitSpec]]:
+def attached(parts: Parts, block: int, device: torch.device,
+             make: Callable[..., torch.Tensor]) -> AbstractContextManager[list[UnitSpec]]:
     """The block's units, with weights of which ``make`` makes each unit's."""
-    units = _units(parts, block)
+    return attached_units(parts, _units(parts, block), device, make)
+
+
+@contextmanager
+def attached_units(parts: Parts, units: list[UnitSpec], device: torch.device,
+                   make: Callable[..., torch.Tensor]) -> Iterator[list[UnitSpec]]:
     for unit in units:
         parts.attach(unit.index, make(unit.num_elements, dtype=parts.dtype, device=device))
     try:

@@ -11,23 +11,26 @@ _LARGEST_GROUP = 50
 _LAUNCHES = 5
 
 
-def median_seconds(action: Callable[[], object], *, limit_s: float,
-                   settle: Callable[[], object] = lambda: None) -> float:
+def median_seconds(action: Callable[[], object], *, limit_s: float, settle: Callable[[], object] = lambda: None,
+                   between: Callable[[], object] | None = None) -> float:
     """Seconds of one call among many; ``settle`` waits for what the calls have started.
 
     Calls of a group follow each other without waiting, as in training, where the next kernel is launched while the last
-    one runs. The first call warms up and does not count. If the second takes ``limit_s`` by itself, it is the result;
+    one runs. With ``between`` each call is timed by itself, after a call of that. The first call warms up and does not count. If the second takes ``limit_s`` by itself, it is the result;
     else at least two groups are timed, and then until ``limit_s``. The result is the median over the later half of them: a
     GPU takes a moment to reach its power limit, and from then on its clock is lower (an H200's by a tenth to a sixth).
     """
     action()
     settle()
+    is_apart, between = between is not None, between or (lambda: None)
+    between()
     second_s = _group_seconds(action, 1, settle)
     if second_s >= limit_s:
         return second_s
-    calls = max(1, min(_LARGEST_GROUP, int(_GROUP_S / max(second_s, 1e-9))))
+    calls = 1 if is_apart else max(1, min(_LARGEST_GROUP, int(_GROUP_S / max(second_s, 1e-9))))
     begin, found = time.perf_counter(), []
     while len(found) < 2 or time.perf_counter() - begin < limit_s:
+        between()
         found.append(_group_seconds(action, calls, settle) / calls)
     return statistics.median(found[len(found) // 2 :])
 

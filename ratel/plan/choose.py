@@ -41,6 +41,8 @@ class Request:
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
     profiles: tuple[BlockProfile, ...] = ()
+    loss_s: float | None = None
+    """As in the plan."""
     kept: Kept = ()
     """Inner activations, as in the plan."""
     spill: Spill | None = None
@@ -116,7 +118,8 @@ def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                 work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, kept=request.kept,
+                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles,
+                loss_s=request.loss_s, kept=request.kept,
                 spill=request.spill)
 
 

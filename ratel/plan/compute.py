@@ -78,8 +78,11 @@ class GpuSeconds:
         return forward, max(backward - spared / profile.forward_flops * forward, 0.0)
 
     def _of_flops(self, row_flops: float, rows: int) -> float:
-        busy_rows = rows + self._hardware.gpu_half_tokens / self._seq_len
-        return row_flops * busy_rows / self._hardware.gpu_flops
+        return row_flops * self._busy_rows(rows) / self._hardware.gpu_flops
+
+    def _busy_rows(self, rows: int) -> float:
+        """With those that the GPU's idle units would have done."""
+        return rows + self._hardware.gpu_half_tokens / self._seq_len
 
     def _measured(self, points: tuple[tuple[int, float, float], ...], rows: int) -> tuple[float, float]:
         """Between two measured numbers of rows on the line; beyond them as the saturation curve goes."""
@@ -88,19 +91,20 @@ class GpuSeconds:
                 share = (rows - low) / (high - low)
                 return tuple(a + share * (b - a) for a, b in zip(at_low, at_high))
         near, *seconds = points[0] if rows < points[0][0] else points[-1]
-        idle_rows = self._hardware.gpu_half_tokens / self._seq_len
-        return tuple(s * (rows + idle_rows) / (near + idle_rows) for s in seconds)
+        return tuple(s * self._busy_rows(rows) / self._busy_rows(near) for s in seconds)
 
     def ends(self, stage: StageSpec, rows: int) -> tuple[float, float]:
         """Of the stages around the blocks: before them a lookup and its gradient, after them loss and its gradient.
 
-        The loss runs forward and backward at the turn; all its time is in the second number.
+        The loss runs forward and backward at the turn; all its time is in the second number. It is measured with the blocks.
         """
         spec, tokens = self._plan.spec, rows * self._seq_len
         moved = 2 * self._plan.weight_bytes * tokens * (spec.hidden_size or 0)
         if stage.kind == "pre":
             grads = 2 * sum(spec.units[u].num_trainable for u in stage.units) * self._plan.grad_bytes
             return moved / self._hardware.gpu_bps, (moved + grads) / self._hardware.gpu_bps
+        if self._plan.loss_s is not None:
+            return 0.0, self._plan.loss_s * self._busy_rows(rows) / self._busy_rows(self._plan.work.micro_rows)
         logits = tokens * (spec.vocab_size or 0) * LOSS_TOKEN_BYTES
         return 0.0, self._of_flops(3 * self._head_flops(stage), rows) + (moved + logits) / self._hardware.gpu_bps
 

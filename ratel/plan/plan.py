@@ -76,6 +76,8 @@ class Plan:
     work: Work
     profiles: tuple[BlockProfile, ...] = field(default=(), repr=False)
     """By block; blocks of one kind share one. Empty: not known."""
+    loss_s: float | None = None
+    """Seconds of everything after the blocks, forward and backward, for one full micro-batch, where it was measured."""
     kept: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), repr=False)
     """By block: ``(name, tier)`` of each inner activation that is kept until backward. What is absent is recomputed."""
     spill: Spill | None = None

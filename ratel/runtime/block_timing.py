@@ -1,5 +1,6 @@
-"""How long the two runs of a block take on this device, and how long it takes to give it their work."""
+"""How long the two runs of a block and the loss take on this device, and how long it takes to give it a block's work."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,19 +10,24 @@ import torch
 from torch import Tensor
 
 from ratel.hardware import probe_cache
-from ratel.hardware.block_rates import attached, initialised
+from ratel.hardware.block_rates import attached, attached_units, initialised
 from ratel.hardware.probe import processors_key
 from ratel.hardware.timing import launch_seconds, median_seconds
+from ratel.models import Parts
 from ratel.models.inputs import BlockInputs
 from ratel.plan.activations import BlockProfile
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.block_runs import BlockRuns
+from ratel.runtime.loss import run_tail
 from ratel.runtime.micro import count_rows
+from ratel.units import MIB
 
 TIMING_S, GPU_TIMING_S = 0.1, 0.5
 """Of each measurement of each kind of block, where a plan is to be predicted. In 0.1 s a GPU does not come to its power limit."""
 
-TIMING_METHOD = 2
+EVICTED_BYTES = 64 * MIB
+
+TIMING_METHOD = 3
 """Raised when what is timed, or how, changes: earlier results are then not used."""
 
 Timing = dict[str, list[float] | None]
@@ -49,6 +55,32 @@ def with_timings(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ..
     return tuple(_with_seconds(profile, rows, *found[blocks.first_alike(block)]) for block, profile in enumerate(profiles))
 
 
+def loss_seconds(parts: Parts, batch: Any) -> float | None:
+    """Of everything after the blocks, forward and backward, for one micro-batch. None where there is no room for it."""
+    units = [parts.spec.units[index] for index in parts.spec.stages[-1].units]
+    with torch.no_grad():
+        hidden, _ = parts.head(batch)
+    facts = (parts.name, [(p.name, p.shape) for unit in units for p in unit.params], hidden.shape, hidden.dtype,
+             torch.are_deterministic_algorithms_enabled())
+    key = {**processors_key(hidden.device), "loss": hashlib.sha256(repr(facts).encode()).hexdigest(), "method": TIMING_METHOD}
+    seconds = probe_cache.load(key, lambda content: float(content["seconds"]))
+    if seconds is None:
+        try:
+            seconds = _time_loss(parts, batch, torch.randn_like(hidden), units)
+        except torch.OutOfMemoryError:  # random weights and second gradients take more than a step does
+            return None
+        probe_cache.store(key, {"seconds": seconds})
+    return seconds
+
+
+def _time_loss(parts: Parts, batch: Any, hidden: Tensor, units: list[UnitSpec]) -> float:
+    def run() -> None:
+        run_tail(parts, batch, hidden, lambda: _take_over(parts, units))
+
+    with attached_units(parts, units, hidden.device, initialised):
+        return median_seconds(run, limit_s=_limit_s(hidden), settle=_settle(hidden), between=_evicting(hidden))
+
+
 def _with_seconds(profile: BlockProfile, rows: int, bare: Timing, keeping: Timing | None = None) -> BlockProfile:
     def both(what: str) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(timing[what]) for timing in (bare, keeping or bare) if timing[what] is not None)
@@ -61,8 +93,7 @@ def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
                  kept: dict[str, int]) -> Timing | None:
     """None where there is no room for what is to be kept."""
     leaf = hidden.requires_grad_()
-    settle = torch.cuda.synchronize if hidden.is_cuda else lambda: None
-    limit_s = GPU_TIMING_S if hidden.is_cuda else TIMING_S
+    settle, limit_s = _settle(hidden), _limit_s(hidden)
 
     def forward() -> dict[str, list[Tensor]]:
         saved: dict[str, list[Tensor]] = {}
@@ -79,7 +110,7 @@ def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
 
     blocks.keep([kept] * blocks.parts.num_blocks)
     try:
-        return {"pass_s": apart(partial(median_seconds, limit_s=limit_s, settle=settle)),
+        return {"pass_s": apart(partial(median_seconds, limit_s=limit_s, settle=settle, between=_evicting(hidden))),
                 "launch_s": apart(partial(launch_seconds, settle=settle)) if hidden.is_cuda else None}
     except torch.OutOfMemoryError:
         if not kept:
@@ -91,13 +122,30 @@ def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
 
 def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, units: list[UnitSpec],
               saved: dict[str, list[Tensor]]) -> None:
-    """With taking over the gradients, which reads and writes them once more."""
     with torch.enable_grad():
         output = blocks.second(block, 0, leaf, inputs.with_leaves(), saved, lambda: None)
     saved.clear()
     output.backward(torch.ones_like(output))
     blocks.finish()
+    _take_over(blocks.parts, units)
+
+
+def _take_over(parts: Parts, units: list[UnitSpec]) -> None:
+    """Gradients, which a step reads and writes once more."""
     for unit in units:
-        for grad in blocks.parts.take_grads(unit.index):
+        for grad in parts.take_grads(unit.index):
             if grad is not None:
                 grad.clone()
+
+
+def _settle(hidden: Tensor) -> Callable[[], object]:
+    return torch.cuda.synchronize if hidden.is_cuda else lambda: None
+
+
+def _evicting(hidden: Tensor) -> Callable[[], object] | None:
+    """In a step a block finds the other blocks' weights in a processor's caches. What a GPU has of them is too small for a block."""
+    return None if hidden.is_cuda else torch.zeros(EVICTED_BYTES, dtype=torch.uint8).bitwise_not_
+
+
+def _limit_s(hidden: Tensor) -> float:
+    return GPU_TIMING_S if hidden.is_cuda else TIMING_S

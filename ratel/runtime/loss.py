@@ -5,10 +5,13 @@ norm, head, whatever the model does to its logits), the cross entropy and straig
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ratel.models import Parts
 
 IGNORED = -100
 LOGIT_BYTES = 16
@@ -56,3 +59,15 @@ def chunked_loss(tail: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
             del logits, loss
             after_chunk()
     return total, grad
+
+
+def run_tail(parts: Parts, batch: Any, hidden: Tensor, after_chunk: Callable[[], None] = lambda: None) -> None:
+    """What follows the blocks, forward and backward, with whatever weights there are."""
+    if parts.is_causal_lm:
+        chunked_loss(parts.tail_logits, hidden, shifted_targets(batch.get("labels", batch["input_ids"])), normalizer=1.0,
+                     chunk=positions_per_chunk(hidden.shape[0], parts.spec.vocab_size), backward=True, after_chunk=after_chunk)
+        return
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        parts.tail_loss(leaf, batch).backward()
+    after_chunk()

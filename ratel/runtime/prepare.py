@@ -202,7 +202,8 @@ class _Trials:
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
                        ssd_budget=self.ssd_budget, buffers=wishes.buffers,
                        process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES, workspace_bytes=trial.workspace_bytes,
-                       forced=wishes.forced, profiles=trial.profiles, kept=() if is_free else trial.kept, spill=trial.spill,
+                       forced=wishes.forced, profiles=trial.profiles, loss_s=trial.loss_s,
+                       kept=() if is_free else trial.kept, spill=trial.spill,
                        accumulators=() if wishes.fp32 else _accumulators(parts, work),
                        checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",
                        durable=wishes.durable)

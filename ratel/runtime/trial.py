@@ -30,9 +30,9 @@ from ratel.plan.forced_kept import Activations, Kept, forced_kept
 from ratel.plan.saved import Spill
 from ratel.plan.shape import StageSpec, UnitSpec
 from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.block_timing import with_timings
-from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
-from ratel.runtime.micro import count_rows, with_labels
+from ratel.runtime.block_timing import loss_seconds, with_timings
+from ratel.runtime.loss import run_tail
+from ratel.runtime.micro import count_rows
 from ratel.runtime.spiller import WITHOUT_END, Spiller
 from ratel.runtime.step import seed_generators
 from ratel.units import MIB, format_bytes
@@ -52,6 +52,8 @@ class Trial:
     """Of one micro-batch, beyond planes, slots and what is kept."""
     spill: Spill | None
     """How second runs were done where what they save went to DRAM."""
+    loss_s: float | None
+    """As in the plan."""
 
 
 def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations, *,
@@ -64,7 +66,7 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
     cuda = device.type == "cuda"
     meter = _GpuMeter(device) if cuda else _HostMeter()
     with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
-        profiles = _learn(blocks, batches, device)
+        profiles, loss_s = _learn(blocks, batches, device), None
         kept = forced_kept(profiles, activations)
         blocks.keep(_kept_bytes(profiles, kept, count_rows(batches[0])))
         with _spilling(blocks, batches[0], device, region_limit) as spill:
@@ -74,9 +76,10 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
             if timed:
                 blocks.keep([{} for _ in profiles])
                 profiles = with_timings(blocks, batches[0], profiles)
+                loss_s = loss_seconds(blocks.parts, batches[0])
     meter.close()
     return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes,
-                 spill=spill)
+                 spill=spill, loss_s=loss_s)
 
 
 @contextmanager
@@ -241,14 +244,7 @@ def _block_trial(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
 
 def _tail_trial(parts: Parts, batch: Any, hidden: Tensor) -> Callable[[], int]:
     def run() -> int:
-        if parts.is_causal_lm:
-            chunk = positions_per_chunk(hidden.shape[0], parts.spec.vocab_size)
-            chunked_loss(parts.tail_logits, hidden, shifted_targets(with_labels(batch)["labels"]), normalizer=1.0,
-                         chunk=chunk, backward=True, after_chunk=lambda: None)
-        else:
-            leaf = hidden.detach().requires_grad_()
-            with torch.enable_grad():
-                parts.tail_loss(leaf, batch).backward()
+        run_tail(parts, batch, hidden)
         return 0
 
     return run
