@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -390,6 +392,26 @@ def test_the_context_is_asked_for_where_the_gpu_computes(device: str, resumes: b
     monkeypatch.setattr(ahead, "_NVIDIA", Path("/nothing"))
     ahead.begin_ahead(TrainConfig(model="demo", device=device, resume=resumes, out="run"))
     assert len(calls) == begun
+
+
+@pytest.mark.gpu
+def test_a_second_start_on_a_gpu_finds_context_and_memory_ready(checkpoint: Path, tmp_path: Path) -> None:
+    """The command, in processes of their own: each start knows more, and all train the same."""
+    found = []
+    for number in range(3):
+        out = tmp_path / str(number)
+        command = [sys.executable, "-m", "ratel", "train", "--model", str(checkpoint), "--out", str(out), "--steps", "3", "--batch-size", "2",
+                   "--seq-len", "32", "--device", "cuda", "--tier", "dram", "--dram", "8GiB", "--gpu-memory", "2GiB", "--deterministic",
+                   "--eval-fraction", "0", "--no-export", "--quiet"]
+        done = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        phases = {phase["name"]: phase for phase in json.loads((out / "startup.json").read_text())["phases"]}
+        losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found.append((phases, losses))
+    assert all("context of the GPU" in phases for phases, _ in found)
+    assert found[0][1] == found[1][1] == found[2][1] and len(found[0][1]) == 3
+    assert "pinning memory ahead" not in found[0][0]
+    assert found[2][0]["pinning memory ahead"]["bytes"] > 0 and "pinning memory" not in found[2][0]
 
 
 @pytest.mark.native
