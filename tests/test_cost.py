@@ -170,6 +170,15 @@ def test_a_micro_batch_takes_as_long_as_its_kernels_take_to_launch() -> None:
     assert GpuSeconds(profiled((("qkv", "dram"), ("up", "dram")), **measured), FAST).block(0, 4) == (3.0, 4.3)
 
 
+def test_sums_of_several_passes_are_read_and_written() -> None:
+    plan = make_plan(gpt_spec(10, 2048), "dram", rows=8, micro_rows=2)
+    hardware = replace(FAST, gpu_bps=1e12)
+    summed = replace(plan, accumulators=("block", "ends", "shared"))
+    blocks = sum(u.num_trainable for u in plan.spec.units if u.kind == "block")
+    more = predict(summed, hardware).busy_s["compute"] - predict(plan, hardware).busy_s["compute"]
+    assert more == pytest.approx(4 * 6 * blocks / 1e12)  # in each of four passes
+
+
 def test_a_measured_loss_takes_the_place_of_its_flops() -> None:
     plan = make_plan(gpt_spec(4, 2048), "dram", rows=7, micro_rows=4)
     hardware = replace(FAST, gpu_flops=1e13, gpu_half_tokens=1024.0)

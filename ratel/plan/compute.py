@@ -16,6 +16,10 @@ from ratel.plan.traffic import kept_inner
 UPDATE_BYTES = 26
 """Memory traffic of AdamW per parameter: `hi`, `lo`, `m`, `v` and the gradient read, all but the gradient written."""
 
+SUM_BYTES = 6
+"""Per parameter and pass, where gradients of several passes are summed in fp32: the gradient (2) is read and the sum (4) read and
+written, in place of one gradient read and written, which is in a block's own time."""
+
 LOSS_TOKEN_BYTES = 32
 """GPU memory traffic per token and vocabulary entry: logits and gradient in bf16 and fp32, each written and read."""
 
@@ -59,7 +63,14 @@ class GpuSeconds:
         keeps = bool(kept_inner(self._plan, block))
         launch_s = block_profile(self._plan, block).launch_s
         least = launch_s[keeps] if launch_s else (0.0, 0.0)
-        return tuple(map(max, self._device_seconds(block, rows), least))
+        forward, backward = map(max, self._device_seconds(block, rows), least)
+        return forward, backward + self._sums(block)
+
+    def _sums(self, block: int) -> float:
+        if "block" not in self._plan.accumulators:
+            return 0.0
+        units = _blocks(self._plan)[block].units
+        return SUM_BYTES * sum(self._plan.spec.units[u].num_trainable for u in units) / self._hardware.gpu_bps
 
     def _device_seconds(self, block: int, rows: int) -> tuple[float, float]:
         profile = block_profile(self._plan, block)
