@@ -24,6 +24,7 @@ import torch
 
 from bitwise import Repetitions
 from ratel.hardware.device import require_device
+from ratel.runtime.same_bits import WORKSPACE, same_bits
 from ratel.train.step_bench import random_tokens
 from report import Report
 from reproducible_parts import Pieces, Work, busy_machine
@@ -32,8 +33,6 @@ from reproducible_session import (DETERMINISTIC, HANDED_OVER, PLANS, check_hand_
 from systems import model_config, read_model
 
 Point = dict[str, Any]
-IN_CHILD = "CUBLAS_WORKSPACE_CONFIG"
-"""Read when a process first multiplies; without it PyTorch refuses to be deterministic on CUDA."""
 
 PIECES = ("attention", "products", "norms", "embedding and loss", "block", "block beside copies")
 CASES = (*PIECES, *(f"session: {name}" for name in PLANS), "session, deterministic",
@@ -125,19 +124,18 @@ def of_session(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def deterministic_points(args: argparse.Namespace) -> Iterator[Point]:
-    """In a process of its own: what this one has begun with cannot be changed any more."""
+    """In a process of its own, which is told by its environment: cuBLAS in this one has read it already."""
     name = "session, deterministic"
     if not wanted(name, args):
         return
-    if IN_CHILD in os.environ:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what nobody wrote
-        yield session_point(name, PLANS[DETERMINISTIC], args)
+    if WORKSPACE in os.environ:
+        with same_bits(True):
+            yield session_point(name, PLANS[DETERMINISTIC], args)
         return
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "points.json"
         done = subprocess.run([sys.executable, __file__, *as_arguments(args), "--only", name, "--json", str(target)],
-                              env={**os.environ, IN_CHILD: ":4096:8"}, capture_output=True, text=True)
+                              env={**os.environ, WORKSPACE: ":4096:8"}, capture_output=True, text=True)
         yield from json.loads(target.read_text(encoding="utf-8"))["points"] if done.returncode == 0 else [
             {"name": name, "error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}]
 

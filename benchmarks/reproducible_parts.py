@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ratel import models
-from ratel.hardware.host import usable_cores
+from ratel.hardware.host import worker_cores
 from ratel.models.weights import view
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.loss import chunked_loss, count_targets, positions_per_chunk, shifted_targets
@@ -164,7 +164,7 @@ def _filled(unit: UnitSpec, device: torch.device) -> Tensor:
 def busy_machine(device: torch.device) -> Iterator[None]:
     """What a session does beside a block: copies of pinned memory in both directions, and threads that copy, too."""
     ended = threading.Event()
-    ways = ["host"] * max(1, usable_cores() - 1) + (["in", "out"] if device.type == "cuda" else [])
+    ways = ["host"] * worker_cores() + (["in", "out"] if device.type == "cuda" else [])
     threads = [threading.Thread(target=_copy, args=(way, device, ended), daemon=True) for way in ways]
     for thread in threads:
         thread.start()

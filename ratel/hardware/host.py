@@ -46,6 +46,11 @@ def usable_cores() -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
+def worker_cores() -> int:
+    """For threads of native code: one core is left to Python."""
+    return max(1, usable_cores() - 1)
+
+
 def describe_memory() -> dict[str, Any]:
     import psutil
 

@@ -12,7 +12,7 @@ from ratel import models, native
 from ratel.hardware import block_rates, rates
 from ratel.hardware.copies import Link, measure_device_memory, measure_dram
 from ratel.hardware.device import choose_dtype, require_device
-from ratel.hardware.host import available_memory, describe_cpu, describe_memory, usable_cores
+from ratel.hardware.host import available_memory, describe_cpu, describe_memory, usable_cores, worker_cores
 from ratel.hardware.probe_cache import Key, load, store
 from ratel.hardware.ssd_rates import measure_ssds
 from ratel.hardware.storage import describe_directory
@@ -87,7 +87,7 @@ def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "
 def measure(directories: tuple[str, ...], model: Any, device: torch.device, effort: Effort,
             progress: Callable[[str], None] = lambda text: None) -> Probe:
     """All measurements, one after the other, so that none disturbs another."""
-    begin, threads = time.perf_counter(), max(1, usable_cores() - 1)
+    begin, threads = time.perf_counter(), worker_cores()
     progress("blocks")
     block = _measure_block(model, device, effort)
     progress("memory")

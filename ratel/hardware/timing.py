@@ -16,7 +16,8 @@ def median_seconds(action: Callable[[], object], *, limit_s: float, settle: Call
     """Seconds of one call among many; ``settle`` waits for what the calls have started.
 
     Calls of a group follow each other without waiting, as in training, where the next kernel is launched while the last
-    one runs. With ``between`` each call is timed by itself, after a call of that. The first call warms up and does not count. If the second takes ``limit_s`` by itself, it is the result;
+    one runs. With ``between`` each call is timed by itself, after a call of that. The first call warms up and does not
+    count. If the second takes ``limit_s`` by itself, it is the result;
     else at least two groups are timed, and then until ``limit_s``. The result is the median over the later half of them: a
     GPU takes a moment to reach its power limit, and from then on its clock is lower (an H200's by a tenth to a sixth).
     """

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ratel import native
+from ratel import native, startup
 from ratel.errors import RatelError
-from ratel import startup
-from ratel.memory.anonymous import HUGE_PAGE_BYTES, PAGE_BYTES, TOUCHED_BYTES, anonymous_map, region_bytes
+from ratel.memory.anonymous import PAGE_BYTES, TOUCHED_BYTES, anonymous_map, arena_in, region_bytes
 from ratel.memory.early import Taken
 from ratel.units import align_up, format_bytes
 
@@ -31,7 +30,7 @@ class Arena:
         self.num_bytes = align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES)
         self._map = memory.map if memory else anonymous_map(region_bytes(num_bytes))
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        skip = -whole.data_ptr() % HUGE_PAGE_BYTES
+        skip = arena_in(self._map)[0] - whole.data_ptr()
         self._bytes = whole[skip : skip + self.num_bytes]
         self._cursor = 0
         self.pinned = memory is not None and memory.is_pinned

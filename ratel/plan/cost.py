@@ -91,17 +91,13 @@ class _PassWork:
     to_other_planes: bool = False
     """The updates leave what they are made from."""
 
-    def update_share(self, hardware: Hardware) -> float:
-        """Of the rates of the CPU and of DRAM, what updates attain."""
-        return hardware.adam_elsewhere if self.to_other_planes else 1.0
-
 
 def _prices(work: _PassWork, hardware: Hardware) -> Prices:
     """What a byte or a parameter costs beside the pass's other traffic: total seconds over total work."""
     moved = work.traffic
     h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h, first_in=work.first_h2d, last_out=work.last_d2h)
     beside = (moved.dram_bytes - work.before_updates) / max(work.params, 1)
-    share = work.update_share(hardware)
+    share = hardware.update_share(elsewhere=work.to_other_planes)
     update = max(1 / (share * hardware.adam_params_per_s), (UPDATE_BYTES / share + beside) / hardware.dram_bps)
     return Prices(ssd=_ssd_seconds(moved, hardware) / max(moved.ssd_bytes, 1), h2d=h2d_s / max(moved.h2d, 1),
                   d2h=d2h_s / max(moved.d2h, 1), update=update)
@@ -119,7 +115,7 @@ def _ssd_seconds(moved: Traffic, hardware: Hardware) -> float:
 
 def _busy(work: _PassWork, hardware: Hardware, prices: Prices, compute_s: float) -> dict[str, float]:
     moved = work.traffic
-    share = work.update_share(hardware)
+    share = hardware.update_share(elsewhere=work.to_other_planes)
     dram_bytes = moved.dram_bytes + UPDATE_BYTES / share * work.params
     return {"compute": compute_s, "h2d": moved.h2d * prices.h2d, "d2h": moved.d2h * prices.d2h,
             "cpu optimizer": work.params / (share * hardware.adam_params_per_s), "dram": dram_bytes / hardware.dram_bps,

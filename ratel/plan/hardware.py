@@ -53,6 +53,10 @@ class Hardware:
     stripes: Weights = ()
     """Stripes of each SSD in one round, where that is not to be chosen by their speed: states lie on them already."""
 
+    def update_share(self, *, elsewhere: bool) -> float:
+        """Of the rates of the CPU optimizer and of DRAM, what updates attain that write to other planes, or do not."""
+        return self.adam_elsewhere if elsewhere else 1.0
+
     @property
     def stripe_weights(self) -> Weights:
         return self.stripes or stripe_weights([ssd.mixed_bps for ssd in self.ssds])

@@ -288,19 +288,20 @@ class Plan:
     def _groups_by_block(self) -> dict[int, tuple[Group, ...]]:
         return {block: groups for block, saved in self._saved_by_block.items() if (groups := groups_of(saved))}
 
-    @property
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         return tuple(group for groups in self._groups_by_block.values() for group in groups)
 
     def return_slots(self, inner: bool) -> tuple[int, int]:
         """GPU slots for what comes back, checkpoints or inner activations: how many, and of how many bytes each."""
-        return self._slots([group for group in self.groups if group.is_inner == inner], inner)
+        return self._slots(inner, (DRAM, SSD))
 
     def staging_slots(self, inner: bool) -> tuple[int, int]:
         """DRAM slots for what goes to SSD; there are as many for what comes back."""
-        return self._slots([group for group in self.groups if group.is_inner == inner and group.tier == SSD], inner)
+        return self._slots(inner, (SSD,))
 
-    def _slots(self, groups: list[Group], inner: bool) -> tuple[int, int]:
+    def _slots(self, inner: bool, tiers: tuple[str, ...]) -> tuple[int, int]:
+        groups = [group for group in self.groups if group.is_inner == inner and group.tier in tiers]
         return slots_for(groups, self.buffers.inner_slots if inner else self.buffers.checkpoint_slots)
 
     @cached_property

@@ -87,10 +87,9 @@ class Spill:
                    least_bytes=min(LEAST_BYTES, hidden_bytes // LEAST_SHARE))
 
 
-def slots_for(groups: Iterable[Group], depth: int) -> tuple[int, int]:
+def slots_for(groups: list[Group], depth: int) -> tuple[int, int]:
     """Number of slots, and the bytes of each. What one block keeps of one micro-batch is needed at once: there is room for
     ``depth`` times the most that a block has."""
-    groups = list(groups)
     most = max(Counter(group.block for group in groups).values(), default=0)
     return depth * most, max((group.num_bytes for group in groups), default=0)
 

@@ -29,7 +29,7 @@ class Machine:
 
     def update(self, unit: UnitSpec, params: float) -> tuple[float, float]:
         """Seconds of the CPU, and bytes of DRAM, for ``params`` parameters of the unit."""
-        share = self._hardware.adam_elsewhere if unit.index in self._early else 1.0
+        share = self._hardware.update_share(elsewhere=unit.index in self._early)
         return params / (share * self._hardware.adam_params_per_s), UPDATE_BYTES / share * params
 
     def read(self, num_bytes: float, name: str, urgency: int) -> Event:

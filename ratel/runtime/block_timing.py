@@ -78,7 +78,7 @@ def _time_loss(parts: Parts, batch: Any, hidden: Tensor, units: list[UnitSpec]) 
         run_tail(parts, batch, hidden, lambda: _take_over(parts, units))
 
     with attached_units(parts, units, hidden.device, initialised):
-        return median_seconds(run, limit_s=_limit_s(hidden), settle=_settle(hidden), between=_evicting(hidden))
+        return _seconds_on(hidden)(run)
 
 
 def _with_seconds(profile: BlockProfile, rows: int, bare: Timing, keeping: Timing | None = None) -> BlockProfile:
@@ -93,7 +93,6 @@ def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
                  kept: dict[str, int]) -> Timing | None:
     """None where there is no room for what is to be kept."""
     leaf = hidden.requires_grad_()
-    settle, limit_s = _settle(hidden), _limit_s(hidden)
 
     def forward() -> dict[str, list[Tensor]]:
         saved: dict[str, list[Tensor]] = {}
@@ -110,8 +109,8 @@ def _time_passes(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
 
     blocks.keep([kept] * blocks.parts.num_blocks)
     try:
-        return {"pass_s": apart(partial(median_seconds, limit_s=limit_s, settle=settle, between=_evicting(hidden))),
-                "launch_s": apart(partial(launch_seconds, settle=settle)) if hidden.is_cuda else None}
+        return {"pass_s": apart(_seconds_on(hidden)),
+                "launch_s": apart(partial(launch_seconds, settle=torch.cuda.synchronize)) if hidden.is_cuda else None}
     except torch.OutOfMemoryError:
         if not kept:
             raise
@@ -138,14 +137,9 @@ def _take_over(parts: Parts, units: list[UnitSpec]) -> None:
                 grad.clone()
 
 
-def _settle(hidden: Tensor) -> Callable[[], object]:
-    return torch.cuda.synchronize if hidden.is_cuda else lambda: None
-
-
-def _evicting(hidden: Tensor) -> Callable[[], object] | None:
-    """In a step a block finds the other blocks' weights in a processor's caches. What a GPU has of them is too small for a block."""
-    return None if hidden.is_cuda else torch.zeros(EVICTED_BYTES, dtype=torch.uint8).bitwise_not_
-
-
-def _limit_s(hidden: Tensor) -> float:
-    return GPU_TIMING_S if hidden.is_cuda else TIMING_S
+def _seconds_on(hidden: Tensor) -> Callable[[Callable[[], object]], float]:
+    """On the device of ``hidden``."""
+    if hidden.is_cuda:
+        return partial(median_seconds, limit_s=GPU_TIMING_S, settle=torch.cuda.synchronize)
+    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too small for one block's.
+    return partial(median_seconds, limit_s=TIMING_S, between=torch.zeros(EVICTED_BYTES, dtype=torch.uint8).bitwise_not_)

@@ -32,6 +32,11 @@ def shifted_targets(labels: Tensor) -> Tensor:
     return targets
 
 
+def with_labels(batch: dict) -> dict:
+    """Without labels every token is a target."""
+    return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
+
+
 def count_targets(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
@@ -64,7 +69,7 @@ def chunked_loss(tail: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
 def run_tail(parts: Parts, batch: Any, hidden: Tensor, after_chunk: Callable[[], None] = lambda: None) -> None:
     """What follows the blocks, forward and backward, with whatever weights there are."""
     if parts.is_causal_lm:
-        chunked_loss(parts.tail_logits, hidden, shifted_targets(batch.get("labels", batch["input_ids"])), normalizer=1.0,
+        chunked_loss(parts.tail_logits, hidden, shifted_targets(with_labels(batch)["labels"]), normalizer=1.0,
                      chunk=positions_per_chunk(hidden.shape[0], parts.spec.vocab_size), backward=True, after_chunk=after_chunk)
         return
     leaf = hidden.detach().requires_grad_()

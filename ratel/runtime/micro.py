@@ -73,11 +73,6 @@ def _check_range(values: Tensor, field: str, limit: int, message: str) -> None:
                          remedy="Use the model's own tokenizer" if field != "position_ids" else None)
 
 
-def with_labels(batch: dict) -> dict:
-    """Without labels every token is a target."""
-    return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
-
-
 def split(batch: Any, micro_rows: int, device: torch.device) -> list[Micro]:
     """Micro-batches of at most ``micro_rows`` rows, on the device."""
     rows = count_rows(batch)

@@ -14,7 +14,7 @@ from ratel import models, startup
 from ratel.config import read_options
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.hardware.device import require_device
-from ratel.hardware.host import usable_cores
+from ratel.hardware.host import worker_cores
 from ratel.hardware.known import hardware_for
 from ratel.memory.exchange import Exchange
 from ratel.plan.cost import Prediction
@@ -28,10 +28,10 @@ from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
-from ratel.runtime.loss import count_targets
+from ratel.runtime.loss import count_targets, with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
-from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets, with_labels
+from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
@@ -100,7 +100,7 @@ class Session:
         """Of a step; like ``machine``, where the plan was made with a machine's rates."""
         self._hyper = dict(zip(("beta1", "beta2"), given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"])
         self.lr, self.seed, self.dtype = lr, given["seed"], dtype
-        self._threads = max(1, usable_cores() - 1) if optimizer_threads == "auto" else given["optimizer_threads"]
+        self._threads = worker_cores() if optimizer_threads == "auto" else given["optimizer_threads"]
         self._machinery: Machinery | None = None
         self._plan: Plan | None = None
         self._meter: Meter | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from ratel import native
 from ratel.errors import RatelError
 from ratel.hardware.block_rates import attached, initialised
-from ratel.hardware.host import usable_cores
+from ratel.hardware.host import worker_cores
 from ratel.memory import early
 from ratel.memory.anonymous import region_bytes
 from ratel.memory.arena import Arena
@@ -93,7 +93,7 @@ def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | 
         raise RatelError(f"what backward needs of one block takes {format_bytes(spill.region_bytes)} of DRAM on its way, "
                          f"and there are {format_bytes(limit)}", field="dram",
                          remedy="Give a larger --dram, or a smaller --seq-len")
-    pool = native.op_ds.Pool(max(1, usable_cores() - 1))
+    pool = native.op_ds.Pool(worker_cores())
     # What is mapped for the session's own arena already: both at once could be more than the budget.
     arena = Arena(spill.region_bytes, pin=device.type == "cuda", pool=pool,
                   memory=early.take(region_bytes(spill.region_bytes)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from ratel import readahead
 from ratel.config import TrainConfig
 from ratel.hardware import probe_cache
-from ratel.hardware.host import available_memory, usable_cores
+from ratel.hardware.host import available_memory, worker_cores
 from ratel.memory import early, early_context
 from ratel.memory.anonymous import region_bytes
 from ratel.units import GIB
@@ -43,7 +43,7 @@ def begin_ahead(config: TrainConfig) -> None:
 
 def _begin_mapping(config: TrainConfig, files: list[Path], most: int) -> None:
     """What the arena took in an earlier start; else what states may take at most."""
-    threads = max(1, usable_cores() - 1)
+    threads = worker_cores()
     known = probe_cache.load(_key(config), lambda content: int(content["arena_bytes"]))
     if known is not None and region_bytes(known) <= most:
         early.begin(region_bytes(known), threads, pins=True)
