@@ -394,6 +394,20 @@ def test_the_context_is_asked_for_where_the_gpu_computes(device: str, resumes: b
     assert len(calls) == begun
 
 
+@pytest.mark.native
+def test_a_run_tells_the_next_start_what_its_arena_takes(checkpoint: Path, asked_ahead: list[int], tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, take = [], early.take
+    monkeypatch.setattr(early, "take", lambda num_bytes: taken.append(num_bytes) or take(num_bytes))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(2):
+        monkeypatch.setattr(readahead, "_current", None)
+        out = tmp_path / str(number)
+        train(str(checkpoint), out=str(out), steps=1, batch_size=2, seq_len=32, eval_fraction=0.0, export=False, quiet=True)
+    guess, known = asked_ahead
+    assert guess != taken[0] == known == taken[1]
+
+
 @pytest.mark.gpu
 def test_a_second_start_on_a_gpu_finds_context_and_memory_ready(checkpoint: Path, tmp_path: Path) -> None:
     """The command, in processes of their own: each start knows more, and all train the same."""

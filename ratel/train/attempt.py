@@ -17,7 +17,6 @@ from ratel.monitor.progress import ProgressDisplay
 from ratel.plan.durability import saving
 from ratel.plan.timeline import Timeline
 from ratel.runtime.session import Session
-from ratel.train.ahead import remember_arena
 from ratel.train.inputs import Inputs
 from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import Loop, Progress
@@ -50,13 +49,13 @@ class Attempt:
                  display: ProgressDisplay, earlier: Resumption | None) -> None:
         self.config, self.session, self.inputs, self.out, self.display = config, session, inputs, out, display
         self.earlier = earlier
-        self._is_planned = self._has_stepped = False
+        self.is_planned = self._has_stepped = False
 
     def prepare(self) -> None:
         """Whatever can be refused is refused here; then the directory is this run's."""
         with naming_an_older(self.out, self.earlier.state) if self.earlier else nullcontext():
             self._prepare_session()
-        if self._is_planned:
+        if self.is_planned:
             self.display.note(self.session.plan.describe())
             if self.config.save_every:
                 self.display.note(saving(self.session.plan, self.session.machine, save_every=self.config.save_every).describe())
@@ -70,18 +69,16 @@ class Attempt:
             # A kill may have left parts of others. What was best is known once the metrics are read.
             self.out.states.prune(sys.maxsize)
         self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path), "resume": False})
-        if self._is_planned:
+        if self.is_planned:
             self._write_plan()
 
     def _prepare_session(self) -> None:
         has_known_shape = self.session.parts.is_causal_lm and self.inputs.tokenizer is not None
         if has_known_shape:
-            plan = self.session.prepare(self.config.batch_size, self.config.seq_len)
-            if self.session.device.type == "cuda":
-                remember_arena(self.config, plan.arena_bytes)
+            self.session.prepare(self.config.batch_size, self.config.seq_len)
         elif self.earlier:
             self.session.evaluate([self.inputs.sample])  # brings the state in: damage is found before the start
-        self._is_planned = has_known_shape or self.earlier is not None
+        self.is_planned = has_known_shape or self.earlier is not None
 
     def _note_what_changed(self, earlier: Resumption) -> None:
         self.display.note(f"continuing after step {earlier.step} from {earlier.state}")
@@ -199,7 +196,7 @@ class Attempt:
         self.session.flush()
         if self.config.save_every:
             self._prune(progress)
-        if not self._is_planned:
+        if not self.is_planned:
             self._write_plan()  # batches of the user's own had no shape before the first one was seen
         if self.config.export:
             self.session.export(self.out.model, dtype=self.config.dtype)

@@ -12,7 +12,7 @@ from ratel.hardware.device import choose_dtype, require_device
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.same_bits import same_bits
 from ratel.runtime.session import Session
-from ratel.train.ahead import begin_ahead, end_ahead
+from ratel.train.ahead import begin_ahead, end_ahead, remember_arena
 from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
 from ratel.train.interrupt import Interrupted
@@ -52,6 +52,7 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
 
 
 def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: Any, eval_data: Any) -> TrainResult:
+    asked = config  # as the next start will know it, before PyTorch can say what "auto" is
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
@@ -67,6 +68,8 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
                 startup.note("data", begun_s)
                 attempt = Attempt(config, session, inputs, out, display, earlier)
                 attempt.prepare()
+                if attempt.is_planned:
+                    remember_arena(asked, session.plan.arena_bytes)
                 result = attempt.complete()
     # Only now: a session that is left by an interrupt takes its last step for a broken one.
     if result.is_interrupted:
