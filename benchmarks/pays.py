@@ -12,7 +12,6 @@ Every result says what the step was predicted to take, at the rates that were pr
 
 import argparse
 import gc
-import json
 import statistics
 import traceback
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 
-from ratel.hardware.host import describe_host
 from ratel.hardware.probe import probe
 from ratel.plan.cost import predict
 from ratel.plan.hardware import with_cap
@@ -29,6 +27,7 @@ from ratel.train.step_bench import use_quick_weights
 from ratel.units import parse_rate
 
 from reality import make_config, take_step
+from report import Report
 from systems import NEVER
 
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -89,7 +88,7 @@ def main() -> None:
     args = parse()
     Path(args.ssd).mkdir(parents=True, exist_ok=True)
     args.machine = probe(directories=[args.ssd], device="cuda" if args.set == "gpu" else "cpu", refresh=True).hardware
-    results = []
+    report = Report(args.json, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, torch=torch.__version__)
     for number, case in enumerate(CASES[args.set]):
         if args.only and number not in args.only:
             continue
@@ -102,16 +101,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - the other cases still count
                 traceback.print_exc()
                 ways[name] = {"error": str(error)}
-        results.append({key: value for key, value in case.items() if key != "ways"} | {"ways": ways})
-        if args.json:  # after each, so that a run cut short leaves what it has measured
-            _write(args, results)
-
-
-def _write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    report = {"command": f"python benchmarks/pays.py --set {args.set}", "host": describe_host(),
-              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-              "torch": torch.__version__, "cases": results}
-    Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        report.add({**case, "ways": ways})
 
 
 if __name__ == "__main__":

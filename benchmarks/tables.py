@@ -152,7 +152,7 @@ def pays_section(name: str, report: dict) -> list[str]:
              f"{report['gpu'] or report['host']['cpu']['model']}, torch {report['torch']}; `{report['command']}`"
              f"{report.get('note', '')}:", "",
              "| case | way | s/step | predicted s | micro-batches | block inputs | insides kept |", "|---|---|---|---|---|---|---|"]
-    for case in report["cases"]:
+    for case in report["points"]:
         for way, r in case["ways"].items():
             if "error" in r:
                 lines.append(f"| {case['name']} | {way} | failed: {r['error'].split('.')[0]} |")
