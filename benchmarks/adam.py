@@ -1,6 +1,7 @@
 """Native AdamW beside torch's fused one and the memory bandwidth: python benchmarks/adam.py --json adam.json"""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from op_ds import bench  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-params", type=int, default=bench.DEFAULT_NUM_PARAMS)
+    parser.add_argument("--num-params", type=int, nargs="*", default=[bench.DEFAULT_NUM_PARAMS], help="one run for each")
     parser.add_argument("--num-threads", type=int, nargs="*", help="one run for each; default: all processors")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--isa", default="auto", choices=["auto", "scalar", "avx2", "avx512"])
+    parser.add_argument("--huge-pages", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="contestants")
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="write the reports there as a list")
     args = parser.parse_args()
@@ -23,10 +26,10 @@ def main() -> None:
     if not args.without_torch:
         import torch
     reports = []
-    for num_threads in args.num_threads or [None]:
-        reports.append(bench.measure(num_params=args.num_params, num_threads=num_threads, repeats=args.repeats,
-                                     isa=args.isa, torch=torch))
-        print(bench.describe(reports[-1]), end="\n\n")
+    for num_params, num_threads in itertools.product(args.num_params, args.num_threads or [None]):
+        reports.append(bench.measure(num_params=num_params, num_threads=num_threads, repeats=args.repeats, isa=args.isa,
+                                     huge_pages=args.huge_pages, only=args.only, torch=torch))
+        print(bench.describe(reports[-1]), end="\n\n", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(reports, indent=1) + "\n")
 

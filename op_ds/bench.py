@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -35,31 +35,38 @@ Action = Callable[[int], object]
 class Buffer:
     """Fresh anonymous memory of ``num_bytes``, touched by the pool that will use it."""
 
-    def __init__(self, pool: Pool, num_bytes: int, byte: int = 0) -> None:
-        self._map = mmap.mmap(-1, num_bytes)
+    def __init__(self, pool: Pool, num_bytes: int, byte: int = 0, *, huge_pages: bool = False) -> None:
+        self._map = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if huge_pages:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         pool.fill(self.address, num_bytes, byte)
 
 
 def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = None, repeats: int = 7,
-            isa: str = "auto", torch: ModuleType | None = None) -> dict[str, Any]:
-    """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each of them alike.
+            isa: str = "auto", huge_pages: bool = False, only: Collection[str] = (),
+            torch: ModuleType | None = None) -> dict[str, Any]:
+    """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each of them alike; or those
+    that ``only`` names, beside "rescale", which tells the bandwidth.
 
     Needs about 40 bytes of memory per parameter, 56 with ``torch`` (the module, for its fused AdamW on fp32). Returns a
     dict that ``json`` can write: ``settings``, ``machine``, ``results`` by contestant and ``best_bandwidth_bps``.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
     with Pool(num_threads, isa=isa) as pool, _torch_threads(torch, num_threads):
-        actions = _native_actions(pool, num_params)
+        actions = _native_actions(pool, num_params, huge_pages)
         if torch is not None:
             actions["torch fused fp32"] = _torch_action(torch, num_params)
+        if only:
+            actions = {name: action for name, action in actions.items() if name in (*only, "rescale")}
         seconds = _alternate(actions, repeats)
         used_isa = pool.isa
     results = {name: _result(name, times, num_params) for name, times in seconds.items()}
-    bandwidth = max(results[name]["bandwidth_bps"] for name in BANDWIDTH_TESTS)
+    bandwidth = max(results[name]["bandwidth_bps"] for name in BANDWIDTH_TESTS if name in results)
     for result in results.values():
         result["percent_of_bandwidth"] = 100 * result["bandwidth_bps"] / bandwidth
-    settings = {"num_params": num_params, "num_threads": num_threads, "repeats": repeats, "isa": used_isa}
+    settings = {"num_params": num_params, "num_threads": num_threads, "repeats": repeats, "isa": used_isa,
+                "huge_pages": huge_pages}
     return {"benchmark": "adam", "settings": settings, "machine": _machine(torch), "commit": _commit(),
             "best_bandwidth_bps": bandwidth, "results": results}
 
@@ -68,7 +75,8 @@ def describe(report: dict[str, Any]) -> str:
     """The report as a table. Rates are medians, the best repeat behind them."""
     settings, machine = report["settings"], report["machine"]
     lines = [f"{machine['cpu']}, {settings['num_threads']} threads, {settings['isa']}, "
-             f"{settings['num_params'] / 1e6:.1f} M parameters, median (best) of {settings['repeats']}",
+             f"{settings['num_params'] / 1e6:.1f} M parameters, "
+             f"{'huge' if settings['huge_pages'] else 'plain'} pages, median (best) of {settings['repeats']}",
              f"{'':18s} {'G element/s':>15s} {'GB/s':>15s}   % of bandwidth"]
     for name, r in report["results"].items():
         rate, best = r["elements_per_s"] / 1e9, r["best_elements_per_s"] / 1e9
@@ -79,11 +87,14 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _native_actions(pool: Pool, n: int) -> dict[str, Action]:
+def _native_actions(pool: Pool, n: int, huge_pages: bool) -> dict[str, Action]:
+    def buffer(size: int, byte: int = 0) -> Buffer:
+        return Buffer(pool, size * n, byte, huge_pages=huge_pages)
+
     # 0x3c3c is 0.0115 as bf16 and 0x3c3c3c3c as fp32: ordinary numbers, no denormals to slow anything down.
-    hi, lo, grad = Buffer(pool, 2 * n, 0x3c), Buffer(pool, 2 * n), Buffer(pool, 4 * n, 0x3c)
-    m, v, spare = Buffer(pool, 4 * n), Buffer(pool, 4 * n), Buffer(pool, 4 * n)
-    planes, others = [hi, lo, m, v], [Buffer(pool, size * n) for size in (2, 2, 4, 4)]
+    hi, lo, grad = buffer(2, 0x3c), buffer(2), buffer(4, 0x3c)
+    m, v, spare = buffer(4), buffer(4), buffer(4)
+    planes, others = [hi, lo, m, v], [buffer(size) for size in (2, 2, 4, 4)]
     ranges = [(n // 2, 0.1), (n, 0.0)]
 
     def update(grad_dtype: str, target: list[Buffer]) -> Action:
