@@ -190,6 +190,20 @@ def reproducible_section(name: str, report: dict) -> list[str]:
     return [*lines, ""]
 
 
+def updates_section(name: str, report: dict) -> list[str]:
+    columns = ("fresh, before", "in steps", "same planes", "one unit", "fresh, after")
+    lines = [f"## The CPU optimizer in steps and alone: {name}", "", f"{report['gpu'] or report['host']['cpu']['model']}, torch "
+             f"{report['torch']}; `{report['command']}`, G parameters per second: on 3.8 GB of new memory as the probe takes it, in "
+             "steps of a session, of that session's planes when nothing else runs (all after each other; one unit again and "
+             "again), and on new memory once more.", "", f"| model | batch | {' | '.join(columns)} | memory in huge pages |",
+             "|---|---|" + "---|" * (len(columns) + 1)]
+    for p in report["points"]:
+        rates = (p["before"]["fresh"], p["in steps"]["params_per_s"], p["alone"]["same planes"], p["alone"]["one unit"],
+                 p["after"]["fresh"])
+        lines.append(f"| {p['name']} | {p['batch_size']} | {' | '.join(f'{rate / 1e9:.2f}' for rate in rates)} | {p['huge_pages']:.0%} |")
+    return [*lines, ""]
+
+
 def max_section(name: str, results: list[dict]) -> list[str]:
     from ratel.train.max_bench import table
 
@@ -201,7 +215,7 @@ def max_section(name: str, results: list[dict]) -> list[str]:
 
 SECTIONS = {"step": step_section, "io": io_section, "durable": durable_section, "paper": paper_section,
             "reality": reality_section, "pays": pays_section, "largest": largest_section, "max": max_section,
-            "reproducible": reproducible_section,
+            "reproducible": reproducible_section, "updates": updates_section,
             "adam": lambda name, content: adam_section(name, content if isinstance(content, list) else [content]),
             "kills": lambda name, content: ordeal_section(name, "kills", content),
             "faults": lambda name, content: ordeal_section(name, "faults", content),

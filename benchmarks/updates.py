@@ -1,6 +1,6 @@
 """The CPU optimizer in steps, and on its own: where a difference comes from.
 
-    python benchmarks/optimizer_rates.py --model llama-8b --dram 108GiB --json results.json
+    python benchmarks/updates.py --model llama-8b --dram 108GiB --json results.json
 
 G parameters per second *in steps* of a session; *same planes*: of that session, when nothing else runs, pieces of all units
 after each other; *one unit*: the same planes again and again; *fresh*: as the probe measures it; *fresh, aligned*: on planes
