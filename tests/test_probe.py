@@ -15,6 +15,7 @@ from ratel import cli, models, native
 from ratel.errors import RatelError
 from ratel.hardware import block_rates, probe, ssd_rates, timing
 from ratel.hardware.copies import Link, measure_device_memory, measure_dram
+from ratel.hardware.known import BRIEF
 from ratel.hardware.probe import Effort, Probe
 from ratel.hardware.probe_report import render
 from ratel.plan.hardware import Hardware, Ssd
@@ -66,6 +67,13 @@ def test_a_machine_is_measured(ssd_dir: Path, cache: Path) -> None:
     assert [list(Path(name).iterdir()) for name in names] == [[], []], "files are left behind"
     assert len(list(cache.iterdir())) == 1
     assert str(found.block_seq_len) in render(found) and "SSD 2" in render(found)
+
+
+@pytest.mark.unit
+def test_a_session_measures_briefly_but_not_in_the_cache() -> None:
+    assert BRIEF.rate_s < Effort().rate_s and BRIEF.ssd_s < Effort().ssd_s
+    assert (BRIEF.adam_params, BRIEF.dram_bytes) == (Effort().adam_params, Effort().dram_bytes)
+    assert BRIEF.adam_params & (BRIEF.adam_params - 1)  # no power of two
 
 
 @pytest.mark.native

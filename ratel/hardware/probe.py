@@ -21,7 +21,7 @@ from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.hardware import Hardware
 from ratel.units import GIB, MIB
 
-METHOD = 4
+METHOD = 5
 """Raised when what is measured, or how, changes: earlier results are then not used."""
 
 
@@ -29,11 +29,12 @@ METHOD = 4
 class Effort:
     """How much is moved and for how long. Arrays are several times larger than the caches of current processors, of which there
     are half a GB in some: with states of 0.9 GB an optimizer was measured at 4.4 to 6.5 G param/s, by how many others used the
-    processor, and attained 4.4 in steps."""
+    processor, and attained 4.4 in steps. No power of two: planes that begin at equal addresses modulo 128 MiB are updated half as
+    fast as others (docs/log.md), and a model's do not."""
 
     rate_s: float = 0.5
     dram_bytes: int = 4 * GIB
-    adam_params: int = 1 << 28
+    adam_params: int = 500_000_000
     copy_bytes: int = 256 * MIB
     ssd_file_bytes: int = GIB
     ssd_s: float = 2.0

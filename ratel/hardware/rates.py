@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ratel import native
+from ratel.memory.anonymous import anonymous_map
 from ratel.units import MIB
 
 _DISK_BYTES, _PIECE_BYTES, _DISK_LIMIT_S = 256 * MIB, 16 * MIB, 3.0
@@ -107,6 +108,6 @@ def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS, limit_s:
 
 
 def _adamw_planes(count: int, grads: int) -> list[torch.Tensor]:
-    """Gradients, `hi` and `lo` of two bytes, and both moments."""
+    """Gradients, `hi` and `lo` of two bytes, and both moments, in the kind of memory that a session has them in."""
     dtypes = [torch.bfloat16] * (grads + 2) + [torch.float32] * 2
-    return [torch.zeros(count, dtype=dtype) for dtype in dtypes]
+    return [torch.frombuffer(anonymous_map(count * dtype.itemsize), dtype=dtype) for dtype in dtypes]
