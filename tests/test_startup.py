@@ -20,6 +20,7 @@ from ratel import cli, models, native, readahead, startup, train
 from ratel.cli import train as train_command
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
+from ratel.hardware import early_kernels
 from ratel.memory import early, early_context
 from ratel.memory.anonymous import region_bytes
 from ratel.memory.arena import Arena
@@ -295,6 +296,48 @@ def test_a_context_is_made_ahead_or_left_to_pytorch(fails: str | None, monkeypat
     expected = [] if fails == "library" else asked if fails is None else asked[: asked.index(fails) + 1]
     assert driver.calls == expected + (["cuCtxSetCurrent", "cuMemHostRegister_v2"] if fails is None else [])
     assert [phase["name"] for phase in startup.phases()] == (["context of the GPU"] if fails is None else [])
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("device, noted", [("cpu", True), ("cuda:0", torch.cuda.is_available())])
+def test_kernels_are_called_ahead_and_leave_nothing(device: str, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "_phases", deque())
+    generators, modules = torch.get_rng_state(), set(sys.modules)
+    early_kernels.begin(device)
+    early_kernels.wait()
+    assert [phase["name"] for phase in startup.phases()] == (["kernels of the GPU"] if noted else [])
+    assert torch.equal(torch.get_rng_state(), generators)
+    # Two threads that import may wait for each other.
+    assert not {name for name in set(sys.modules) - modules if name.startswith(("torch", "transformers"))}
+    early_kernels.wait()  # nothing has begun
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("options, begun", [({}, 1), ({"device": "cuda"}, 1), ({"device": "cpu"}, 0), ({"deterministic": True}, 0)])
+def test_kernels_are_called_ahead_where_the_session_may_call_them(options: dict, begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(early_kernels, "begin", calls.append)
+    for nvidia in ("/", "/nothing"):
+        monkeypatch.setattr(ahead, "_NVIDIA", Path(nvidia))
+        ahead.begin_kernels(TrainConfig(model="demo", out="run", **options))
+    assert calls == ["cuda:0"] * begun
+
+
+@pytest.mark.gpu
+def test_kernels_called_ahead_on_a_gpu_hold_no_memory() -> None:
+    code = """if True:
+        import torch
+        from ratel import startup
+        from ratel.hardware import early_kernels
+        early_kernels.begin("cuda:0")
+        early_kernels.wait()
+        print(torch.cuda.memory_reserved(), [phase["name"] for phase in startup.phases()])
+    """
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "0 ['kernels of the GPU']\n", done.stderr
 
 
 class Pinned:

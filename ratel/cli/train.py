@@ -28,7 +28,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> None:
     from ratel import startup
-    from ratel.train.ahead import begin_ahead
+    from ratel.train.ahead import begin_ahead, begin_kernels
 
     config = train_config(args)
     if config.model is None:
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     with _nothing_collected():
         with startup.phase("imports"):
             from ratel.train import run as training
+        begin_kernels(config)
         with startup.phase("transformers"):
             import transformers.modeling_utils  # noqa: F401 - what every model of it needs
 

@@ -53,6 +53,22 @@ def _begin_mapping(config: TrainConfig, files: list[Path], most: int) -> None:
     early.begin(min(_STATES_PER_WEIGHT * weight_bytes, budget), threads)
 
 
+def begin_kernels(config: TrainConfig) -> None:
+    """Once PyTorch is imported, and before anything else is: the GPU's libraries load beside what follows. Not where their choice of
+    kernels is to be restricted, which they ask about when they are first called."""
+    if config.device != "cpu" and _NVIDIA.exists() and not config.deterministic:
+        from ratel.hardware import early_kernels
+
+        early_kernels.begin("cuda:0")
+
+
+def await_kernels() -> None:
+    """A session must not meet them: it measures the GPU's memory."""
+    from ratel.hardware import early_kernels
+
+    early_kernels.wait()
+
+
 def remember_arena(config: TrainConfig, num_bytes: int) -> None:
     """For the next start with the same options."""
     probe_cache.store(_key(config), {"arena_bytes": num_bytes})

@@ -12,7 +12,7 @@ from ratel.hardware.device import choose_dtype, require_device
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.same_bits import same_bits
 from ratel.runtime.session import Session
-from ratel.train.ahead import begin_ahead, end_ahead, remember_arena
+from ratel.train.ahead import await_kernels, begin_ahead, end_ahead, remember_arena
 from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
 from ratel.train.interrupt import Interrupted
@@ -44,6 +44,7 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
         eval_data: Any = None) -> TrainResult:
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
     begin_ahead(config)
+    await_kernels()
     try:
         with same_bits(config.deterministic):
             return _run(config, model, data, loss_fn, tokenizer, eval_data)
