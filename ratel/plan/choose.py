@@ -6,7 +6,7 @@ from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
 from ratel.plan.forced_kept import Kept
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first,
-                                  forced_placements, plane_bytes, weight_class)
+                                  forced_placements, plane_bytes, weight_class, with_planes)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.plan.saved import Spill
 from ratel.plan.shape import ModelSpec, forward_order
@@ -145,21 +145,22 @@ def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
 
 
 def _fill(request: Request) -> tuple[UnitPlacement, ...]:
-    placements = [UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD) for _ in request.spec.units]
+    placements = [UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD)] * len(request.spec.units)
+    checkpoints = _checkpoint_tiers(request)
     if request.gpu_budget is not None:
-        _fill_gpu(request, placements)
+        _fill_gpu(request, placements, checkpoints)
     if request.ssd_budget is not None:
-        _fill_dram(request, placements)
+        _fill_dram(request, placements, checkpoints)
     return tuple(placements)
 
 
-def _fill_gpu(request: Request, placements: list[UnitPlacement]) -> None:
+def _fill_gpu(request: Request, placements: list[UnitPlacement], checkpoints: tuple[str, ...]) -> None:
     """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
-    order = forward_order(request.spec.units)
+    order, on_gpu = forward_order(request.spec.units), UnitPlacement.all_on(GPU)
     for unit in order:
         before = placements[unit.index]
-        placements[unit.index] = UnitPlacement.all_on(GPU)
-        if not _fits_device(request, with_placements(request, tuple(placements))):
+        placements[unit.index] = on_gpu
+        if not _fits_device(request, with_placements(request, tuple(placements), checkpoints)):
             placements[unit.index] = before
             if weight_class(unit) == "block":
                 break
@@ -171,15 +172,15 @@ def _fits_device(request: Request, plan: Plan) -> bool:
     return plan.gpu_bytes <= request.gpu_budget and spare_dram
 
 
-def _fill_dram(request: Request, placements: list[UnitPlacement]) -> None:
+def _fill_dram(request: Request, placements: list[UnitPlacement], checkpoints: tuple[str, ...]) -> None:
     """One kind of plane after the other, by SSD traffic saved per byte held: `hi` is read twice and written once."""
     for plane in ("hi", "g", "lo", "m", "v"):
         for unit in request.spec.units:
             place = placements[unit.index]
             if place.on_gpu:
                 continue
-            placements[unit.index] = replace(place, **{plane: DRAM})
-            if with_placements(request, tuple(placements)).dram_bytes > request.dram_budget:
+            placements[unit.index] = with_planes(place, (plane,), DRAM)
+            if with_placements(request, tuple(placements), checkpoints).dram_bytes > request.dram_budget:
                 placements[unit.index] = place
 
 

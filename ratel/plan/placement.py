@@ -1,10 +1,11 @@
 """Where each plane of each unit lives, and how many bytes that takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from ratel.errors import RatelError
-from ratel.plan.shape import ModelSpec, UnitSpec, closing_order
+from ratel.plan.shape import ModelSpec, UnitSpec
 
 GPU, DRAM, SSD = "gpu", "dram", "ssd"
 TIERS = (GPU, DRAM, SSD)
@@ -35,6 +36,13 @@ class UnitPlacement:
         return getattr(self, plane)
 
 
+@lru_cache(maxsize=1024)
+def with_planes(place: UnitPlacement, planes: tuple[str, ...], tier: str) -> UnitPlacement:
+    """The placement with these planes on the tier: the same object for the same question, by which a plan tells units that are
+    placed alike."""
+    return replace(place, **dict.fromkeys(planes, tier))
+
+
 def plane_elements(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
     """Elements of a plane. With fp32 compute the forward pass needs `lo` too, frozen parameters included."""
     if plane == "hi" or (plane == "lo" and fp32):
@@ -60,7 +68,7 @@ def weight_class(unit: UnitSpec) -> str:
 
 def closed_first(spec: ModelSpec, placements: tuple[UnitPlacement, ...], count: int | None = None) -> list[UnitSpec]:
     """Of the units that the CPU updates the first ``count`` (default: all) whose gradients are complete."""
-    return [unit for unit in closing_order(spec) if not placements[unit.index].on_gpu][:count]
+    return [unit for unit in spec.closing_order if not placements[unit.index].on_gpu][:count]
 
 
 _EXAMPLE = "Write it like {'*': 'ssd', 'block.*': {'hi': 'dram'}}"

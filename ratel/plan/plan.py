@@ -2,15 +2,15 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
 from math import prod
 
 from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
+from ratel.plan.keeping import Keeping, keeping
 from ratel.plan.layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.plan.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, closed_first, plane_bytes, weight_class,
                                   weight_planes)
-from ratel.plan.saved import INPUT, Group, Saved, Spill, groups_of, largest_of_a_block, slots_for
+from ratel.plan.saved import Group, Saved, Spill
 from ratel.plan.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
@@ -142,12 +142,12 @@ class Plan:
     def copied_bytes(self) -> int:
         """What an update of everything waits for at a save: planes outside the SSDs, whose next version has no place of
         its own."""
-        return sum(plane_bytes(u, p, fp32=self.fp32) for u in self.spec.units for p in PLANES
+        return sum(number * plane_bytes(u, p, fp32=self.fp32) for u, number in self._alike for p in PLANES
                    if self.placement(u).tier(p) != SSD)
 
     @property
     def state_bytes(self) -> int:
-        return sum(plane_bytes(u, p, fp32=self.fp32) for u in self.spec.units for p in PLANES)
+        return sum(number * plane_bytes(u, p, fp32=self.fp32) for u, number in self._alike for p in PLANES)
 
     @property
     def saved_bytes(self) -> int:
@@ -198,15 +198,29 @@ class Plan:
 
     def streamed(self, cls: str) -> list[UnitSpec]:
         """Units of a class whose weights come to the GPU and go again."""
-        return self._streamed.get(cls, [])
+        return [u for u in self.spec.units if weight_class(u) == cls and not self.placement(u).on_gpu]
 
     @cached_property
-    def _streamed(self) -> dict[str, list[UnitSpec]]:
-        # Once per plan: a search asks thousands of plans for their bytes, and each of them asks this forty times.
-        found: dict[str, list[UnitSpec]] = {}
-        for unit in self.spec.units:
+    def _alike(self) -> tuple[tuple[UnitSpec, int], ...]:
+        """Of units of one size, in the same places and updated at the same time, one, and their number. A search asks thousands
+        of plans for their bytes, and most units of a model are equal blocks."""
+        first: dict[tuple[int, int, bool], UnitSpec] = {}
+        numbers: dict[tuple[int, int, bool], int] = {}
+        for unit, size, place in zip(self.spec.units, self.spec.sizes, self.placements):
+            key = (size, id(place), unit.index in self.early)
+            first.setdefault(key, unit)
+            numbers[key] = numbers.get(key, 0) + 1
+        return tuple((first[key], number) for key, number in numbers.items())
+
+    def _streamed(self, cls: str) -> list[tuple[UnitSpec, int]]:
+        return self._streamed_by_class.get(cls, [])
+
+    @cached_property
+    def _streamed_by_class(self) -> dict[str, list[tuple[UnitSpec, int]]]:
+        found: dict[str, list[tuple[UnitSpec, int]]] = {}
+        for unit, number in self._alike:
             if not self.placement(unit).on_gpu:
-                found.setdefault(weight_class(unit), []).append(unit)
+                found.setdefault(weight_class(unit), []).append((unit, number))
         return found
 
     def weights_from_ssd(self, unit: UnitSpec) -> tuple[str, ...]:
@@ -221,7 +235,8 @@ class Plan:
         return tuple(planes)
 
     def weight_slot_count(self, cls: str) -> int:
-        count = min(len(self.streamed(cls)), self.buffers.weight_slots if cls == "block" else 1)
+        streamed = sum(number for _, number in self._streamed(cls))
+        count = min(streamed, self.buffers.weight_slots if cls == "block" else 1)
         if (not self.deferred or self.early) and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
             # The DRAM copy of a unit stays for its update under backward. A gather beyond these copies would wait for an
             # update whose gradient needs what is gathered after it.
@@ -232,10 +247,10 @@ class Plan:
         return min(self._num_from_ssd(cls), self.buffers.host_weight_slots if cls == "block" else 1)
 
     def _num_from_ssd(self, cls: str) -> int:
-        return sum(bool(self.weights_from_ssd(u)) for u in self.streamed(cls))
+        return sum(number for u, number in self._streamed(cls) if self.weights_from_ssd(u))
 
     def host_weight_slot_bytes(self, cls: str) -> int:
-        return max((self.host_weight_bytes(u) for u in self.streamed(cls)), default=0)
+        return max((self.host_weight_bytes(u) for u, _ in self._streamed(cls)), default=0)
 
     def host_weight_bytes(self, unit: UnitSpec) -> int:
         return sum(plane_bytes(unit, p, fp32=self.fp32) for p in self.weights_from_ssd(unit))
@@ -246,93 +261,79 @@ class Plan:
         return not place.on_gpu and unit.num_trainable > 0 and (not self.deferred or place.g == SSD)
 
     def host_grad_slot_count(self, cls: str) -> int:
-        passing = sum(self.grads_pass_through(u) for u in self.streamed(cls))
+        passing = sum(number for u, number in self._streamed(cls) if self.grads_pass_through(u))
         return min(passing, self.buffers.host_grad_slots if cls == "block" else 1)
 
     def max_bytes(self, cls: str, of: str) -> int:
         """Largest unit of the class: ``weights``, ``grads`` or ``acc`` (fp32 accumulator)."""
-        streamed = self.streamed(cls)
-        units = [u for u in self.spec.units if weight_class(u) == cls]
-        sizes = {"weights": [u.num_elements * self.weight_bytes for u in streamed],
-                 "grads": [u.num_trainable * self.grad_bytes for u in streamed],
-                 "acc": [u.num_trainable * 4 for u in units]}[of]
-        return max(sizes, default=0)
+        if of == "acc":
+            return max((u.num_trainable * 4 for u, _ in self._alike if weight_class(u) == cls), default=0)
+        return max((u.num_elements * self.weight_bytes if of == "weights" else u.num_trainable * self.grad_bytes
+                    for u, _ in self._streamed(cls)), default=0)
 
     def grad_slot_count(self, cls: str) -> int:
-        trained = sum(u.num_trainable > 0 for u in self.streamed(cls))
+        trained = sum(number for u, number in self._streamed(cls) if u.num_trainable)
         return min(trained, self.buffers.grad_slots if cls == "block" else 1)
 
     @cached_property
+    def _keeping(self) -> Keeping:
+        return keeping(self.checkpoint_tiers, self.kept, self.profiles, self.work.hidden_bytes, self.work.micro_rows)
+
+    @property
     def saved(self) -> tuple[Saved, ...]:
         """Everything that forward keeps for backward, in the order in which it makes it."""
-        found = []
-        for block, tier in enumerate(self.checkpoint_tiers):
-            found.append(Saved(block=block, name=INPUT, tier=tier, num_bytes=self.work.hidden_bytes))
-            row_bytes = {inner.name: inner.row_bytes for inner in self.profiles[block].inner} if self.profiles else {}
-            found += [Saved(block=block, name=name, tier=kept_tier, num_bytes=row_bytes[name] * self.work.micro_rows)
-                      for name, kept_tier in (self.kept[block] if self.kept else ())]
-        return tuple(found)
+        return self._keeping.saved
 
     def saved_of(self, block: int) -> tuple[Saved, ...]:
-        return self._saved_by_block.get(block, ())
-
-    @cached_property
-    def _saved_by_block(self) -> dict[int, tuple[Saved, ...]]:
-        return {block: tuple(group) for block, group in groupby(self.saved, key=lambda saved: saved.block)}
+        return self._keeping.by_block.get(block, ())
 
     def groups_of(self, block: int) -> tuple[Group, ...]:
         """What leaves the GPU of what the block keeps."""
-        return self._groups_by_block.get(block, ())
+        return self._keeping.groups_by_block.get(block, ())
 
-    @cached_property
-    def _groups_by_block(self) -> dict[int, tuple[Group, ...]]:
-        return {block: groups for block, saved in self._saved_by_block.items() if (groups := groups_of(saved))}
-
-    @cached_property
+    @property
     def groups(self) -> tuple[Group, ...]:
-        return tuple(group for groups in self._groups_by_block.values() for group in groups)
+        return self._keeping.groups
 
     def return_slots(self, inner: bool) -> tuple[int, int]:
         """GPU slots for what comes back, checkpoints or inner activations: how many, and of how many bytes each."""
-        return self._slots(inner, (DRAM, SSD))
+        return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=False)
 
     def staging_slots(self, inner: bool) -> tuple[int, int]:
         """DRAM slots for what goes to SSD; there are as many for what comes back."""
-        return self._slots(inner, (SSD,))
+        return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=True)
 
-    def _slots(self, inner: bool, tiers: tuple[str, ...]) -> tuple[int, int]:
-        groups = [group for group in self.groups if group.is_inner == inner and group.tier in tiers]
-        return slots_for(groups, self.buffers.inner_slots if inner else self.buffers.checkpoint_slots)
+    def _depth(self, inner: bool) -> int:
+        return self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
 
     @cached_property
     def gpu_items(self) -> dict[str, int]:
         """Bytes on the GPU by purpose."""
         work = self.work
-        items = {"resident planes": sum(self._resident_bytes(u, GPU) for u in self.spec.units)}
+        items = {"resident planes": self._resident_bytes(GPU)}
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
             items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
             if cls in self.accumulators:
                 items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
         if self.fp32:
-            items["merge staging"] = max((u.num_elements * 4 for u in self.spec.units), default=0)
+            items["merge staging"] = max((u.num_elements * 4 for u, _ in self._alike), default=0)
             items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
         items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
         items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
         items["checkpoint slots"] = prod(self.return_slots(inner=False))
         items["inner activations kept"] = self._saved_bytes(GPU, inner=True)
         items["inner activation slots"] = prod(self.return_slots(inner=True))
-        leaving = largest_of_a_block(group for group in self.groups if group.is_inner)
-        items["inner activations on their way out"] = self.buffers.inner_slots * leaving
+        items["inner activations on their way out"] = self.buffers.inner_slots * self._keeping.largest_inner_of_a_block
         items["workspace"] = self.workspace_bytes
         return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
     @cached_property
     def dram_items(self) -> dict[str, int]:
         """Bytes of the arena by purpose, each part rounded to pages as the arena does."""
-        items = {"resident planes": sum(self._resident_bytes(u, DRAM) for u in self.spec.units),
-                 "second planes of early updates": sum(_paged(plane_bytes(u, p, fp32=self.fp32))
-                                                       for u in self.spec.units for p in self.second_planes(u))}
+        items = {"resident planes": self._resident_bytes(DRAM),
+                 "second planes of early updates": sum(number * _paged(plane_bytes(u, p, fp32=self.fp32))
+                                                       for u, number in self._alike for p in self.second_planes(u))}
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
             items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
@@ -350,7 +351,7 @@ class Plan:
     def ssd_items(self) -> dict[str, int]:
         """Bytes of the volumes by purpose."""
         items = {"planes": self.num_slots * self.slot_layout.num_bytes,
-                 "gradients": sum(_paged(plane_bytes(u, "g", fp32=self.fp32)) for u in self.spec.units
+                 "gradients": sum(number * _paged(plane_bytes(u, "g", fp32=self.fp32)) for u, number in self._alike
                                   if self.deferred and self.placement(u).g == SSD)}
         items["checkpoints"] = self._saved_bytes(SSD, inner=False)
         items["inner activations"] = self._saved_bytes(SSD, inner=True)
@@ -358,7 +359,7 @@ class Plan:
 
     @cached_property
     def ring_slot_bytes(self) -> int:
-        return max((self._ring_bytes(u) for u in self.spec.units), default=0)
+        return max((self._ring_bytes(u) for u, _ in self._alike), default=0)
 
     @property
     def norm_bytes(self) -> int:
@@ -389,34 +390,31 @@ class Plan:
     @property
     def import_bytes(self) -> int:
         """While weights are imported or exported: one unit in fp32, and the pages of the files that it comes from."""
-        return max((u.num_elements * 8 for u in self.spec.units), default=0)
+        return max((u.num_elements * 8 for u, _ in self._alike), default=0)
 
     @property
     def ssd_bytes(self) -> int:
         return sum(self.ssd_items.values())
 
     def _ring_bytes(self, unit: UnitSpec) -> int:
-        chunk = self.chunk_of(unit)
+        planes = self.ring_planes(unit)
+        chunk = self.chunk_of(unit) if planes else 0
         return sum(_paged(plane_bytes(unit, p, fp32=self.fp32) // max(unit.num_trainable, 1) * chunk)
-                   if p != "lo" or not self.fp32 else 0 for p in self.ring_planes(unit))
+                   if p != "lo" or not self.fp32 else 0 for p in planes)
 
     def _merged_bytes(self, stage: StageSpec) -> int:
         """The fp32 compute copies, made while the stage runs, of units whose halves are on the GPU."""
         units = [self.spec.units[index] for index in stage.units]
         return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu)
 
-    def _resident_bytes(self, unit: UnitSpec, tier: str) -> int:
-        place = self.placement(unit)
-        planes = [p for p in PLANES if place.tier(p) == tier]
-        if place.g == tier and (self.deferred or tier == GPU):
-            planes.append("g")
-        return sum(_paged(plane_bytes(unit, p, fp32=self.fp32)) for p in planes)
+    def _resident_bytes(self, tier: str) -> int:
+        planes = (*PLANES, "g") if self.deferred or tier == GPU else PLANES
+        return sum(number * _paged(plane_bytes(u, p, fp32=self.fp32)) for u, number in self._alike for p in planes
+                   if self.placement(u).tier(p) == tier)
 
     def _saved_bytes(self, tier: str, *, inner: bool) -> int:
         """Of all micro-batches; in DRAM and on SSD in whole pages."""
-        if tier == GPU:
-            return self.work.num_micro * sum(s.num_bytes for s in self.saved if s.tier == tier and s.is_inner == inner)
-        return self.work.num_micro * sum(_paged(g.num_bytes) for g in self.groups if g.tier == tier and g.is_inner == inner)
+        return self.work.num_micro * self._keeping.num_bytes(tier, inner=inner)
 
     def to_json(self) -> dict:
         from ratel.plan.traffic import step_traffic  # it looks at plans, too

@@ -1,6 +1,5 @@
 """What forward keeps for backward, block inputs (checkpoints) and inner activations, and the slots that it passes."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -85,18 +84,3 @@ class Spill:
         """``hidden_bytes``: of a block's input for one micro-batch."""
         return cls(region_bytes=region_bytes, window_bytes=WINDOW_INPUTS * hidden_bytes,
                    least_bytes=min(LEAST_BYTES, hidden_bytes // LEAST_SHARE))
-
-
-def slots_for(groups: list[Group], depth: int) -> tuple[int, int]:
-    """Number of slots, and the bytes of each. What one block keeps of one micro-batch is needed at once: there is room for
-    ``depth`` times the most that a block has."""
-    most = max(Counter(group.block for group in groups).values(), default=0)
-    return depth * most, max((group.num_bytes for group in groups), default=0)
-
-
-def largest_of_a_block(groups: Iterable[Group]) -> int:
-    """Bytes of what one block keeps of one micro-batch, for the block that keeps most."""
-    by_block: Counter[int] = Counter()
-    for group in groups:
-        by_block[group.block] += group.num_bytes
-    return max(by_block.values(), default=0)

@@ -14,7 +14,7 @@ from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.choose import Request, choose, early_counts, finished, place_checkpoints, with_placements
 from ratel.plan.cost import Prediction, predict_below
 from ratel.plan.hardware import Hardware
-from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements
+from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements, with_planes
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import forward_order
 
@@ -142,7 +142,8 @@ def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
 def _with_early(request: Request, plan: Plan, count: int) -> Plan | None:
     """With so many units updated early, if that fits."""
     asked = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
-    on_gpu = tuple(place if place.on_gpu else _off_gpu(request) for place in plan.placements)
+    rest = _off_gpu(request)
+    on_gpu = tuple(place if place.on_gpu else rest for place in plan.placements)
     filled = (with_placements(asked, plan.placements, plan.checkpoint_tiers) if request.forced is not None
               else _fill_dram(asked, plan.checkpoint_tiers, on_gpu))
     made = finished(asked, filled)
@@ -235,10 +236,10 @@ def _fill_gpu(request: Request, checkpoints: tuple[str, ...]) -> tuple[UnitPlace
 
 def _on_gpu(request: Request, count: int) -> tuple[UnitPlacement, ...]:
     """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
-    rest = _off_gpu(request)
+    on, rest = UnitPlacement.all_on(GPU), _off_gpu(request)
     order = forward_order(request.spec.units)
     chosen = {unit.index for unit in order[:count]}
-    return tuple(UnitPlacement.all_on(GPU) if u.index in chosen else rest for u in request.spec.units)
+    return tuple(on if u.index in chosen else rest for u in request.spec.units)
 
 
 def _off_gpu(request: Request) -> UnitPlacement:
@@ -260,11 +261,13 @@ def _fill_dram(request: Request, checkpoints: tuple[str, ...], placements: tuple
                      if not placements[unit.index].on_gpu and (plane, unit.index) not in early]
 
     def plan_with(count: int) -> Plan:
-        planes: dict[int, dict[str, str]] = {}
+        planes: dict[int, tuple[str, ...]] = {}
         for plane, unit in order[:count]:
-            planes.setdefault(unit, {})[plane] = DRAM
-        moved = tuple(replace(place, **planes.get(unit, {})) for unit, place in enumerate(placements))
-        return with_placements(request, moved, checkpoints)
+            planes[unit] = (*planes.get(unit, ()), plane)
+        moved = list(placements)
+        for unit, names in planes.items():
+            moved[unit] = with_planes(moved[unit], names, DRAM)
+        return with_placements(request, tuple(moved), checkpoints)
 
     return plan_with(_largest(len(order), lambda count: plan_with(count).dram_bytes <= request.dram_budget))
 

@@ -6,6 +6,7 @@ layout, so that a chunk ``[a, b)`` of elements means the same parameters in each
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from ratel.units import align_up
@@ -94,6 +95,18 @@ class ModelSpec:
     def num_trainable_params(self) -> int:
         return sum(u.num_trainable_params for u in self.units)
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """By unit: a number that units of one kind and size have in common."""
+        numbers: dict[tuple[str, int, int], int] = {}
+        return tuple(numbers.setdefault((u.kind, u.num_elements, u.num_trainable), len(numbers)) for u in self.units)
+
+    @cached_property
+    def closing_order(self) -> tuple[UnitSpec, ...]:
+        """Trained units in the order in which their gradients become complete."""
+        closing = closing_units(self)
+        return tuple(unit for stage in reversed(self.stages) for unit in closing[stage.index])
+
 
 def closing_stages(spec: ModelSpec) -> dict[int, int]:
     """By unit the first stage that uses it: the last one in backward order, after which its gradient is complete."""
@@ -109,12 +122,6 @@ def closing_units(spec: ModelSpec) -> dict[int, list[UnitSpec]]:
     closing = closing_stages(spec)
     return {stage.index: [unit for unit in map(spec.units.__getitem__, stage.units)
                           if unit.num_trainable and closing[unit.index] == stage.index] for stage in spec.stages}
-
-
-def closing_order(spec: ModelSpec) -> list[UnitSpec]:
-    """Trained units in the order in which their gradients become complete."""
-    closing = closing_units(spec)
-    return [unit for stage in reversed(spec.stages) for unit in closing[stage.index]]
 
 
 def forward_order(units: Iterable[UnitSpec]) -> list[UnitSpec]:
