@@ -186,6 +186,49 @@ def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pyte
     assert len(seen) == 7 and set().union(*seen.values()) == {"compute"}, seen
 
 
+class Lending(nn.Module):
+    """Gives its blocks what ``lend`` makes of a weight of the stage before them: as hidden states, or beside those."""
+
+    def __init__(self, lend: Callable[[torch.Tensor], torch.Tensor], *, as_hidden: bool, copies: bool) -> None:
+        super().__init__()
+        self.lend, self.as_hidden, self.copies = lend, as_hidden, copies
+        self.embed, self.lent = nn.Linear(12, 32), nn.Parameter(torch.randn(1, 16, 32))
+        self.layers = nn.ModuleList(Adding() for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, other = self.embed(x), self.lend(self.lent.expand(len(x), -1, -1))
+        other = other.clone() if self.copies else other
+        if self.as_hidden:
+            hidden, other = other, hidden
+        for layer in self.layers:
+            hidden = layer(hidden, other)
+        return self.head(self.norm(hidden).mean(1))
+
+
+class Adding(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+
+    def forward(self, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.tanh(super().forward(hidden) + other)
+
+
+@pytest.mark.parametrize("lend", [torch.Tensor.contiguous, nn.Dropout(0.3)], ids=["contiguous", "dropout"])
+@pytest.mark.parametrize("as_hidden", [False, True])
+def test_weights_that_blocks_are_given_outlive_their_slot(as_hidden: bool, lend: Callable, ssd_dir: Path) -> None:
+    """Where what is made of a weight is its memory itself (in one row; in evaluation), the next unit lands there."""
+    steps, results = batches("patches", 3), []
+    for copies in (True, False):
+        torch.manual_seed(0)
+        model = Lending(lend, as_hidden=as_hidden, copies=copies)
+        with open_session(ssd_dir, "patches", model=model, tier="ssd", micro_batch=1) as session:
+            losses, states = train(session, steps)
+            with within():
+                results.append(([*losses, session.evaluate(steps)], states))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(Buffers)])
 def test_counts_of_buffers_that_could_only_hang_are_refused(name: str) -> None:
     with pytest.raises(RatelError, match=f"buffers.{name}: .*given: 0"):

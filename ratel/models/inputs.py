@@ -92,10 +92,13 @@ class BlockInputs:
 
     def with_leaves(self) -> "BlockInputs":
         """The same arguments with the differentiable ones cut from their graph, so that ``.grad`` collects on them."""
-        fresh = {id(t): t.detach().requires_grad_() for t in self.differentiable}
-        if not fresh:
+        return self.with_others({id(t): t.detach().requires_grad_() for t in self.differentiable})
+
+    def with_others(self, others: dict[int, Tensor]) -> "BlockInputs":
+        """The same arguments with another tensor for each whose ``id`` is in ``others``."""
+        if not others:
             return self
-        return BlockInputs([self._map_call(call, lambda x: fresh.get(id(x), x)) for call in self.calls], self._slots)
+        return BlockInputs([self._map_call(call, lambda x: others.get(id(x), x)) for call in self.calls], self._slots)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -136,7 +136,7 @@ class Parts:
     def _rehearse(self, batch: Any) -> None:
         """Run head and tail once in outline: a model that looks at more of a block's output fails here, not later."""
         try:
-            hidden, _ = self.head(batch)
+            hidden = self._run_head(batch, self.num_blocks - 1).hidden
             self.tail_logits(hidden) if self.is_causal_lm else self.tail_loss(hidden, batch)
         except TRIAL_ERRORS as error:
             raise RatelError(f"cannot be run one block at a time: with its blocks replaced, its forward fails "
@@ -195,9 +195,16 @@ class Parts:
     # -- stages --------------------------------------------------------------------------------------------------
 
     def head(self, batch: Any) -> tuple[Tensor, BlockInputs]:
-        """Run up to the blocks: what the first takes as hidden states, and every block's other arguments."""
+        """Run up to the blocks: what the first takes as hidden states, and every block's other arguments.
+
+        None of them is memory of the stage's weights, which others have as soon as the stage is over.
+        """
         gate = self._run_head(batch, self.num_blocks - 1)
-        return gate.hidden, BlockInputs(gate.calls, self._traced.differentiable)
+        weights = {param.untyped_storage()._cdata for unit in self.spec.stages[0].units for param, _, _ in self._params[unit]}
+        inputs = BlockInputs(gate.calls, self._traced.differentiable)
+        # The trace cannot tell: `contiguous` copies there and not here, dropout returns what it is given in evaluation.
+        copies = {id(t): t.clone() for t in [gate.hidden, *inputs.tensors] if t.untyped_storage()._cdata in weights}
+        return copies.get(id(gate.hidden), gate.hidden), inputs.with_others(copies)
 
     def pre(self, batch: Any) -> list[Tensor]:
         """The stage before the blocks for its backward: hidden states, then ``inputs.differentiable`` in its order."""
