@@ -3,8 +3,10 @@
 Kills are in test_kill.py, failing drives in test_faults.py, the format and damage in test_state.py.
 """
 
+import errno
 import os
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from ratel.memory import jitter
 from ratel.plan.plan import Buffers
 from ratel.runtime.commit_files import committed_files, remove_leftovers, volume_name
 from ratel.runtime.prepare import usable_bytes
+from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
+from ratel.runtime.saver import Saver
 from ratel.runtime.session import Session
 from ratel.runtime.state import SavedState
 from ratel.train.states import StateDirectory
@@ -106,6 +110,72 @@ def test_a_save_in_the_background_is_of_its_step(place: str, optimizer: str, aft
         assert_holds(SavedState(later), expected)
 
 
+def held(monkeypatch: pytest.MonkeyPatch, target: type) -> threading.Event:
+    """Saves to such a target are not completed before this event."""
+    may_finish, finish = threading.Event(), target.finish
+
+    def finish_later(self: Any, training: dict[str, Any]) -> None:
+        assert may_finish.wait(60)
+        finish(self, training)
+
+    monkeypatch.setattr(target, "finish", finish_later)
+    return may_finish
+
+
+def test_what_is_said_of_a_save_is_of_its_moment_too(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may go on with the same dictionary while the save is in the background."""
+    may_finish, extra = held(monkeypatch, CommitTarget), {"step": 1, "losses": [5.0]}
+    with open_session(ssd_dir, tier="ssd", durable="step", commits=tmp_path / "commits") as session:
+        session.step(batches("llama", 1)[0])
+        session.commit(extra=extra)
+        extra["step"] = 2
+        extra["losses"].append(4.0)
+        may_finish.set()
+        session.wait_saved()
+        assert SavedState(tmp_path / "commits").training["extra"] == {"step": 1, "losses": [5.0]}
+        with pytest.raises(RatelError, match="extra: cannot be written as JSON"):
+            session.commit(extra={"step": object()})
+        session.commit(extra={"step": 3}, wait=True)  # the refusal has ended nothing
+    assert SavedState(tmp_path / "commits").training["extra"] == {"step": 3}
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_while_a_save_is_asked_for_leaves_nobody_waiting(ssd_dir: Path, tmp_path: Path) -> None:
+    """Its updates would be waited for, and by them, for ever."""
+    session = open_session(ssd_dir, tier="ssd")
+    session.step(batches("llama", 1)[0])
+
+    def interrupted(*save: object) -> None:
+        raise KeyboardInterrupt
+
+    session._machinery.saver._mail.put = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        session.save(tmp_path / "state", wait=False)
+    with pytest.raises(RatelError, match="ended with an earlier error .KeyboardInterrupt"):
+        session.step(batches("llama", 1)[0])
+    session.close()
+    assert on_ssd(ssd_dir) == set()
+
+
+def test_a_copy_that_can_neither_be_written_nor_removed_leaves_the_session(ssd_dir: Path, tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that has gone read-only: the first error is the one to report, and training goes on."""
+    def fails(*arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    steps = batches("llama", 2)
+    with open_session(ssd_dir, tier="ssd") as session:
+        session.step(steps[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectoryTarget, "finish", fails)
+            patch.setattr("ratel.runtime.save_targets.remove_files", fails)
+            with pytest.raises(RatelError, match="the state could not be written: Input/output error"):
+                session.save(tmp_path / "state")
+        session.step(steps[1])
+        session.save(tmp_path / "state")
+        assert_holds(SavedState(tmp_path / "state"), everything(session))
+
+
 def test_a_skipped_step_is_committed_too(ssd_dir: Path, tmp_path: Path) -> None:
     """Nothing has changed but the count: the version that is committed stays where it is."""
     for optimizer in MODES:
@@ -185,6 +255,26 @@ def test_from_copies_to_commits_and_back(run_inputs: tuple, whole: Path, ssd_dir
         used = {path for name in "ab" if (ssd_dir / name).is_dir() for path in on_ssd(ssd_dir / name)}
         assert used == committed_files(states.commits)
     assert_same_run(out, whole)
+
+
+def test_no_state_is_removed_while_another_is_made(run_inputs: tuple, ssd_dir: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first commit makes and renames directories; what tidies up beside it would take them for leftovers."""
+    out, savers, prune, made = tmp_path / "out", [], StateDirectory.prune, Saver.__init__
+
+    def noting(self: Saver, *arguments: Any) -> None:
+        savers.append(self)
+        made(self, *arguments)
+
+    def prune_alone(self: StateDirectory, *arguments: Any, **options: Any) -> None:
+        assert all(saver._save is None for saver in savers)
+        prune(self, *arguments, **options)
+
+    monkeypatch.setattr(Saver, "__init__", noting)
+    monkeypatch.setattr(StateDirectory, "prune", prune_alone)
+    train(*run_inputs, out, save_every=1, durable="checkpoint", tier="ssd", ssd=[ssd_dir], steps=2)
+    train(*run_inputs, out, save_every=1, durable="step", tier="ssd", ssd=[ssd_dir], steps=6, resume=True)
+    assert len(savers) == 2 and [path.name for path in (out / "state").iterdir()] == ["commits"]
 
 
 def test_overwriting_a_run_removes_its_ssd_files(run_inputs: tuple, ssd_dir: Path, tmp_path: Path) -> None:

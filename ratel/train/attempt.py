@@ -155,8 +155,9 @@ class Attempt:
                  "chat_template": getattr(self.inputs.tokenizer, "chat_template", None),
                  "has_tokenizer": self.inputs.tokenizer is not None}
         if self.session.plan.commits and not copies:
+            self.session.wait_saved()
+            self._drop_superseded_copies()  # before the next commit: it may be making directories among those looked at here
             self.session.commit(extra=extra)
-            self._drop_superseded_copies()
             return
         self._prune(progress)
         path = self.out.states.path_of(progress.steps)
