@@ -1,5 +1,6 @@
 """The session: a model under a plan, one step at a time."""
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -304,12 +305,12 @@ class Session:
     def _save(self, target: Target, extra: dict[str, Any] | None, wait: bool) -> None:
         self._check_usable()
         training = {"steps": self._attempts, "updates": self._updates_made, "seed": self.seed, "dtype": self.dtype,
-                    "hyper": self._hyper, "max_grad_norm": self._clip, "extra": extra or {},
+                    "hyper": self._hyper, "max_grad_norm": self._clip, "extra": _as_of_now(extra),
                     "micro_batches": {"rows": self.plan.work.rows, "rows_of_one": self.plan.work.micro_rows}}
         self.wait_saved()
-        with self._noticing():
+        with self._protected():  # an interrupt between holding updates back and asking the saver would hold them for ever
             self._machinery.saver.request(target, training)
-        self._saved_at = self._attempts
+            self._saved_at = self._attempts
         if wait:
             self.wait_saved()
             self._meter.read()  # what saving reads is not the next step's
@@ -449,6 +450,15 @@ class _Protected:
         if isinstance(error, self._kind):
             self._session._broken = error
             self._session._machinery.exchange.close()
+
+
+def _as_of_now(extra: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy, as JSON has it: it is written in the background, while the caller may go on with the original."""
+    try:
+        return json.loads(json.dumps(extra or {}))
+    except (TypeError, ValueError) as error:
+        raise RatelError(f"cannot be written as JSON: {error}", field="extra",
+                         remedy="Give numbers, strings, lists and dictionaries of them") from error
 
 
 def _count_tokens(batch: Any) -> int:
