@@ -7,6 +7,7 @@ what the copy takes of its bandwidth, and by nothing where a whole step lies bet
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -172,7 +173,8 @@ class Saver:
         while self._writing:
             self._settle(self._complete_write)
         save.error = error
-        save.target.drop()
+        with suppress(OSError):  # a drive that fails may let nothing be removed either; the next start removes it
+            save.target.drop()
 
     def _settle(self, wait: Callable[[], None]) -> None:
         try:
