@@ -221,7 +221,7 @@ def test_mapping_ahead_ends_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes that runs have wanted mapped, as on a machine with an NVIDIA GPU."""
     asked, begin = [], early.begin
 
@@ -232,7 +232,8 @@ def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(readahead, "_current", None)
     monkeypatch.setattr(ahead, "_NVIDIA", Path("/"))
     monkeypatch.setattr(early, "begin", noting)
-    return asked
+    yield asked
+    readahead.wait()  # it would note its end in the middle of another test
 
 
 @pytest.mark.native
@@ -394,6 +395,30 @@ def test_an_arena_of_another_size_pins_its_memory_itself(num_bytes: int, pool: "
     mapped(40 * MIB, pins=True)
     early.drop()
     assert not pinned.parts
+
+
+@pytest.mark.native
+def test_what_measures_the_machine_has_it_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning keeps others from the driver for seconds. Who measures waits for it; a plan that counts memory does not."""
+    begun, may_end, ended = (threading.Event() for _ in range(3))
+
+    def pin(address: int, num_bytes: int) -> bool:
+        begun.set()
+        assert may_end.wait(30)
+        ended.set()
+        return False
+
+    monkeypatch.setattr(early_context, "pin", pin)
+    early.begin(region_bytes(4 * MIB), 1, pins=True)
+    assert begun.wait(30)
+    with early.paused() as held:
+        assert held == region_bytes(4 * MIB) and not ended.is_set()
+    threading.Timer(0.2, may_end.set).start()
+    with early.quiet():
+        assert ended.is_set()
+    early.drop()
+    with early.quiet():
+        pass  # there is nothing to be waited for
 
 
 @pytest.mark.native

@@ -42,7 +42,7 @@ def _this_machine(device: torch.device, directories: tuple[str, ...]) -> Hardwar
         found = load(brief, probe.Probe.from_json)
     if found is None:
         readahead.wait()  # what is measured beside it would be kept for every later run
-        with early.paused():
+        with early.quiet():
             found = probe.measure(directories, None, device, BRIEF)
         store(brief, asdict(found))
     return found.hardware
