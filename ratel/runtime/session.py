@@ -283,7 +283,7 @@ class Session:
         return result
 
     def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None, wait: bool = True) -> Path:
-        """Write the complete training state as a directory; ``extra`` (JSON) is handed back by `load`.
+        """Write the complete training state as a directory; ``extra`` (JSON, copied now) is handed back by `load`.
 
         An older state of that name is replaced only by a complete one. Without ``wait`` it is written while training goes
         on, and an error is raised by a later call.
