@@ -61,13 +61,16 @@ def hugging_face(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
     yield "forward, forward again, backward", fastest(step, args)
 
 
-def ratel(args: argparse.Namespace, options: dict[str, Any]) -> float:
+def ratel(args: argparse.Namespace, options: dict[str, Any]) -> tuple[float, list[float] | None]:
+    """Seconds of a step; and of launching one visit, forward and backward, as the planner has measured it of a block alone."""
     ids = random_tokens(0, ROWS * args.micro_batches, POSITIONS, VOCAB)
     with Session(config_of(args.blocks), device=args.device, dtype="bf16", micro_batch=ROWS, optimizer="deferred",
                  optimizer_threads=1, max_grad_norm=1e9, **options) as session:
         use_quick_weights(session)
         session.prepare(len(ids), POSITIONS)
-        return fastest(lambda: session.step({"input_ids": ids}), args)
+        launch_s = session.plan.profiles[0].launch_s if session.plan.profiles else ()
+        alone = list(launch_s[bool(session.plan.kept and session.plan.kept[0])]) if launch_s else None
+        return fastest(lambda: session.step({"input_ids": ids}), args), alone
 
 
 def fastest(action: Callable[[], object], args: argparse.Namespace) -> float:
@@ -88,14 +91,16 @@ def main() -> None:
     report = Report(args.json, kind="launches", torch=torch.__version__, device=args.device,
                     gpu=torch.cuda.get_device_name() if args.device == "cuda" else None)
 
-    def add(name: str, seconds: float, visits: int) -> None:
-        report.add({"name": name, "visit_s": seconds / visits})
-        print(f"{seconds / visits * 1e3:7.2f} ms per block and micro-batch  {name}", flush=True)
+    def add(name: str, seconds: float, visits: int, alone: list[float] | None = None) -> None:
+        report.add({"name": name, "visit_s": seconds / visits, "planned_s": alone})
+        planned = "" if alone is None else f", planned with {sum(alone) * 1e3:.2f}"
+        print(f"{seconds / visits * 1e3:7.2f} ms per block and micro-batch{planned}  {name}", flush=True)
 
     for name, seconds in hugging_face(args):
         add(f"Hugging Face: {name}", seconds, args.blocks)
     for name, options in RATEL.items():
-        add(f"Ratel: {name}", ratel(args, options), args.blocks * args.micro_batches)
+        seconds, alone = ratel(args, options)
+        add(f"Ratel: {name}", seconds, args.blocks * args.micro_batches, alone)
 
 
 if __name__ == "__main__":
