@@ -8,6 +8,7 @@ the budget is not begun. The tables are made anew at the end.
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from report import ROOT, Clock
+from report import ROOT, Clock, commit
 from watched import stop_group
 
 HERE = Path(__file__).resolve().parent
@@ -93,9 +94,9 @@ def run(measurement: Measurement, results: Path, machine: str) -> str:
     with printed.open("w", encoding="utf-8") as output:
         ended = _run(command, limit_s, stdout=output)
     if ended == DONE:
-        printed.replace(target)
-    else:
-        printed.unlink()
+        points = [{**point, "commit": commit()} for point in json.loads(printed.read_text(encoding="utf-8"))]
+        target.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
+    printed.unlink()
     return ended
 
 

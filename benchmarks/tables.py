@@ -208,8 +208,9 @@ def max_section(name: str, results: list[dict]) -> list[str]:
     from ratel.train.max_bench import table
 
     what = "max-model" if "layers" in results[0] else "max-batch"
-    hardware = next(r["hardware"] for r in results if "hardware" in r)
-    return [f"## Largest that fits: {name}", "", f"{hardware['gpu'] or 'CPU'}, torch {hardware['torch']}; `ratel bench {what}`. "
+    of = next(r for r in results if "hardware" in r)
+    hardware, commit = of["hardware"], f", commit {of['commit'][:7]}" if "commit" in of else ""
+    return [f"## Largest that fits: {name}", "", f"{hardware['gpu'] or 'CPU'}, torch {hardware['torch']}{commit}; `ratel bench {what}`. "
             "Each maximum was found by planning and then trained:", "", "```", *table(results).splitlines(), "```", ""]
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import everything  # noqa: E402
 import tables  # noqa: E402
+from report import commit  # noqa: E402
 from ratel import cli  # noqa: E402
 
 pytestmark = pytest.mark.unit
@@ -41,7 +42,7 @@ def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path, capfd: p
             everything.Measurement(kind="fails", arguments=("-c", "raise SystemExit(3)"), about_s=5),
             everything.Measurement(kind="hangs", arguments=("-c", "import time; time.sleep(60)"), about_s=0.5),
             everything.Measurement(kind="works", arguments=("-c", good), about_s=5),
-            everything.Measurement(kind="prints", arguments=("-c", "print('[1]')"), about_s=5, prints_json=True),
+            everything.Measurement(kind="prints", arguments=("-c", "print('[{\"layers\": 1}]')"), about_s=5, prints_json=True),
             everything.Measurement(kind="stops", arguments=("-c", "print('['); raise SystemExit(4)"), about_s=5, prints_json=True)]
     (tmp_path / "box_stops.json").write_text("[7]")
     monkeypatch.setattr(everything, "measurements", lambda args: iter(made))
@@ -50,7 +51,7 @@ def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path, capfd: p
     for words in ("not begun", "fails: exit status 3", "hangs: ended after 1 s", "works: done", "prints: done"):
         assert words in said, said
     assert json.loads((tmp_path / "box_works.json").read_text()) == {"points": []}
-    assert json.loads((tmp_path / "box_prints.json").read_text()) == [1]
+    assert json.loads((tmp_path / "box_prints.json").read_text()) == [{"layers": 1, "commit": commit()}]
     assert not (tmp_path / "box_long.json").exists()
     assert json.loads((tmp_path / "box_stops.json").read_text()) == [7] and not list(tmp_path.glob("*.part"))
 
