@@ -1,5 +1,9 @@
 """The face of the session: dropout, evaluation, frozen parameters, generators, shapes."""
 
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -158,3 +162,39 @@ def test_two_sessions_on_one_directory_are_refused(ssd_dir: Path) -> None:
         with pytest.raises(RatelError, match="in use"), open_session(build("llama"), ssd_dir) as second:
             second.step(batches("llama", 1)[0])
         first.step(batches("llama", 1)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [dict(tier="gpu"), dict(tier="dram", optimizer="eager", max_grad_norm=0), dict(tier="ssd"),
+                                     dict(tier="ssd", durable="step"), dict(tier="dram", activations="dram"),
+                                     dict(placement={"*": "dram", "block.*": {"m": "ssd", "g": "ssd"}}, checkpoint_tier="ssd")],
+                         ids=["gpu", "eager", "ssd", "commits", "activations", "mixed"])
+def test_what_a_closed_session_held_does_not_wait_for_the_collector(device: str, options: dict, ssd_dir: Path, tmp_path: Path) -> None:
+    """A circle of references would keep planes and slots, gigabytes of them, while a next session plans with what is free."""
+    with collector_off():
+        if "durable" in options:
+            options = {**options, "commits": tmp_path / "commits"}
+        if "optimizer" not in options:
+            options = {**options, "optimizer": "speculative", "max_grad_norm": 1e9}
+        with open_session(build("llama"), ssd_dir, device, **options) as session:
+            for batch in batches("llama", 3):
+                session.step(batch)
+            session.commit() if "durable" in options else session.save(tmp_path / "state")
+            session.evaluate(batches("llama", 1))
+            machinery = session._machinery
+            held = {name: weakref.ref(part) for name, part in vars(machinery).items() if name in HOLDERS and part is not None}
+            del machinery
+        assert len(held) == len(HOLDERS) and [name for name, part in held.items() if part() is not None] == []
+
+
+HOLDERS = ("arena", "store", "cache", "updates", "weights", "activations", "gradients", "streamer", "saver")
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -94,6 +94,8 @@ class Worker(threading.Thread):
             pass  # another thread failed first; its error is already the session's
         except BaseException as error:  # noqa: BLE001 - the session must learn of anything, or its waiters hang
             self._exchange.fail(error, f"the {self._label} thread")
+        finally:
+            del self._body  # a method of what holds this thread, as a rule: with it all that it holds would stay
 
 
 class Mailbox:

@@ -19,7 +19,6 @@ from ratel.models import Parts
 from ratel.plan.layout import PAGE_BYTES
 from ratel.plan.placement import ELEMENT_BYTES, SSD
 from ratel.plan.plan import Plan
-from ratel.plan.schedule import Gather
 from ratel.plan.shape import UnitSpec
 from ratel.plan.stripes import Weights
 from ratel.runtime.activations import Activations
@@ -32,7 +31,7 @@ from ratel.runtime.slot_sums import SlotSums
 from ratel.runtime.spiller import Spiller
 from ratel.runtime.state import SavedState
 from ratel.runtime.state_format import describe_planes
-from ratel.runtime.streamer import Source, Streamer
+from ratel.runtime.streamer import Streamer
 from ratel.runtime.weight_import import import_weights
 from ratel.runtime.weights import WeightSource
 from ratel.store.host_cache import HostCache
@@ -92,7 +91,7 @@ class Machinery:
                                        SlotSums(self.pool, activation_volume, enabled=io.checksums))
         self.spiller = Spiller(self.lanes, self.arena.take(plan.spill.region_bytes), plan.spill) if plan.spill else None
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
-        self.streamer = Streamer(exchange, self.lanes, self.copies, self._source_of)
+        self.streamer = Streamer(exchange, self.lanes, self.copies, self.weights, self.activations)
         self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,
                            self.updates, update_order(plan))
         if plan.commits:
@@ -104,9 +103,6 @@ class Machinery:
         after the import, which needs neither, and before the first step."""
         self.arena.settle()
         self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
-
-    def _source_of(self, gather: Gather) -> Source:
-        return self.weights if gather.is_unit else self.activations
 
     def import_weights(self) -> None:
         """Bring every unit from the model's source to its tier; moments are zero."""

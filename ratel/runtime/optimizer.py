@@ -45,7 +45,7 @@ class OptimizerPipeline:
         self._left: dict[int, HostSlot] = {}
         self._kept: dict[int, HostSlot] = {}
         self._flushing = False
-        self._may_update: Callable[[int, int], None] = lambda unit, number: None
+        self._may_update: Callable[[int, int], None] = at_once
         self._early: list[Job] = []
         self._again: dict[int, Job] = {}
         self._never_updated = [u.index for u in plan.spec.units if not u.num_trainable and plan.weights_from_ssd(u)]
@@ -388,6 +388,10 @@ class OptimizerPipeline:
         with self._exchange.lock:
             self._persisted[job.unit.index] += 1
             self._changed.notify_all()
+
+
+def at_once(unit: int, number: int) -> None:
+    """No update is held back."""
 
 
 def decay_ranges(unit: UnitSpec, begin: int, end: int, weight_decay: float) -> list[tuple[int, float]]:

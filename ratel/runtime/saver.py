@@ -24,7 +24,7 @@ from ratel.plan.layout import pieces
 from ratel.plan.placement import GPU, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.optimizer import OptimizerPipeline
+from ratel.runtime.optimizer import OptimizerPipeline, at_once
 from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
 
@@ -127,6 +127,7 @@ class Saver:
 
     def join(self) -> None:
         self._worker.join()
+        self._updates.hold_back(at_once)  # else each of the two keeps the other until the next collection, and so the planes
 
     def _may_overwrite(self, save: Save, unit: int) -> bool:
         holds = save.target.is_in_place and self._plan.has_states_on_ssd(self._plan.spec.units[unit])

@@ -4,7 +4,6 @@ Two threads, each a plain loop over the schedule: the *reader* gets the bytes in
 for the unit's pending update), the *uploader* moves them into a slot. The main thread calls ``get`` and ``release``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,8 +52,9 @@ class Landed:
 
 
 class Streamer:
-    def __init__(self, exchange: Exchange, lanes: Lanes, copies: Retirer, source_of: Callable[[Gather], Source]) -> None:
-        self._exchange, self._lanes, self._copies, self._source_of = exchange, lanes, copies, source_of
+    def __init__(self, exchange: Exchange, lanes: Lanes, copies: Retirer, weights: Source, saved: Source) -> None:
+        self._exchange, self._lanes, self._copies = exchange, lanes, copies
+        self._weights, self._saved = weights, saved
         self._to_read, self._to_upload = Mailbox(exchange), Mailbox(exchange)
         self._landing = exchange.condition()
         self._landed: dict[Key, Landed] = {}
@@ -87,6 +87,9 @@ class Streamer:
     def join(self) -> None:
         for worker in self._workers:
             worker.join()
+
+    def _source_of(self, gather: Gather) -> Source:
+        return self._weights if gather.is_unit else self._saved
 
     def _read(self) -> None:
         while True:

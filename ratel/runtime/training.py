@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -46,7 +47,7 @@ class Training:
         m = machinery
         blocks.spill_to(m.spiller)
         self._vertical = VerticalStep(blocks, plan, m.streamer, m.weights, m.activations, m.gradients, m.lanes, seed=seed,
-                                      on_gradient=self._on_gradient)
+                                      on_gradient=partial(hand_over, plan, m))
 
     def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> Outcome:
         """``attempt`` numbers the step for the random generators. Updates may go on in the background afterwards.
@@ -115,29 +116,6 @@ class Training:
             if not self._plan.placement(unit).on_gpu:
                 self._m.updates.submit(unit, hyper)
 
-    def _on_gradient(self, unit: UnitSpec, grad: torch.Tensor) -> None:
-        moved = self._m.gradients.finish(unit, grad)
-        if moved is None:
-            return
-        if self._plan.deferred and self._plan.grads_pass_through(unit):
-            self._spill(unit, moved)
-        else:
-            self._m.updates.arrived(unit, Arrival(moved.host, moved.arrived, moved.norm, moved.release))
-
-    def _spill(self, unit: UnitSpec, moved: Moved) -> None:
-        """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
-        m = self._m
-
-        def write() -> None:
-            ticket = m.io.write(unit.index, "g", 0, moved.host, native.nvme_ds.WRITEBACK)
-            m.writes.when(lambda: m.engine.wait(ticket), announce)
-
-        def announce() -> None:
-            moved.release()
-            m.updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
-
-        m.copies.when_event(moved.arrived, write)
-
     def _update_on_gpu(self, hyper: Hyper) -> None:
         """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU optimizer."""
         for unit in self._plan.spec.units:
@@ -160,6 +138,32 @@ class Training:
         else:
             self._m.pool.adamw(*(p.data_ptr() for p in planes), count,
                                        grad_dtype="fp32" if self._plan.fp32 else "bf16", **scalars)
+
+
+def hand_over(plan: Plan, machinery: Machinery, unit: UnitSpec, grad: torch.Tensor) -> None:
+    """A complete gradient goes to where its update takes it from."""
+    moved = machinery.gradients.finish(unit, grad)
+    if moved is None:
+        return
+    if plan.deferred and plan.grads_pass_through(unit):
+        _spill(machinery, unit, moved)
+    else:
+        machinery.updates.arrived(unit, Arrival(moved.host, moved.arrived, moved.norm, moved.release))
+
+
+def _spill(machinery: Machinery, unit: UnitSpec, moved: Moved) -> None:
+    """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
+    m = machinery
+
+    def write() -> None:
+        ticket = m.io.write(unit.index, "g", 0, moved.host, native.nvme_ds.WRITEBACK)
+        m.writes.when(lambda: m.engine.wait(ticket), announce)
+
+    def announce() -> None:
+        moved.release()
+        m.updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
+
+    m.copies.when_event(moved.arrived, write)
 
 
 def expects_no_scaling(guesses: Iterable[bool]) -> bool:
