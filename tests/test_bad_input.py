@@ -8,6 +8,7 @@ absent (test_hardware.py, test_train_e2e.py); losses that stay NaN, a full disk 
 """
 
 import errno
+import math
 import os
 import re
 import threading
@@ -253,6 +254,32 @@ def test_batches_of_a_model_with_its_own_loss(ssd_dir: Path) -> None:
         twice = {key: torch.cat([tensor, tensor]) for key, tensor in good.items()}
         refused("prepared for 4 rows", "batch", lambda: session.step(twice))
         assert not session.step(good).skipped
+
+
+def test_a_loss_that_is_no_scalar() -> None:
+    class Blocks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    with Session(Blocks(), device="cpu", dtype="fp32", loss_fn=lambda model, x: model(x).square().mean(-1)) as session:
+        with pytest.raises(RatelError, match=r"loss_fn: returned a tensor of shape \(4,\). Return the batch's mean loss"):
+            session.step(torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 10**23])
+def test_any_seed_will_do(seed: int, ssd_dir: Path) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         vocab_size=64)
+    with Session(config, device="cpu", seed=seed) as session:
+        assert math.isfinite(session.step({"input_ids": torch.ones(2, 8, dtype=torch.long)}).loss)
 
 
 def test_a_model_without_weights_that_cannot_be_given_any(ssd_dir: Path) -> None:

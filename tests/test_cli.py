@@ -78,13 +78,16 @@ def test_version() -> None:
     (["train", "--model", "demo", "--config", "none.toml"], "ratel: --config: cannot be read"),
     (["trian"], "ratel: argument COMMAND: invalid choice: 'trian'"),
     (["doctor", "--sdd", "x"], "ratel: --sdd: is not an option here. Did you mean --ssd?"),
+    (["doctor", "--ssd", "/nothing/here"], "ratel: --ssd: is not a directory (given: /nothing/here). Make it"),
+    (["bench", "step", "--steps", "0"], "ratel: argument --steps: must be at least 1, not 0"),
+    (["bench", "adam", "--threads", "no"], "ratel: argument --threads: not a whole number: 'no'"),
     (["bench"], "ratel: the following arguments are required: PART"),
     (["bench", "io"], "ratel: the following arguments are required: --ssd"),
     (["bench", "io", "--ssd", "/proc/ratel"], "ratel: bench io: "),
     (["bench", "io", "--ssd", "/tmp", "--size", "5MiB"], "ratel: --size: is not a multiple of 64.00 MiB (given: 5MiB)"),
-    (["bench", "adam", "--threads", "-3"], "ratel: bench adam: "),
+    (["bench", "adam", "--threads", "-3"], "ratel: argument --threads: must be at least 1, not -3"),
     (["bench", "adam", "--param", "3"], "ratel: --param: is not an option here. Did you mean --params?"),
-    (["doctor", "--ssd", "/proc/ratel"], "ratel: --ssd: cannot be written to"),
+    (["doctor", "--ssd", "/proc"], "ratel: --ssd: cannot be written to"),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments: list[str], message: str,
                                             capsys: pytest.CaptureFixture[str]) -> None:

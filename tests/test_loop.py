@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ratel.errors import NonFiniteError, RatelError
+from ratel.train import interrupt
 from ratel.train.inputs import endless
 from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
@@ -137,11 +138,11 @@ def test_an_eager_update_that_cannot_be_taken_back_is_explained() -> None:
         run_loop(FakeSession(act), [1.0] * 3, steps=3)
 
 
-def interrupt_at(step: int, times: int = 1) -> Any:
-    def act(number: int) -> None:
-        if number == step:
+def interrupt_at(step: int, times: int = 1, number: int = signal.SIGINT) -> Any:
+    def act(now: int) -> None:
+        if now == step:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
     return act
 
@@ -150,6 +151,15 @@ def test_ctrl_c_lets_the_step_finish() -> None:
     progress, records = run_loop(FakeSession(interrupt_at(2)), [1.0] * 9, steps=9, evaluation=lambda: [1.0],
                                  eval_every=1)
     assert progress.steps == 2 and "eval_loss" not in records[1]
+
+
+def test_a_sigterm_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` tells the process and then its group."""
+    progress, _ = run_loop(FakeSession(interrupt_at(2, times=2, number=signal.SIGTERM)), [1.0] * 9, steps=9)
+    assert progress.steps == 2
+    monkeypatch.setattr(interrupt, "_TWICE_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(FakeSession(interrupt_at(2, times=2, number=signal.SIGTERM)), [1.0] * 9, steps=9)
 
 
 def test_ctrl_c_twice_does_not() -> None:
@@ -233,6 +243,19 @@ def test_an_earlier_run_is_not_overwritten_unless_told(fake_run: Any, tmp_path: 
     again()
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_failed_in_its_first_step_does_not_block_the_next(fake_run: Any, tmp_path: Path) -> None:
+    def act(number: int) -> None:
+        raise OSError("disk on fire")
+
+    _, start = fake_run(act)
+    with pytest.raises(OSError, match="on fire"):
+        start()
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "metrics.jsonl").read_text()
+    _, again = fake_run()
+    again()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
 def test_without_out_each_run_gets_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

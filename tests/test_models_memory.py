@@ -1,5 +1,6 @@
 """Models of any size come apart in little memory, and no buffer changes on the way."""
 
+import resource
 import subprocess
 import sys
 
@@ -111,3 +112,21 @@ def test_ties_survive_construction_without_memory() -> None:
         model = transformers.AutoModelForCausalLM.from_config(configs()["qwen3"]())
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_meta
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_a_model_of_many_blocks_is_taken_apart_with_a_small_stack() -> None:
+    """Freed as a whole, the graph of its outline goes down the stack block by block: 8 MiB were too few for 1000."""
+    code = """if True:
+        import torch
+        from transformers import LlamaConfig
+        from ratel import models
+        config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=200, num_attention_heads=2,
+                             num_key_value_heads=1, vocab_size=64, tie_word_embeddings=False)
+        print(models.load(config, dtype=torch.float32, device=torch.device("cpu")).num_blocks)
+    """
+
+    def small_stack() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, 1 << 20))
+
+    done = subprocess.run([sys.executable, "-c", code], preexec_fn=small_stack, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr

@@ -186,6 +186,7 @@ def test_a_loss_that_is_never_finite_ends_with_advice(tmp_path: Path) -> None:
     (["--seq-len", "128"], "64"),
     (["--dram", "1MiB"], "--dram"),
     (["--tokenizer", "no-such-directory"], "--tokenizer: is not a directory"),
+    (["--tokenizer", os.path.dirname(__file__)], "--tokenizer: holds no tokenizer"),
     pytest.param(["--device", "cuda"], "--device: there is no CUDA device",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")),
 ])

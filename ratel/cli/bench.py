@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from ratel.cli.parser import add_command, directories
+from ratel.cli.parser import add_command, at_least, directories
 from ratel.config import check_can_trace
 from ratel.errors import RatelError
 from ratel.units import MIB, format_bytes, parse_bytes
@@ -28,17 +28,17 @@ def _add_io(parts: Any) -> None:
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, required=True, help="directories to measure")
     parser.add_argument("--size", default="1GiB", help="bytes moved per pattern, repeat and directory (default: 1GiB)")
     parser.add_argument("--io-backend", choices=["auto", "io_uring", "threads"], default="auto")
-    parser.add_argument("--queue-depth", type=int, default=32, metavar="N", help="requests in flight (default: 32)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the median counts (default: 3)")
+    parser.add_argument("--queue-depth", type=at_least(1), default=32, metavar="N", help="requests in flight (default: 32)")
+    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="the median counts (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_adam(parts: Any) -> None:
     parser = add_command(parts, "adam", "the CPU optimizer against torch's and against the memory's bandwidth", _adam)
-    parser.add_argument("--params", type=int, default=1 << 25, metavar="N", help="parameters (default: 33554432)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--params", type=at_least(1), default=1 << 25, metavar="N", help="parameters (default: 33554432)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="threads (default: all cores)")
     parser.add_argument("--isa", choices=["auto", "scalar", "avx2", "avx512"], default="auto", help="instruction set")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="the median counts (default: 7)")
+    parser.add_argument("--repeats", type=at_least(1), default=7, metavar="N", help="the median counts (default: 7)")
     parser.add_argument("--no-torch", action="store_true", help="leave torch's optimizer out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -46,10 +46,10 @@ def _add_adam(parts: Any) -> None:
 def _add_step(parts: Any) -> None:
     parser = add_command(parts, "step", "whole training steps: seconds, and what bound them", _step)
     parser.add_argument("--model", default="demo", metavar="DIR|PRESET", help="what to train (default: demo)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences per step (default: 8)")
-    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps that count (default: 4)")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="sequences per step (default: 8)")
+    parser.add_argument("--seq-len", type=at_least(1), default=256, metavar="N", help="tokens per sequence (default: 256)")
+    parser.add_argument("--steps", type=at_least(1), default=4, metavar="N", help="steps that count (default: 4)")
+    parser.add_argument("--warmup", type=at_least(0), default=2, metavar="N", help="steps before them (default: 2)")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip here (default: 1.0)")
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories for states")
     for flag, choices in (("device", ["auto", "cuda", "cpu"]), ("tier", ["auto", "gpu", "dram", "ssd"]),
@@ -69,10 +69,10 @@ def _add_max(parts: Any, name: str, text: str) -> None:
     parser = add_command(parts, name, text, _max)
     parser.add_argument("--model", default="demo", metavar="PRESET", help="whose blocks (default: demo)")
     parser.add_argument("--dram", required=True, metavar="SIZE[,SIZE]", help="limits to try, such as 16GiB,32GiB")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="max-model: sequences per step (default: 1)")
-    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps at each maximum (default: 3)")
-    parser.add_argument("--most", type=int, default=4096, metavar="N", help="where the search ends (default: 4096)")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="max-model: sequences per step (default: 1)")
+    parser.add_argument("--seq-len", type=at_least(1), default=256, metavar="N", help="tokens per sequence (default: 256)")
+    parser.add_argument("--steps", type=at_least(1), default=3, metavar="N", help="steps at each maximum (default: 3)")
+    parser.add_argument("--most", type=at_least(1), default=4096, metavar="N", help="where the search ends (default: 4096)")
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[], help="directories for states")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--gpu-memory", metavar="SIZE")

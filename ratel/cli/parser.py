@@ -29,6 +29,21 @@ class Parser(argparse.ArgumentParser):
         return f"Did you mean {close[0]}?" if close else f"See `{self.prog} --help`"
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that counts."""
+
+    def count(text: str) -> int:
+        try:
+            number = int(text.replace("_", ""))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"not a whole number: {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
+        return number
+
+    return count
+
+
 def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None] | None = None) -> Parser:
     """A command with its help; ``run`` does it, and prints."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ratel.cli.parser import add_command, add_options
+from ratel.cli.parser import add_command, at_least, add_options
 from ratel.config import TrainConfig, resolve
 from ratel.errors import RatelError
 from ratel.units import parse_bytes
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "plan", "what fits, where it goes, how long a step takes and what would make it faster", run)
     parser.add_argument("--config", metavar="FILE", help="TOML file of a run; flags override it")
     own = parser.add_argument_group("planning")
-    own.add_argument("--ssds", type=int, metavar="N", help="with --hardware: SSDs in that machine (default: as its file says)")
+    own.add_argument("--ssds", type=at_least(0), metavar="N", help="with --hardware: SSDs in that machine (default: as its file says)")
     own.add_argument("--ssd-space", metavar="SIZE", help="with --hardware: what they hold in all (default: no limit)")
     own.add_argument("--endurance", metavar="TBW", help="what one drive is rated to be written, as 3500TBW (default: unknown)")
     own.add_argument("--largest", choices=LARGEST, help="the largest model of the family, batch or sequence that fits")

@@ -33,7 +33,7 @@ def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
     else (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens.
     """
     directory = _directory_of(model)
-    if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if directory is None or not has_tokenizer(directory):
         return byte_level_tokenizer()
     from transformers import AutoTokenizer
     try:
@@ -42,6 +42,10 @@ def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
         raise RatelError(f"its tokenizer cannot be loaded ({type(error).__name__}: {error})", field="model",
                          value=directory, remedy="Repair the tokenizer's files, or remove them to train on plain bytes"
                          ) from error
+
+
+def has_tokenizer(directory: "str | os.PathLike[str]") -> bool:
+    return any((Path(directory) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def byte_level_tokenizer() -> "PreTrainedTokenizerBase":

@@ -1,8 +1,10 @@
 """``ratel doctor``: what this machine has, what is missing, and how fast it is."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
+from ratel.errors import RatelError
 from ratel.hardware.host import describe_host, usable_cores
 from ratel.hardware.storage import describe_directory
 from ratel.units import MIB, format_bytes
@@ -16,7 +18,7 @@ def examine(ssd: Iterable[str] = (), *, measure: bool = True) -> dict[str, Any]:
         "host": describe_host(),
         "cuda": describe_cuda(),
         "native": describe_native(),
-        "ssd": [describe_directory(path) for path in ssd],
+        "ssd": [describe_directory(_existing(path)) for path in ssd],
     }
     if measure and "error" not in report["native"]:
         _measure(report)
@@ -71,6 +73,13 @@ def _measure(report: dict[str, Any]) -> None:
         entry["rates"] = rates.measure_disk(entry["path"])
     for entry in report["cuda"]["devices"]:
         entry["rates"] = rates.measure_copies(require_device(f"cuda:{entry['index']}"))
+
+
+def _existing(path: str) -> str:
+    """Who examines a machine leaves it as it is: a directory that is not there is a mistake, not a place to make."""
+    if not os.path.isdir(path):
+        raise RatelError("is not a directory", field="--ssd", value=path, remedy="Make it, or give the one that you mean")
+    return path
 
 
 def advise(report: dict[str, Any]) -> Iterable[str]:

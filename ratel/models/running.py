@@ -26,7 +26,11 @@ class LossRunner:
                 lambda _, args, kwargs: (cast(args, dtype), cast(kwargs, dtype)), with_kwargs=True)
 
     def run(self, batch: Any) -> Tensor:
-        return self._loss_fn(self._module, to_device(batch, self._device))
+        loss = self._loss_fn(self._module, to_device(batch, self._device))
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise RatelError(f"returned a tensor of shape {tuple(loss.shape)}", field="loss_fn",
+                             remedy="Return the batch's mean loss, a scalar")
+        return loss
 
     def close(self) -> None:
         if self._cast is not None:

@@ -70,6 +70,14 @@ class _Watch:
     def _close_gap(self) -> None:
         (self.between.append if self.blocks else self.used[0].update)(self.shadow.touched)
 
+    def release(self) -> None:
+        """From the last block to the first: a graph that is freed as a whole goes down it call by call, and with a thousand blocks
+        off the end of the stack."""
+        while self.calls:
+            self.calls.pop()
+            if self.outputs:
+                self.outputs.pop()
+
     def close(self) -> tuple[frozenset[int], ...]:
         # What runs between two blocks runs in the head, too: it belongs to the stage before the blocks.
         after = self.shadow.touched
@@ -93,7 +101,11 @@ def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
             result = run()
         used = watch.close()
         _refuse_changed_buffers(root, buffers)
-        return _examine(watch, used, result, params, trained)
+        try:
+            return _examine(watch, used, result, params, trained)
+        finally:
+            del result
+            watch.release()
 
 
 def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, params: list[nn.Parameter],

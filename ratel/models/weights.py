@@ -72,7 +72,7 @@ class FreshSource:
         before = [(params[p.name], params[p.name].data) for p in unit.params]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             # Not torch.manual_seed: that would reseed the GPU, too.
-            torch.default_generator.manual_seed(self._seed * 0x9E3779B1 + zlib.crc32(unit.name.encode()))
+            torch.default_generator.manual_seed((self._seed * 0x9E3779B1 + zlib.crc32(unit.name.encode())) % 2**64)
             try:
                 for spec in unit.params:
                     params[spec.name].data = view(out, spec)

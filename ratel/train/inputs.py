@@ -63,8 +63,13 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
 
 
 def _tokenizer_source(tokenizer: Any, model: Any) -> Any:
+    from ratel.data import has_tokenizer
+
     if tokenizer is not None and not os.path.isdir(tokenizer):
         raise RatelError("is not a directory", field="--tokenizer", value=tokenizer)
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise RatelError("holds no tokenizer", field="--tokenizer", value=tokenizer,
+                         remedy="Give the directory that tokenizer.json lies in, or leave the option out")
     return model if tokenizer is None else tokenizer
 
 

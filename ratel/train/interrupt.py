@@ -3,10 +3,13 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TWICE_S = 1.0
+"""`timeout` and service managers tell a process and its group, that is the process twice: one SIGTERM within so long."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,7 +24,7 @@ class StopRequest:
     """A flag that a signal sets. A step half done leaves states that belong to no step, so the loop finishes it."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self._asked_s = False, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -37,7 +40,9 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if number == signal.SIGTERM and time.monotonic() - self._asked_s < _TWICE_S:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._asked_s = True, time.monotonic()
         # Not print(): the interrupted code may hold its lock.
         os.write(2, b"\nStopping after this step (once more: stop at once, without writing the model)\n")

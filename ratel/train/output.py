@@ -31,6 +31,12 @@ class RunDirectory:
     def earlier_results(self) -> list[str]:
         return [name for name in RESULTS if (self.path / name).exists()]
 
+    def holds_run(self) -> bool:
+        """More than what is written before a run's first step, which one that failed there leaves."""
+        metrics = self.metrics
+        return any((self.path / name).exists() for name in RESULTS if name.startswith(("startup", "model", "state"))) or (
+            metrics.exists() and metrics.stat().st_size > 0)
+
     def open(self, *, keep_results: bool = False) -> None:
         """Make the directory and remove an earlier run's results, so that none is mistaken for this run's."""
         try:
@@ -81,7 +87,7 @@ def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RatelError("is not writable", field="--out", value=path, remedy=_REMEDY)
     directory = RunDirectory(path)
-    if directory.earlier_results() and not may_exist:
+    if directory.holds_run() and not may_exist:
         raise RatelError(f"already holds a run ({', '.join(directory.earlier_results())})", field="--out", value=path,
                          remedy=f"Give another directory, {_resumable(directory)}or --overwrite to replace that run")
     return directory
