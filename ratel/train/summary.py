@@ -18,8 +18,9 @@ def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported
         often = max(progress.bound_by, key=lambda name: progress.bound_by[name])
         yield (f"{format_seconds(step_s)} a step; its busiest resource, mostly {often}, needs "
                f"{format_seconds(bound_s)} ({bound_s / step_s:.0%})")
-    model = ", model/ (loads with transformers)" if exported else ""
-    yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json"
+    how = "loads with transformers" if (out.model / "config.json").exists() else "model.safetensors, the module's state dict"
+    model = f", model/ ({how})" if exported else ""
+    yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json, startup.json"
     state = out.states.newest()
     if state is not None:
         yield f"{state}: the training state; `ratel train --out {out.path} --resume` continues from it, up to --steps N"
