@@ -29,7 +29,7 @@ class Option:
     is_switch: bool = False
 
 
-def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Reader:
+def number_reader(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Reader:
     """A reader of an int or float in ``[low, high]``; ``above``/``below`` exclude that end."""
 
     def read(value: Any, flag: str) -> Any:
@@ -90,7 +90,7 @@ def _read_betas(value: Any, flag: str) -> tuple[float, float]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:
         raise RatelError("must be two numbers", field=flag, value=repr(value), remedy="Write it like 0.9,0.999")
-    read = _number(float, 0, 1, below=True)
+    read = number_reader(float, 0, 1, below=True)
     return read(parts[0], flag), read(parts[1], flag)
 
 
@@ -118,8 +118,8 @@ def _option(default: Any, read: Reader, group: str, metavar: str | None, text: s
     return field(default=default, metadata={"option": option})
 
 
-_COUNT, _AMOUNT = _number(int, 1), _number(int, 0)
-_SHARE = _number(float, 0, 1, below=True)
+_COUNT, _AMOUNT = number_reader(int, 1), number_reader(int, 0)
+_SHARE = number_reader(float, 0, 1, below=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +145,9 @@ class TrainConfig:
     steps: int = _option(100, _COUNT, TRAINING, "N", "optimizer steps")
     batch_size: int = _option(32, _COUNT, TRAINING, "N", "sequences per step")
     micro_batch: int | str = _option("auto", _auto_or(_COUNT), TRAINING, "auto|N", "sequences in a block at once")
-    seq_len: int = _option(1024, _number(int, 2), TRAINING, "N", "tokens per sequence")
-    lr: float = _option(1e-5, _number(float, 0, above=True), TRAINING, "X", "peak learning rate")
-    min_lr: float = _option(0.0, _number(float, 0), TRAINING, "X", "learning rate at the end of a decaying schedule")
+    seq_len: int = _option(1024, number_reader(int, 2), TRAINING, "N", "tokens per sequence")
+    lr: float = _option(1e-5, number_reader(float, 0, above=True), TRAINING, "X", "peak learning rate")
+    min_lr: float = _option(0.0, number_reader(float, 0), TRAINING, "X", "learning rate at the end of a decaying schedule")
     schedule: str = _option("cosine", _choice("constant", "linear", "cosine"), TRAINING, "constant|linear|cosine",
                             "course of the learning rate after the warm-up")
     warmup_steps: int | str = _option("auto", _auto_or(_AMOUNT), TRAINING, "auto|N",
@@ -157,9 +157,9 @@ class TrainConfig:
                              "when updates run: under backward, under the next forward, or some of them under each; the "
                              "result is the same")
     betas: tuple[float, float] = _option((0.9, 0.999), _read_betas, TRAINING, "B1,B2", "AdamW's decay rates")
-    eps: float = _option(1e-8, _number(float, 0, above=True), TRAINING, "X", "AdamW's epsilon")
-    weight_decay: float = _option(0.0, _number(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
-    max_grad_norm: float = _option(1.0, _number(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
+    eps: float = _option(1e-8, number_reader(float, 0, above=True), TRAINING, "X", "AdamW's epsilon")
+    weight_decay: float = _option(0.0, number_reader(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
+    max_grad_norm: float = _option(1.0, number_reader(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
     dtype: str = _option("auto", _choice("auto", "bf16", "fp32"), TRAINING, "auto|bf16|fp32",
                          "type of the computation (auto: bf16 on a GPU or a processor that has bf16, else fp32)")
     attention: str = _option("auto", _choice("auto", "sdpa", "eager", "flash"), TRAINING, "auto|sdpa|eager|flash",

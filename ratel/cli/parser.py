@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from ratel.config import TrainConfig, flag_of, option_of
+from ratel.config import TrainConfig, flag_of, number_reader, option_of
 from ratel.errors import RatelError
 
 
@@ -30,16 +30,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that counts."""
+    """The type of a flag that counts and is no option of a run."""
+    read = number_reader(int, least)
 
     def count(text: str) -> int:
         try:
-            number = int(text.replace("_", ""))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"not a whole number: {text!r}") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
-        return number
+            return read(text, "")
+        except RatelError as error:  # argparse names the flag
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return count
 
