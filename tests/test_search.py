@@ -13,11 +13,12 @@ from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.choose import Request, choose
 from ratel.plan.cost import predict
 from ratel.plan.hardware import Hardware, Ssd, load_hardware
+from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Work
 from ratel.plan.micro_sizes import micro_sizes
 from ratel.plan.search import Choice, candidates, search
 from ratel.plan.simulate import simulate
-from ratel.units import GIB
+from ratel.units import GIB, MIB
 
 pytestmark = pytest.mark.unit
 
@@ -180,6 +181,33 @@ def test_auto_takes_early_updates_where_they_make_the_step_shorter(seed: int) ->
                                                   < deferred.prediction.step_s else ("deferred", False))
     assert plan.dram_bytes <= requests[0].dram_budget and plan.ssd_bytes <= (requests[0].ssd_budget or 0)
     assert plan.gpu_bytes <= requests[0].gpu_budget
+
+
+@pytest.mark.parametrize("forced", ["ssd", {"*": "dram", "block.*": {"g": "ssd"}, "pre": {"g": "ssd"}, "post": {"g": "ssd"}}, "gpu"])
+def test_where_placement_lets_nothing_be_updated_early_what_was_asked_is_deferred(forced: object) -> None:
+    """Nor is anything else about the plan different: it has its full buffers."""
+    request, hardware = roomy(random_requests(3, with_inner=False)[0], forced), random_hardware(3)
+    early, deferred = (search([replace(request, optimizer=o)], hardware).plan for o in ("speculative", "deferred"))
+    assert not early.early and early == deferred and deferred.buffers == Buffers()
+
+
+def test_where_dram_has_no_room_for_an_early_gradient_what_was_asked_runs_without() -> None:
+    request, hardware = roomy(random_requests(3, with_inner=False)[0], None), random_hardware(3)
+
+    def with_dram(num_bytes: int, optimizer: str) -> Choice | None:
+        return found([replace(request, dram_budget=num_bytes, gpu_budget=None, optimizer=optimizer)], hardware)
+
+    low, high = 0, request.dram_budget
+    while high - low > MIB:
+        middle = (low + high) // 2
+        low, high = (middle, high) if with_dram(middle, "deferred") is None else (low, middle)
+    early = with_dram(high, "speculative")
+    assert early is not None and not early.plan.early and early.plan.dram_bytes <= high
+
+
+def roomy(request: Request, forced: Forced | None) -> Request:
+    """With budgets that hold everything, anywhere."""
+    return replace(request, forced=forced, gpu_budget=1000 * GIB, dram_budget=1000 * GIB, ssd_budget=1000 * GIB)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,7 +12,7 @@ from itertools import product
 
 from ratel.plan.activations import BlockProfile, Inner
 from ratel.plan.choose import Request, choose, early_counts, finished, place_checkpoints, with_placements
-from ratel.plan.cost import Prediction, predict_below
+from ratel.plan.cost import Prediction, predict, predict_below
 from ratel.plan.hardware import Hardware
 from ratel.plan.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements, with_planes
 from ratel.plan.plan import Buffers, Plan
@@ -43,7 +43,8 @@ class Choice:
 def search(requests: list[Request], hardware: Hardware) -> Choice:
     """The best plan for any of the requests, which differ in the micro-batch and what depends on it.
 
-    Raises RatelError, as `ratel.plan.choose.choose` does for the last request, if none fits.
+    Where nothing of the grid fits, the simple rule of `ratel.plan.choose.choose` has the last word, with the fewest buffers:
+    it finds a place, or its RatelError says what is short.
     """
     given = requests[0].buffers
     sizes = [given, LEAN, FEWEST] if given == Buffers() else [given]
@@ -51,8 +52,8 @@ def search(requests: list[Request], hardware: Hardware) -> Choice:
         found = _best([replace(request, buffers=buffers) for request in requests], hardware)
         if found is not None:
             return found
-    choose(replace(requests[-1], buffers=sizes[-1]))
-    raise AssertionError("the simple rule found a place where the search found none")
+    plan = choose(replace(requests[-1], buffers=sizes[-1]))
+    return Choice(plan=plan, prediction=predict(plan, hardware), considered=1)
 
 
 def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
@@ -82,8 +83,7 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
     if not may_speculate:
         return tried.result
     early = _Tried(hardware)
-    # Where the CPU updates nothing, there is nothing to speculate on.
-    if request.optimizer == "auto" or not any(closed_first(c.plan.spec, c.plan.placements) for c in tried.predicted):
+    if request.optimizer == "auto" or not any(_may_be_early(request, choice.plan) for choice in tried.predicted):
         early.best = tried.best
     for choice in sorted(tried.predicted, key=_step_s):
         if choice.prediction.bound_s < early.best_s:  # else it cannot be better with early updates either
@@ -137,6 +137,12 @@ def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
 
     tried = {*made, _largest(most, leaves_the_rest)} - {0}
     yield from (made[count] for count in sorted(tried) if made[count] is not None)
+
+
+def _may_be_early(request: Request, plan: Plan) -> bool:
+    """Something may be updated early: by the CPU, from a gradient that is in DRAM or may go there."""
+    early = replace(plan, early_units=len(plan.spec.units)).early
+    return bool(early if request.forced is not None else closed_first(plan.spec, plan.placements))
 
 
 def _with_early(request: Request, plan: Plan, count: int) -> Plan | None:
