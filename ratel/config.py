@@ -238,7 +238,7 @@ class TrainConfig:
                            ("--activations", self.activations)):
             if tier == "ssd" and not self.ssd:
                 raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
-        check_can_trace(self.trace)
+        check_can_write(self.trace, "--trace")
 
     def _check_saving(self) -> None:
         if self.durable == "step" and self.save_every == 0:
@@ -268,10 +268,10 @@ class TrainConfig:
         return json.loads(json.dumps({spec.name: getattr(self, spec.name) for spec in fields(self)}))
 
 
-def check_can_trace(path: str | None) -> None:
-    """Before the steps that come before the one that is traced."""
+def check_can_write(path: str | os.PathLike[str] | None, flag: str) -> None:
+    """Before the work that comes before what is written there."""
     if path is not None and not Path(path).absolute().parent.is_dir():
-        raise RatelError("cannot be written: its directory does not exist", field="--trace", value=path)
+        raise RatelError("cannot be written: its directory does not exist", field=flag, value=path)
 
 
 def read_options(**given: Any) -> dict[str, Any]:

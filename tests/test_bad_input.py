@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import nvme_ds
+import ratel
 from families_common import VOCAB, batches, build, llama, loss_fn_of
 from ratel.errors import RatelError
 from ratel.runtime.session import Session
@@ -198,7 +199,7 @@ BATCHES = {
     "one dimension": ({"input_ids": ids()[0]}, "whole numbers of shape", "input_ids"),
     "no rows": ({"input_ids": ids(0)}, "empty", "input_ids"),
     "more rows than prepared": ({"input_ids": ids(5)},
-                                "prepared for 4 rows of 16.*5 rows of 16.*Call prepare", "batch"),
+                                "prepared for 4 rows of 16.*5 rows of 16.*largest shape first, or call Session.prepare", "batch"),
     "longer than prepared": ({"input_ids": ids(4, 17)}, "prepared for 4 rows of 16.*4 rows of 17", "batch"),
     "ids past the vocabulary": ({"input_ids": ids() + VOCAB}, f"outside the .* vocabulary of {VOCAB}", "input_ids"),
     "negative ids": ({"input_ids": ids() - 1}, "outside the model's vocabulary", "input_ids"),
@@ -289,3 +290,27 @@ def test_a_model_without_weights_that_cannot_be_given_any(ssd_dir: Path) -> None
         model = Patches()
     refused("no reset_parameters", "model", lambda: open_session(model, ssd_dir, loss_fn=loss_fn_of("patches")))
     assert all(p.device.type == "meta" for p in model.parameters()), "the refused module was left a skeleton"
+
+
+# --- one module, two sessions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_a_module_is_in_one_session_at_a_time(part: str, ssd_dir: Path) -> None:
+    """Also a part of one. The first session goes on, and gives back what it has trained; the next one may then begin."""
+    model = build("llama")
+    with open_session(model, ssd_dir) as first:
+        loss_fn = (lambda module, batch: module(**batch).last_hidden_state.square().mean(dim=(1, 2)).sum()) if part else None
+        refused("in another session, which is not closed", "model",
+                lambda: open_session(model.get_submodule(part), loss_fn=loss_fn))
+        assert first.step(batches("llama", 1)[0]).loss > 0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with open_session(model) as second:
+        second.step(batches("llama", 1)[0])
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_module_with_its_own_loss_needs_batches(tmp_path: Path) -> None:
+    refused("is missing: what a module with its own loss learns from", "data",
+            lambda: ratel.train(build("patches"), loss_fn=loss_fn_of("patches"), steps=1, device="cpu", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

@@ -79,6 +79,7 @@ def test_version() -> None:
     (["trian"], "ratel: argument COMMAND: invalid choice: 'trian'"),
     (["doctor", "--sdd", "x"], "ratel: --sdd: is not an option here. Did you mean --ssd?"),
     (["doctor", "--ssd", "/nothing/here"], "ratel: --ssd: is not a directory (given: /nothing/here). Make it"),
+    (["doctor", "--probe", "--ssd", "/nothing/here"], "ratel: --ssd: is not a directory (given: /nothing/here). Make it"),
     (["bench", "step", "--steps", "0"], "ratel: argument --steps: must be at least 1 (given: 0)"),
     (["bench", "adam", "--threads", "no"], "ratel: argument --threads: not a whole number (given: 'no')"),
     (["bench"], "ratel: the following arguments are required: PART"),

@@ -203,18 +203,38 @@ def test_picture_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert picture.read_text().startswith("<?xml") and (picture.stat().st_size > 5000)
     lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "M"}
     assert {"compute", "h2d", "d2h"} <= lanes
-    assert cli.main(["plan", *SMALL, "--no-advice", "--plot", str(tmp_path / "plan.xyz")]) == 2
-    assert "ends in .png" in capsys.readouterr().err
-    assert cli.main(["plan", *SMALL, "--no-advice", "--trace", str(tmp_path / "none" / "x.json")]) == 2
-    assert "--trace: cannot be written" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tight: Any, tmp_path: Path) -> None:
-    from ratel.cli.plan_picture import draw
+@pytest.mark.parametrize(("flag", "name", "message"), [
+    ("--plot", "plan.xyz", "Give a file that ends in .png"), ("--plot", "none/x.png", "--plot: cannot be written"),
+    ("--trace", "none/x.json", "--trace: cannot be written")])
+def test_files_that_cannot_be_written_are_refused_before_anything_is_planned(
+        flag: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    assert cli.main(["plan", "--model", "llama-8b", "--no-advice", flag, str(tmp_path / name)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+def test_a_directory_without_weights_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who asks whether a model fits has not downloaded it yet. Training says what is missing."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=128,
+                max_position_embeddings=64).save_pretrained(tmp_path)
+    options = ("--model", str(tmp_path), "--batch-size", "2", "--seq-len", "32", "--hardware", "4090")
+    assert f"{tmp_path.name} fits on" in output_of(capsys, *options, "--no-advice")
+    assert "largest batch: " in output_of(capsys, *options, "--largest", "batch")
+    with pytest.raises(RatelError, match="no model.safetensors and no"):
+        ratel.train(str(tmp_path), steps=1, seq_len=32, device="cpu", out=str(tmp_path / "run"))
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ratel.cli.plan_picture import check_can_draw
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RatelError, match=r"pip install ratel\[plot\]"):
-        draw(tight.report, tmp_path / "plan.png")
+        check_can_draw(tmp_path / "plan.png")
 
 
 def test_small_items_are_summed() -> None:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from ratel.cli.parser import add_command, at_least, directories
-from ratel.config import check_can_trace
+from ratel.config import check_can_write
 from ratel.errors import RatelError
 from ratel.units import MIB, format_bytes, parse_bytes
 
@@ -96,7 +96,7 @@ def _step(args: argparse.Namespace) -> None:
     from ratel.runtime.same_bits import same_bits
     from ratel.train.step_bench import StepBench, details, measure, table
 
-    check_can_trace(args.trace)
+    check_can_write(args.trace, "--trace")
     names = ("device", "tier", "checkpoint_tier", "activations", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",
              "max_grad_norm", "compile")
     bench = StepBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, warmup=args.warmup,

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     if args.no_measure:
         raise RatelError("a probe does nothing but measure", field="--no-measure", remedy="Leave out one of the two")
-    from ratel.hardware import probe, probe_report
+    from ratel.hardware import doctor, probe, probe_report
 
-    found = probe.probe(directories=args.ssd, model=args.model, refresh=args.refresh,
+    found = probe.probe(directories=[doctor.existing(path) for path in args.ssd], model=args.model, refresh=args.refresh,
                         progress=lambda text: print(f"measuring {text}", file=sys.stderr))
     if args.json:
         print(json.dumps(found.hardware.to_json(), indent=2))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratel.cli.parser import add_command, at_least, add_options
-from ratel.config import TrainConfig, resolve
+from ratel.config import TrainConfig, check_can_write, resolve
 from ratel.errors import RatelError
 from ratel.units import parse_bytes
 
@@ -50,6 +50,11 @@ def plan_config(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> None:
     config = plan_config(args)
+    check_can_write(args.trace, "--trace")
+    if args.plot is not None:
+        from ratel.cli.plan_picture import check_can_draw
+
+        check_can_draw(args.plot)
     from ratel.plan.wear import parse_endurance
     from ratel.runtime.plan_machine import machine_for
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ratel.config import check_can_write
 from ratel.errors import RatelError
 from ratel.units import GIB
 
@@ -14,22 +15,30 @@ CHARACTERS = 150
 """Of the small print, across the whole width of a bar."""
 
 
-def draw(report: "Report", path: Path) -> None:
-    """Write the picture; the suffix of ``path`` decides about its format. Raises RatelError without matplotlib."""
+def check_can_draw(path: Path) -> None:
+    """Before planning, which takes longer. Raises RatelError without matplotlib, too."""
+    check_can_write(path, "--plot")
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib.figure import Figure  # noqa: F401 - what `draw` needs
     except ImportError as error:
         raise RatelError("drawing needs matplotlib", field="--plot", value=path,
                          remedy="Run `pip install ratel[plot]`") from error
+    if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise RatelError("is of no format that can be drawn", field="--plot", value=path,
+                         remedy="Give a file that ends in .png, .svg or .pdf")
+
+
+def draw(report: "Report", path: Path) -> None:
+    """Write the picture; the suffix of ``path`` decides about its format. `check_can_draw` has been asked."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     memory, time = figure.subplots(2, 1)
     _draw_memory(memory, report)
     _draw_time(time, report)
     figure.suptitle(f"{report.plan.spec.name} on {report.hardware.name}", fontsize=11)
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise RatelError(str(error), field="--plot", value=path, remedy="Give a file that ends in .png, .svg or .pdf") from error
+    figure.savefig(path)
 
 
 def _draw_memory(axes: Any, report: "Report") -> None:

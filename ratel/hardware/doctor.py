@@ -18,7 +18,7 @@ def examine(ssd: Iterable[str] = (), *, measure: bool = True) -> dict[str, Any]:
         "host": describe_host(),
         "cuda": describe_cuda(),
         "native": describe_native(),
-        "ssd": [describe_directory(_existing(path)) for path in ssd],
+        "ssd": [describe_directory(existing(path)) for path in ssd],
     }
     if measure and "error" not in report["native"]:
         _measure(report)
@@ -75,7 +75,7 @@ def _measure(report: dict[str, Any]) -> None:
         entry["rates"] = rates.measure_copies(require_device(f"cuda:{entry['index']}"))
 
 
-def _existing(path: str) -> str:
+def existing(path: str) -> str:
     """Who examines a machine leaves it as it is: a directory that is not there is a mistake, not a place to make."""
     if not os.path.isdir(path):
         raise RatelError("is not a directory", field="--ssd", value=path, remedy="Make it, or give the one that you mean")

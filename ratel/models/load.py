@@ -24,12 +24,13 @@ ATTENTIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flash": "flash_at
 
 
 def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0, loss_fn: LossFn | None = None,
-         attention: str = "auto", max_seq_len: int | None = None) -> Parts:
+         attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True) -> Parts:
     """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what cannot be trained.
 
     ``source``: a Hugging Face directory, a preset's name, a `PretrainedConfig`, a `PreTrainedModel` or any
     `nn.Module`. Whatever is not a causal language model needs ``loss_fn(module, batch) -> scalar``.
-    ``dtype``: of the computation, bf16 or fp32. ``max_seq_len``: the longest sequence that will come.
+    ``dtype``: of the computation, bf16 or fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights``
+    False: for shapes alone; of a directory only config.json is read.
     """
     assert dtype in (torch.bfloat16, torch.float32)
     if attention not in ATTENTIONS:
@@ -42,7 +43,7 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
         source = getattr(source, "_orig_mod", source)  # what torch.compile wraps
         return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len)
     config, directory, name = _resolve(source)
-    return _from_config(config, directory, name, dtype, device, seed, loss_fn, attention, max_seq_len)
+    return _from_config(config, directory if needs_weights else None, name, dtype, device, seed, loss_fn, attention, max_seq_len)
 
 
 def _resolve(source: Any) -> tuple[Any, Path | None, str]:

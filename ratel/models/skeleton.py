@@ -7,6 +7,7 @@ parameter's shape. A module of any size then takes no memory, and still runs.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,17 @@ def owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
     return places
 
 
+_SKELETONS: WeakSet[nn.Module] = WeakSet()
+"""Modules whose weights are with a session."""
+
+
 class Originals:
     """What a module held before it became a skeleton: weights on the CPU, and how to put them back."""
 
     def __init__(self, root: nn.Module) -> None:
+        if not _SKELETONS.isdisjoint(root.modules()):
+            raise RatelError("is in another session, which is not closed", field="model", value=type(root).__name__,
+                             remedy="Close that session first, or give this one a model of its own")
         self._root = root
         self.tensors: dict[str, Tensor] = {}
         """By first name; on the meta device if the module came without weights."""
@@ -71,6 +79,7 @@ class Originals:
             self._devices[name], self._trainable[name] = param.device, param.requires_grad
             # Weights on the GPU would take from the budget there.
             self.tensors[name] = param.data if param.device.type == "meta" else param.data.cpu()
+        _SKELETONS.update(root.modules())
 
     @property
     def has_weights(self) -> bool:
@@ -78,6 +87,7 @@ class Originals:
 
     def put_back(self) -> None:
         """The module's own Parameter objects and buffers again, on their first devices."""
+        _SKELETONS.difference_update(self._root.modules())
         for module, attribute, param in self._places:
             module._parameters[attribute] = param
         for name, param in self._root.named_parameters():

@@ -55,7 +55,8 @@ class MicroOutline:
 
 
 class Outline:
-    """A causal language model of which only shapes exist; ``model`` is what `ratel.models.load` takes.
+    """A causal language model of which only shapes exist; ``model`` is what `ratel.models.load` takes, a directory need
+    not hold the weights.
 
     ``dtype``: of the computation, bf16 or fp32. Raises RatelError for a model that cannot be trained, or not with
     sequences of ``max_seq_len`` tokens.
@@ -63,7 +64,7 @@ class Outline:
 
     def __init__(self, model: Any, *, dtype: torch.dtype, max_seq_len: int, attention: str = "auto") -> None:
         # Flash attention needs its package and a GPU; what it holds is what the fused kernels hold.
-        self._parts = models.load(model, dtype=dtype, device=torch.device("cpu"), max_seq_len=max_seq_len,
+        self._parts = models.load(model, dtype=dtype, device=torch.device("cpu"), max_seq_len=max_seq_len, needs_weights=False,
                                   attention="sdpa" if attention == "flash" else attention)
 
     @property

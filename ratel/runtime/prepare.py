@@ -65,7 +65,8 @@ class Shape:
         if given.rows > self.rows or given.positions > self.positions:
             raise RatelError(f"the session was prepared for {self.rows} rows of {self.positions} at most", field="batch",
                              value=f"{given.rows} rows of {given.positions}",
-                             remedy="Call prepare(rows, seq_len) with the largest shape before the first step")
+                             remedy="Give a batch of the largest shape first, or call Session.prepare(rows, seq_len) with "
+                                    "it before the first step")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Module
+
 from ratel import startup
 from ratel.config import TrainConfig
+from ratel.errors import RatelError
 from ratel.hardware.device import choose_dtype, require_device
+from ratel.models.load import is_causal_lm
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.same_bits import same_bits
 from ratel.runtime.session import Session
@@ -53,6 +57,9 @@ def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = Non
 
 
 def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: Any, eval_data: Any) -> TrainResult:
+    if data is None and config.data is None and tokenizer is None and isinstance(model, Module) and not is_causal_lm(model):
+        raise RatelError("is missing: what a module with its own loss learns from is not known", field="data",
+                         remedy="Give batches as loss_fn takes them")
     asked = config  # as the next start will know it, before PyTorch can say what "auto" is
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
