@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.machine_memory import Cgroup, Machine, remove_group
 from limit_common import taken_away
-from memory_run import BUFFERS, POSITIONS, ROWS, VOCAB, config
+from memory_run import BUFFERS, POSITIONS, ROWS, config
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
 from ratel.plan.choose import Request, choose, minimum_state_bytes

@@ -18,8 +18,9 @@ from ratel.hardware.copies import Link, measure_device_memory, measure_dram
 from ratel.hardware.known import BRIEF
 from ratel.hardware.probe import Effort, Probe
 from ratel.hardware.probe_report import render
+from ratel.hardware.rates import AdamwRates
 from ratel.plan.hardware import Hardware, Ssd
-from ratel.units import KIB, MIB
+from ratel.units import GIB, KIB, MIB
 
 CPU = torch.device("cpu")
 SMALL = Effort(rate_s=0.01, dram_bytes=3 * MIB, adam_params=1 << 16, copy_bytes=256 * KIB, ssd_file_bytes=32 * MIB,
@@ -74,6 +75,28 @@ def test_a_session_measures_briefly_but_not_in_the_cache() -> None:
     assert BRIEF.rate_s < Effort().rate_s and BRIEF.ssd_s < Effort().ssd_s
     assert (BRIEF.adam_params, BRIEF.dram_bytes) == (Effort().adam_params, Effort().dram_bytes)
     assert BRIEF.adam_params & (BRIEF.adam_params - 1)  # no power of two
+
+
+@pytest.mark.unit
+def test_the_optimizer_is_measured_on_as_much_memory_as_a_session_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(threads: int, free_bytes: int) -> int:
+        monkeypatch.setattr(probe, "available_memory", lambda: free_bytes)
+        return 14 * probe._adam_params(threads, Effort())
+
+    assert 40e9 < taken(15, 200 * GIB) <= taken(64, 1000 * GIB) < 50e9
+    assert taken(15, 30 * GIB) <= 10 * GIB and taken(2, 200 * GIB) < 6e9
+
+
+@pytest.mark.native
+def test_an_update_elsewhere_leaves_what_it_reads() -> None:
+    with AdamwRates(2, 1000) as rates:
+        before = [plane.clone() for plane in rates._planes]
+        assert rates.elsewhere(0.0) > 0
+        half = 1000 // 2 // 64 * 64
+        assert all(torch.equal(now[:half], then[:half]) for now, then in zip(rates._planes, before))
+        assert all(not torch.equal(now[half:], then[half:]) for now, then in list(zip(rates._planes, before))[3:])
+        assert rates.in_place(0.0) > 0
+        assert not torch.equal(rates._planes[3][:half], before[3][:half])
 
 
 @pytest.mark.native

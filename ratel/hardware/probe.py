@@ -21,20 +21,24 @@ from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.hardware import Hardware
 from ratel.units import GIB, MIB
 
-METHOD = 5
+METHOD = 6
 """Raised when what is measured, or how, changes: earlier results are then not used."""
+
+_PARAMS_PER_THREAD = 200_000_000
+"""Of the optimizer: an update of them all takes a second or less."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is moved and for how long. Arrays are several times larger than the caches of current processors, of which there
-    are half a GB in some: with states of 0.9 GB an optimizer was measured at 4.4 to 6.5 G param/s, by how many others used the
-    processor, and attained 4.4 in steps. No power of two: planes that begin at equal addresses modulo 128 MiB are updated half as
-    fast as others (docs/log.md), and a model's do not."""
+    are half a GB in some. The optimizer's take as much memory as a session's might: on a virtual machine 7 GB of it were updated at
+    3.9 to 6.2 G param/s, by which they were, and 45 GB at 4.8 (h200_updates). No power of two: planes that begin at equal addresses
+    modulo 256 MiB are updated half as fast as others (docs/log.md), and a model's do not."""
 
     rate_s: float = 0.5
     dram_bytes: int = 4 * GIB
-    adam_params: int = 500_000_000
+    adam_params: int = 3_400_000_000
+    """At most: 48 GB of states and gradients."""
     copy_bytes: int = 256 * MIB
     ssd_file_bytes: int = GIB
     ssd_s: float = 2.0
@@ -99,9 +103,10 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
         link = Link(device, pool, effort.copy_bytes)
         try:
             h2d_bps, d2h_bps, duplex_bps = link.rates(effort.rate_s)
-            adam, elsewhere = _adam(threads, effort), _adam(threads, effort, to_other_planes=True)
-            with repeated_beside(link.both_to_the_end):
-                adam_beside = _adam(threads, effort)
+            with rates.AdamwRates(threads, _adam_params(threads, effort)) as optimizer:
+                adam, elsewhere = optimizer.in_place(effort.rate_s), optimizer.elsewhere(effort.rate_s)
+                with repeated_beside(link.both_to_the_end):
+                    adam_beside = optimizer.in_place(effort.rate_s)
         finally:
             link.close()
     progress("SSDs")
@@ -176,11 +181,9 @@ def _pool(threads: int) -> Iterator[Any]:
         pool.close()
 
 
-def _adam(threads: int, effort: Effort, *, to_other_planes: bool = False) -> float:
-    """With the threads that a session has by default, on what a quarter of the free memory holds at most."""
-    num_params = min(effort.adam_params, available_memory() // (8 * rates.ADAMW_BYTES))
-    return rates.measure_adamw(threads, num_params=num_params, limit_s=effort.rate_s,
-                               to_other_planes=to_other_planes)["params_per_s"]
+def _adam_params(threads: int, effort: Effort) -> int:
+    """What a third of the free memory holds at most."""
+    return min(effort.adam_params, threads * _PARAMS_PER_THREAD, available_memory() // (3 * rates.ADAMW_BYTES))
 
 
 def _dram_bytes() -> int:

@@ -3,7 +3,7 @@
 import mmap
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -14,6 +14,8 @@ from ratel.units import MIB
 _DISK_BYTES, _PIECE_BYTES, _DISK_LIMIT_S = 256 * MIB, 16 * MIB, 3.0
 _COPY_BYTES, _COPY_REPEATS = 256 * MIB, 4
 _ADAMW_PARAMS, _ADAMW_LIMIT_S = 8 << 20, 1.0
+_LINE = 64
+"""Elements; what every plane of a session begins at a multiple of."""
 ADAMW_BYTES = 14
 """Of a parameter: its states and its gradient."""
 
@@ -76,38 +78,68 @@ def _copy_rate(copy: Callable[[], object], device: torch.device) -> float:
     return _COPY_BYTES * _COPY_REPEATS / (time.perf_counter() - start)
 
 
-def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS, limit_s: float = _ADAMW_LIMIT_S,
-                  to_other_planes: bool = False) -> dict[str, Any]:
-    """Parameters per second of the native AdamW on split masters with bf16 gradients.
+def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS, limit_s: float = _ADAMW_LIMIT_S) -> dict[str, Any]:
+    """Parameters per second of the native AdamW on split masters with bf16 gradients."""
+    with AdamwRates(num_threads, num_params) as found:
+        return {"isa": found.isa, "threads": num_threads, "params_per_s": found.in_place(limit_s)}
 
-    ``to_other_planes``: what it reads is left, and the results go elsewhere, as in updates that may have to be forgotten.
+
+class AdamwRates:
+    """Parameters per second of the native AdamW on split masters with bf16 gradients, several times over the same memory.
+
     Nothing is left as zeros that were never written: the kernel maps one page, which stays in the caches, for all of them.
     """
-    count = num_params
-    grad, *planes = _adamw_planes(count, 1)
-    others = _adamw_planes(count, 0) if to_other_planes else []
-    places, targets = (tuple(plane.data_ptr() for plane in found) for found in (planes, others or planes))
-    pool = native.op_ds.Pool(num_threads)
 
-    def update(step: int) -> None:
-        pool.adamw(*places, grad.data_ptr(), count, to=targets, grad_dtype="bf16", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
-                   step=step, grad_scale=1.0, ranges=[(count, 0.0)])
+    def __init__(self, num_threads: int, num_params: int) -> None:
+        self._count, self._planes = num_params, _adamw_planes(num_params)
+        self._pool, self._step = native.op_ds.Pool(num_threads), 0
+        try:
+            for plane in self._planes:
+                self._pool.fill(plane.data_ptr(), plane.nbytes, 0x3A)
+        except BaseException:
+            self.close()
+            raise
 
-    try:
-        for plane in (grad, *planes, *others):
-            pool.fill(plane.data_ptr(), plane.nbytes, 0x3A)
-        update(1)  # the kernel maps the memory now, which takes several times as long as the update
+    @property
+    def isa(self) -> str:
+        return self._pool.isa
+
+    def in_place(self, limit_s: float) -> float:
+        return self._rate(self._count, 0, limit_s)
+
+    def elsewhere(self, limit_s: float) -> float:
+        """What is read is left, and the results go to the other half of the memory, as in updates that may have to be forgotten."""
+        half = self._count // 2 // _LINE * _LINE
+        return self._rate(half, half, limit_s) if half else self.in_place(limit_s)
+
+    def _rate(self, count: int, offset: int, limit_s: float) -> float:
+        grad, *planes = self._planes
+        places, targets = (tuple(plane[first:].data_ptr() for plane in planes) for first in (0, offset))
+
+        def update() -> None:
+            self._step += 1
+            self._pool.adamw(*places, grad.data_ptr(), count, to=targets, grad_dtype="bf16", lr=1e-3, beta1=0.9, beta2=0.999,
+                             eps=1e-8, step=self._step, grad_scale=1.0, ranges=[(count, 0.0)])
+
+        update()
         start, repeats = time.perf_counter(), 0
         while repeats < 2 or time.perf_counter() - start < limit_s:
             repeats += 1
-            update(1 + repeats)
-        seconds = time.perf_counter() - start
-        return {"isa": pool.isa, "threads": num_threads, "params_per_s": count * repeats / seconds}
-    finally:
-        pool.close()
+            update()
+        return count * repeats / (time.perf_counter() - start)
+
+    def close(self) -> None:
+        self._pool.close()
+        self._planes = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-def _adamw_planes(count: int, grads: int) -> list[torch.Tensor]:
+def _adamw_planes(count: int) -> list[torch.Tensor]:
     """Gradients, `hi` and `lo` of two bytes, and both moments, in the kind of memory that a session has them in."""
-    dtypes = [torch.bfloat16] * (grads + 2) + [torch.float32] * 2
+    dtypes = [torch.bfloat16] * 3 + [torch.float32] * 2
     return [torch.frombuffer(anonymous_map(count * dtype.itemsize), dtype=dtype) for dtype in dtypes]
