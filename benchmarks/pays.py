@@ -3,7 +3,8 @@
     python benchmarks/pays.py --set gpu --ssd /mnt/a --json results.json
 
 *activations*: the insides of all blocks recomputed, all moved to DRAM, or what the planner chooses. With sequences of 8192
-tokens attention is worth its bytes, and what the products make is not: a part should move, and all else is planned alike. *tiers*:
+tokens attention is worth its bytes, and what the products make is not: a part should move, and all else is planned alike (blocks of 1024
+channels are launched no faster than they are computed there; docs/log.md). *tiers*:
 the simple rule (GPU, then DRAM, then SSD, hottest planes first; insides recomputed) against the planner, on three budgets: one
 that leaves states on SSD, one whose updates do not hide under a small batch, one with memory to spare for activations.
 
@@ -35,7 +36,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         dict(name="activations", model=(2048, 24), batch=32, seq=1024, options=dict(gpu_memory="12GiB", tier="dram"),
              ways={"all recomputed": dict(activations="recompute", hardware="none"),
                    "all moved to DRAM": dict(activations="dram", hardware="none"), "planned": {}}),
-        dict(name="activations, long sequences", model=(1024, 16), batch=24, seq=8192, options=dict(gpu_memory="6GiB", tier="dram"),
+        dict(name="activations, long sequences", model=(2048, 16), batch=12, seq=8192, options=dict(gpu_memory="8GiB", tier="dram"),
              ways={"all recomputed": dict(activations="recompute"), "all moved to DRAM": dict(activations="dram"),
                    "planned": {}}),
         dict(name="tiers, 40 GiB DRAM", model=(3072, 28), batch=8, seq=1024, options=dict(gpu_memory="24GiB", dram="40GiB"),
