@@ -69,7 +69,7 @@ def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
     yield Measurement(kind="compare_ssd", about_s=350, arguments=script("compare_deepspeed", "--states", "ssd", "--rounds", "1",
                                                                         "--budget-s", "480", *ssd))
     ram_disk = ("--ram-disk", args.ram_disk) if args.ram_disk else ()
-    for kind, about_s, more in (("ssd", 260, (*ssd, *ram_disk, "--steps", "2")), ("shapes", 120, (*ssd, "--only", "0", "1")),
+    for kind, about_s, more in (("ssd", 260, (*ssd, *ram_disk, "--steps", "2")), ("shapes", 300, (*ssd, "--only", "0", "1", "2")),
                                 ("curve", 110, ()), ("sustained", 150, ())):
         yield Measurement(kind=kind, about_s=about_s, arguments=script("targets", kind, *more, "--budget-s", str(1.4 * about_s)))
     yield Measurement(kind="startup", about_s=100, arguments=script("startup", *ssd, "--budget-s", "140"))
