@@ -141,8 +141,9 @@ def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
 
 def _may_be_early(request: Request, plan: Plan) -> bool:
     """Something may be updated early: by the CPU, from a gradient that is in DRAM or may go there."""
-    early = replace(plan, early_units=len(plan.spec.units)).early
-    return bool(early if request.forced is not None else closed_first(plan.spec, plan.placements))
+    if request.forced is None:
+        return bool(closed_first(plan.spec, plan.placements))
+    return bool(replace(plan, early_units=len(plan.spec.units)).early)
 
 
 def _with_early(request: Request, plan: Plan, count: int) -> Plan | None:
