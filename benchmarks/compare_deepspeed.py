@@ -6,7 +6,7 @@ machine, by turns.
 
 Every system gets the same model (Hugging Face's, gradient checkpointing), weights, tokens, learning rate, clipping
 and cap on GPU memory; each run is a process of its own. The losses are held to those of plain PyTorch with fp32
-masters in GPU memory (no cap). A second call with the same file adds to it. Needs `pip install ratel[deepspeed]` for
+masters in GPU memory (no cap). A second call with the same file adds to it. Needs `pip install -e .[deepspeed]` for
 DeepSpeed's rows; the others run without.
 """
 
@@ -27,7 +27,7 @@ from report import Clock, Report
 from systems import ALWAYS, NEVER, Job, read_model
 from watched import run_watched
 
-MISSING = "DeepSpeed is not installed: pip install ratel[deepspeed]"
+MISSING = "DeepSpeed is not installed: pip install -e .[deepspeed]"
 BUILD_LIMIT_S = 400.0
 
 

@@ -1,6 +1,6 @@
 """Writes evaluation_data.md from the JSON files in benchmarks/results: no figure in it was typed by hand.
 
-    python benchmarks/tables.py            rewrite evaluation_data.md and draw its pictures (needs `pip install ratel[plot]`)
+    python benchmarks/tables.py            rewrite evaluation_data.md and draw its pictures (needs matplotlib)
     python benchmarks/tables.py --check    exit 1 if it is not up to date
 """
 

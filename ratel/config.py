@@ -105,6 +105,8 @@ def _bytes(value: Any, flag: str) -> int:
 
 def _rate(value: Any, flag: str) -> float:
     rate_bps = parse_rate(value, field=flag)
+    if isinstance(value, str) and value.strip().isdigit() and 0 < rate_bps < MIB:
+        raise RatelError(f"is {rate_bps:.0f} bytes a second", field=flag, value=value, remedy=f"Write the unit: {value.strip()}GB/s")
     if rate_bps == 0:
         raise RatelError("must be above 0", field=flag, value=value, remedy="Leave it out for no cap")
     return rate_bps

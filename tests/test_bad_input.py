@@ -210,7 +210,7 @@ BATCHES = {
     "labels below": ({"input_ids": ids(), "labels": ids() - 1}, "outside the model's vocabulary", "labels"),
     "labels of another shape": ({"input_ids": ids(), "labels": ids(4, 15)}, "the shape of input_ids", "labels"),
     "positions past the model's": ({"input_ids": ids(), "position_ids": ids() + 64}, "at most 64", "position_ids"),
-    "rows that differ": ({"input_ids": ids(), "extra": ids(3)}, "of one length", "batch"),
+    "a key that nothing takes": ({"input_ids": ids(), "extra": ids(3)}, "would not be given .given: extra.", "batch"),
 }
 
 
@@ -314,3 +314,81 @@ def test_a_module_with_its_own_loss_needs_batches(tmp_path: Path) -> None:
     refused("is missing: what a module with its own loss learns from", "data",
             lambda: ratel.train(build("patches"), loss_fn=loss_fn_of("patches"), steps=1, device="cpu", out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+# --- what a newcomer met ------------------------------------------------------------------------------------------------
+
+
+def masked(rows: list[list[int]], *, labels: bool = True) -> dict[str, torch.Tensor]:
+    mask, ids = torch.tensor(rows), torch.arange(len(rows) * len(rows[0])).view(len(rows), -1) % VOCAB
+    return {"input_ids": ids, "attention_mask": mask, **({"labels": ids.masked_fill(mask == 0, -100)} if labels else {})}
+
+
+@pytest.mark.parametrize(("batch", "message", "field"), [
+    (masked([[0, 1, 1, 1], [1, 1, 1, 1]]), "hides tokens before others.*Pad on the right", "attention_mask"),
+    (masked([[1, 1, 0, 0], [1, 1, 1, 1]], labels=False), "hides tokens that are to be learned", "attention_mask"),
+    ({**masked([[1, 1, 0, 0]]), "labels": torch.ones(1, 4, dtype=torch.long)}, "hides tokens that are to be learned", "attention_mask"),
+    ({**masked([[1, 1, 1, 1]]), "attention_mask": torch.ones(1, 3)}, "of the shape of input_ids", "attention_mask"),
+    ({**masked([[1, 1, 1, 1]]), "token_type_ids": torch.ones(1, 4)}, r"would not be given \(given: token_type_ids\)", "batch"),
+    ({**masked([[1, 1, 1, 1]]), "labels": torch.ones(1, 4)}, "must be whole numbers", "labels")])
+def test_batches_that_would_be_trained_on_as_something_else(batch: dict, message: str, field: str, ssd_dir: Path) -> None:
+    with open_session(build("llama"), ssd_dir) as session:
+        refused(message, field, lambda: session.step(batch))
+        assert session.step(batches("llama", 1)[0]).loss > 0
+
+
+def test_a_padding_on_the_right_is_trained_on_as_transformers_does(ssd_dir: Path) -> None:
+    """Also as a tokenizer's own type, in integers of 32 bits."""
+    from transformers import BatchEncoding
+
+    model, batch = build("llama"), masked([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    expected = model.float()(**batch).loss.item()
+    given = BatchEncoding({key: tensor.int() for key, tensor in batch.items()})
+    with open_session(model, ssd_dir, dtype="fp32") as session:
+        assert session.step(given).loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "abc", True])
+def test_learning_rates(value: object, ssd_dir: Path) -> None:
+    refused("finite number, 0 or more", "lr", lambda: open_session(build("llama"), ssd_dir, lr=value))
+    with open_session(build("llama"), ssd_dir) as session:
+        batch = batches("llama", 1)[0]
+        session.step(batch)
+        refused("finite number, 0 or more", "lr", lambda: session.step(batch, lr=value))
+        assert not session.step(batch).skipped
+
+
+def test_budgets_and_directories_of_a_session(ssd_dir: Path) -> None:
+    for value in (0, True, -1):
+        refused("above 0|negative", "dram", lambda: open_session(build("llama"), ssd_dir, dram=value))
+    refused("is given twice", "ssd", lambda: Session(build("llama"), device="cpu", ssd=[ssd_dir, f"{ssd_dir}/."]))
+
+
+def test_a_generator_without_a_batch(tmp_path: Path) -> None:
+    refused("there is no batch in it", "data", lambda: ratel.train(build("llama"), iter(()), steps=1, device="cpu",
+                                                                   out=str(tmp_path / "run")))
+
+
+def test_no_room_for_the_trained_model_is_said_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ratel.runtime import export
+
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    options = dict(steps=1, batch_size=2, seq_len=16, device="cpu", out=str(tmp_path / "run"))
+    refused("has 1000 B free, and the trained model takes", "--out", lambda: ratel.train("demo", **options))
+    assert not (tmp_path / "run").exists()
+    ratel.train("demo", **options, export=False)
+
+
+def test_a_model_that_cannot_be_written_leaves_a_session_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ratel.runtime import export
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_session(build("llama")) as session:
+        session.step(batches("llama", 1)[0])
+        with monkeypatch.context() as patched:
+            patched.setattr(export, "write_shards", full)
+            refused("cannot be written.*No space left", "export", lambda: session.export(tmp_path / "model"))
+        assert list(tmp_path.iterdir()) == []
+        assert session.export(tmp_path / "model").is_dir() and not session.step(batches("llama", 1)[0]).skipped

@@ -332,3 +332,22 @@ def test_layer_dropping_is_noticed_when_it_happens() -> None:
         parts = load(AutoModelForCausalLM.from_config(config), dtype=torch.float32, device=CPU)
         for _ in range(20):
             parts.head(make_batch())
+
+
+@pytest.mark.parametrize(("change", "message"), [({"vocab_size": -1}, "transformers cannot build it"),
+                                                 ({"num_key_value_heads": 3}, "of this configuration cannot run.*Check the sizes")])
+def test_sizes_that_do_not_go_together(change: dict[str, int], message: str, directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    error = refused(message, directory)
+    assert error.field == "model"
+
+
+def test_weights_that_config_json_has_no_place_for_are_named(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(directory, dtype=torch.float32, device=CPU).close()
+    assert caplog.text == ""
+    path = directory / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "num_hidden_layers": content["num_hidden_layers"] - 1}))
+    load(directory, dtype=torch.float32, device=CPU).close()
+    assert "of the weights model.layers." in caplog.text and "more are not used" in caplog.text

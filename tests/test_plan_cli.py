@@ -233,7 +233,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
     from ratel.cli.plan_picture import check_can_draw
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(RatelError, match=r"pip install ratel\[plot\]"):
+    with pytest.raises(RatelError, match="pip install matplotlib"):
         check_can_draw(tmp_path / "plan.png")
 
 

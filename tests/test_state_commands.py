@@ -14,6 +14,7 @@ from commands_common import start
 from families_common import batches, build
 from ratel import cli
 from ratel.runtime.state import SavedState
+from ratel.train.output import RunDirectory
 from resume_common import make_model, make_text, model_files, train
 from test_state import flip
 
@@ -177,3 +178,21 @@ def test_export_names_what_an_object_has_not_left(tmp_path: Path, capsys: pytest
     status, _, err = ratel(capsys, *export)
     assert status == 2 and "--model: the run's model (LlamaForCausalLM) is neither a directory here nor a preset" in err
     assert ratel(capsys, *export, "--model", model)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["check", "export"])
+def test_a_state_that_its_run_is_writing_over_is_not_called_damaged(command: str, out: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """Commits in place go on while somebody reads."""
+    state = out / "state" / "step-00000003"
+    position = SavedState(state).manifest["planes"][2]["hi"]["offset"] + 9
+    arguments = ("check", out) if command == "check" else ("export", "--state", out, "--out", tmp_path / "model")
+    flip(state / "planes.0", position)
+    try:
+        assert "is damaged" in ratel(capsys, *arguments)[2]
+        with RunDirectory(out) as run:
+            run.open(keep_results=True)
+            status, _, err = ratel(capsys, *(a if a != tmp_path / "model" else tmp_path / "again" for a in arguments))
+            assert status == 2 and "was written over by its run, which goes on" in err
+    finally:
+        flip(state / "planes.0", position)

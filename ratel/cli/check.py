@@ -5,11 +5,14 @@ import json
 import sys
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ratel.cli.parser import add_command
 from ratel.errors import RatelError
 from ratel.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from ratel.runtime.state import SavedState
 
 _REDRAW_S = 0.2
 
@@ -22,12 +25,15 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ratel.runtime.state import SavedState
+    from ratel.train.output import beside_a_run
     from ratel.train.states import find_state
 
     path = find_state(args.state, "DIR")
-    begun = perf_counter()
+    begun = perf_counter()  # imports come before
     try:
-        checked = _check(path, begun)
+        with beside_a_run(path, "DIR"):
+            checked = _check(SavedState(path), begun)
     except RatelError as error:
         if args.json:
             print(json.dumps({"state": str(path), "ok": False, "problem": str(error)}, indent=2))
@@ -41,10 +47,7 @@ def run(args: argparse.Namespace) -> None:
               f"{format_seconds(seconds)} ({format_bytes(checked['num_bytes'] / seconds)}/s)")
 
 
-def _check(path: Path, begun: float) -> dict[str, int]:
-    from ratel.runtime.state import SavedState
-
-    saved = SavedState(path)
+def _check(saved: "SavedState", begun: float) -> dict[str, int]:
     with _ProgressLine(saved.num_bytes, begun) as line:
         saved.verify(line.advance)
     return {"units": saved.num_units, "num_bytes": saved.num_bytes}

@@ -23,7 +23,7 @@ def check_can_draw(path: Path) -> None:
         from matplotlib.figure import Figure  # noqa: F401 - what `draw` needs
     except ImportError as error:
         raise RatelError("drawing needs matplotlib", field="--plot", value=path,
-                         remedy="Run `pip install ratel[plot]`") from error
+                         remedy="Run `pip install matplotlib`") from error
     if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
         raise RatelError("is of no format that can be drawn", field="--plot", value=path,
                          remedy="Give a file that ends in .png, .svg or .pdf")

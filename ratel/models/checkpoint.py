@@ -6,6 +6,7 @@ here for one parameter at a time: on the meta device to check everything from th
 """
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from ratel.models.safetensors_files import StoredTensor, TensorFiles, model_file
 from ratel.models.stored_bits import Run, StoredBits
 from ratel.models.weights import view
 from ratel.plan.shape import ParamSpec, UnitSpec
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,11 +106,13 @@ class CheckpointSource:
 
     def _find_recipes(self) -> dict[str, Recipe]:
         recipes: dict[str, Recipe] = {}
+        unused: list[str] = []
         renamings, converters = _conversions(self._module)
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         for stored in sorted(self._files.tensors, key=_natural):
             name, pattern = self._rename(stored, renamings, converters)
             if name not in self._names:
+                unused.append(stored)
                 continue
             recipe = recipes.setdefault(name, Recipe())
             if pattern is None:
@@ -117,7 +123,17 @@ class CheckpointSource:
         for first, recipe in list(recipes.items()):
             if recipe.converter is not None:
                 self._add_other_products(first, recipe, recipes)
+        self._tell_of(unused)
         return recipes
+
+    def _tell_of(self, unused: list[str]) -> None:
+        """Some checkpoints hold what a model has no place for, such as rotary frequencies; a config.json with too few layers
+        looks the same."""
+        known = [*(getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+        buffers = {name for name, _ in self._module.named_buffers()}
+        strange = [name for name in unused if self._with_prefix(name) not in buffers and not any(re.search(k, name) for k in known)]
+        if strange:
+            log.warning("%s: of the weights %s are not used: config.json has no place for them", self._directory, _few(strange))
 
     def _add_other_products(self, first: str, recipe: Recipe, recipes: dict[str, Recipe]) -> None:
         """A conversion that splits one stored tensor is named by its first product; the others share it."""

@@ -70,11 +70,19 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
     model_class = _class_of(config) if loss_fn is not None else None
     try:
         module = build(config, dtype, ATTENTIONS[attention], model_class)
-    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RatelError):
+            raise
         raise RatelError(f"transformers cannot build it: {error}", field="model", value=name,
                          remedy="Check config.json, and that --attention suits the model and the machine") from error
     source = CheckpointSource(directory, module) if directory is not None else None
-    return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len)
+    try:
+        return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # from its first run in outline
+        raise RatelError(f"the model of this configuration cannot run: {error}", field="model", value=name,
+                         remedy="Check the sizes in config.json against each other") from error
 
 
 def _class_of(config: Any) -> type | None:

@@ -63,7 +63,7 @@ class Originals:
     def __init__(self, root: nn.Module) -> None:
         if not _SKELETONS.isdisjoint(root.modules()):
             raise RatelError("is in another session, which is not closed", field="model", value=type(root).__name__,
-                             remedy="Close that session first, or give this one a model of its own")
+                             remedy="Close that session first; if nothing refers to it any more, load the model anew")
         self._root = root
         self.tensors: dict[str, Tensor] = {}
         """By first name; on the meta device if the module came without weights."""

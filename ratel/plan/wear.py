@@ -45,6 +45,8 @@ def wear(plan: Plan, prediction: Prediction, *, weights: Weights, capacities: Se
 def parse_endurance(text: str, field: str = "--endurance") -> float:
     """Bytes of ``3500TBW`` or ``3.5PBW`` as data sheets write it: a million million bytes each, or a thousand of these."""
     number = text.strip().upper().removesuffix("W")
+    if number.replace(".", "", 1).isdigit():
+        raise RatelError("has no unit", field=field, value=text, remedy=f"Write the unit: {text.strip()}TBW")
     factor = 1000 if number.endswith("PB") else 1
     try:
         endurance = parse_bytes(number[:-2] + "TB" if number.endswith("PB") else number, field=field) * factor

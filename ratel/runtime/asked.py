@@ -1,7 +1,10 @@
 """What the caller of a session asked for, made into what the runtime works with, or refused."""
 
+import math
 import os
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from ratel.errors import RatelError
 from ratel.plan.forced_kept import Activations
@@ -24,7 +27,11 @@ def directories_of(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str,
                              remedy=_SSD_REMEDY) from error
         if not os.access(name, os.W_OK | os.X_OK):
             raise RatelError("is not writable", field="ssd", value=name, remedy=_SSD_REMEDY)
-    return tuple(os.fspath(name) for name in names)
+    found = tuple(os.fspath(name) for name in names)
+    twice = [name for name in found if sum(os.path.realpath(name) == os.path.realpath(other) for other in found) > 1]
+    if twice:
+        raise RatelError("is given twice", field="ssd", value=twice[-1], remedy="Name each directory once")
+    return found
 
 
 def durability_of(durable: str, commits: "str | os.PathLike | None", io: IoOptions) -> tuple[str, Path | None]:
@@ -65,4 +72,16 @@ def is_compiled(compile: str, activations: Activations) -> bool:
 
 
 def bytes_or_none(size: str | int | None, field: str) -> int | None:
-    return None if size is None else parse_bytes(size, field=field)
+    if size is None:
+        return None
+    num_bytes = 0 if isinstance(size, bool) else parse_bytes(size, field=field)
+    if num_bytes <= 0:
+        raise RatelError("must be above 0", field=field, value=size, remedy="Write it like 24GiB, or leave it out")
+    return num_bytes
+
+
+def learning_rate(value: Any) -> float:
+    """0 is one: a step without a change."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
+        raise RatelError("must be a finite number, 0 or more", field="lr", value=value)
+    return float(value)

@@ -13,6 +13,7 @@ from ratel.models import Parts
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.durable_files import replace_directory
+from ratel.units import format_bytes
 
 PIECE_ELEMENTS = 1 << 22
 
@@ -27,15 +28,31 @@ def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Pa
     """
     if path.exists() and not path.is_dir():
         raise RatelError("is a file", field="export", value=path, remedy="Give a directory")
+    from safetensors import SafetensorError
+
     unfinished = path.with_name(path.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    parts.save_config(unfinished, dtype)
-    _write_shards(parts, read_unit, unfinished, dtype)
-    if beside is not None:
-        beside(unfinished)
-    replace_directory(unfinished, path)
+    try:
+        unfinished.mkdir(parents=True)
+        parts.save_config(unfinished, dtype)
+        _write_shards(parts, read_unit, unfinished, dtype)
+        if beside is not None:
+            beside(unfinished)
+        replace_directory(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RatelError(f"the model cannot be written: {error}", field="export", value=path,
+                         remedy="Make room there, or give another directory") from error
     return path
+
+
+def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
+    """Before the steps that a model comes out of. ``path`` need not exist."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free, needed = shutil.disk_usage(existing).free, parts.spec.num_params * dtype.itemsize
+    if free < needed:
+        raise RatelError(f"has {format_bytes(free)} free, and the trained model takes {format_bytes(needed)}", field="--out",
+                         value=path, remedy="Make room there, give another directory, or use --no-export")
 
 
 def _write_shards(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], directory: Path, dtype: torch.dtype) -> None:

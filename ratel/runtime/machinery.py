@@ -201,6 +201,10 @@ class Machinery:
             if error.errno == errno.EINVAL and io.direct == "on":
                 raise RatelError(str(error), field="direct", value="on", remedy="Use --direct auto, or another directory"
                                  ) from error
+            if error.errno == errno.EBUSY:
+                raise RatelError(f"another run has its states there: {error}", field="ssd",
+                                 value=",".join(map(os.fspath, io.directories)),
+                                 remedy="Wait for that run, or give other directories") from error
             raise RatelError(f"no place for {num_bytes} bytes of {name}: {error}", field="ssd",
                              value=",".join(map(os.fspath, io.directories)),
                              remedy="Give directories on a drive with enough free space that you may write to"

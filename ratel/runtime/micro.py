@@ -1,6 +1,6 @@
 """A step's batch cut into micro-batches, and what they have in common."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
 def count_rows(batch: Any) -> int:
     """The common first dimension of the batch's tensors."""
     rows = {t.shape[0] if t.dim() else None for t in tensors_of(batch)}
+    if not rows:
+        raise RatelError("there is no tensor in the batch", field="batch", value=type(batch).__name__,
+                         remedy="Make tensors of it, as torch.as_tensor does")
     if len(rows) != 1 or None in rows:
         raise RatelError("every tensor of a batch must have the batch as its first dimension, of one length",
                          field="batch", value=f"lengths {sorted(map(str, rows))}")
@@ -41,11 +44,45 @@ def count_rows(batch: Any) -> int:
     return count
 
 
-def check_causal_batch(batch: Any, spec: ModelSpec) -> None:
-    """Refuse what a causal language model cannot be trained on."""
-    if not isinstance(batch, dict) or "input_ids" not in batch:
+CAUSAL = ("input_ids", "labels", "position_ids", "attention_mask")
+"""What a batch for a causal language model may hold."""
+
+
+def causal_batch(batch: Any, spec: ModelSpec) -> dict[str, Tensor]:
+    """As a step takes it: checked, in integers of 64 bits, and without an attention mask, which says nothing then."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise RatelError("a batch for a language model is a dict with input_ids (and labels, position_ids)",
                          field="batch", value=type(batch).__name__)
+    unknown = [str(key) for key in batch if key not in CAUSAL]
+    if unknown:
+        raise RatelError("holds what the model would not be given", field="batch", value=", ".join(unknown),
+                         remedy=f"Take it out; {', '.join(CAUSAL)} are used")
+    _check_causal(batch, spec)
+    if "attention_mask" in batch:
+        _check_mask(batch["attention_mask"], batch)
+    return {key: tensor.long() for key, tensor in batch.items() if key != "attention_mask"}
+
+
+def _check_mask(mask: Any, batch: Mapping[str, Tensor]) -> None:
+    """Attention is causal: tokens do not see a padding to their right. So a mask changes nothing where that is all that
+    it hides, and none of it is learned."""
+    if not isinstance(mask, Tensor) or mask.shape != batch["input_ids"].shape:
+        raise RatelError("must be a tensor of the shape of input_ids", field="attention_mask",
+                         value=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__)
+    hidden = mask == 0
+    if not hidden.any():
+        return
+    if (hidden[:, :-1] & ~hidden[:, 1:]).any():
+        raise RatelError("hides tokens before others that it shows", field="attention_mask",
+                         remedy="Pad on the right, with labels of -100 there; keep documents apart by position_ids that "
+                                "begin again at 0")
+    if "labels" not in batch or (batch["labels"][hidden] != IGNORED).any():
+        raise RatelError("hides tokens that are to be learned", field="attention_mask",
+                         remedy="Give labels, with -100 where attention_mask is 0")
+
+
+def _check_causal(batch: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Refuse what a causal language model cannot be trained on."""
     ids = batch["input_ids"]
     if not isinstance(ids, Tensor):
         raise RatelError("must be a tensor", field="input_ids", value=type(ids).__name__)
@@ -58,6 +95,8 @@ def check_causal_batch(batch: Any, spec: ModelSpec) -> None:
     for name in ("labels", "position_ids"):
         if name in batch and (not isinstance(batch[name], Tensor) or batch[name].shape != ids.shape):
             raise RatelError("must be a tensor of the shape of input_ids", field=name, value=tuple(ids.shape))
+        if name in batch and batch[name].is_floating_point():
+            raise RatelError("must be whole numbers", field=name, value=batch[name].dtype)
     if "labels" in batch:
         targets = batch["labels"][batch["labels"] != IGNORED]
         _check_range(targets, "labels", spec.vocab_size, f"a target is outside the model's vocabulary of {spec.vocab_size}")

@@ -25,14 +25,14 @@ from ratel.plan.placement import Forced
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.shape import UnitSpec
 from ratel.plan.stripes import Weights
-from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is_compiled, optimizer_of
+from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is_compiled, learning_rate, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.loss import count_targets, with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
-from ratel.runtime.micro import check_causal_batch, count_rows, split, step_targets
+from ratel.runtime.micro import causal_batch, count_rows, split, step_targets
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
@@ -59,7 +59,9 @@ class Session:
     (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
     a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where it
     pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the
-    rates to plan with (`ratel.hardware.known.hardware_for`). Raises RatelError for what cannot work, before anything is
+    rates to plan with (`ratel.hardware.known.hardware_for`). ``loss_fn(model, batch)`` returns the mean over the rows of
+    what it is given, a scalar: it is called for each micro-batch, whose size the plan chooses, and the results are averaged by
+    rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). Raises RatelError for what cannot work, before anything is
     reserved.
     """
 
@@ -100,7 +102,7 @@ class Session:
         self.prediction: Prediction | None = None
         """Of a step; like ``machine``, where the plan was made with a machine's rates."""
         self._hyper = dict(zip(("beta1", "beta2"), given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"])
-        self.lr, self.seed, self.dtype = lr, given["seed"], dtype
+        self.lr, self.seed, self.dtype = learning_rate(lr), given["seed"], dtype
         self._threads = worker_cores() if optimizer_threads == "auto" else given["optimizer_threads"]
         self._machinery: Machinery | None = None
         self._plan: Plan | None = None
@@ -214,11 +216,11 @@ class Session:
         the device at the end; it changes no result.
         """
         begun = perf_counter()
+        lr = self.lr if lr is None else learning_rate(lr)
         batch = self._ready(batch)
         targets = step_targets(batch) if self.parts.is_causal_lm else 0
         tokens = _count_tokens(batch)
         micros = split(batch, self.plan.work.micro_rows, self.device)
-        lr = self.lr if lr is None else lr
         hyper = Hyper(lr=lr, step=self._updates_made + 1, **self._hyper)
         recording = Recording(self._machinery) if trace else None  # last: what is refused must not leave it on
         with self._protected():
@@ -401,8 +403,7 @@ class Session:
         """The batch, checked; the session prepared for it."""
         self._check_usable()
         if self.parts.is_causal_lm:
-            check_causal_batch(batch, self.parts.spec)
-            batch = with_labels(batch)
+            batch = with_labels(causal_batch(batch, self.parts.spec))
         if self._machinery is None:
             self._prepare(batch)
         self._shape.check(batch)

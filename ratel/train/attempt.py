@@ -16,7 +16,8 @@ from ratel.monitor.metrics import MetricsWriter
 from ratel.monitor.progress import ProgressDisplay
 from ratel.plan.durability import saving
 from ratel.plan.timeline import Timeline
-from ratel.runtime.session import Session
+from ratel.runtime.export import check_room
+from ratel.runtime.session import DTYPES, Session
 from ratel.train.inputs import Inputs
 from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import Loop, Progress
@@ -75,6 +76,8 @@ class Attempt:
     def _prepare_session(self) -> None:
         has_known_shape = self.session.parts.is_causal_lm and self.inputs.tokenizer is not None
         if has_known_shape:
+            if self.config.export:
+                check_room(self.session.parts, self.out.model, DTYPES[self.config.dtype])
             self.session.prepare(self.config.batch_size, self.config.seq_len)
         elif self.earlier:
             self.session.evaluate([self.inputs.sample])  # brings the state in: damage is found before the start

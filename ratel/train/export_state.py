@@ -19,6 +19,7 @@ from ratel.runtime.moments import export_moments
 from ratel.runtime.session import DTYPES
 from ratel.runtime.state import SavedState
 from ratel.train.options import read_run
+from ratel.train.output import beside_a_run
 from ratel.train.states import find_state
 
 
@@ -32,6 +33,11 @@ def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
     path = find_state(state, "--state")
+    with beside_a_run(path, "--state"):
+        return _export_state(path, out, model, dtype, optimizer)
+
+
+def _export_state(path: Path, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
     saved, options = SavedState(path), read_run(path.parent.parent)
     source = model if model is not None else _model_of_run(options, path)
     parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),

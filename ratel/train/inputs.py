@@ -114,7 +114,12 @@ class _Counted(Iterator[Any]):
 def endless(batches: Iterable[Any]) -> Iterator[Any]:
     """Pass after pass over ``batches``; once only over what cannot be started again, as a generator."""
     if iter(batches) is batches:
-        yield from batches
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise RatelError("there is no batch in it", field="data", value=type(batches).__name__)
         return
     while True:
         is_empty = True

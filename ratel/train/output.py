@@ -3,12 +3,15 @@
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 from ratel.errors import RatelError
 from ratel.runtime.durable_files import make_directory, sync_path, write_synced
+from ratel.runtime.state_format import DamagedStateError
 from ratel.train.states import StateDirectory
 
 RESULTS = ("config.json", "plan.json", "hardware.json", "startup.json", "metrics.jsonl", "model", "model.partial", "state")
@@ -56,6 +59,21 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RatelError("another run is writing to it", field="--out", value=self.path,
                              remedy="Wait for that run, or give another directory") from error
+
+    @property
+    def is_being_written(self) -> bool:
+        """By a run in another process."""
+        try:
+            there = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(there, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(there)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -107,3 +125,16 @@ def _first_free(parent: Path, name: str) -> Path:
 
 def _remove(path: Path) -> None:
     rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def beside_a_run(state: Path, field: str) -> Iterator[None]:
+    """What reads a state while its run goes on may meet one that is being written over: that is no damage."""
+    try:
+        yield
+    except DamagedStateError as error:
+        run = RunDirectory(state.parent.parent)
+        if not run.is_being_written:
+            raise
+        raise RatelError("was written over by its run, which goes on", field=field, value=state,
+                         remedy="Do it again when that run has ended, or make states last by copies: --durable checkpoint") from error
