@@ -1,5 +1,6 @@
 """Writes the trained model as a Hugging Face directory, a few units in memory at a time."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,8 @@ def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Pa
             beside(unfinished)
         replace_directory(unfinished, path)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # reading may have failed as well
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RatelError(f"the model cannot be written: {error}", field="export", value=path,
                          remedy="Make room there, or give another directory") from error
