@@ -369,6 +369,13 @@ def test_a_generator_without_a_batch(tmp_path: Path) -> None:
                                                                    out=str(tmp_path / "run")))
 
 
+def test_data_that_ends_early_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (3, 2):
+        ratel.train(build("llama"), iter(batches("llama", 2)), steps=steps, device="cpu", out=str(tmp_path / str(steps)))
+        captured = capsys.readouterr()
+        assert ("the data ended after step 2 of 3" in captured.out + captured.err) == (steps == 3)
+
+
 def test_no_room_for_the_trained_model_is_said_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ratel.runtime import export
 

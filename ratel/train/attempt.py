@@ -105,6 +105,8 @@ class Attempt:
                               f"written, metrics are in {self.out.path}", self._result(progress, start)) from None
         result = self._result(progress, start, is_interrupted=stop.requested)
         self.display.close()
+        if progress.steps < self.config.steps and not result.is_interrupted:
+            self.display.note(f"the data ended after step {progress.steps} of {self.config.steps}")
         for line in summarize(progress, result.seconds, self.out, exported=self.config.export):
             self.display.note(line)
         return result
