@@ -384,6 +384,7 @@ def test_no_room_for_the_trained_model_is_said_before_the_first_step(tmp_path: P
     refused("has 1000 B free, and the trained model takes", "--out", lambda: ratel.train("demo", **options))
     assert not (tmp_path / "run").exists()
     ratel.train("demo", **options, export=False)
+    ratel.train("demo", **options, overwrite=True)  # what was there makes room
 
 
 def test_a_model_that_cannot_be_written_leaves_a_session_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
