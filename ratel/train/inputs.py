@@ -113,14 +113,7 @@ class _Counted(Iterator[Any]):
 
 def endless(batches: Iterable[Any]) -> Iterator[Any]:
     """Pass after pass over ``batches``; once only over what cannot be started again, as a generator."""
-    if iter(batches) is batches:
-        is_empty = True
-        for batch in batches:
-            is_empty = False
-            yield batch
-        if is_empty:
-            raise RatelError("there is no batch in it", field="data", value=type(batches).__name__)
-        return
+    begins_again = iter(batches) is not batches
     while True:
         is_empty = True
         for batch in batches:
@@ -128,3 +121,5 @@ def endless(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if is_empty:
             raise RatelError("there is no batch in it", field="data", value=type(batches).__name__)
+        if not begins_again:
+            return
