@@ -193,7 +193,7 @@ def reproducible_section(name: str, report: dict) -> list[str]:
 def updates_section(name: str, report: dict) -> list[str]:
     columns = ("fresh, before", "in steps", "same planes", "one unit", "fresh, after")
     lines = [f"## The CPU optimizer in steps and alone: {name}", "", f"{report['gpu'] or report['host']['cpu']['model']}, torch "
-             f"{report['torch']}; `{report['command']}`, G parameters per second: on new memory as the probe takes it, in "
+             f"{report['torch']}; `{report['command']}`, G parameters per second: on a few GB of new memory, in "
              "steps of a session, of that session's planes when nothing else runs (all after each other; one unit again and "
              "again), and on new memory once more.", "", f"| model | batch | {' | '.join(columns)} | memory in huge pages |",
              "|---|---|" + "---|" * (len(columns) + 1)]

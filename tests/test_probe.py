@@ -81,7 +81,7 @@ def test_a_session_measures_briefly_but_not_in_the_cache() -> None:
 def test_the_optimizer_is_measured_on_as_much_memory_as_a_session_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(threads: int, free_bytes: int) -> int:
         monkeypatch.setattr(probe, "available_memory", lambda: free_bytes)
-        return 14 * probe._adam_params(threads, Effort())
+        return 14 * probe.adam_params(threads, Effort())
 
     assert 40e9 < taken(15, 200 * GIB) <= taken(64, 1000 * GIB) < 50e9
     assert taken(15, 30 * GIB) <= 10 * GIB and taken(2, 200 * GIB) < 6e9

@@ -31,7 +31,7 @@ _PARAMS_PER_THREAD = 200_000_000
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is moved and for how long. Arrays are several times larger than the caches of current processors, of which there
-    are half a GB in some. The optimizer's take as much memory as a session's might: on a virtual machine 7 GB of it were updated at
+    are half a GB in some. The optimizer's take as much memory as a session's might: on a virtual machine 3.8 GB of it were updated at
     3.9 to 6.2 G param/s, by which they were, and 45 GB at 4.8 (h200_updates). No power of two: planes that begin at equal addresses
     modulo 256 MiB are updated half as fast as others (docs/log.md), and a model's do not."""
 
@@ -103,7 +103,7 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
         link = Link(device, pool, effort.copy_bytes)
         try:
             h2d_bps, d2h_bps, duplex_bps = link.rates(effort.rate_s)
-            with rates.AdamwRates(threads, _adam_params(threads, effort)) as optimizer:
+            with rates.AdamwRates(threads, adam_params(threads, effort)) as optimizer:
                 adam, elsewhere = optimizer.in_place(effort.rate_s), optimizer.elsewhere(effort.rate_s)
                 with repeated_beside(link.both_to_the_end):
                     adam_beside = optimizer.in_place(effort.rate_s)
@@ -181,8 +181,8 @@ def _pool(threads: int) -> Iterator[Any]:
         pool.close()
 
 
-def _adam_params(threads: int, effort: Effort) -> int:
-    """What a third of the free memory holds at most."""
+def adam_params(threads: int, effort: Effort = Effort()) -> int:
+    """Parameters that the optimizer is measured on: what a third of the free memory holds at most."""
     return min(effort.adam_params, threads * _PARAMS_PER_THREAD, available_memory() // (3 * rates.ADAMW_BYTES))
 
 

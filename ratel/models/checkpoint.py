@@ -129,6 +129,8 @@ class CheckpointSource:
     def _tell_of(self, unused: list[str]) -> None:
         """Some checkpoints hold what a model has no place for, such as rotary frequencies; a config.json with too few layers
         looks the same."""
+        if not unused:
+            return
         known = [*(getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
         buffers = {name for name, _ in self._module.named_buffers()}
         strange = [name for name in unused if self._with_prefix(name) not in buffers and not any(re.search(k, name) for k in known)]

@@ -24,6 +24,11 @@ def make_directory(path: Path) -> None:
         sync_path(path.parent)
 
 
+def existing_part(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+
+
 def sync_path(path: Path) -> None:
     """What a file holds, or which names a directory has, is on disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -13,7 +13,7 @@ from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.durable_files import replace_directory
+from ratel.runtime.durable_files import existing_part, replace_directory
 from ratel.units import format_bytes
 
 PIECE_ELEMENTS = 1 << 22
@@ -51,8 +51,7 @@ def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Pa
 
 def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
     """Before the steps that a model comes out of. ``path`` need not exist."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free, needed = shutil.disk_usage(existing).free, parts.spec.num_params * dtype.itemsize
+    free, needed = shutil.disk_usage(existing_part(path)).free, parts.spec.num_params * dtype.itemsize
     if free < needed:
         raise RatelError(f"has {format_bytes(free)} free, and the trained model takes {format_bytes(needed)}", field="--out",
                          value=path, remedy="Make room there, give another directory, or use --no-export")

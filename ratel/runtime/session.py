@@ -61,8 +61,8 @@ class Session:
     pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the
     rates to plan with (`ratel.hardware.known.hardware_for`). ``loss_fn(model, batch)`` returns the mean over the rows of
     what it is given, a scalar: it is called for each micro-batch, whose size the plan chooses, and the results are averaged by
-    rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). Raises RatelError for what cannot work, before anything is
-    reserved.
+    rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). Raises
+    RatelError for what cannot work, before anything is reserved.
     """
 
     def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,

@@ -10,7 +10,7 @@ from shutil import rmtree
 from typing import Any
 
 from ratel.errors import RatelError
-from ratel.runtime.durable_files import make_directory, sync_path, write_synced
+from ratel.runtime.durable_files import existing_part, make_directory, sync_path, write_synced
 from ratel.runtime.state_format import DamagedStateError
 from ratel.train.states import StateDirectory
 
@@ -99,7 +99,7 @@ def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory
     Nothing is touched yet: `RunDirectory.open` does that once the run is known to start.
     """
     path = Path(out) if out is not None else _first_free(Path("runs"), model_name)
-    existing = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    existing = existing_part(path)
     if not existing.is_dir():
         raise RatelError("is not a directory", field="--out", value=existing)
     if not os.access(existing, os.W_OK | os.X_OK):
