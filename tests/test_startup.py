@@ -2,10 +2,13 @@
 
 import gc
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -199,3 +202,28 @@ def test_no_garbage_is_looked_for_during_imports(fails: bool, monkeypatch: pytes
         if fails:
             raise ImportError
     assert gc.isenabled() and frozen == [False]
+
+
+@pytest.mark.unit
+def test_a_package_that_is_passed_over_can_be_imported_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with train_command._passed_over("colorsys", "json", "no such package"):
+        assert find_spec("colorsys") is None and sys.modules["json"] is json  # what is imported already stays
+        with pytest.raises(ImportError):
+            import colorsys
+    import colorsys  # noqa: F811
+
+    assert colorsys.rgb_to_hsv(0, 0, 1) and "no such package" not in sys.modules
+
+
+@pytest.mark.e2e
+def test_a_command_does_not_import_what_transformers_could_use_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
+    """Here they would even end it, as one that was built for another PyTorch does."""
+    for name in ("sklearn", "scipy", "torchvision"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')")
+    path = os.pathsep.join([str(tmp_path / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "ratel", "train", "--model", checkpoint, "--steps", "1", "--batch-size", "1", "--seq-len",
+               "16", "--dram", "2GiB", "--eval-fraction", "0", "--device", "cpu", "--no-export", "--quiet", "--out", tmp_path / "out"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr

@@ -1,6 +1,6 @@
 """Which kernels a step's GPU time goes to, and how long the GPU does nothing: torch's profiler over one step.
 
-    python benchmarks/kernels.py --model llama-3b --batch 32 --gpu-memory 24GiB --json kernels.json
+    python benchmarks/gpu_kernels.py --model llama-3b --batch 32 --gpu-memory 24GiB --json kernels.json
 """
 
 import argparse
