@@ -125,10 +125,10 @@ class Attempt:
             self.display.start(progress.steps)
 
             def record(entry: dict[str, Any]) -> None:
+                if not self._has_stepped:  # before its line: whoever waits for that finds the other file, too
+                    self._write_startup(entry)
                 metrics.write(entry)
                 self.display.step(entry)
-                if not self._has_stepped:
-                    self._write_startup(entry)
 
             def save(progress: Progress, *, copies: bool = False) -> None:
                 metrics.flush()  # no state may know of steps that metrics.jsonl does not
