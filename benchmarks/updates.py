@@ -20,7 +20,7 @@ import torch
 from report import Report
 from systems import NEVER, model_config, read_model
 from ratel.hardware.host import worker_cores
-from ratel.hardware.probe import adam_params
+from ratel.hardware.probe import adam_params, room
 from ratel.hardware.rates import measure_adamw
 from ratel.plan.placement import DRAM, PLANES
 from ratel.runtime.session import Session
@@ -106,7 +106,7 @@ def fresh() -> dict[str, float]:
     threads = worker_cores()
     return {name: measure_adamw(threads, num_params=count, limit_s=0.5)["params_per_s"]
             for name, count in (("in a cache", 33_000_000), ("fresh", 500_000_000), ("fresh, aligned", 1 << 28),
-                               ("fresh, much", adam_params(threads)))}
+                               ("fresh, much", adam_params(threads, room(None))))}
 
 
 def huge_page_share() -> float:

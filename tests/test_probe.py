@@ -13,12 +13,13 @@ import torch
 
 from ratel import cli, models, native
 from ratel.errors import RatelError
-from ratel.hardware import block_rates, probe, ssd_rates, timing
+from ratel.hardware import block_rates, known, probe, ssd_rates, timing
 from ratel.hardware.copies import Link, measure_device_memory, measure_dram
 from ratel.hardware.known import BRIEF
 from ratel.hardware.probe import Effort, Probe
 from ratel.hardware.probe_report import render
 from ratel.hardware.rates import AdamwRates
+from ratel.memory.resident import peak_bytes, reset_peak
 from ratel.plan.hardware import Hardware, Ssd
 from ratel.units import GIB, KIB, MIB
 
@@ -46,7 +47,7 @@ def invented(**changes: Any) -> Probe:
                         adam_params_per_s=11.0, ssds=(Ssd(read_bps=1.5, write_bps=2.5, mixed_bps=2.0),),
                         ssd_limit_bps=12.0)
     return replace(Probe(hardware=hardware, adam_beside_copies_params_per_s=1e9, block_model="m", block_seq_len=8,
-                         block_seconds=((1, 0.1, 0.2), (2, 0.15, 0.3)), seconds=42.0), **changes)
+                         block_seconds=((1, 0.1, 0.2), (2, 0.15, 0.3)), adam_params=1_000_000, seconds=42.0), **changes)
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
@@ -79,12 +80,44 @@ def test_a_session_measures_briefly_but_not_in_the_cache() -> None:
 
 @pytest.mark.unit
 def test_the_optimizer_is_measured_on_as_much_memory_as_a_session_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    def taken(threads: int, free_bytes: int) -> int:
+    def taken(threads: int, free_bytes: int, dram_bytes: int | None = None) -> int:
         monkeypatch.setattr(probe, "available_memory", lambda: free_bytes)
-        return 14 * probe.adam_params(threads, Effort())
+        return 14 * probe.adam_params(threads, probe.room(dram_bytes), Effort())
 
+    monkeypatch.setattr(probe, "resident_bytes", lambda: 1 * GIB)
     assert 40e9 < taken(15, 200 * GIB) <= taken(64, 1000 * GIB) < 50e9
     assert taken(15, 30 * GIB) <= 10 * GIB and taken(2, 200 * GIB) < 6e9
+    assert 4.9 * GIB < taken(15, 200 * GIB, 16 * GIB) <= 5 * GIB and taken(15, 3 * GIB, 16 * GIB) <= 1 * GIB
+    assert 50 * MIB < taken(15, 200 * GIB, 1 * MIB) < 100 * MIB  # rates there must be
+
+
+@pytest.mark.native
+def test_measuring_keeps_to_the_budget(cache: Path) -> None:
+    effort = replace(SMALL, dram_bytes=Effort().dram_bytes, adam_params=Effort().adam_params)
+    reset_peak()
+    before = peak_bytes()
+    found = probe.measure((), tiny(), CPU, effort, dram_bytes=before + GIB)
+    assert peak_bytes() < before + GIB and found.adam_params * 14 > 0.2 * GIB
+
+
+@pytest.mark.unit
+def test_what_a_small_budget_found_is_measured_again_for_a_large_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[int | None] = []
+
+    def measure(directories: tuple[str, ...], model: Any, device: torch.device, effort: Effort, *,
+                dram_bytes: int | None) -> Probe:
+        budgets.append(dram_bytes)
+        rate = 10.0 + len(budgets)
+        return invented(hardware=replace(invented().hardware, adam_params_per_s=rate),
+                        adam_params=probe.adam_params(16, probe.room(dram_bytes), effort))
+
+    monkeypatch.setattr(probe, "measure", measure)
+    monkeypatch.setattr(probe, "available_memory", lambda: 120 * GIB)
+    monkeypatch.setattr(known, "worker_cores", lambda: 16)
+    rates = [known._this_machine(CPU, (), dram).adam_params_per_s for dram in (16 * GIB, 24 * GIB, 100 * GIB, 16 * GIB, None)]
+    assert budgets == [16 * GIB, 100 * GIB] and rates == [11.0, 11.0, 12.0, 12.0, 12.0]
+    probe.store(probe.key_of(CPU, (), None), asdict(invented()))  # by `ratel doctor --probe`: taken as it is
+    assert known._this_machine(CPU, (), None).adam_params_per_s == 11.0 and len(budgets) == 2
 
 
 @pytest.mark.native

@@ -17,15 +17,19 @@ from ratel.hardware.probe_cache import Key, load, store
 from ratel.hardware.ssd_rates import measure_ssds
 from ratel.hardware.storage import describe_directory
 from ratel.hardware.timing import repeated_beside
+from ratel.memory.resident import resident_bytes
 from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.hardware import Hardware
 from ratel.units import GIB, MIB
 
-METHOD = 6
+METHOD = 7
 """Raised when what is measured, or how, changes: earlier results are then not used."""
 
 _PARAMS_PER_THREAD = 200_000_000
 """Of the optimizer: an update of them all takes a second or less."""
+
+_LEAST_ROOM = 256 * MIB
+"""Taken even of a budget that has none left: whether a run fits it is the planner's to say, which needs rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Probe:
     block_seq_len: int
     block_seconds: tuple[tuple[int, float, float], ...]
     """As ``BlockProfile.seconds``, of the largest block."""
+    adam_params: int
+    """That the CPU optimizer was measured on."""
     seconds: float
     """That the measurements took."""
 
@@ -90,20 +96,23 @@ def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "
 
 
 def measure(directories: tuple[str, ...], model: Any, device: torch.device, effort: Effort,
-            progress: Callable[[str], None] = lambda text: None) -> Probe:
-    """All measurements, one after the other, so that none disturbs another."""
+            progress: Callable[[str], None] = lambda text: None, *, dram_bytes: int | None = None) -> Probe:
+    """All measurements, one after the other, so that none disturbs another. ``dram_bytes``: what the process may take in all; by
+    default what is free."""
     begin, threads = time.perf_counter(), worker_cores()
     progress("blocks")
     block = _measure_block(model, device, effort)
+    room_bytes = room(dram_bytes)
+    num_params = adam_params(threads, room_bytes, effort)
     progress("memory")
     with _pool(usable_cores()) as pool:
-        dram_bps = measure_dram(pool, min(effort.dram_bytes, available_memory() // 8), effort.rate_s)
+        dram_bps = measure_dram(pool, min(effort.dram_bytes, room_bytes // 8), effort.rate_s)
         gpu_bps = measure_device_memory(device, effort.copy_bytes, effort.rate_s)
         progress("copies and the CPU optimizer")
         link = Link(device, pool, effort.copy_bytes)
         try:
             h2d_bps, d2h_bps, duplex_bps = link.rates(effort.rate_s)
-            with rates.AdamwRates(threads, adam_params(threads, effort)) as optimizer:
+            with rates.AdamwRates(threads, num_params) as optimizer:
                 adam, elsewhere = optimizer.in_place(effort.rate_s), optimizer.elsewhere(effort.rate_s)
                 with repeated_beside(link.both_to_the_end):
                     adam_beside = optimizer.in_place(effort.rate_s)
@@ -114,14 +123,14 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
     dram_bps = max(dram_bps, adam * UPDATE_BYTES)
     patterns = 3 * len(directories) + 1
     ssds, limit_bps = measure_ssds(directories, effort.ssd_file_bytes, min(effort.ssd_s, effort.all_ssds_s / patterns))
-    dram_bytes = _dram_bytes()
+    machine_bytes = _dram_bytes()
     hardware = Hardware(
-        name=_name(device), source="measured", gpu_bytes=_gpu_bytes(device, dram_bytes), gpu_flops=block.flops,
+        name=_name(device), source="measured", gpu_bytes=_gpu_bytes(device, machine_bytes), gpu_flops=block.flops,
         gpu_half_tokens=block.half_tokens, gpu_bps=gpu_bps, h2d_bps=h2d_bps, d2h_bps=d2h_bps, duplex_bps=duplex_bps,
-        dram_bytes=dram_bytes, dram_bps=dram_bps, cores=usable_cores(), adam_params_per_s=adam,
+        dram_bytes=machine_bytes, dram_bps=dram_bps, cores=usable_cores(), adam_params_per_s=adam,
         adam_elsewhere=min(1.0, elsewhere / adam), ssds=ssds, ssd_limit_bps=limit_bps)
     return Probe(hardware=hardware, adam_beside_copies_params_per_s=adam_beside, block_model=block.model,
-                 block_seq_len=block.seq_len, block_seconds=block.seconds, seconds=time.perf_counter() - begin)
+                 block_seq_len=block.seq_len, block_seconds=block.seconds, adam_params=num_params, seconds=time.perf_counter() - begin)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -181,9 +190,15 @@ def _pool(threads: int) -> Iterator[Any]:
         pool.close()
 
 
-def adam_params(threads: int, effort: Effort = Effort()) -> int:
-    """Parameters that the optimizer is measured on: what a third of the free memory holds at most."""
-    return min(effort.adam_params, threads * _PARAMS_PER_THREAD, available_memory() // (3 * rates.ADAMW_BYTES))
+def room(dram_bytes: int | None) -> int:
+    """Bytes that this process may still take, of a budget for all of it and of what is free."""
+    free_bytes = available_memory()
+    return free_bytes if dram_bytes is None else max(min(free_bytes, dram_bytes - resident_bytes()), _LEAST_ROOM)
+
+
+def adam_params(threads: int, room_bytes: int, effort: Effort = Effort()) -> int:
+    """Parameters that the optimizer is measured on: what a third of the room holds at most."""
+    return min(effort.adam_params, threads * _PARAMS_PER_THREAD, room_bytes // (3 * rates.ADAMW_BYTES))
 
 
 def _dram_bytes() -> int:

@@ -10,7 +10,7 @@ import atexit
 import mmap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ratel import native, startup
@@ -36,8 +36,6 @@ class _Early:
         self.is_pinned, self._pins = False, pins
         self.lock = threading.Lock()
         """Held while a piece is being mapped, and by whoever wants it quiet."""
-        self.pinning = threading.Lock()
-        """The same of pinning, which cannot be interrupted."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(threads,), name="ratel-early", daemon=True)
         self._thread.start()
@@ -57,11 +55,10 @@ class _Early:
                     touch(pool, self.map, self.touched_bytes, count)
                     self.touched_bytes += count
         startup.note("mapping memory ahead", begin_s, bytes=self.touched_bytes)
-        with self.pinning:
-            if self._pins and not self._ended.is_set():
-                begin_s = startup.age_s()
-                self.is_pinned = early_context.pin(*arena_in(self.map))
-                startup.note("pinning memory ahead", begin_s, bytes=len(self.map) if self.is_pinned else 0)
+        if self._pins and not self._ended.is_set():
+            begin_s = startup.age_s()
+            self.is_pinned = early_context.pin(*arena_in(self.map))
+            startup.note("pinning memory ahead", begin_s, bytes=len(self.map) if self.is_pinned else 0)
 
     def unpin(self) -> None:
         if self.is_pinned:
@@ -92,13 +89,6 @@ def paused() -> Iterator[int]:
         yield _current.touched_bytes
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing is mapped in the block, nor pinned, which keeps the driver from others; what is being pinned is waited for."""
-    with _current.pinning if _current is not None else nullcontext(), paused():
-        yield
-
-
 def take(num_bytes: int) -> Taken | None:
     """The memory as a map of this size; None where there is none."""
     global _current
@@ -119,7 +109,7 @@ def take(num_bytes: int) -> Taken | None:
 
 
 def drop() -> None:
-    """Give everything back."""
+    """Give everything back. What is being pinned, which keeps others from the driver, is waited for."""
     global _current
     early, _current = _current, None
     if early is not None:

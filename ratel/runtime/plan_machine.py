@@ -63,7 +63,7 @@ def _this_machine(config: TrainConfig) -> Machine:
     if device.type != "cuda":
         raise RatelError("this machine has no GPU to plan for", field="--hardware", value=AUTO,
                          remedy=f"Name a machine: {', '.join(machine_names())}, or a file")
-    hardware = hardware_for(AUTO, device, config.ssd, config.ssd_bandwidth)
+    hardware = hardware_for(AUTO, device, config.ssd, config.ssd_bandwidth, config.dram)
     free, _ = torch.cuda.mem_get_info(device)
     dram = config.dram or int(available_memory() * DRAM_MARGIN) + resident_bytes()
     return Machine(hardware=hardware, gpu_budget=config.gpu_memory or free - GPU_MARGIN_BYTES, dram_budget=dram,

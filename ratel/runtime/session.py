@@ -151,7 +151,8 @@ class Session:
     def _make_plan(self, blocks: BlockRuns, batch: Any) -> Planned:
         directories = self._io.directories
         with startup.phase("rates of the machine"):
-            machine = hardware_for(self._hardware, self.device, directories, self._io.bandwidth_bps)
+            machine = hardware_for(self._hardware, self.device, directories, self._io.bandwidth_bps,
+                                   self._wishes.budgets.dram)
         on_disk, even = own_stripes(self._saved, self._commits, directories), (1,) * len(directories)
         stripes = on_disk or (even if machine is None else machine.stripe_weights)
         with startup.phase("trial of blocks and plan"):
