@@ -253,6 +253,8 @@ class TrainConfig:
                              remedy="Give --eval-every N as well")
         if self.keep_best and not self.save_every:
             raise RatelError("no states are kept", field="--keep-best", value=True, remedy="Give --save-every N as well")
+        if self.keep > 1 and not self.save_every:
+            raise RatelError("no states are saved", field="--keep", value=self.keep, remedy="Give --save-every N as well")
 
     def _check_resuming(self) -> None:
         if self.resume and self.out is None:

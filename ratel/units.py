@@ -47,7 +47,9 @@ def format_seconds(seconds: float) -> str:
         return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
     if seconds >= 60:
         return f"{int(seconds // 60)}m {int(seconds % 60):02d}s"
-    return f"{seconds:.2f}s" if seconds >= 1 else f"{seconds * 1e3:.1f}ms"
+    if seconds >= 1:
+        return f"{seconds:.2f}s"
+    return f"{seconds * 1e6:.0f}us" if 0 < seconds < 1e-3 else f"{seconds * 1e3:.1f}ms"
 
 
 def align_up(number: int, multiple: int) -> int:

@@ -95,6 +95,12 @@ def test_a_budget_too_small_says_by_how_much(options: dict, what: str, field: st
         assert session.prepare(many, 16) is session.plan, "what the message says would be enough is not"
 
 
+def test_more_rows_than_there_is_memory_for(ssd_dir: Path) -> None:
+    """Their shape is planned with, and a batch of that shape would itself not fit."""
+    with open_session(build("llama"), ssd_dir) as session:
+        refused("DRAM is short by .* TiB", "dram", lambda: session.prepare(10**11, 16))
+
+
 def test_an_ssd_too_small_says_by_how_much(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=25, f_frsize=4096))
     missing, needed, allowed = shortage(Untouched(ssd_dir).refuses("SSD space is short by", "ssd", tier="ssd"))

@@ -57,6 +57,7 @@ def test_every_field_has_an_option_with_help() -> None:
     ({"quiet": "yes"}, "--quiet: must be true or false"),
     ({"eval_fraction": 1.0}, "--eval-fraction: must be below 1"),
     ({"eval_every": 5, "eval_fraction": 0}, "--eval-every: there is nothing to evaluate on"),
+    ({"keep": 2}, "--keep: no states are saved \\(given: 2\\). Give --save-every N as well"),
     ({"batchsize": 4}, "batchsize: is not an option. Did you mean batch_size?"),
     ({"frobnicate": 4}, "frobnicate: is not an option. See"),
 ])

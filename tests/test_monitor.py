@@ -11,6 +11,7 @@ from rich.console import Console
 from ratel.errors import WorkerError
 from ratel.monitor.metrics import MetricsWriter
 from ratel.monitor.progress import ProgressDisplay, describe_step
+from ratel.units import format_seconds
 
 pytestmark = pytest.mark.unit
 
@@ -130,3 +131,10 @@ def test_quiet_says_nothing(capsys) -> None:
     display.step(record_of(1))
     display.close()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.0, "0.0ms"), (1.52e-4, "152us"), (0.0123, "12.3ms"), (7.8, "7.80s"), (125.0, "2m 05s"), (7380.0, "2h 03m"),
+])
+def test_seconds_are_shown_in_a_unit_that_has_digits(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

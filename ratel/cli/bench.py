@@ -109,12 +109,14 @@ def _step(args: argparse.Namespace) -> None:
 
 def _io(args: argparse.Namespace) -> None:
     from nvme_ds import bench
+    from ratel.hardware.doctor import existing
 
     num_bytes = parse_bytes(args.size, field="--size")
     if num_bytes == 0 or num_bytes % _SIZE_STEP_BYTES:
         raise RatelError(f"is not a multiple of {format_bytes(_SIZE_STEP_BYTES)}", field="--size", value=args.size)
+    directories = tuple(map(existing, args.ssd))
     try:
-        spec = bench.IoBenchSpec(directories=tuple(args.ssd), num_bytes=num_bytes, file_bytes=num_bytes,
+        spec = bench.IoBenchSpec(directories=directories, num_bytes=num_bytes, file_bytes=num_bytes,
                                  backend=args.io_backend, queue_depth=args.queue_depth, repeats=args.repeats)
         result = bench.measure(spec, progress=lambda text: print(text, file=sys.stderr))
     except (OSError, ValueError) as error:

@@ -136,12 +136,12 @@ class Session:
         if self._machinery is not None:
             raise RatelError("the session is prepared already", field="prepare",
                              value=f"{self._shape.rows} rows of {self._shape.positions}", remedy="Make a new session")
-        return self._prepare({"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)})
+        return self._prepare(_shape_of(rows, seq_len))
 
     def plan_for(self, rows: int, seq_len: int) -> Planned:
         """What `prepare` would decide. Blocks are tried out, nothing is reserved. Raises RatelError for what does not fit."""
         self._check_usable()
-        batch = {"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)}
+        batch = _shape_of(rows, seq_len)
         self._check_length(seq_len)
         return self._make_plan(self._block_runs(), batch)
 
@@ -452,6 +452,11 @@ class _Protected:
         if isinstance(error, self._kind):
             self._session._broken = error
             self._session._machinery.exchange.close()
+
+
+def _shape_of(rows: int, seq_len: int) -> dict[str, torch.Tensor]:
+    """A batch that nothing is learned from. However many rows are asked for, it is one element in memory."""
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.long).expand(rows, seq_len)}
 
 
 def _as_of_now(extra: dict[str, Any] | None) -> dict[str, Any]:
