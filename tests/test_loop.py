@@ -162,6 +162,21 @@ def test_a_sigterm_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> N
         run_loop(FakeSession(interrupt_at(2, times=2, number=signal.SIGTERM)), [1.0] * 9, steps=9)
 
 
+def test_a_sigterm_before_the_first_step_is_a_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupt.ended_by_sigterm():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the group's
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        monkeypatch.setattr(interrupt, "_TWICE_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_ctrl_c_twice_does_not() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_loop(FakeSession(interrupt_at(2, times=2)), [1.0] * 9, steps=9)

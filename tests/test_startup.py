@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -227,3 +228,19 @@ def test_a_command_does_not_import_what_transformers_could_use_elsewhere(checkpo
                "16", "--dram", "2GiB", "--eval-fraction", "0", "--device", "cpu", "--no-export", "--quiet", "--out", tmp_path / "out"]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_ended_before_its_first_step_takes_its_files_with_it(checkpoint: Path, ssd_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ratel", "train", "--model", checkpoint, "--batch-size", "256", "--seq-len", "64", "--tier", "ssd",
+               "--ssd", ssd_dir, "--eval-fraction", "0", "--device", "cpu", "--quiet", "--out", tmp_path / "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        until = time.monotonic() + 120
+        while not any(path.stat().st_size for path in ssd_dir.iterdir()) and time.monotonic() < until and running.poll() is None:
+            time.sleep(0.005)
+        assert running.poll() is None, running.stderr.read()
+        assert list(ssd_dir.iterdir()) and not (tmp_path / "out" / "metrics.jsonl").exists()
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=120)
+    assert running.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
+    assert list(ssd_dir.iterdir()) == []

@@ -29,8 +29,11 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status says whose turn it is: 0 nobody's, 1 the program's, 2 the user's."""
+    from ratel.train.interrupt import ended_by_sigterm
+
     try:
-        status = _dispatch(build_parser(), sys.argv[1:] if argv is None else argv)
+        with ended_by_sigterm():
+            status = _dispatch(build_parser(), sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where an error of it is still handled
         return status
     except RatelError as error:

@@ -4,12 +4,35 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TWICE_S = 1.0
 """`timeout` and service managers tell a process and its group, that is the process twice: one SIGTERM within so long."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """In the block SIGTERM does what Ctrl-C does: a run that has not begun its steps takes its files with it, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked_s = -_TWICE_S
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_s
+        if time.monotonic() - asked_s >= _TWICE_S:
+            asked_s = time.monotonic()
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Interrupted(KeyboardInterrupt):
