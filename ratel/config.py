@@ -224,9 +224,6 @@ class TrainConfig:
         self._check_resuming()
 
     def _check_training(self) -> None:
-        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
-            raise RatelError(f"does not divide --batch-size {self.batch_size}", field="--micro-batch",
-                             value=self.micro_batch, remedy="Give a divisor, or auto")
         if self.min_lr > self.lr:
             raise RatelError(f"is above --lr {self.lr:g}", field="--min-lr", value=self.min_lr)
         if self.warmup_steps != "auto" and self.warmup_steps > self.steps:

@@ -377,6 +377,13 @@ def test_a_generator_without_a_batch(tmp_path: Path) -> None:
                                                                    out=str(tmp_path / "run")))
 
 
+def test_micro_batches_are_parts_of_the_batches_there_are(tmp_path: Path) -> None:
+    options = dict(steps=1, micro_batch=3, seq_len=16, device="cpu", out=str(tmp_path / "run"))
+    refused("does not divide --batch-size", "--micro-batch", lambda: ratel.train("demo", **options))
+    assert not (tmp_path / "run").exists()
+    assert ratel.train(build("llama"), batches("llama", 1), **options).steps == 1  # of 4 rows, whatever --batch-size is
+
+
 def test_data_that_ends_early_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for steps in (3, 2):
         ratel.train(build("llama"), iter(batches("llama", 2)), steps=steps, device="cpu", out=str(tmp_path / str(steps)))

@@ -40,7 +40,6 @@ def test_every_field_has_an_option_with_help() -> None:
     ({"steps": 0}, r"--steps: must be at least 1 \(given: 0"),
     ({"steps": 2.5}, "--steps: not a whole number"),
     ({"steps": True}, "--steps: not a whole number"),
-    ({"batch_size": 8, "micro_batch": 3}, r"--micro-batch: does not divide --batch-size 8 \(given: 3"),
     ({"lr": 1e-5, "min_lr": 1e-4}, "--min-lr: is above --lr 1e-05"),
     ({"steps": 5, "warmup_steps": 6}, "--warmup-steps: is more than --steps 5"),
     ({"betas": "0.9"}, "--betas: must be two numbers"),

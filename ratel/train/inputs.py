@@ -45,6 +45,9 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         return
     from ratel.data import load_tokenizer, open_dataset
 
+    if config.micro_batch != "auto" and config.batch_size % config.micro_batch:
+        raise RatelError(f"does not divide --batch-size {config.batch_size}", field="--micro-batch", value=config.micro_batch,
+                         remedy="Give a divisor, or auto")
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(_tokenizer_source(tokenizer, model))
     eval_text, eval_batches = (eval_data, None) if is_text(eval_data) else (None, eval_data)
