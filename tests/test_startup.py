@@ -19,7 +19,7 @@ from startup_common import save_checkpoint
 from ratel import cli, models, readahead, startup
 from ratel.cli import train as train_command
 from ratel.errors import RatelError
-from ratel.models import stored_bits
+from ratel.models import safetensors_files
 from ratel.models.stored_bits import Run, StoredBits
 from ratel.runtime import weight_import
 from ratel.runtime.session import Session
@@ -84,14 +84,14 @@ def test_a_file_that_became_shorter_or_unreadable_is_named(tmp_path: Path, monke
     file = tmp_path / "file"
     file.write_bytes(bytes(10))
     run = StoredBits([Run(file=file, offset=0, begin=0, end=8)])
-    with pytest.raises(RatelError, match="the file ends at byte 10, in the middle of a weight") as refusal:
+    with pytest.raises(RatelError, match="the file ends at byte 10, in the middle of a tensor") as refusal:
         run.read(0, torch.empty(8, dtype=torch.bfloat16))
     assert str(file) in str(refusal.value)
 
     def failing(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(stored_bits.os, "preadv", failing)
+    monkeypatch.setattr(safetensors_files.os, "preadv", failing)
     with pytest.raises(OSError) as failure:
         run.read(0, torch.empty(4, dtype=torch.bfloat16))
     assert (failure.value.errno, failure.value.filename) == (5, str(file))

@@ -59,12 +59,21 @@ class CheckpointSource:
             raise RatelError(f"weights of the wrong shape: {_few(wrong)}", field="model", value=self._directory,
                              remedy="Check that the files belong to this config.json")
 
+    @property
+    def element_bytes(self) -> int:
+        """Pages of the files count as ours while they are mapped, and conversions make tensors of them."""
+        return 8 if any(recipe.converter is not None for recipe in self._recipes.values()) else 4
+
     def read(self, unit: UnitSpec, out: Tensor) -> None:
         for param in unit.params:
             name = self._stored_name(param)
             assert name is not None, param.name
-            view(out, param).copy_(self._produce(name, self._files.read))
-        self._files.close()  # unmaps: pages of a file that was read count as ours while it is open
+            recipe = self._recipes[name]
+            if recipe.converter is None:
+                self._files.read_into(recipe.parts[0][0], out[param.offset : param.end])
+            else:
+                view(out, param).copy_(self._produce(name, self._files.read))
+        self._files.close()
 
     def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
         runs = []

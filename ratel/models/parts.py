@@ -293,6 +293,11 @@ class Parts:
         """As `WeightSource.stored_bits`."""
         return self._source.stored_bits(unit)
 
+    @property
+    def import_element_bytes(self) -> int:
+        """As `WeightSource.element_bytes`."""
+        return self._source.element_bytes
+
     def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
         """Give the module the user gave its own parameters again, with the weights ``get_unit`` returns (fp32, unit
         layout), at `close`. They keep their dtype and device. One that came without weights stays a skeleton.

@@ -1,6 +1,7 @@
 """Safetensors files that belong together: what is in them, checked from their headers, and one tensor at a time."""
 
 import json
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4,
                "I64": 8, "U64": 8}
+
+PIECE_ELEMENTS = 1 << 22
+"""Read at once."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit. A larger number at the start of a file means that it is something else."""
@@ -47,6 +51,7 @@ class TensorFiles:
 
     def __init__(self, paths: Iterable[Path], field: str = "model") -> None:
         self.tensors: dict[str, StoredTensor] = {}
+        self._field = field
         for path in paths:
             self.tensors.update(read_header(path, field))
         self._open_path: Path | None = None
@@ -61,8 +66,36 @@ class TensorFiles:
             self._open_file, self._open_path = safe_open(stored.file, framework="pt"), stored.file
         return self._open_file.get_tensor(name)
 
+    def read_into(self, name: str, out: Tensor) -> None:
+        """All elements of one tensor into ``out`` (fp32, CPU, 1-D), a piece at a time, and nothing of the file is mapped: its
+        pages would count as this process's."""
+        stored = self.tensors[name]
+        item = stored.dtype.itemsize
+        for begin in range(0, out.numel(), PIECE_ELEMENTS):
+            part = out[begin : begin + PIECE_ELEMENTS]
+            piece = part if stored.dtype is torch.float32 else torch.empty(part.numel(), dtype=stored.dtype)
+            read_full(stored.file, stored.offset + begin * item, memoryview(piece.view(torch.uint8).numpy()), self._field)
+            if piece is not part:
+                part.copy_(piece)
+
     def close(self) -> None:
         self._open_file = self._open_path = None
+
+
+def read_full(path: Path, offset: int, target: memoryview, field: str = "model") -> None:
+    """Fill ``target`` from byte ``offset`` on. Raises OSError with the file's name, RatelError for one that is shorter."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while len(target):
+            count = os.preadv(descriptor, [target], offset)
+            if count == 0:
+                raise RatelError(f"the file ends at byte {offset:,}, in the middle of a tensor", field=field, value=path,
+                                 remedy=REMEDY)
+            target, offset = target[count:], offset + count
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ratel.memory.resident import trim
 from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX
 from ratel.units import MIB
 
@@ -36,6 +37,7 @@ def write_shards(directory: Path, stem: str, pieces: Sequence[Piece], *, metadat
     for index, group in enumerate(groups, start=1):
         name = stem + SUFFIX if single else f"{stem}-{index:05d}-of-{len(groups):05d}{SUFFIX}"
         tensors: dict[str, Tensor] = {}
+        trim()  # small tensors of the last shard would stay in the heap, beside those of this one
         for piece in group:
             tensors |= piece.make()
         save_file(tensors, directory / name, metadata=metadata)

@@ -4,14 +4,13 @@ The upper half of a split master that was imported from bf16 is the stored numbe
 there is nothing to convert, and no copy to make but the kernel's own, out of the page cache.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ratel.errors import RatelError
+from ratel.models.safetensors_files import read_full
 
 ITEM = torch.bfloat16.itemsize
 
@@ -49,22 +48,6 @@ class StoredBits:
             first, last = max(run.begin, begin), min(run.end, end)
             if first < last:
                 out[cursor - begin : first - begin] = 0
-                _read_full(run, first, target[ITEM * (first - begin) : ITEM * (last - begin)])
+                read_full(run.file, run.offset + ITEM * (first - run.begin), target[ITEM * (first - begin) : ITEM * (last - begin)])
                 cursor = last
         out[cursor - begin :] = 0
-
-
-def _read_full(run: Run, begin: int, target: memoryview) -> None:
-    at = run.offset + ITEM * (begin - run.begin)
-    descriptor = os.open(run.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while len(target):
-            count = os.preadv(descriptor, [target], at)
-            if count == 0:
-                raise RatelError(f"the file ends at byte {at:,}, in the middle of a weight", field="model", value=run.file,
-                                 remedy="Download or save the files again")
-            target, at = target[count:], at + count
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(run.file)) from error
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,9 @@ from ratel.plan.shape import ParamSpec, UnitSpec
 
 
 class WeightSource(Protocol):
+    element_bytes: int
+    """Of memory that `read` takes for each element of a unit, ``out`` included."""
+
     def check(self, params: Iterable[ParamSpec]) -> None:
         """Raise RatelError if any of these parameters cannot be read. Reads no weights."""
 
@@ -30,6 +33,8 @@ def view(flat: Tensor, param: ParamSpec) -> Tensor:
 
 class TensorSource:
     """Weights held in memory: the parameters of a module the user gave, under their first names."""
+
+    element_bytes = 4
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -51,6 +56,8 @@ class FreshSource:
 
     A unit's weights do not depend on which other units were read before, nor on where any of them lives.
     """
+
+    element_bytes = 4
 
     def __init__(self, root: nn.Module, seed: int) -> None:
         self._root, self._seed = root, seed

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import AdamW, Optimizer
 
     from ratel.models.shards import Piece
+    from ratel.optimizer_state.files import MomentFiles
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,9 +39,16 @@ def load_adamw_state(path: "str | os.PathLike[str]", model: "nn.Module", optimiz
     moments = MomentFiles(Path(path), "path")
     moments.check(each.spec for each in trained)
     for each in trained:
-        read = {moment: _like(each.param, moments.read(moment, each.spec)) for moment in MOMENTS}
+        read = {moment: _like(each.param, _read(moments, moment, each.spec)) for moment in MOMENTS}
         optimizer.state[each.param] = {"step": _step_like_torch(moments.step, each), **read}
-    moments.close()
+
+
+def _read(moments: "MomentFiles", moment: str, spec: ParamSpec) -> "Tensor":
+    import torch
+
+    values = torch.empty(spec.shape, dtype=torch.float32)
+    moments.read_into(moment, spec, values.view(-1))
+    return values
 
 
 def save_adamw_state(path: "str | os.PathLike[str]", model: "nn.Module", optimizer: "AdamW") -> Path:

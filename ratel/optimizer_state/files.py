@@ -44,15 +44,11 @@ class MomentFiles:
             raise RatelError(difference, field=self._field, value=self._path,
                              remedy="Give the states of this model, with the same parameters frozen")
 
-    def read(self, moment: str, param: ParamSpec) -> Tensor:
-        """A moment of a parameter, mapped from its file (read as it is copied)."""
+    def read_into(self, moment: str, param: ParamSpec, out: Tensor) -> None:
+        """A moment of a parameter into ``out`` (fp32, CPU, 1-D)."""
         key = self._key(moment, param)
         assert key is not None, f"{moment} of {param.name} was not checked"
-        return self._files.read(key)
-
-    def close(self) -> None:
-        """Unmap: pages of a file that was read count as this process's while it is open. `read` opens it again."""
-        self._files.close()
+        self._files.read_into(key, out)
 
     def _find(self) -> list[Path]:
         if not self._path.is_dir():

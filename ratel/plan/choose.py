@@ -35,6 +35,8 @@ class Request:
     ssd_budget: int | None
     """``None``: no SSD directory was given."""
     process_bytes: int = 0
+    import_element_bytes: int = 4
+    """As in the plan."""
     workspace_bytes: int = 0
     accumulators: tuple[str, ...] = ()
     buffers: Buffers = Buffers()
@@ -118,7 +120,7 @@ def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                 work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles,
+                import_element_bytes=request.import_element_bytes, on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles,
                 loss_s=request.loss_s, kept=request.kept,
                 spill=request.spill)
 

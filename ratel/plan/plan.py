@@ -91,6 +91,8 @@ class Plan:
     dram_budget: int | None = None
     process_bytes: int = 0
     """Host memory that the process held before anything of the plan was reserved."""
+    import_element_bytes: int = 4
+    """Of the memory beside the arena, for each element of the largest unit, that importing and exporting it takes."""
     on_host: bool = False
     """The device is the CPU: what is "on the GPU" is ordinary memory and counts against the DRAM budget."""
     durable: str = "off"
@@ -389,8 +391,8 @@ class Plan:
 
     @property
     def import_bytes(self) -> int:
-        """While weights are imported or exported: one unit in fp32, and the pages of the files that it comes from."""
-        return max((u.num_elements * 8 for u, _ in self._alike), default=0)
+        """While weights and moments are imported or exported, one unit at a time."""
+        return max((u.num_elements * self.import_element_bytes for u, _ in self._alike), default=0)
 
     @property
     def ssd_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +19,16 @@ from ratel.units import format_bytes
 PIECE_ELEMENTS = 1 << 22
 
 
-def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Path, dtype: torch.dtype,
+Weights = Callable[[UnitSpec], Iterable[tuple[int, Tensor]]]
+"""A unit's fp32 weights, 1-D on the CPU in its layout, in pieces from the first to the last: ``(begin, values)``."""
+
+
+def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
                  beside: Callable[[Path], None] | None = None) -> Path:
     """Write ``path`` (replaced as a whole once complete): config, sharded safetensors, index. Returns it.
 
-    ``read_unit`` gives a unit's fp32 weights, 1-D in its layout. In bf16 they are rounded half up on the bits, as the
-    `hi` plane is, so that the exported model is the one that was trained. ``beside`` writes further files into the
-    directory that it is given, before that has its name.
+    In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported model is the one that was
+    trained. ``beside`` writes further files into the directory that it is given, before that has its name.
     """
     if path.exists() and not path.is_dir():
         raise RatelError("is a file", field="export", value=path, remedy="Give a directory")
@@ -36,7 +39,7 @@ def export_model(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], path: Pa
     try:
         unfinished.mkdir(parents=True)
         parts.save_config(unfinished, dtype)
-        _write_shards(parts, read_unit, unfinished, dtype)
+        _write_shards(parts, weights, unfinished, dtype)
         if beside is not None:
             beside(unfinished)
         replace_directory(unfinished, path)
@@ -57,11 +60,18 @@ def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
                          value=path, remedy="Make room there, give another directory, or use --no-export")
 
 
-def _write_shards(parts: Parts, read_unit: Callable[[UnitSpec], Tensor], directory: Path, dtype: torch.dtype) -> None:
+def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.dtype) -> None:
     """A shard holds no more than the largest unit, for which the plan has room."""
+
+    def read(unit: UnitSpec) -> Iterable[tuple[int, Tensor]]:
+        if parts.unused is None or unit is not parts.unused:
+            return weights(unit)
+        flat = torch.empty(unit.num_elements, dtype=torch.float32)
+        parts.read_unit(unit, flat)
+        return [(0, flat)]
+
     units = [*parts.spec.units, *([parts.unused] if parts.unused else [])]
-    pieces = [Piece(num_bytes=unit.num_params * dtype.itemsize,
-                    make=partial(_tensors_of, unit, parts, read_unit, dtype)) for unit in units]
+    pieces = [Piece(num_bytes=unit.num_params * dtype.itemsize, make=partial(_tensors_of, unit, read, dtype)) for unit in units]
     write_shards(directory, "model", [*pieces, _buffers(parts)], metadata={"format": "pt"}, shard_bytes=SHARD_BYTES)
 
 
@@ -71,22 +81,22 @@ def _buffers(parts: Parts) -> Piece:
                  make=lambda: {key: value.contiguous() for key, value in parts.persistent_buffers().items()})
 
 
-def _tensors_of(unit: UnitSpec, parts: Parts, read_unit: Callable[[UnitSpec], Tensor],
-                dtype: torch.dtype) -> dict[str, Tensor]:
-    if parts.unused is not None and unit is parts.unused:
-        flat = torch.empty(unit.num_elements, dtype=torch.float32)
-        parts.read_unit(unit, flat)
-    else:
-        flat = read_unit(unit)
-    return {p.name: _converted(flat[p.offset : p.end], dtype).view(p.shape) for p in unit.params}
+def _tensors_of(unit: UnitSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {param.name: torch.empty(param.shape, dtype=dtype) for param in unit.params}
+    for begin, values in weights(unit):
+        end = begin + values.numel()
+        for param in unit.params:
+            first, last = max(param.offset, begin), min(param.end, end)
+            if first < last:
+                part = tensors[param.name].view(-1)[first - param.offset : last - param.offset]
+                _convert(values[first - begin : last - begin], part)
+    return tensors
 
 
-def _converted(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in ``dtype``, made in pieces: a conversion as a whole would hold the values three times over."""
-    result = torch.empty(values.numel(), dtype=dtype)
+def _convert(values: Tensor, out: Tensor) -> None:
+    """In pieces: a conversion as a whole would hold the values three times over."""
     for begin in range(0, values.numel(), PIECE_ELEMENTS):
         piece = values[begin : begin + PIECE_ELEMENTS]
-        if dtype is torch.bfloat16:
+        if out.dtype is torch.bfloat16:
             piece = ((piece.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-        result[begin : begin + PIECE_ELEMENTS] = piece
-    return result
+        out[begin : begin + PIECE_ELEMENTS] = piece

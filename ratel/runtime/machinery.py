@@ -116,7 +116,7 @@ class Machinery:
         for unit in self.plan.spec.units:
             for name in ELEMENT_BYTES:
                 if self.store.has(unit.index, name):
-                    self.transfer.write(unit, name, self._fitted(saved.read(unit.index, name), unit.index, name))
+                    self.transfer.write(unit, name, self._fitted(saved, unit.index, name))
         self._imported()
 
     def continue_commits(self, saved: SavedState) -> None:
@@ -136,14 +136,13 @@ class Machinery:
         self.store.complete_seconds()
         self.lanes.synchronize()
 
-    def _fitted(self, values: torch.Tensor | None, unit: int, name: str) -> torch.Tensor:
+    def _fitted(self, saved: SavedState, unit: int, name: str) -> torch.Tensor:
         """A saved plane may be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
-        plane = self.store.plane(unit, name)
-        fitted = aligned_empty(plane.num_elements, plane.dtype).zero_()
-        if values is not None:
-            count = min(values.numel(), fitted.numel())
-            fitted[:count] = values[:count]
-        return fitted
+        plane, count = self.store.plane(unit, name), saved.num_elements(unit, name)
+        values = aligned_empty(max(plane.num_elements, count), plane.dtype)
+        saved.read(unit, name, values)
+        values[count:] = 0
+        return values[: plane.num_elements]
 
     def close(self) -> None:
         """End the threads, then the engine, then the memory. Pending updates are lost: flush first.

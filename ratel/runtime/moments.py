@@ -45,12 +45,13 @@ def check_moments(files: MomentFiles | None, parts: Parts) -> None:
 
 def import_moments(machinery: Machinery, files: MomentFiles) -> None:
     """Bring the moments of every unit to their tiers. `check_moments` comes before."""
-    for unit in machinery.plan.spec.units:
-        for plane, moment in PLANES.items() if unit.num_trainable else ():
-            values = aligned_empty(unit.num_trainable, torch.float32).zero_()
+    units = [unit for unit in machinery.plan.spec.units if unit.num_trainable]
+    buffer = aligned_empty(max((unit.num_trainable for unit in units), default=0), torch.float32)
+    for unit in units:
+        for plane, moment in PLANES.items():
+            values = buffer[: unit.num_trainable].zero_()
             for param in unit.params:
                 if param.trainable:
-                    view(values, param).copy_(files.read(moment, param))
-            files.close()
+                    files.read_into(moment, param, values[param.offset : param.end])
             machinery.transfer.write(unit, plane, values)
     machinery.lanes.synchronize()

@@ -71,6 +71,10 @@ class Outline:
     def spec(self) -> ModelSpec:
         return self._parts.spec
 
+    @property
+    def import_element_bytes(self) -> int:
+        return self._parts.import_element_bytes
+
     def close(self) -> None:
         """A module that was given gets its parameters back."""
         self._parts.close()

@@ -357,7 +357,8 @@ class Session:
         from ratel.runtime.export import export_model
 
         moments = partial(export_moments, self.plan.spec, self.read_state, self._updates_made) if optimizer else None
-        return export_model(self.parts, self.read_master, Path(path), DTYPES[dtype], moments)
+        self.flush()
+        return export_model(self.parts, self._machinery.transfer.weight_pieces, Path(path), DTYPES[dtype], moments)
 
     # --- the end ------------------------------------------------------------------------------------------------
 

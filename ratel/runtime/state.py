@@ -74,11 +74,18 @@ class SavedState:
                                  remedy=f"It was saved from {self.manifest['model']['name']}; give that model, with the "
                                         "same parameters frozen")
 
-    def read(self, unit: int, plane: str) -> Tensor | None:
-        """A plane of a unit (CPU), or None where the unit has none. Raises RatelError for a grain that is damaged."""
+    def num_elements(self, unit: int, plane: str) -> int:
+        """0 where the unit has no such plane."""
+        has_it = plane in self.manifest["planes"][unit]
+        return self._num_bytes(unit, plane) // ELEMENT_BYTES[plane] if has_it else 0
+
+    def read(self, unit: int, plane: str, out: Tensor | None = None) -> Tensor | None:
+        """A plane of a unit (CPU), or None where the unit has none. ``out``: of its dtype, contiguous, where the plane is put
+        from the first element on. Raises RatelError for a grain that is damaged."""
         if plane not in self.manifest["planes"][unit]:
             return None
-        values = torch.empty(self._num_bytes(unit, plane), dtype=torch.uint8)
+        num_bytes = self._num_bytes(unit, plane)
+        values = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out.view(torch.uint8)[:num_bytes]
         data = memoryview(values.numpy())
         item = ELEMENT_BYTES[plane]
         with self._readers() as (pool, descriptors):

@@ -50,17 +50,24 @@ class UnitTransfer:
     def read_weights(self, unit: UnitSpec) -> torch.Tensor:
         """The fp32 master, 1-D on the CPU; frozen parameters in bf16 runs have no `lo` and come back as bf16 values."""
         master = torch.empty(self._count(unit, "hi"), dtype=torch.float32)
-        size = min(PIECE_ELEMENTS, master.numel())
-        hi, lo = aligned_empty(size, torch.bfloat16), aligned_empty(size, torch.int16)
-        for begin, end in pieces(unit, master.numel(), size):
-            part = master[begin:end]
+        for begin, values in self.weight_pieces(unit):
+            master[begin : begin + values.numel()] = values
+        return master
+
+    def weight_pieces(self, unit: UnitSpec) -> Iterator[tuple[int, torch.Tensor]]:
+        """As `read_weights`, in pieces from the first to the last: ``(begin, values)``, each in the memory of the one before."""
+        count = self._count(unit, "hi")
+        size = min(PIECE_ELEMENTS, count)
+        hi, lo, master = (aligned_empty(size, dtype) for dtype in (torch.bfloat16, torch.int16, torch.float32))
+        for begin, end in pieces(unit, count, size):
+            values = master[: end - begin]
             self._move(unit, "hi", begin, hi[: end - begin], write=False)
             if begin < self._count(unit, "lo"):
                 self._move(unit, "lo", begin, lo[: end - begin], write=False)
             else:
                 lo.zero_()
-            self._pool.merge(hi.data_ptr(), lo.data_ptr(), part.data_ptr(), part.numel())
-        return master
+            self._pool.merge(hi.data_ptr(), lo.data_ptr(), values.data_ptr(), values.numel())
+            yield begin, values
 
     def write(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
         for begin, end in pieces(unit, values.numel(), PIECE_ELEMENTS):

@@ -56,7 +56,7 @@ def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str,
     tokenizer = _tokenizer(source, options) if extra.get("has_tokenizer") else None  # before the long work
     moments = partial(export_moments, parts.spec, lambda unit, plane: saved.read(unit.index, plane),
                       saved.training["updates"]) if optimizer else None
-    export_model(parts, lambda unit: merged(saved, unit), out, DTYPES[dtype], moments)
+    export_model(parts, lambda unit: [(0, merged(saved, unit))], out, DTYPES[dtype], moments)
     if tokenizer is not None:
         tokenizer.chat_template = extra["chat_template"]
         tokenizer.save_pretrained(out)
