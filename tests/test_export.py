@@ -74,10 +74,55 @@ def test_an_older_export_is_replaced_only_by_a_complete_one(ssd_dir: Path, tmp_p
         assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} != before
 
 
+def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path) -> None:
+    there, kept = tmp_path / "there", tmp_path / "there.old"
+    (there / "runs").mkdir(parents=True)
+    kept.mkdir()
+    (there / "runs" / "notes.txt").write_text("mine")
+    (kept / "model.safetensors").write_text("mine, too")
+    (there / "model-00001-of-00002.safetensors").write_text("of an older export")
+    with trained("patches", ssd_dir) as session:
+        for _ in range(2):
+            session.export(there, dtype="fp32")
+            assert sorted(path.name for path in there.iterdir()) == ["model.safetensors", "runs"]
+        masters = session.state_dict()
+    saved = load_file(there / "model.safetensors")
+    assert all(torch.equal(saved[name], masters[name]) for name in masters)
+    assert (there / "runs" / "notes.txt").read_text() == "mine"
+    assert (kept / "model.safetensors").read_text() == "mine, too"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("there")) == ["there", "there.old"]
+
+
+def test_a_link_to_a_directory_stays_one(ssd_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with trained("patches", ssd_dir) as session:
+        for _ in range(2):
+            session.export(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path, message", [(".", "another directory cannot take its place"),
+                                           ("..", "another directory cannot take its place"),
+                                           ("/", "another directory cannot take its place"),
+                                           ("/proc/model", "cannot be made")])
+def test_where_no_directory_can_be_made(path: str, message: str, ssd_dir: Path) -> None:
+    with trained("patches", ssd_dir) as session:
+        with pytest.raises(RatelError, match=f"export: {message}"):
+            session.export(path)
+        if path != "/proc/model":
+            with pytest.raises(RatelError, match=f"save: {message}"):
+                session.save(path)
+        session.step(batches("patches", 1)[0])  # nothing has ended
+
+
 def test_refusals(ssd_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with trained("llama", ssd_dir) as session, pytest.raises(RatelError, match="is a file"):
-        session.export(tmp_path / "file")
+    with trained("llama", ssd_dir) as session:
+        with pytest.raises(RatelError, match="is a file"):
+            session.export(tmp_path / "file")
+        with pytest.raises(RatelError, match="dtype: not a type of computation"):
+            session.export(tmp_path / "model", dtype="fp8")
     with Session(build("llama"), device="cpu", ssd=[ssd_dir]) as session, pytest.raises(RatelError, match="first step"):
         session.export(tmp_path / "model")
 

@@ -187,9 +187,9 @@ def test_older_states_go_once_newer_ones_are_complete(model: Path, text: Path, t
     found_while_saving: list[list[str]] = []
     original = save_targets.replace_directory
 
-    def watched(partial: Path, path: Path) -> None:
+    def watched(partial: Path, path: Path, *discard: object) -> None:
         found_while_saving.append([name for name in states(tmp_path) if ".partial" not in name])
-        original(partial, path)
+        original(partial, path, *discard)
 
     monkeypatch.setattr(save_targets, "replace_directory", watched)
     train(model, text, tmp_path, save_every=2, keep=2)

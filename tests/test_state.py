@@ -154,6 +154,24 @@ def test_a_failed_save_leaves_the_older_state(ssd_dir: Path, tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
+def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path) -> None:
+    with open_session("patches", ssd_dir) as session:
+        session.step(batches("patches", 1)[0])
+        session.save(tmp_path / "states" / "first")
+        (tmp_path / "states" / "commit-1").write_text("of an older state")
+        for _ in range(2):
+            session.save(tmp_path / "states")
+            assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["commit-0", "first", "manifest.json", "planes.0"]
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(RatelError, match="save: is a file"):
+            session.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    for path in (tmp_path / "states", tmp_path / "states" / "first"):
+        with open_session("patches", ssd_dir) as session:
+            session.load(path)
+            assert session.step(batches("patches", 1)[0]).step == 2
+
+
 @pytest.mark.parametrize("kind", ["a copy", "commits on three directories"])
 def test_a_reader_of_its_own(kind: str, ssd_dir: Path, tmp_path: Path) -> None:
     in_place = dict(ssd=[ssd_dir / name for name in "abc"], durable="step", commits=tmp_path / "state")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ratel.errors import RatelError
+
 
 def write_synced(path: Path, content: bytes) -> None:
     """In place, without cutting the file first: a file of the same length needs no new blocks."""
@@ -38,9 +40,20 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_directory(partial: Path, path: Path, discard: Callable[[Path], object] = shutil.rmtree) -> None:
-    """Put a complete directory under its name; an older one is given to ``discard`` only then."""
-    old = beside(path)
+def replaceable(path: Path, field: str) -> Path:
+    """Where a directory of that name goes, links followed. Raises RatelError for what no other can take the name of."""
+    if path.exists() and not path.is_dir():
+        raise RatelError("is a file", field=field, value=path, remedy="Give a directory")
+    if path.name in ("", "..") or os.path.ismount(path):
+        raise RatelError("another directory cannot take its place, as a complete one does", field=field, value=path,
+                         remedy="Give a directory in it")
+    return path.resolve() if path.is_symlink() else path
+
+
+def replace_directory(partial: Path, path: Path, discard: Callable[[Path], object] = shutil.rmtree, *,
+                      old: Path | None = None) -> None:
+    """Put a complete directory under its name; an older one waits as ``old`` and is given to ``discard`` only then."""
+    old = beside(path) if old is None else old
     if path.exists():
         if old.exists():
             discard(old)
@@ -49,6 +62,15 @@ def replace_directory(partial: Path, path: Path, discard: Callable[[Path], objec
     sync_path(path.parent)
     if old.exists():
         discard(old)
+
+
+def discard_all_but(is_others: Callable[[str], bool], old: Path, into: Path) -> None:
+    """Remove a directory that was replaced by ``into``. What somebody else put into it moves over."""
+    for entry in list(old.iterdir()):
+        if is_others(entry.name) and not os.path.lexists(into / entry.name):
+            os.rename(entry, into / entry.name)
+    sync_path(into)
+    shutil.rmtree(old)
 
 
 def beside(path: Path) -> Path:

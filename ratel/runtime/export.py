@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 from ratel.models import Parts
+from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.durable_files import existing_part, replace_directory
+from ratel.runtime.durable_files import discard_all_but, existing_part, replace_directory, replaceable
 from ratel.units import format_bytes
 
 PIECE_ELEMENTS = 1 << 22
@@ -25,24 +26,23 @@ Weights = Callable[[UnitSpec], Iterable[tuple[int, Tensor]]]
 
 def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
                  beside: Callable[[Path], None] | None = None) -> Path:
-    """Write ``path`` (replaced as a whole once complete): config, sharded safetensors, index. Returns it.
+    """Write ``path`` (replaced once complete; what else was in it stays): config, sharded safetensors, index. Returns it.
 
     In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported model is the one that was
     trained. ``beside`` writes further files into the directory that it is given, before that has its name.
     """
-    if path.exists() and not path.is_dir():
-        raise RatelError("is a file", field="export", value=path, remedy="Give a directory")
+    path = replaceable(path, "export")
     from safetensors import SafetensorError
 
-    unfinished = path.with_name(path.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = _unfinished(path)
     try:
-        unfinished.mkdir(parents=True)
         parts.save_config(unfinished, dtype)
         _write_shards(parts, weights, unfinished, dtype)
         if beside is not None:
             beside(unfinished)
-        replace_directory(unfinished, path)
+        # Not beside it as NAME.old: that is what people call the model that they want to keep.
+        replace_directory(unfinished, path, partial(discard_all_but, _is_others, into=path),
+                          old=path.with_name(path.name + ".replaced"))
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # reading may have failed as well
@@ -50,6 +50,23 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
         raise RatelError(f"the model cannot be written: {error}", field="export", value=path,
                          remedy="Make room there, or give another directory") from error
     return path
+
+
+def _unfinished(path: Path) -> Path:
+    unfinished = path.with_name(path.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise RatelError(f"cannot be made: {error.strerror}", field="export", value=path,
+                         remedy="Give a directory that you may write to") from error
+    return unfinished
+
+
+def _is_others(name: str) -> bool:
+    """Of what lies in an older export's directory. Its weights and moments go: a shard or an index that the new one does not
+    have would be read with it."""
+    return not (name.startswith(("model", "optimizer")) and name.endswith((SUFFIX, INDEX_SUFFIX)))
 
 
 def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ratel.plan.placement import PLANES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.commit_files import discard_commits
-from ratel.runtime.durable_files import (make_directory, remove_files, replace_directory, sync_path,
+from ratel.runtime.durable_files import (discard_all_but, make_directory, remove_files, replace_directory, sync_path,
                                          write_synced)
 from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, make_manifest, pack_commit
 from ratel.store.planes import Store
@@ -24,7 +25,8 @@ STRIPE_BYTES = 1 << 20
 
 
 class DirectoryTarget:
-    """A new directory at ``path``. It has its name only once it is complete; an older one of that name goes last."""
+    """A new directory at ``path``. It has its name only once it is complete; an older one of that name goes last, and what
+    else was in it stays."""
 
     is_in_place = False
 
@@ -66,7 +68,7 @@ class DirectoryTarget:
         write_synced(self._partial / COMMITS[0], pack_commit(Commit(
             sequence=0, slots=[0] * len(spec.units), training=training, checksums=_joined(list(self._sums.values())))))
         sync_path(self._partial)
-        replace_directory(self._partial, self.path)
+        replace_directory(self._partial, self.path, partial(discard_all_but, _is_others, into=self.path))
 
     def drop(self) -> None:
         if self._volume is not None:
@@ -159,6 +161,11 @@ class CommitTarget:
 
     def drop(self) -> None:
         """Nothing to remove: what was committed before is untouched, and the session ends."""
+
+
+def _is_others(name: str) -> bool:
+    """Of what lies in an older state's directory; a record of it that stayed would be taken for the new one's."""
+    return name not in (MANIFEST, *COMMITS, PLANES_FILE)
 
 
 def _joined(sums: list[np.ndarray]) -> np.ndarray:

@@ -29,6 +29,7 @@ from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
+from ratel.runtime.durable_files import replaceable
 from ratel.runtime.loss import count_targets, with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
@@ -77,8 +78,7 @@ class Session:
                  buffers: Buffers = Buffers(),
                  durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on",
                  hardware: "str | Hardware" = "auto") -> None:
-        if dtype not in DTYPES:
-            raise RatelError("not a type of computation", field="dtype", value=dtype, remedy="Use bf16 or fp32")
+        computes_in = _dtype_of(dtype)
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
                              checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
@@ -114,7 +114,7 @@ class Session:
         self._attempts, self._saved_at = 0, -1
         self._saved: SavedState | None = None
         with startup.phase("model in outline"):
-            self.parts = models.load(model, dtype=DTYPES[dtype], device=self.device, seed=seed, loss_fn=loss_fn,
+            self.parts = models.load(model, dtype=computes_in, device=self.device, seed=seed, loss_fn=loss_fn,
                                      attention=attention)
         try:
             self.parts.check_source()
@@ -288,12 +288,12 @@ class Session:
     def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None, wait: bool = True) -> Path:
         """Write the complete training state as a directory; ``extra`` (JSON, copied now) is handed back by `load`.
 
-        An older state of that name is replaced only by a complete one. Without ``wait`` it is written while training goes
-        on, and an error is raised by a later call.
+        An older state of that name is replaced only by a complete one; what else was in the directory stays. Without ``wait``
+        it is written while training goes on, and an error is raised by a later call.
         """
         if self._machinery is None:
             raise RatelError("there is nothing to save before the first step", field="save")
-        self._save(DirectoryTarget(Path(path), self.plan, self._machinery.engine), extra, wait)
+        self._save(DirectoryTarget(replaceable(Path(path), "save"), self.plan, self._machinery.engine), extra, wait)
         return Path(path)
 
     def commit(self, *, extra: dict[str, Any] | None = None, wait: bool = False) -> None:
@@ -350,7 +350,8 @@ class Session:
     def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False) -> Path:
         """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time.
 
-        ``optimizer``: with the moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
+        An older export is replaced only by a complete one; what else was in the directory stays. ``optimizer``: with the
+        moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
         """
         if self._machinery is None:
             raise RatelError("there is nothing to export before the first step", field="export")
@@ -358,7 +359,7 @@ class Session:
 
         moments = partial(export_moments, self.plan.spec, self.read_state, self._updates_made) if optimizer else None
         self.flush()
-        return export_model(self.parts, self._machinery.transfer.weight_pieces, Path(path), DTYPES[dtype], moments)
+        return export_model(self.parts, self._machinery.transfer.weight_pieces, Path(path), _dtype_of(dtype), moments)
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -458,6 +459,12 @@ class _Protected:
 def _shape_of(rows: int, seq_len: int) -> dict[str, torch.Tensor]:
     """A batch that nothing is learned from. However many rows are asked for, it is one element in memory."""
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long).expand(rows, seq_len)}
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise RatelError("not a type of computation", field="dtype", value=name, remedy="Use bf16 or fp32")
+    return DTYPES[name]
 
 
 def _as_of_now(extra: dict[str, Any] | None) -> dict[str, Any]:
