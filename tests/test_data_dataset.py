@@ -263,6 +263,15 @@ def test_work_ahead_is_bounded() -> None:
     prefetcher.close()
 
 
+def test_few_documents_that_begin_with_more_than_a_sequence_of_prompt(tmp_path: Path) -> None:
+    """The packer's first row draws several epochs of so little data, which are no sign that there is nothing to learn."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "%s", "completion": "abc"}\n' % ("p" * 20) * 3)
+    with open_dataset(path, byte_level_tokenizer(), seq_len=16, batch_size=4, seed=0, eval_fraction=0) as dataset:
+        batch = next(dataset.batches())
+    assert (batch["labels"] != -100).sum(1).tolist() == [4] * 4
+
+
 def test_documents_without_a_target_do_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"text": "y"}\n')

@@ -55,6 +55,7 @@ BAD_LINES = [
     (b"\xff\xfe", "not UTF-8: byte 0xff"),
     (b'{"text": "\\ud800"}', "surrogate"),
     (b"[" * 100_000, "nested too deeply"),
+    (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "a number has too many digits"),
     ({"content": "x", "id": 1}, 'no key that is known here; the object has "content", "id"'),
     ({}, "no keys at all"),
     ({"text": 5}, '"text" must be a string, not a number'),

@@ -57,6 +57,8 @@ def parse_line(line: bytes) -> Record | None:
         raise RecordError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise RecordError("JSON nested too deeply") from None
+    except ValueError:  # of Python itself, which reads 4300 digits at most
+        raise RecordError("not readable JSON: a number has too many digits") from None
     if not isinstance(fields, dict):
         raise RecordError(f"a JSON object is expected, not {_type_name(fields)}")
     return _record(fields)

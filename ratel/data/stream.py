@@ -67,14 +67,15 @@ class RowStream:
 
     def next_row(self) -> Row:
         """The next sequence that has a target; others (all prompt, say) would be computed for nothing."""
-        first_epoch = self._epoch
+        row = self._packer.next_row()
+        first_epoch = self._epoch  # after a row: of a few documents the packer's first one draws many epochs at once
         while True:
-            row = self._packer.next_row()
             assert row is not None
             if row.num_targets:
                 return row
             if self._epoch > first_epoch + 1:
                 raise self._nothing_to_learn()
+            row = self._packer.next_row()
 
     def next_number(self) -> int:
         """The next document of the order, those held out passed over."""
