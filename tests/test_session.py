@@ -2,14 +2,17 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from families_common import batches, build, llama
+from ratel.errors import RatelError
 from ratel.runtime.session import Session
 
 pytestmark = pytest.mark.numerics
@@ -103,6 +106,50 @@ def test_evaluation_is_the_mean_over_target_tokens(ssd_dir: Path) -> None:
     assert both == pytest.approx(sum(c * p for c, p in zip(counts, parts)) / sum(counts), rel=1e-6)
 
 
+def test_evaluation_takes_more_rows_than_a_step(ssd_dir: Path) -> None:
+    large = batches("llama", 1, rows=11)[0]
+    pieces = [{key: value[begin : begin + 4] for key, value in large.items()} for begin in (0, 4, 8)]
+    with open_session(llama(), ssd_dir) as session:
+        session.step(pieces[0])
+        assert session.evaluate([large]) == session.evaluate(pieces)
+        with pytest.raises(RatelError, match="prepared for 4 rows of 16 at most"):
+            session.step(large)
+
+
+@pytest.mark.parametrize("kind", ["named tuple", "mapping"])
+def test_batches_of_other_containers(kind: str, ssd_dir: Path) -> None:
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
+    def loss_of(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(outputs.float(), targets)
+
+    def loss_after_two(batch: object, loss_fn: Callable) -> float:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        with open_session(model, ssd_dir, loss_fn=loss_fn) as session:
+            session.step(batch)
+            return session.step(batch).loss
+
+    x, y = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(1))
+    expected = loss_after_two({"x": x, "y": y}, lambda model, batch: loss_of(model(batch["x"]), batch["y"]))
+    if kind == "mapping":
+        found = loss_after_two(UserDict(x=x, y=y), lambda model, batch: loss_of(model(batch["x"]), batch["y"]))
+    else:
+        found = loss_after_two(Pair(x, y), lambda model, batch: loss_of(model(batch.x), batch.y))
+    assert found == expected
+
+
+@pytest.mark.parametrize(("returned", "name"), [(lambda loss: (loss, 1), "tuple"), (lambda loss: {"loss": loss}, "dict"),
+                                                (lambda loss: None, "NoneType")])
+def test_a_loss_that_is_no_tensor(returned: Callable, name: str, ssd_dir: Path) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+    with open_session(model, ssd_dir, loss_fn=lambda model, x: returned(model(x).float().mean())) as session:
+        with pytest.raises(RatelError, match=f"loss_fn: returned {name}. Return the batch's mean loss"):
+            session.step(torch.ones(4, 8))
+
+
 def test_smaller_batches_than_prepared(ssd_dir: Path) -> None:
     data = batches("llama", 1, rows=4)[0]
     small = {key: value[:3, :10] for key, value in data.items()}
@@ -136,8 +183,6 @@ def test_a_batch_needs_only_input_ids(ssd_dir: Path) -> None:
 
 
 def test_eager_updates_cannot_be_clipped(ssd_dir: Path) -> None:
-    from ratel.errors import RatelError
-
     with pytest.raises(RatelError, match="cannot be clipped"):
         open_session(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=1.0)
     with open_session(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=0) as session:

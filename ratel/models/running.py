@@ -27,9 +27,10 @@ class LossRunner:
 
     def run(self, batch: Any) -> Tensor:
         loss = self._loss_fn(self._module, to_device(batch, self._device))
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise RatelError(f"returned a tensor of shape {tuple(loss.shape)}", field="loss_fn",
-                             remedy="Return the batch's mean loss, a scalar")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise RatelError(f"returned {returned}", field="loss_fn",
+                             remedy="Return the batch's mean loss, a tensor that is a scalar")
         return loss
 
     def close(self) -> None:

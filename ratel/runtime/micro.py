@@ -13,13 +13,14 @@ from ratel.runtime.step import Micro
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply to every tensor of nested dicts, lists and tuples."""
+    """Apply to every tensor of nested mappings (which become dicts), lists and tuples, named ones included."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return {key: map_tensors(function, item) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, item) for item in tree)
+        items = [map_tensors(function, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 
 
@@ -110,6 +111,16 @@ def _check_range(values: Tensor, field: str, limit: int, message: str) -> None:
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
         raise RatelError(message, field=field, value=f"{int(values.min())}..{int(values.max())}",
                          remedy="Use the model's own tokenizer" if field != "position_ids" else None)
+
+
+def cut(batch: Any, max_rows: int) -> Iterator[Any]:
+    """The batch in pieces of at most ``max_rows`` rows."""
+    rows = count_rows(batch)
+    if rows <= max_rows:
+        yield batch
+        return
+    for begin in range(0, rows, max_rows):
+        yield map_tensors(lambda t: t[begin : begin + max_rows], batch)
 
 
 def split(batch: Any, micro_rows: int, device: torch.device) -> list[Micro]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from ratel.runtime.durable_files import replaceable
 from ratel.runtime.loss import count_targets, with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
-from ratel.runtime.micro import causal_batch, count_rows, split, step_targets
+from ratel.runtime.micro import causal_batch, count_rows, cut, split, step_targets
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
@@ -238,19 +238,20 @@ class Session:
     # --- beside training ----------------------------------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """Mean loss per target token (per row for a model with its own loss), without dropout."""
+        """Mean loss per target token (per row for a model with its own loss), without dropout. Batches of more rows than a
+        step's are taken in pieces."""
         total, weight = 0.0, 0
         self.parts.set_training(False)
         try:
             for batch in batches:
-                batch = self._ready(batch)
-                self.flush()
-                count = count_targets(batch["labels"]) if self.parts.is_causal_lm else count_rows(batch)
-                if count:
-                    with self._protected():
-                        micros = split(batch, self.plan.work.micro_rows, self.device)
-                        total += self._training.evaluate(micros, targets=count) * count
-                    weight += count
+                for part in self._rows_of(batch):
+                    self.flush()
+                    count = count_targets(part["labels"]) if self.parts.is_causal_lm else count_rows(part)
+                    if count:
+                        with self._protected():
+                            micros = split(part, self.plan.work.micro_rows, self.device)
+                            total += self._training.evaluate(micros, targets=count) * count
+                        weight += count
         finally:
             self.parts.set_training(True)
             if self._meter is not None:
@@ -404,12 +405,23 @@ class Session:
 
     def _ready(self, batch: Any) -> Any:
         """The batch, checked; the session prepared for it."""
+        batch = self._prepared(batch)
+        self._shape.check(batch)
+        return batch
+
+    def _rows_of(self, batch: Any) -> Iterator[Any]:
+        """The batch, checked, in pieces that the session has room for."""
+        batch = self._prepared(batch)
+        for part in cut(batch, self._shape.rows):
+            self._shape.check(part)
+            yield part
+
+    def _prepared(self, batch: Any) -> Any:
         self._check_usable()
         if self.parts.is_causal_lm:
             batch = with_labels(causal_batch(batch, self.parts.spec))
         if self._machinery is None:
             self._prepare(batch)
-        self._shape.check(batch)
         return batch
 
     def _check_length(self, positions: int) -> None:
