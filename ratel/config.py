@@ -309,7 +309,13 @@ def read_file(path: Path) -> dict[str, Any]:
         raise RatelError(f"cannot be read: {error.strerror}", field="--config", value=path) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RatelError(f"is not TOML: {error}", field="--config", value=path) from error
-    return {_known(key, f" in {path}"): value for key, value in table.items()}
+    options: dict[str, Any] = {}
+    for key, value in table.items():
+        name = _known(key, f" in {path}")
+        if name in options:
+            raise RatelError(f"stands twice in {path}, with - and with _", field=key, remedy="Leave one of them")
+        options[name] = value
+    return options
 
 
 def _known(key: str, where: str) -> str:

@@ -78,6 +78,7 @@ def test_file_is_read_and_overridden(tmp_path) -> None:
     ("[memory]\ndram = 1", "memory: is not an option in .*run.toml"),
     ("steps = 5\nlr = fast", r"--config: is not TOML: .*line 2"),
     ("lr = -1", "--lr: must be above 0"),
+    ("batch-size = 2\nbatch_size = 3", "batch_size: stands twice in .*run.toml, with - and with _"),
 ])
 def test_mistakes_in_the_file_are_named(tmp_path, text: str, message: str) -> None:
     file = tmp_path / "run.toml"

@@ -317,6 +317,8 @@ def test_out_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkey
     ({"data": 5}, "data: is neither a path nor an iterable"),
     ({"data": [1.0], "eval_data": "text.txt"}, "eval_data: must be batches when data is"),
     ({"data": [1.0], "eval_data": (number for number in [1.0])}, "eval_data: can be gone through only once"),
+    ({"data": [1.0], "eval_data": []}, r"eval_data: there is no batch in it \(given: list\)"),
+    ({"data": []}, r"data: there is no batch in it \(given: list\)"),
     ({"data": [1.0], "learning_rat": 1}, "learning_rat: is not an option"),
 ])
 def test_mistakes_touch_nothing(fake_run: Any, tmp_path: Path, arguments: dict, message: str) -> None:

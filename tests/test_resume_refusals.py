@@ -9,6 +9,7 @@ import pytest
 from families_common import batches
 from ratel.config import resolve
 from ratel.errors import RatelError
+from ratel.train.output import RunDirectory
 from resume_common import make_model, make_text, train
 from test_state import flip
 
@@ -45,6 +46,15 @@ def refused(out: Path, match: str, model: Any, data: Any = None, **options: Any)
         train(model, data, out, **{"steps": 6, "resume": True, **options})
     assert everything(out) == before
     return caught.value
+
+
+def test_a_run_that_goes_on_is_not_called_damaged(out: Path, model: Path) -> None:
+    """Its states go while they are read: whoever follows the advice for damaged ones would remove what is whole."""
+    with RunDirectory(out) as writing:
+        writing.open(keep_results=True)
+        refused(out, "--out: another run is writing to it", model)
+        (out / "state" / "step-00000004" / "planes.0").unlink()
+        refused(out, "--out: another run is writing to it", model)
 
 
 @pytest.mark.parametrize("plane", ["hi", "lo", "m", "v"])

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 from ratel.config import TrainConfig
@@ -84,11 +85,20 @@ def _from_batches(data: Any, eval_data: Any, taken: int | None) -> Inputs:
     if eval_data is not None and iter(eval_data) is eval_data:
         raise RatelError("can be gone through only once", field="eval_data", value=type(eval_data).__name__,
                          remedy="Give a list or a data loader")
+    _check_not_empty(data, "data")
+    if eval_data is not None:  # now, and not after the last step
+        _check_not_empty(eval_data, "eval_data")
     batches = _Counted(endless(data))
     sample = None if taken is None else batches.skip(taken)
     return Inputs(batches=batches, position=lambda: {"batches": batches.taken}, sample=sample,
                   evaluation=None if eval_data is None else lambda: eval_data,
                   description=f"batches from {type(data).__name__}")
+
+
+def _check_not_empty(batches: Iterable[Any], field: str) -> None:
+    """As far as their number is known before they are made."""
+    if length_hint(batches, 1) == 0:
+        raise RatelError("there is no batch in it", field=field, value=type(batches).__name__)
 
 
 class _Counted(Iterator[Any]):

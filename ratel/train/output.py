@@ -57,8 +57,7 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RatelError("another run is writing to it", field="--out", value=self.path,
-                             remedy="Wait for that run, or give another directory") from error
+            raise being_written(self.path) from error
 
     @property
     def is_being_written(self) -> bool:
@@ -91,6 +90,11 @@ class RunDirectory:
         write_synced(partial, (json.dumps(content, indent=2, default=str) + "\n").encode())
         os.replace(partial, target)
         sync_path(self.path)  # --resume reads them: after a power failure they are there, and whole
+
+
+def being_written(out: Path) -> RatelError:
+    return RatelError("another run is writing to it", field="--out", value=out,
+                      remedy="Wait for that run, or give another directory")
 
 
 def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory:

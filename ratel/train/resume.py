@@ -15,7 +15,7 @@ from ratel.runtime.session import Session
 from ratel.runtime.state_format import DamagedStateError
 from ratel.train.loop import Progress
 from ratel.train.options import read_earlier
-from ratel.train.output import RunDirectory
+from ratel.train.output import RunDirectory, being_written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Resumption:
 
 def take_up(out: RunDirectory, session: Session) -> Resumption:
     """Load the newest state of ``out`` into the session. Nothing is changed on disk."""
+    if out.is_being_written:  # whose states go while they are read, as if they were damaged
+        raise being_written(out.path)
     options = read_earlier(out.path)
     state = out.states.newest()
     if state is None:
