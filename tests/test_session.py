@@ -150,6 +150,25 @@ def test_a_loss_that_is_no_tensor(returned: Callable, name: str, ssd_dir: Path) 
             session.step(torch.ones(4, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_callers_default_type_changes_nothing(dtype: torch.dtype, ssd_dir: Path) -> None:
+    """People set it to load a model in bf16. Norms and sums stay in fp32."""
+    data = batches("llama", 3)
+
+    def run() -> list[tuple[float, float]]:
+        with open_session(build("llama"), ssd_dir) as session:
+            return [(out.loss, out.grad_norm) for out in map(session.step, data)]
+
+    expected = run()
+    model = build("llama")
+    torch.set_default_dtype(dtype)
+    try:
+        with open_session(model, ssd_dir) as session:
+            assert [(out.loss, out.grad_norm) for out in map(session.step, data)] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_smaller_batches_than_prepared(ssd_dir: Path) -> None:
     data = batches("llama", 1, rows=4)[0]
     small = {key: value[:3, :10] for key, value in data.items()}

@@ -48,7 +48,7 @@ def chunked_loss(tail: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     Returns the loss (fp32 scalar) and, with ``backward``, the gradient of ``hidden``; parameters used by ``tail``
     receive theirs by accumulation, with ``after_chunk`` called after each chunk's.
     """
-    total = torch.zeros((), device=hidden.device)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad = torch.zeros_like(hidden) if backward else None
     for begin in range(0, hidden.shape[1], chunk):
         part = hidden[:, begin : begin + chunk].detach().requires_grad_(backward)

@@ -113,7 +113,7 @@ class VerticalStep:
 
     def _turn(self, micros: list[Micro], targets: int, step: int) -> Tensor:
         stage = self._stages[-1]
-        loss = torch.zeros((), device=self._lanes.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self._lanes.device)
         with self._using(stage), self._accumulating(stage):
             for micro in micros:
                 loss += self._loss(stage, micro, targets, step, backward=True)
