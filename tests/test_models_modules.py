@@ -170,6 +170,35 @@ def test_a_matrix_that_only_two_blocks_share() -> None:
     assert users == ["block.0", "block.2"]
 
 
+class EarlyScale(PatchRegression):
+    """Takes a learned scale first and uses it last."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__(layers, with_bias=False)
+        self.log_scale = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        scale = self.log_scale.exp()
+        return super().forward(patches) * scale
+
+
+def penalized_first(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    penalty = sum(param.square().sum() for param in model.parameters())
+    return loss_fn(model, batch) + 1e-3 * penalty
+
+
+def penalized_last(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    loss = loss_fn(model, batch)
+    return loss + 1e-3 * sum(param.square().sum() for param in model.parameters())
+
+
+@pytest.mark.parametrize("loss", [loss_fn, penalized_first, penalized_last])
+def test_what_is_computed_before_the_blocks_and_used_after_them(loss: Callable) -> None:
+    """The tail has no weights of other stages, and runs what comes before the blocks without gradient, unless it must."""
+    torch.manual_seed(0)
+    compare(EarlyScale([Layer() for _ in range(3)]), make_patches(), loss=loss)
+
+
 def test_a_sequential_of_everything() -> None:
     torch.manual_seed(0)
     block = [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]

@@ -240,6 +240,28 @@ def two_tensors_along(model: Odd, x: Tensor) -> Tensor:
     return x
 
 
+class FindsItsBias(Layer):
+    """Takes what the model has left in an attribute of the class."""
+
+    bias: Tensor
+
+    def forward(self, *, scale: float, hidden: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
+        return super().forward(scale=scale, hidden=hidden, bias=FindsItsBias.bias)
+
+
+def left_in_an_attribute(model: Odd, x: Tensor) -> Tensor:
+    FindsItsBias.bias = model.position @ model.position.T
+    return plainly(model, x)
+
+
+def test_a_block_that_finds_what_it_is_not_given() -> None:
+    try:
+        refused("uses something computed before it that is not among its arguments .*Hand it to the block",
+                Odd(left_in_an_attribute, FindsItsBias), loss_fn=loss_fn)
+    finally:
+        del FindsItsBias.bias
+
+
 def auxiliary_loss(model: Odd, x: Tensor) -> Tensor:
     extra = 0.0
     for layer in model.layers:

@@ -105,7 +105,7 @@ class Head(_Passage):
 class Tail(_Passage):
     """Runs no block, and returns the given hidden states from the last one.
 
-    What comes before the blocks runs without gradient, and the random numbers it draws are put back: a tail leaves the
+    What comes before the blocks runs without gradient (unless the result has use for it), and the random numbers it draws are put back: a tail leaves the
     generators as if it had started after the blocks.
     """
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Edge = tuple[Any, int]
@@ -22,6 +23,16 @@ class Reach:
 
 def edge_of(tensor: Tensor) -> Edge | None:
     return (tensor.grad_fn, tensor.output_nr) if tensor.grad_fn is not None else None
+
+
+def next_number() -> int:
+    """No node that this thread has made so far has a number as high."""
+    with torch.enable_grad():
+        return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()
+
+
+def is_older(node: Any, number: int) -> bool:
+    return node._sequence_nr() < number
 
 
 def reach(roots: Iterable[Tensor], stops: Iterable[Edge] = ()) -> Reach:

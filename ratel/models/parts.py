@@ -254,7 +254,7 @@ class Parts:
         rng = RngState(self.device) if self.module.training else None
         gate = Tail(self._traced.stages, self._traced.slots, self._traced.forms, hidden=hidden, rng=rng)
         grad_enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(grad_enabled and self._traced.begins_early)
         try:
             with self._gates.handled_by(gate):
                 result = run()

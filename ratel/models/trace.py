@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ratel.errors import RatelError
 from ratel.models.gates import Gates
-from ratel.models.graph import Edge, Reach, edge_of, reach
+from ratel.models.graph import Edge, Reach, edge_of, is_older, next_number, reach
 from ratel.models.inputs import BlockCall, HiddenSlot, OutputForm, Slot, leaves
 from ratel.models.shadow import Shadow
 
@@ -27,6 +27,8 @@ class Trace:
     forms: tuple[OutputForm, ...]
     used: tuple[frozenset[int], ...]
     """Parameters by stage: before the blocks, each block, after the blocks."""
+    begins_early: bool
+    """Part of what follows the blocks is computed before them, and has a gradient."""
     reached: frozenset[int]
     """Parameters a gradient of the loss arrives at."""
     differentiable: tuple[Slot, ...]
@@ -41,6 +43,8 @@ class _Watch:
         self.blocks: list[nn.Module] = []
         self.calls: list[BlockCall] = []
         self.outputs: list[Any] = []
+        self.begun: list[int] = []
+        """Sequence number of the next autograd node when each block was called."""
         self.versions_in: list[dict[int, int]] = []
         self.versions_out: list[dict[int, int]] = []
         self.used: list[set[int]] = [set()]
@@ -55,6 +59,7 @@ class _Watch:
         self.blocks.append(block)
         self.calls.append(BlockCall(args=args, kwargs=kwargs))
         self.versions_in.append(_versions((args, kwargs)))
+        self.begun.append(next_number())
         self.shadow.touched = set()
         self.depth += 1
         try:
@@ -122,11 +127,18 @@ def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, param
         raise refusal("the result of forward has no gradient", watch.root)
     hidden = slots[0].get(watch.calls[0].args, watch.calls[0].kwargs)
     extra = _examine_arguments(watch, slots, edges)
+    for k, (form, output) in enumerate(zip(forms, watch.outputs)):
+        _examine_block(watch, k, form.take(output), [slots[k].get(watch.calls[k].args, watch.calls[k].kwargs),
+                                                     *(tensor for (block, _), (tensor, _) in extra.items() if block == k)])
     before = reach([hidden, *(tensor for tensor, _ in extra.values())])
-    _examine_tail(watch, roots, edges, before)
     index = {id(p): i for i, p in enumerate(params)}
+    # The tail runs everything outside the blocks again. So it needs what its result was made from, also where that was touched
+    # before the blocks alone: a scale computed first and used last, a penalty on weights added to the loss.
+    after = _examine_tail(watch, roots, edges, before)
+    used = (*used[:-1], used[-1] | {index[p] for p in after.params if p in index})
     return Trace(
         stages=tuple(watch.blocks), slots=slots, forms=forms, used=used,
+        begins_early=any(is_older(node, watch.begun[0]) for node in after.nodes),
         reached=frozenset(index[p] for p in reach(roots).params if p in index),
         differentiable=tuple(slot for slot, (_, found) in extra.items() if found.params & trained))
 
@@ -196,7 +208,16 @@ def _examine_arguments(watch: _Watch, slots: Sequence[HiddenSlot],
     return extra
 
 
-def _examine_tail(watch: _Watch, roots: list[Tensor], edges: list[Edge], before: Reach) -> None:
+def _examine_block(watch: _Watch, k: int, output: Tensor, given: list[Tensor]) -> None:
+    """A block runs again in backward, on its arguments alone: what it has from elsewhere is of another run, without gradient."""
+    found = reach([output], [edge for edge in map(edge_of, given) if edge is not None])
+    if any(is_older(node, watch.begun[k]) for node in found.nodes):
+        raise refusal("a block uses something computed before it that is not among its arguments", watch.blocks[k],
+                      "Hand it to the block as an argument")
+
+
+def _examine_tail(watch: _Watch, roots: list[Tensor], edges: list[Edge], before: Reach) -> Reach:
+    """What the result was made from besides the last block's output."""
     after = reach(roots, edges)
     if after.stopped_at - {edges[-1]}:
         raise refusal("the result uses the output of an earlier block, not only the last one's", watch.root)
@@ -209,6 +230,7 @@ def _examine_tail(watch: _Watch, roots: list[Tensor], edges: list[Edge], before:
     if after.nodes & inside.nodes:
         raise refusal("the result uses more of a block's output than the hidden states (auxiliary loss, router "
                       "logits, attention weights)", watch.root)
+    return after
 
 
 def _side_outputs(watch: _Watch, edges: list[Edge]) -> Iterator[Tensor]:
