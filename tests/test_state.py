@@ -166,7 +166,13 @@ def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path)
         with pytest.raises(RatelError, match="save: is a file"):
             session.save(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    for path in (tmp_path / "states", tmp_path / "states" / "first"):
+    commits = tmp_path / "commits"
+    (commits / "notes").mkdir(parents=True)
+    with open_session("patches", ssd_dir, durable="step", commits=commits) as session:
+        session.step(batches("patches", 1)[0])
+        session.commit(wait=True)
+    assert sorted(p.name for p in commits.iterdir()) == ["commit-1", "manifest.json", "notes"]
+    for path in (tmp_path / "states", tmp_path / "states" / "first", commits):
         with open_session("patches", ssd_dir) as session:
             session.load(path)
             assert session.step(batches("patches", 1)[0]).step == 2

@@ -66,11 +66,15 @@ def replace_directory(partial: Path, path: Path, discard: Callable[[Path], objec
 
 def discard_all_but(is_others: Callable[[str], bool], old: Path, into: Path) -> None:
     """Remove a directory that was replaced by ``into``. What somebody else put into it moves over."""
+    move_others(is_others, old, into)
+    shutil.rmtree(old)
+
+
+def move_others(is_others: Callable[[str], bool], old: Path, into: Path) -> None:
     for entry in list(old.iterdir()):
         if is_others(entry.name) and not os.path.lexists(into / entry.name):
             os.rename(entry, into / entry.name)
     sync_path(into)
-    shutil.rmtree(old)
 
 
 def beside(path: Path) -> Path:

@@ -15,8 +15,8 @@ from ratel.plan.placement import PLANES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.commit_files import discard_commits
-from ratel.runtime.durable_files import (discard_all_but, make_directory, remove_files, replace_directory, sync_path,
-                                         write_synced)
+from ratel.runtime.durable_files import (discard_all_but, make_directory, move_others, remove_files, replace_directory,
+                                         sync_path, write_synced)
 from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, make_manifest, pack_commit
 from ratel.store.planes import Store
 
@@ -126,8 +126,12 @@ class CommitLog:
         write_synced(partial / MANIFEST, self._manifest)
         write_synced(partial / name, record)
         sync_path(partial)
-        replace_directory(partial, self.path, lambda old: discard_commits(old, but=self.store.volume.paths))
+        replace_directory(partial, self.path, self._discard)
         self._is_there = True
+
+    def _discard(self, old: Path) -> None:
+        move_others(_is_others, old, self.path)
+        discard_commits(old, but=self.store.volume.paths)
 
 
 class CommitTarget:
