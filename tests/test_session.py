@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from families_common import batches, build, llama
+from families_common import batches, build, llama, loss_fn_of
 from ratel.errors import RatelError
 from ratel.runtime.session import Session
 
@@ -148,6 +148,25 @@ def test_a_loss_that_is_no_tensor(returned: Callable, name: str, ssd_dir: Path) 
     with open_session(model, ssd_dir, loss_fn=lambda model, x: returned(model(x).float().mean())) as session:
         with pytest.raises(RatelError, match=f"loss_fn: returned {name}. Return the batch's mean loss"):
             session.step(torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("family", ["llama", "patches"])
+def test_a_module_does_not_answer_while_its_weights_are_with_a_session(family: str, ssd_dir: Path, tmp_path: Path) -> None:
+    """Zeros stand in for them: a checkpoint of the module, or samples in the middle of training, would be of these."""
+    model, (batch,) = build(family), batches(family, 1)
+    inputs = batch["input_ids"] if family == "llama" else batch["x"]
+    with open_session(model, ssd_dir, loss_fn=loss_fn_of(family)) as session:
+        for _ in range(2):
+            with pytest.raises(RatelError, match="weights are with the session.*Session.evaluate"):
+                model(inputs)
+            with pytest.raises(RatelError, match="weights are with the session.*Session.export"):
+                torch.save(torch.nn.ModuleDict({"wrapped": model}).state_dict(), tmp_path / "model.pt")
+            session.step(batch)
+            session.evaluate([batch])
+        session.export(tmp_path / "model")
+        masters = session.state_dict()
+    model(inputs)
+    assert all(torch.equal(value, masters[name]) for name, value in model.state_dict().items() if name in masters)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

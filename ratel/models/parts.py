@@ -14,6 +14,7 @@ from ratel.errors import RatelError
 from ratel.models import blocks as finder
 from ratel.models.documents import attends_only, watch_packing
 from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
+from ratel.models.guard import Guard
 from ratel.models.inputs import BlockInputs, leaves
 from ratel.models.layout import Layout, make_layout
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
@@ -60,6 +61,7 @@ class Parts:
         self._source, self._originals = source, originals
         module.train()
         self._gates = Gates(finder.find_blocks(module))
+        self._guard = Guard(module)
         self._runner: CausalLMRunner | LossRunner = (
             CausalLMRunner(module, device, dtype) if loss_fn is None else LossRunner(module, loss_fn, device, dtype))
         self.isolates_documents = False
@@ -116,7 +118,7 @@ class Parts:
         if self._layout is None:
             rng = RngState(self.device)
             try:
-                with watch_packing() as packing:
+                with watch_packing() as packing, self._guard.lifted():
                     found = trace(self.module, self._gates, lambda: self._runner.run(batch))
                 layout = make_layout(self.module, found, self.name)
                 if not layout.spec.num_trainable_params:
@@ -214,7 +216,7 @@ class Parts:
 
     def _run_head(self, batch: Any, stop_at: int, **more: Any) -> Head:
         gate = Head(self._traced.stages, self._traced.slots, self._traced.forms, stop_at=stop_at)
-        with self._gates.handled_by(gate):
+        with self._guard.lifted(), self._gates.handled_by(gate):
             try:
                 self._runner.run(batch, **more)
             except StopForward:
@@ -256,7 +258,7 @@ class Parts:
         grad_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(grad_enabled and self._traced.begins_early)
         try:
-            with self._gates.handled_by(gate):
+            with self._guard.lifted(), self._gates.handled_by(gate):
                 result = run()
         finally:
             torch.set_grad_enabled(grad_enabled)
@@ -320,7 +322,9 @@ class Parts:
     def persistent_buffers(self) -> dict[str, Tensor]:
         """Buffers that belong to the model's state dict, by name, on the CPU."""
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items() if name not in names}
+        with self._guard.lifted():
+            state = self.module.state_dict()
+        return {name: tensor.detach().cpu() for name, tensor in state.items() if name not in names}
 
     def save_config(self, directory: Path, dtype: torch.dtype) -> bool:
         """Write config.json (and generation_config.json) for weights of that dtype; False if the model has none."""
@@ -340,6 +344,7 @@ class Parts:
         """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the
         trained ones after `restore`, else those it came with."""
         self._gates.remove()
+        self._guard.remove()
         self._runner.close()
         self._originals.put_back()
 
