@@ -105,8 +105,8 @@ class Head(_Passage):
 class Tail(_Passage):
     """Runs no block, and returns the given hidden states from the last one.
 
-    What comes before the blocks runs without gradient (unless the result has use for it), and the random numbers it draws are put back: a tail leaves the
-    generators as if it had started after the blocks.
+    What comes before the blocks runs without gradient (unless the result has use for it), and the random numbers it draws
+    are put back: a tail leaves the generators as if it had started after the blocks.
     """
 
     def __init__(self, stages: Sequence[nn.Module], slots: Sequence[HiddenSlot], forms: Sequence[OutputForm], *,

@@ -132,8 +132,8 @@ def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, param
                                                      *(tensor for (block, _), (tensor, _) in extra.items() if block == k)])
     before = reach([hidden, *(tensor for tensor, _ in extra.values())])
     index = {id(p): i for i, p in enumerate(params)}
-    # The tail runs everything outside the blocks again. So it needs what its result was made from, also where that was touched
-    # before the blocks alone: a scale computed first and used last, a penalty on weights added to the loss.
+    # The tail runs everything outside the blocks again. So it needs what its result was made from, also where that was
+    # touched before the blocks alone: a scale computed first and used last, a penalty on weights added to the loss.
     after = _examine_tail(watch, roots, edges, before)
     used = (*used[:-1], used[-1] | {index[p] for p in after.params if p in index})
     return Trace(
@@ -209,7 +209,8 @@ def _examine_arguments(watch: _Watch, slots: Sequence[HiddenSlot],
 
 
 def _examine_block(watch: _Watch, k: int, output: Tensor, given: list[Tensor]) -> None:
-    """A block runs again in backward, on its arguments alone: what it has from elsewhere is of another run, without gradient."""
+    """A block runs again in backward, on its arguments alone: what it has from elsewhere is of another run, and gets no
+    gradient."""
     found = reach([output], [edge for edge in map(edge_of, given) if edge is not None])
     if any(is_older(node, watch.begun[k]) for node in found.nodes):
         raise refusal("a block uses something computed before it that is not among its arguments", watch.blocks[k],

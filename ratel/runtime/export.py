@@ -64,8 +64,8 @@ def _unfinished(path: Path) -> Path:
 
 
 def _is_others(name: str) -> bool:
-    """Of what lies in an older export's directory. Its weights and moments go: a shard or an index that the new one does not
-    have would be read with it."""
+    """Of what lies in an older export's directory. Its weights and moments go: a shard or an index that the new one does
+    not have would be read with it."""
     return not (name.startswith(("model", "optimizer")) and name.endswith((SUFFIX, INDEX_SUFFIX)))
 
 

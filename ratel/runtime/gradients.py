@@ -44,7 +44,8 @@ class Gradients:
         device = lanes.device
         self._pools = {cls: self._make_pool(cls, exchange, device) for cls in ("block", "ends", "shared")}
         self._host = {cls: self._make_host_pool(cls, arena, exchange) for cls in ("block", "ends", "shared")}
-        self._acc = {cls: torch.empty(plan.max_bytes(cls, "acc") // 4, dtype=torch.float32, device=device) for cls in self._pools
+        self._acc = {cls: torch.empty(plan.max_bytes(cls, "acc") // 4, dtype=torch.float32, device=device)
+                     for cls in self._pools
                      if cls in plan.accumulators}
         self._norms = torch.zeros(len(param_order), dtype=torch.float32, device=device)
         self._places = {u.index: torch.tensor([param_order[p.name] for p in u.params if p.trainable], device=device)
