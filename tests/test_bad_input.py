@@ -386,6 +386,14 @@ def test_micro_batches_are_parts_of_the_batches_there_are(tmp_path: Path) -> Non
     assert ratel.train(build("llama"), batches("llama", 1), **options).steps == 1  # of 4 rows, whatever --batch-size is
 
 
+def test_held_out_batches_that_cannot_be_evaluated_end_a_run_after_its_first_step(tmp_path: Path) -> None:
+    given = batches("llama", 1)
+    longer = [{"input_ids": torch.zeros(4, 32, dtype=torch.long)}]
+    with pytest.raises(RatelError):
+        ratel.train(build("llama"), given, eval_data=longer, steps=5, device="cpu", out=str(tmp_path / "run"))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_data_that_ends_early_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for steps in (3, 2):
         ratel.train(build("llama"), iter(batches("llama", 2)), steps=steps, device="cpu", out=str(tmp_path / str(steps)))

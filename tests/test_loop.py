@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +153,24 @@ def test_ctrl_c_lets_the_step_finish() -> None:
     assert progress.steps == 2 and "eval_loss" not in records[1]
 
 
+def test_held_out_batches_of_the_users_own_are_tried_after_the_first_step() -> None:
+    given: list[int] = []
+
+    def held_out() -> Iterator[float]:
+        for loss in (2.0, 4.0):
+            given.append(len(session.rates))
+            yield loss
+
+    session = FakeSession()
+    progress, records = run_loop(session, [1.0] * 3, steps=3, evaluation=held_out, tries_evaluation=True)
+    assert given == [1, 3, 3] and progress.eval_losses == {3: 3.0}
+    assert ["eval_loss" in record for record in records] == [False, False, True]
+    given.clear()
+    session = FakeSession()
+    run_loop(session, [1.0], steps=1, evaluation=held_out, tries_evaluation=True)
+    assert given == [1, 1]
+
+
 def test_a_sigterm_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout` tells the process and then its group."""
     progress, _ = run_loop(FakeSession(interrupt_at(2, times=2, number=signal.SIGTERM)), [1.0] * 9, steps=9)
@@ -209,7 +227,7 @@ def test_a_run_leaves_its_results(fake_run: Any, tmp_path: Path) -> None:
     session, start = fake_run(eval_data=[1.5, 2.5])
     result = start()
     assert result.losses == [3.0, 2.0, 3.0] and result.eval_losses == {3: 2.0} and result.steps == 3
-    assert session.calls == ["evaluate", "flush", "export", "close"]
+    assert session.calls == ["evaluate", "evaluate", "flush", "export", "close"]  # tried after the first step
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "plan.json", "hardware.json",
                                                                      "metrics.jsonl", "startup.json", "model"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -136,7 +136,8 @@ class Attempt:
                 self._save(progress, copies=copies)
 
             loop = Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
-                        evaluation=self.inputs.evaluation, eval_every=config.eval_every, save_every=config.save_every,
+                        evaluation=self.inputs.evaluation, tries_evaluation=self.inputs.evaluates_own,
+                        eval_every=config.eval_every, save_every=config.save_every,
                         save=save if config.save_every else None,
                         save_best=partial(save, copies=True) if config.keep_best else None,
                         traced=self._write_trace if config.trace is not None else None)

@@ -16,7 +16,7 @@ class Inputs:
     """``evaluation`` gives the held-out batches anew at each call; None where there are none.
 
     ``position`` says, as JSON, what comes after the batches handed out so far. ``sample``, only where the run is
-    resumed: a batch, for its shape.
+    resumed: a batch, for its shape. ``evaluates_own``: the held-out batches are the user's own.
     """
 
     batches: Iterator[Any]
@@ -25,6 +25,7 @@ class Inputs:
     description: str
     tokenizer: Any = None
     sample: Any = None
+    evaluates_own: bool = False
 
 
 def is_text(data: Any) -> bool:
@@ -62,7 +63,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
             dataset.load_state_dict(position)
         evaluation = (lambda: eval_batches) if eval_batches is not None else dataset.eval_batches
         yield Inputs(batches=dataset.batches(), position=dataset.state_dict, description=dataset.describe(),
-                     tokenizer=tokenizer, sample=sample,
+                     tokenizer=tokenizer, sample=sample, evaluates_own=eval_batches is not None,
                      evaluation=evaluation if eval_batches is not None or dataset.eval_batches() else None)
 
 
@@ -91,6 +92,7 @@ def _from_batches(data: Any, eval_data: Any, taken: int | None) -> Inputs:
     batches = _Counted(endless(data))
     sample = None if taken is None else batches.skip(taken)
     return Inputs(batches=batches, position=lambda: {"batches": batches.taken}, sample=sample,
+                  evaluates_own=eval_data is not None,
                   evaluation=None if eval_data is None else lambda: eval_data,
                   description=f"batches from {type(data).__name__}")
 

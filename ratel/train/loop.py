@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from ratel.errors import NonFiniteError, RatelError
@@ -75,6 +76,8 @@ class Loop:
     stop: StopRequest
     evaluation: Callable[[], Iterable[Any]] | None = None
     eval_every: int = 0
+    tries_evaluation: bool = False
+    """Its first batch is evaluated after the first step, too: what cannot be shall end a run then and not after its last."""
     save: Callable[[Progress], None] | None = None
     save_every: int = 0
     save_best: Callable[[Progress], None] | None = None
@@ -83,12 +86,14 @@ class Loop:
 
     def run(self, batches: Iterator[Any], progress: Progress) -> None:
         """Fill ``progress``. Ends early when ``batches`` does or when a stop was requested."""
-        saved_at = progress.steps
+        saved_at, first = progress.steps, progress.steps + 1
         while not self._is_over(progress):
             batch = next(batches, _NONE_LEFT)
             if batch is _NONE_LEFT:
                 break
             self._step(batch, progress)
+            if self.tries_evaluation and progress.steps == first:
+                self._try_evaluation(progress)
             if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise _diverged(progress.skipped_in_a_row, progress.steps)
             if self.save_best is not None and progress.is_best():
@@ -138,6 +143,10 @@ class Loop:
         loss = self.session.evaluate(self._until_stopped(self.evaluation()))
         if not self.stop.requested:  # a mean over a part of the batches is not comparable
             record["eval_loss"] = progress.eval_losses[number] = loss
+
+    def _try_evaluation(self, progress: Progress) -> None:
+        if self.evaluation is not None and progress.steps not in progress.eval_losses and not self.stop.requested:
+            self.session.evaluate(islice(self.evaluation(), 1))
 
     def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
         """At least one batch, so that there is a mean to take."""
