@@ -97,6 +97,19 @@ def test_a_budget_too_small_says_by_how_much(options: dict, what: str, field: st
         assert session.prepare(4, 16) is session.plan, "what the message says would be enough is not"
 
 
+def test_inference_mode() -> None:
+    batch = batches("llama", 1)[0]
+    with open_session(build("llama")) as session:
+        with torch.inference_mode():
+            for call in (lambda: session.step(batch), lambda: session.evaluate([batch]), lambda: session.prepare(4, 16)):
+                refused("has no gradients", "torch.inference_mode", call)
+        with torch.no_grad():
+            first = session.step(batch).loss
+        with torch.inference_mode():
+            assert session.evaluate([batch]) < first  # without a step in it
+        assert session.step(batch).loss < first
+
+
 def test_more_rows_than_there_is_memory_for(ssd_dir: Path) -> None:
     """Their shape is planned with, and a batch of that shape would itself not fit."""
     with open_session(build("llama"), ssd_dir) as session:

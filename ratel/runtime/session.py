@@ -176,6 +176,7 @@ class Session:
         return before.get("rows_of_one") if before.get("rows") == count_rows(batch) else None
 
     def _prepare(self, batch: Any) -> Plan:
+        _check_gradients_can_be()
         self._shape = Shape.of(batch, count_rows(batch))
         if not self.parts.is_causal_lm:
             self.parts.probe(batch)
@@ -217,6 +218,7 @@ class Session:
         the device at the end; it changes no result.
         """
         begun = perf_counter()
+        _check_gradients_can_be()
         lr = self.lr if lr is None else learning_rate(lr)
         batch = self._ready(batch)
         targets = step_targets(batch) if self.parts.is_causal_lm else 0
@@ -466,6 +468,13 @@ class _Protected:
         if isinstance(error, self._kind):
             self._session._broken = error
             self._session._machinery.exchange.close()
+
+
+def _check_gradients_can_be() -> None:
+    """`torch.no_grad` a session overrides; this it cannot."""
+    if torch.is_inference_mode_enabled():
+        raise RatelError("is on, and what is made in it has no gradients", field="torch.inference_mode",
+                         remedy="Leave it before you train")
 
 
 def _shape_of(rows: int, seq_len: int) -> dict[str, torch.Tensor]:
