@@ -10,6 +10,7 @@ from families_common import CAUSAL, batches, build, loss_fn_of
 from ratel.errors import RatelError
 from ratel.runtime import export
 from ratel.runtime.session import Session
+from ratel.store import transfer
 
 pytestmark = pytest.mark.e2e
 
@@ -39,6 +40,19 @@ def test_transformers_loads_what_was_trained(family: str, dtype: str, ssd_dir: P
         else:
             assert parameter.dtype is torch.bfloat16
             assert torch.equal(parameter.detach(), rounded(masters[name])), name
+
+
+@pytest.mark.parametrize("piece", [1000, 4097])
+def test_pieces_of_masters_need_not_end_where_parameters_do(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Session(build("llama-tied"), device="cpu", lr=1e-3, tier="dram") as session:
+        session.step(batches("llama-tied", 1)[0])
+        masters = session.state_dict()
+        monkeypatch.setattr(transfer, "PIECE_ELEMENTS", piece)
+        session.export(tmp_path / "model", dtype="fp32")
+        again = session.state_dict()
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved.keys() == masters.keys() and len(saved) > 10
+    assert all(torch.equal(saved[name], master) and torch.equal(again[name], master) for name, master in masters.items())
 
 
 def rounded(master: torch.Tensor) -> torch.Tensor:

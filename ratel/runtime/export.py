@@ -15,10 +15,8 @@ from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.durable_files import discard_all_but, existing_part, replace_directory, replaceable
+from ratel.store.transfer import PIECE_ELEMENTS
 from ratel.units import format_bytes
-
-PIECE_ELEMENTS = 1 << 22
-
 
 Weights = Callable[[UnitSpec], Iterable[tuple[int, Tensor]]]
 """A unit's fp32 weights, 1-D on the CPU in its layout, in pieces from the first to the last: ``(begin, values)``."""
