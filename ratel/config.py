@@ -94,10 +94,15 @@ def _read_betas(value: Any, flag: str) -> tuple[float, float]:
     return read(parts[0], flag), read(parts[1], flag)
 
 
+def _check_unit(value: Any, number: float, flag: str, counted: str, meant: str) -> None:
+    """A bare number that is next to nothing was meant in a larger unit."""
+    if isinstance(value, str) and value.strip().isdigit() and 0 < number < MIB:
+        raise RatelError(f"is {number:.0f} {counted}", field=flag, value=value, remedy=f"Write the unit: {value.strip()}{meant}")
+
+
 def _bytes(value: Any, flag: str) -> int:
     num_bytes = parse_bytes(value, field=flag)
-    if isinstance(value, str) and value.strip().isdigit() and 0 < num_bytes < MIB:
-        raise RatelError(f"is {num_bytes} bytes", field=flag, value=value, remedy=f"Write the unit: {value.strip()}GiB")
+    _check_unit(value, num_bytes, flag, "bytes", "GiB")
     if num_bytes == 0:
         raise RatelError("must be above 0", field=flag, value=value, remedy="Leave it out to take it from the machine")
     return num_bytes
@@ -105,8 +110,7 @@ def _bytes(value: Any, flag: str) -> int:
 
 def _rate(value: Any, flag: str) -> float:
     rate_bps = parse_rate(value, field=flag)
-    if isinstance(value, str) and value.strip().isdigit() and 0 < rate_bps < MIB:
-        raise RatelError(f"is {rate_bps:.0f} bytes a second", field=flag, value=value, remedy=f"Write the unit: {value.strip()}GB/s")
+    _check_unit(value, rate_bps, flag, "bytes a second", "GB/s")
     if rate_bps == 0:
         raise RatelError("must be above 0", field=flag, value=value, remedy="Leave it out for no cap")
     return rate_bps

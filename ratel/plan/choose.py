@@ -120,8 +120,8 @@ def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                 work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
                 gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                import_element_bytes=request.import_element_bytes, on_host=request.on_host, save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles,
-                loss_s=request.loss_s, kept=request.kept,
+                import_element_bytes=request.import_element_bytes, on_host=request.on_host,
+                save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, loss_s=request.loss_s, kept=request.kept,
                 spill=request.spill)
 
 

@@ -115,22 +115,15 @@ def _check_range(values: Tensor, field: str, limit: int, message: str) -> None:
 
 def cut(batch: Any, max_rows: int) -> Iterator[Any]:
     """The batch in pieces of at most ``max_rows`` rows."""
-    rows = count_rows(batch)
-    if rows <= max_rows:
-        yield batch
-        return
-    for begin in range(0, rows, max_rows):
+    for begin in range(0, count_rows(batch), max_rows):
         yield map_tensors(lambda t: t[begin : begin + max_rows], batch)
 
 
 def split(batch: Any, micro_rows: int, device: torch.device) -> list[Micro]:
     """Micro-batches of at most ``micro_rows`` rows, on the device."""
     rows = count_rows(batch)
-    micros = []
-    for index, begin in enumerate(range(0, rows, micro_rows)):
-        part = map_tensors(lambda t: t[begin : begin + micro_rows].to(device), batch)
-        micros.append(Micro(index, part, share=min(micro_rows, rows - begin) / rows))
-    return micros
+    return [Micro(index, map_tensors(lambda t: t.to(device), part), share=count_rows(part) / rows)
+            for index, part in enumerate(cut(batch, micro_rows))]
 
 
 def step_targets(batch: dict) -> int:

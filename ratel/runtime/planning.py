@@ -119,8 +119,8 @@ class Planner:
         return Request(
             spec=spec, fp32=self._fp32, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,
             gpu_budget=machine.gpu_budget, dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget,
-            process_bytes=PROCESS_BYTES, import_element_bytes=self._outline.import_element_bytes, workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept,
-            spill=micro.spill,
+            process_bytes=PROCESS_BYTES, import_element_bytes=self._outline.import_element_bytes,
+            workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept, spill=micro.spill,
             forced=None if config.tier == "auto" else config.tier, checkpoint_tier=config.checkpoint_tier,
             durable=config.durable if config.save_every else "off")
 
