@@ -215,8 +215,17 @@ def _seconds(p: Point, key: str) -> str:
     return f"{p[key]:.3f}" if p.get(key) else ""
 
 
+def _change(content: Content) -> list[str]:
+    """The checkouts took turns; each figure is the median of processes of their own."""
+    rows = [[case, str(len(row["before_all_s"])), f"{row['before_s']:.3f}", f"{row['after_s']:.3f}", f"{row['ratio']:.3f}"]
+            for kind in ("starts", "steps") for case, row in content.get(kind, {}).items()]
+    rows += [[f"{p['case']}, {p['tree']}", "failed", last_line(p["error"]), "", ""] for p in content["points"] if "error" in p]
+    before, after = ((content.get(key) or "not known")[:10] for key in ("before_commit", "commit"))
+    return _table(f"work | processes of each | {before}, s | {after}, s | ratio", rows)
+
+
 LINES: dict[str, Callable[[Content], list[str]]] = {
-    "compare": _compare, "ssd": _ssd, "dram47": _dram47, "curve": _curve, "shapes": _shapes, "sustained": _sustained,
+    "change": _change, "compare": _compare, "ssd": _ssd, "dram47": _dram47, "curve": _curve, "shapes": _shapes, "sustained": _sustained,
     "startup": _startup, "launches": _launches}
-TITLES = {"compare": "Beside other systems", "ssd": "States on SSD", "dram47": "With ZeRO-Infinity's DRAM",
+TITLES = {"change": "Before and after a change", "compare": "Beside other systems", "ssd": "States on SSD", "dram47": "With ZeRO-Infinity's DRAM",
           "curve": "Over batch sizes", "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start", "launches": "What the CPU does"}
