@@ -95,8 +95,8 @@ def run_start(args: argparse.Namespace, model: Path, out: Path, env: dict[str, s
 def summarize(points: list[dict[str, Any]], key: str) -> dict[str, Any]:
     """The median of each checkout over its processes, and their ratio, by case."""
     table: dict[str, Any] = {}
-    for case in dict.fromkeys(point["case"] for point in points if key in point):
-        found = {tree: [p[key] for p in points if p["case"] == case and p["tree"] == tree and key in p] for tree in ("before", "after")}
+    for case in dict.fromkeys(point["name"] for point in points if key in point):
+        found = {tree: [p[key] for p in points if p["name"] == case and p["tree"] == tree and key in p] for tree in ("before", "after")}
         if all(found.values()):
             before, after = (statistics.median(found[tree]) for tree in ("before", "after"))
             table[case] = {"before_s": before, "after_s": after, "ratio": after / before, "before_all_s": found["before"],
@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> Report:
 
 def add(report: Report, clock: Clock, case: str, tree: str, run: Any) -> None:
     result = {"error": NOT_BEGUN} if clock.left_s < 5 else run(min(LIMIT_S, clock.left_s))
-    report.add({"case": case, "tree": tree, **result})
+    report.add({"name": case, "tree": tree, **result})
     print(case, tree, result.get("step_s") or result.get("first_step_end_s") or result.get("error"), flush=True)
 
 

@@ -28,6 +28,8 @@ INTRODUCTIONS = {
     "startup": "From before the process exists to the first line of metrics.jsonl, less that step's own time. The "
                "checkpoint was dropped from the page cache before each run that is not called cached, and read at the "
                "disk's rate for comparison.",
+    "change": "Two checkouts in turns on one machine, each figure the median of processes of their own. A start is from the "
+              "command to the first line of metrics.jsonl, files in memory.",
     "launches": "Python and launches, forward and backward, of a block so narrow that its kernels take next to no time.",
 }
 
@@ -219,7 +221,7 @@ def _change(content: Content) -> list[str]:
     """The checkouts took turns; each figure is the median of processes of their own."""
     rows = [[case, str(len(row["before_all_s"])), f"{row['before_s']:.3f}", f"{row['after_s']:.3f}", f"{row['ratio']:.3f}"]
             for kind in ("starts", "steps") for case, row in content.get(kind, {}).items()]
-    rows += [[f"{p['case']}, {p['tree']}", "failed", last_line(p["error"]), "", ""] for p in content["points"] if "error" in p]
+    rows += [_failed({**p, "name": f"{p['name']}, {p.get('tree')}"}) for p in content["points"] if "error" in p]
     before, after = ((content.get(key) or "not known")[:10] for key in ("before_commit", "commit"))
     return _table(f"work | processes of each | {before}, s | {after}, s | ratio", rows)
 
