@@ -73,7 +73,7 @@ def test_the_export_layout_is_what_transformers_loads(family: str, tmp_path: Pat
     expected = copy.deepcopy(model)
     parts = load(model, dtype=torch.bfloat16, device=CPU)
     flats: dict[str, torch.Tensor] = {}
-    tensors = parts.persistent_buffers()
+    tensors = parts.other_state()
     for entry in parts.export_layout():
         if entry.unit.name not in flats:
             flats[entry.unit.name] = torch.empty(entry.unit.num_elements)

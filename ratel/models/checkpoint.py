@@ -1,48 +1,45 @@
-"""Weights in a Hugging Face directory: safetensors files, read unit by unit.
+"""Weights in a Hugging Face directory: safetensors files, read unit by unit, with what `from_pretrained` would make of them.
 
 Checkpoints differ from modules: names with or without the base model's prefix, tied weights written once, experts
-written one by one that the module holds in one tensor. transformers has a table of these conversions, and it is used
-here for one parameter at a time: on the meta device to check everything from the headers, on tensors to read.
+written one by one that the module holds in one tensor (`ratel.models.checkpoints.recipes`). A conversion is done for one
+parameter at a time: on the meta device to check everything from the headers, on tensors to read.
 """
 
 import copy
 import logging
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
+from ratel.models.checkpoints.dtypes import kept_in_fp32
+from ratel.models.checkpoints.recipes import find_recipes
 from ratel.models.safetensors_files import StoredTensor, TensorFiles, model_files
 from ratel.models.stored_bits import Run, StoredBits
-from ratel.models.weights import view
+from ratel.models.weights import round_ties_to_even, view
 from ratel.plan.shape import ParamSpec, UnitSpec
-
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Recipe:
-    """How some parameters come out of stored tensors: one copied, or several put through a conversion."""
-
-    converter: Any = None
-    parts: list[tuple[str, str]] = field(default_factory=list)
-    """(name in the file, the conversion's pattern for it)."""
+EXTRA_STATE = "_extra_state"
 
 
 class CheckpointSource:
-    """The weights of ``module``'s parameters in ``directory``."""
+    """The state of ``module`` in ``directory``: its parameters, unit by unit, and what else its state dict has.
 
-    def __init__(self, directory: Path, module: nn.Module) -> None:
-        self._directory, self._module = directory, module
+    ``dtype``: of the computation. In bf16 the upper half of a master is what `from_pretrained` rounds the stored number to.
+    """
+
+    def __init__(self, directory: Path, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        self._directory, self._module, self._dtype = directory, module, dtype
         self._files = TensorFiles(model_files(directory))
-        self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        self._recipes = self._find_recipes()
+        found = find_recipes(module, self._files.tensors)
+        self._recipes = found.by_name
+        self._kept = kept_in_fp32(module, dtype)
+        self._tell_of(found.unused)
 
     def check(self, params: Iterable[ParamSpec]) -> None:
         missing, wrong = [], []
@@ -53,11 +50,17 @@ class CheckpointSource:
             elif tuple(found) != param.shape:
                 wrong.append(f"{param.name} is {list(found)}, the model needs {list(param.shape)}")
         if missing:
-            raise RatelError(f"the weights lack {_few(missing)}", field="model", value=self._directory,
-                             remedy="Check that the files are complete and belong to this config.json")
+            raise self._lacking(missing)
         if wrong:
-            raise RatelError(f"weights of the wrong shape: {_few(wrong)}", field="model", value=self._directory,
-                             remedy="Check that the files belong to this config.json")
+            raise self._misshapen(wrong)
+
+    def _lacking(self, names: list[str]) -> RatelError:
+        return RatelError(f"the weights lack {_few(names)}", field="model", value=self._directory,
+                          remedy="Check that the files are complete and belong to this config.json")
+
+    def _misshapen(self, descriptions: list[str]) -> RatelError:
+        return RatelError(f"weights of the wrong shape: {_few(descriptions)}", field="model", value=self._directory,
+                          remedy="Check that the files belong to this config.json")
 
     @property
     def element_bytes(self) -> int:
@@ -73,6 +76,8 @@ class CheckpointSource:
                 self._files.read_into(recipe.parts[0][0], out[param.offset : param.end])
             else:
                 view(out, param).copy_(self._produce(name, self._files.read))
+            if self._dtype is torch.bfloat16 and name not in self._kept:
+                round_ties_to_even(out[param.offset : param.end])
         self._files.close()
 
     def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
@@ -84,6 +89,61 @@ class CheckpointSource:
                 return None
             runs.append(Run(file=stored.file, offset=stored.offset, begin=param.offset, end=param.end))
         return StoredBits(runs)
+
+    # --- what is no parameter -------------------------------------------------------------------------------------
+
+    def load_buffers(self) -> None:
+        """Give the module the buffers, and the extra state, that its state dict has. Raises RatelError for one that is
+        missing, which `from_pretrained` would make up, or has another shape."""
+        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        optional = getattr(self._module, "_keys_to_ignore_on_load_missing", None) or ()
+        missing = []
+        for name, current in self._module.state_dict().items():
+            if name in parameters:
+                continue
+            if name in self._recipes:
+                self._load_buffer(name, current)
+            elif not any(re.search(pattern, name) for pattern in optional):
+                missing.append(name)
+        self._files.close()
+        if missing:
+            raise self._lacking(missing)
+
+    def _load_buffer(self, name: str, current: object) -> None:
+        value = self._produce(name, self._files.read)
+        path, _, attribute = name.rpartition(".")
+        owner = self._module.get_submodule(path)
+        if attribute == EXTRA_STATE:
+            owner.set_extra_state(value)
+            return
+        if value.shape != current.shape:
+            raise self._misshapen([f"{name} is {list(value.shape)}, the model needs {list(current.shape)}"])
+        dtype = torch.float32 if name in self._kept and current.is_floating_point() else current.dtype
+        owner._buffers[attribute] = value.to(dtype, copy=True).contiguous()
+
+    def untie(self) -> None:
+        """Where the configuration ties two tensors that are stored with unlike values, each gets its own, as in
+        `from_pretrained`."""
+        for target, origin in getattr(self._module, "all_tied_weights_keys", {}).items():
+            if target in self._recipes and origin in self._recipes and not self._are_equal(target, origin):
+                log.warning("%s: config.json ties %s to %s, but their stored values differ: they are not tied", self._directory,
+                            target, origin)
+                path, _, attribute = target.rpartition(".")
+                tied = self._module.get_parameter(origin)
+                own = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
+                self._module.get_submodule(path)._parameters[attribute] = own
+        self._files.close()
+
+    def _are_equal(self, *names: str) -> bool:
+        one, other = (self._recipes[name] for name in names)
+        if one is other or one.parts == other.parts:
+            return True
+        if one.converter is None and other.converter is None:
+            return self._files.are_equal(one.parts[0][0], other.parts[0][0], self._dtype)
+        tensors = [self._produce(name, self._files.read).to(self._dtype) for name in names]
+        return torch.equal(*tensors)
+
+    # --- names ----------------------------------------------------------------------------------------------------
 
     def _shape_of(self, param: ParamSpec) -> tuple[int, ...] | None:
         name = self._stored_name(param)
@@ -113,28 +173,6 @@ class CheckpointSource:
                              remedy="Save the model again with transformers' save_pretrained")
         return tensor[0] if isinstance(tensor, list) else tensor
 
-    def _find_recipes(self) -> dict[str, Recipe]:
-        recipes: dict[str, Recipe] = {}
-        unused: list[str] = []
-        renamings, converters = _conversions(self._module)
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        for stored in sorted(self._files.tensors, key=_natural):
-            name, pattern = self._rename(stored, renamings, converters)
-            if name not in self._names:
-                unused.append(stored)
-                continue
-            recipe = recipes.setdefault(name, Recipe())
-            if pattern is None:
-                recipe.converter, recipe.parts = None, [(stored, "")]
-                continue
-            recipe.converter = by_pattern[pattern]
-            recipe.parts.append((stored, pattern))
-        for first, recipe in list(recipes.items()):
-            if recipe.converter is not None:
-                self._add_other_products(first, recipe, recipes)
-        self._tell_of(unused)
-        return recipes
-
     def _tell_of(self, unused: list[str]) -> None:
         """Some checkpoints hold what a model has no place for, such as rotary frequencies; a config.json with too few layers
         looks the same."""
@@ -142,55 +180,13 @@ class CheckpointSource:
             return
         known = [*(getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
         buffers = {name for name, _ in self._module.named_buffers()}
-        strange = [name for name in unused if self._with_prefix(name) not in buffers and not any(re.search(k, name) for k in known)]
+        strange = [name for name in unused if name not in buffers and not any(re.search(k, name) for k in known)]
         if strange:
             log.warning("%s: of the weights %s are not used: config.json has no place for them", self._directory, _few(strange))
-
-    def _add_other_products(self, first: str, recipe: Recipe, recipes: dict[str, Recipe]) -> None:
-        """A conversion that splits one stored tensor is named by its first product; the others share it."""
-        patterns = recipe.converter.target_patterns
-        for other in patterns[1:]:
-            recipes.setdefault(first.replace(patterns[0], other, 1), recipe)
-
-    def _rename(self, stored: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        """The parameter a stored tensor belongs to, and the conversion's pattern if it needs one."""
-        name, pattern = stored, None
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        for converter in converters:
-            name, pattern = converter.rename_source_key(name)
-            if pattern is not None:
-                break
-        name = self._with_prefix(name)
-        if name not in self._names and self._with_prefix(stored) in self._names:
-            return self._with_prefix(stored), None
-        return name, pattern
-
-    def _with_prefix(self, name: str) -> str:
-        prefix = getattr(self._module, "base_model_prefix", "")
-        if name in self._names or not prefix:
-            return name
-        candidates = (f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        return next((c for c in candidates if c in self._names), name)
-
-
-def _conversions(module: nn.Module) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and conversions for this model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    found = get_model_conversion_mapping(module)
-    return ([c for c in found if not isinstance(c, WeightConverter)],
-            [c for c in found if isinstance(c, WeightConverter)])
 
 
 def _outline(stored: StoredTensor) -> Tensor:
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Order in which expert 2 comes before expert 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _few(items: list[str], limit: int = 4) -> str:

@@ -75,7 +75,7 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
             raise
         raise RatelError(f"transformers cannot build it: {error}", field="model", value=name,
                          remedy="Check config.json, and that --attention suits the model and the machine") from error
-    source = CheckpointSource(directory, module) if directory is not None else None
+    source = _open_checkpoint(directory, module, dtype) if directory is not None else None
     try:
         return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len)
     except torch.OutOfMemoryError:
@@ -83,6 +83,13 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
     except RuntimeError as error:  # from its first run in outline
         raise RatelError(f"the model of this configuration cannot run: {error}", field="model", value=name,
                          remedy="Check the sizes in config.json against each other") from error
+
+
+def _open_checkpoint(directory: Path, module: nn.Module, dtype: torch.dtype) -> CheckpointSource:
+    source = CheckpointSource(directory, module, dtype)
+    source.untie()
+    source.load_buffers()
+    return source
 
 
 def _class_of(config: Any) -> type | None:

@@ -319,12 +319,13 @@ class Parts:
                    for unit in (*self.spec.units, *([self.unused] if self.unused else [])) for p in unit.params}
         return [entries[name] for name, _ in self.module.named_parameters()]
 
-    def persistent_buffers(self) -> dict[str, Tensor]:
-        """Buffers that belong to the model's state dict, by name, on the CPU."""
+    def other_state(self) -> dict[str, Any]:
+        """What the model's state dict has besides parameters, by name: buffers and extra state, on the CPU."""
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         with self._guard.lifted():
             state = self.module.state_dict()
-        return {name: tensor.detach().cpu() for name, tensor in state.items() if name not in names}
+        return {name: value.detach().cpu() if isinstance(value, Tensor) else value
+                for name, value in state.items() if name not in names}
 
     def save_config(self, directory: Path, dtype: torch.dtype) -> bool:
         """Write config.json (and generation_config.json) for weights of that dtype; False if the model has none."""

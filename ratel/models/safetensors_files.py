@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ class TensorFiles:
             if piece is not part:
                 part.copy_(piece)
 
+    def are_equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        """Whether two stored tensors are the same in ``dtype``. Read a piece at a time."""
+        first, second = self.tensors[one], self.tensors[other]
+        if first.shape != second.shape:
+            return False
+        return all(torch.equal(*(self._piece(stored, begin).to(dtype) for stored in (first, second)))
+                   for begin in range(0, prod(first.shape), PIECE_ELEMENTS))
+
+    def _piece(self, stored: StoredTensor, begin: int) -> Tensor:
+        piece = torch.empty(min(PIECE_ELEMENTS, prod(stored.shape) - begin), dtype=stored.dtype)
+        read_full(stored.file, stored.offset + begin * piece.element_size(), memoryview(piece.view(torch.uint8).numpy()),
+                  self._field)
+        return piece
+
     def close(self) -> None:
         self._open_file = self._open_path = None
 
@@ -107,12 +122,12 @@ def model_files(directory: Path) -> list[Path]:
 
 
 def files_of(directory: Path, stem: str, field: str) -> list[Path]:
-    """The files that the index ``stem.safetensors.index.json`` names, or ``stem.safetensors``; none without both."""
-    index = directory / (stem + INDEX_SUFFIX)
-    if index.exists():
-        return indexed_files(index, field)
-    single = directory / (stem + SUFFIX)
-    return [single] if single.exists() else []
+    """``stem.safetensors``, or the files that the index ``stem.safetensors.index.json`` names; none without both. Of a
+    directory that has both, transformers, too, reads the first."""
+    single, index = directory / (stem + SUFFIX), directory / (stem + INDEX_SUFFIX)
+    if single.is_file():
+        return [single]
+    return indexed_files(index, field) if index.is_file() else []
 
 
 def indexed_files(index: Path, field: str) -> list[Path]:

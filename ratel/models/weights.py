@@ -12,6 +12,10 @@ from ratel.models.stored_bits import StoredBits
 from ratel.plan.shape import ParamSpec, UnitSpec
 
 
+PIECE_ELEMENTS = 1 << 20
+"""Worked on at once."""
+
+
 class WeightSource(Protocol):
     element_bytes: int
     """Of memory that `read` takes for each element of a unit, ``out`` included."""
@@ -29,6 +33,19 @@ class WeightSource(Protocol):
 def view(flat: Tensor, param: ParamSpec) -> Tensor:
     """The parameter inside a flat plane of its unit."""
     return flat[param.offset:param.end].view(param.shape)
+
+
+def round_half_up(master: Tensor) -> Tensor:
+    """The bf16 numbers that are the upper halves (`hi`) of fp32 masters."""
+    return ((master.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def round_ties_to_even(master: Tensor) -> None:
+    """In place, so that the upper half of each master is what PyTorch rounds it to (ties go to even; `hi` rounds them up):
+    a number half way between two of bf16 that goes down is made the next smaller fp32. fp16 weights have many of them."""
+    for begin in range(0, master.numel(), PIECE_ELEMENTS):
+        bits = master[begin : begin + PIECE_ELEMENTS].view(torch.int32)
+        bits.sub_(((bits & 0x1FFFF) == 0x8000).to(torch.int32))
 
 
 class TensorSource:

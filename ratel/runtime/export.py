@@ -93,7 +93,7 @@ def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.
 def _buffers(parts: Parts) -> Piece:
     """Counted as nothing, so that they never make a shard of their own: a model's buffers are a few KB."""
     return Piece(num_bytes=0,
-                 make=lambda: {key: value.contiguous() for key, value in parts.persistent_buffers().items()})
+                 make=lambda: {key: value.contiguous() for key, value in parts.other_state().items()})
 
 
 def _tensors_of(unit: UnitSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
