@@ -64,7 +64,7 @@ class CheckpointSource:
 
     @property
     def element_bytes(self) -> int:
-        """Pages of the files count as ours while they are mapped, and conversions make tensors of them."""
+        """Conversions make tensors of what was read, beside it."""
         return 8 if any(recipe.converter is not None for recipe in self._recipes.values()) else 4
 
     def read(self, unit: UnitSpec, out: Tensor) -> None:
@@ -78,7 +78,6 @@ class CheckpointSource:
                 view(out, param).copy_(self._produce(name, self._files.read))
             if self._dtype is torch.bfloat16 and name not in self._kept:
                 round_ties_to_even(out[param.offset : param.end])
-        self._files.close()
 
     def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
         runs = []
@@ -105,7 +104,6 @@ class CheckpointSource:
                 self._load_buffer(name, current)
             elif not any(re.search(pattern, name) for pattern in optional):
                 missing.append(name)
-        self._files.close()
         if missing:
             raise self._lacking(missing)
 
@@ -132,7 +130,6 @@ class CheckpointSource:
                 tied = self._module.get_parameter(origin)
                 own = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
                 self._module.get_submodule(path)._parameters[attribute] = own
-        self._files.close()
 
     def _are_equal(self, *names: str) -> bool:
         one, other = (self._recipes[name] for name in names)

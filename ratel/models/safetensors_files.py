@@ -1,34 +1,29 @@
 """Safetensors files that belong together: what is in them, checked from their headers, and one tensor at a time."""
 
-import json
 import os
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
+from ratel.models.safetensors_header import REMEDY, read_header
+from ratel.reading import descriptor_of, read_json
+from ratel.schema import check, mapping, record, text
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored dtypes a weight can be read from."""
 
-OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4,
-               "I64": 8, "U64": 8}
-
 PIECE_ELEMENTS = 1 << 22
 """Read at once."""
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit. A larger number at the start of a file means that it is something else."""
-
-REMEDY = "Download or save the files again"
+_PATH = text(r"(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+", "the name of a file in the directory")
+INDEX = record({"weight_map": mapping(text(), _PATH)}, is_open=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +49,21 @@ class TensorFiles:
         self.tensors: dict[str, StoredTensor] = {}
         self._field = field
         for path in paths:
-            self.tensors.update(read_header(path, field))
-        self._open_path: Path | None = None
-        self._open_file: Any = None
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        for name, entry in read_header(path, self._field).tensors.items():
+            if name in self.tensors:
+                raise RatelError(f"{name} is in {self.tensors[name].file.name}, too", field=self._field, value=path,
+                                 remedy="Remove one of the files, or save them again")
+            self.tensors[name] = StoredTensor(file=path, shape=entry.shape, dtype_name=entry.dtype_name, offset=entry.begin)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file (read as it is copied)."""
-        from safetensors import safe_open
-
+        """One tensor. Not mapped: a file that becomes shorter would end the process."""
         stored = self.tensors[name]
-        if stored.file != self._open_path:
-            self._open_file, self._open_path = safe_open(stored.file, framework="pt"), stored.file
-        return self._open_file.get_tensor(name)
+        values = torch.empty(stored.shape, dtype=stored.dtype)
+        read_full(stored.file, stored.offset, memoryview(values.view(-1).view(torch.uint8).numpy()), self._field)
+        return values
 
     def read_into(self, name: str, out: Tensor) -> None:
         """All elements of one tensor into ``out`` (fp32, CPU, 1-D), a piece at a time, and nothing of the file is mapped: its
@@ -93,13 +91,10 @@ class TensorFiles:
                   self._field)
         return piece
 
-    def close(self) -> None:
-        self._open_file = self._open_path = None
-
 
 def read_full(path: Path, offset: int, target: memoryview, field: str = "model") -> None:
     """Fill ``target`` from byte ``offset`` on. Raises OSError with the file's name, RatelError for one that is shorter."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = descriptor_of(path)
     try:
         while len(target):
             count = os.preadv(descriptor, [target], offset)
@@ -132,10 +127,10 @@ def files_of(directory: Path, stem: str, field: str) -> list[Path]:
 
 def indexed_files(index: Path, field: str) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise RatelError(f"not an index of safetensors files ({error!r})", field=field, value=index,
-                         remedy=REMEDY) from error
+        names = sorted(set(check(read_json(index), INDEX)["weight_map"].values()))
+    except (ValueError, OSError) as error:
+        raise RatelError(f"not an index of safetensors files: {getattr(error, 'strerror', None) or error}", field=field,
+                         value=index, remedy=REMEDY) from error
     for name in names:
         if not (index.parent / name).is_file():
             raise RatelError("a file that the index names is missing", field=field, value=index.parent / name,
@@ -150,39 +145,3 @@ def _no_weights(directory: Path) -> RatelError:
     return RatelError(f"there is no model{SUFFIX} and no model{INDEX_SUFFIX} in the directory", field="model",
                       value=directory,
                       remedy="Give a directory with safetensors weights, or a preset to start from scratch")
-
-
-def read_header(path: Path, field: str = "model") -> dict[str, StoredTensor]:
-    """The tensors of one file. Checks that the file is as long as its header says."""
-    try:
-        num_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            if header_bytes > min(MAX_HEADER_BYTES, num_bytes - 8):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(header_bytes))
-        tensors = {name: StoredTensor(file=path, shape=tuple(entry["shape"]), dtype_name=entry["dtype"],
-                                      offset=8 + header_bytes + entry["data_offsets"][0])
-                   for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        _check_sizes(header)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise RatelError(f"not a readable safetensors file ({error})", field=field, value=path,
-                         remedy=REMEDY) from error
-    if 8 + header_bytes + end > num_bytes:
-        raise RatelError(f"the file is cut off: {num_bytes:,} of {8 + header_bytes + end:,} bytes", field=field,
-                         value=path, remedy=REMEDY)
-    return tensors
-
-
-def _check_sizes(header: dict[str, Any]) -> None:
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else OTHER_SIZES.get(entry["dtype"])
-        size = 1
-        for extent in entry["shape"]:
-            size *= extent
-        if itemsize is not None and end - start != size * itemsize:
-            raise ValueError(f"{name} has {end - start} bytes, its shape needs {size * itemsize}")

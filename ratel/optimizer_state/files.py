@@ -3,6 +3,7 @@
     optimizer.safetensors      exp_avg.NAME and exp_avg_sq.NAME, fp32, for every trained parameter NAME
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX, TensorFiles, files_of, indexed_files
+from ratel.models.safetensors_header import read_header
 from ratel.plan.shape import ParamSpec
 
 FORMAT, VERSION = "ratel-adamw", 1
 STEM = "optimizer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """First and second moment, as torch calls them."""
+
+_DIGITS = re.compile(r"[0-9]{1,15}")
 
 REMEDY = "Write one with `ratel export --optimizer`, Session.export(optimizer=True) or ratel.save_adamw_state"
 
@@ -98,14 +102,11 @@ class MomentFiles:
 
 
 def _read_step(path: Path, field: str) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    metadata = read_header(path, field).metadata
     if metadata.get("format") != FORMAT:
         raise RatelError(f"its metadata does not say format {FORMAT}", field=field, value=path, remedy=REMEDY)
     version, step = metadata.get("version", ""), metadata.get("step", "")
-    if not version.isdigit() or not step.isdigit():
+    if not _DIGITS.fullmatch(version) or not _DIGITS.fullmatch(step):
         raise RatelError(f"its metadata is damaged: version {version!r}, step {step!r}", field=field, value=path,
                          remedy=REMEDY)
     if int(version) > VERSION:
