@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ratel.errors import RatelError
 from ratel.models import blocks as finder
+from ratel.models.checkpoint import EXTRA_STATE
 from ratel.models.documents import attends_only, watch_packing
 from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
 from ratel.models.guard import Guard
@@ -312,6 +313,9 @@ class Parts:
                 for spec in unit.params:
                     if spec.trainable:
                         self._originals.tensors[spec.name].copy_(view(flat, spec))
+            for name, value in self.other_state().items():
+                if isinstance(value, Tensor) and value is not self._originals.buffers.get(name):
+                    self._originals.buffers[name].copy_(value)
 
     def export_layout(self) -> list[ExportEntry]:
         """Every parameter once, under its name in the module, in the module's order; it is what transformers loads."""
@@ -320,12 +324,36 @@ class Parts:
         return [entries[name] for name, _ in self.module.named_parameters()]
 
     def other_state(self) -> dict[str, Any]:
-        """What the model's state dict has besides parameters, by name: buffers and extra state, on the CPU."""
+        """What the model's state dict has besides parameters, by name: buffers and extra state, on the CPU. A buffer that is
+        as it came has the precision it came with."""
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         with self._guard.lifted():
             state = self.module.state_dict()
-        return {name: value.detach().cpu() if isinstance(value, Tensor) else value
+        return {name: self._as_given(name, value).detach().cpu() if isinstance(value, Tensor) else value
                 for name, value in state.items() if name not in names}
+
+    def _as_given(self, name: str, current: Tensor) -> Tensor:
+        first = self._originals.buffers.get(name)
+        if first is None or first.dtype is current.dtype or not _is_equal(first.to(current.dtype), current):
+            return current
+        return first
+
+    def set_other_state(self, state: dict[str, Any]) -> None:
+        """Give the model what `other_state` gave. Raises RatelError, with nothing changed, if it has something else."""
+        ours = self.other_state()
+        differing = [name for name in ours.keys() ^ state.keys()] or [
+            name for name, value in state.items() if isinstance(value, Tensor) and value.shape != ours[name].shape]
+        if differing:
+            raise RatelError(f"has not the buffers that this model has: {sorted(differing)[0]}", field="state", value=self.name,
+                             remedy="Give the model that the state was saved from")
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        for name, value in state.items():
+            path, _, attribute = name.rpartition(".")
+            if attribute == EXTRA_STATE:
+                self.module.get_submodule(path).set_extra_state(value)
+            else:
+                with torch.no_grad():
+                    buffers[name].copy_(value)
 
     def save_config(self, directory: Path, dtype: torch.dtype) -> bool:
         """Write config.json (and generation_config.json) for weights of that dtype; False if the model has none."""
@@ -348,6 +376,11 @@ class Parts:
         self._guard.remove()
         self._runner.close()
         self._originals.put_back()
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, wherever they are: NaN equals itself."""
+    return torch.equal(one.cpu().contiguous().view(-1).view(torch.uint8), other.cpu().contiguous().view(-1).view(torch.uint8))
 
 
 def _strides(shape: Iterable[int]) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ class Originals:
         self._devices: dict[str, torch.device] = {}
         self._trainable: dict[str, bool] = {}
         self._buffers = [(m, name, buffer) for m in root.modules() for name, buffer in m._buffers.items()]
+        self.buffers = dict(root.named_buffers())
         self._training = [(m, m.training) for m in root.modules()]
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         params = {id(p): p for p in root.parameters()}

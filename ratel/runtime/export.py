@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 from ratel.models import Parts
+from ratel.models.checkpoints.other_state import as_tensors
 from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
 from ratel.plan.shape import UnitSpec
@@ -93,7 +94,7 @@ def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.
 def _buffers(parts: Parts) -> Piece:
     """Counted as nothing, so that they never make a shard of their own: a model's buffers are a few KB."""
     return Piece(num_bytes=0,
-                 make=lambda: {key: value.contiguous() for key, value in parts.other_state().items()})
+                 make=lambda: as_tensors(parts.other_state()))
 
 
 def _tensors_of(unit: UnitSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ class Machinery:
                 self.transfer.copy_frozen(unit, name)
             else:
                 self.transfer.recall(unit, name)
-        self.log.take_over(saved.commit.sequence)
+        self.log.take_over(saved.commit)
         self._imported()
 
     def _imported(self) -> None:

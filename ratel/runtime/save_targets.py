@@ -17,7 +17,7 @@ from ratel.plan.shape import UnitSpec
 from ratel.runtime.commit_files import discard_commits
 from ratel.runtime.durable_files import (discard_all_but, make_directory, move_others, remove_files, replace_directory,
                                          sync_path, write_synced)
-from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, make_manifest, pack_commit
+from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, OtherState, is_other_file, make_manifest, pack_commit
 from ratel.store.planes import Store
 
 PLANES_FILE = "planes.0"
@@ -30,8 +30,8 @@ class DirectoryTarget:
 
     is_in_place = False
 
-    def __init__(self, path: Path, plan: Plan, engine: "native.nvme_ds.Engine") -> None:
-        self.path, self._plan, self._engine = path, plan, engine
+    def __init__(self, path: Path, plan: Plan, engine: "native.nvme_ds.Engine", other: OtherState | None = None) -> None:
+        self.path, self._plan, self._engine, self._other = path, plan, engine, other
         self._partial = path.with_name(path.name + ".partial")
         self._layout = lay_out_slot(plan.spec, lambda unit: PLANES, fp32=plan.fp32)
         self._sums = {key: np.zeros(num_grains(plan.spec.units[key[0]], span.num_elements, plan.grain), dtype=np.uint32)
@@ -65,6 +65,7 @@ class DirectoryTarget:
         write_synced(self._partial / MANIFEST, make_manifest(
             spec, self._layout, grain=self._plan.grain, num_slots=1, files=[PLANES_FILE], pattern=[0],
             stripe_bytes=STRIPE_BYTES))
+        _write_other(self._partial, self._other)
         write_synced(self._partial / COMMITS[0], pack_commit(Commit(
             sequence=0, slots=[0] * len(spec.units), training=training, checksums=_joined(list(self._sums.values())))))
         sync_path(self._partial)
@@ -86,16 +87,18 @@ class CommitLog:
                                        files=list(store.volume.paths), pattern=pattern, stripe_bytes=stripe_bytes)
         self._sequence = 0
         self._is_there = False
+        self._other_before: str | None = None
 
     @property
     def manifest(self) -> bytes:
         return self._manifest
 
-    def take_over(self, sequence: int) -> None:
-        """The directory is this run's already, and holds a commit of that number."""
-        self._sequence, self._is_there = sequence, True
+    def take_over(self, newest: Commit) -> None:
+        """The directory is this run's already, and holds that commit."""
+        self._sequence, self._is_there = newest.sequence, True
+        self._other_before = newest.training.get("buffers", {}).get("file")
 
-    def write(self, training: dict[str, Any]) -> None:
+    def write(self, training: dict[str, Any], other: OtherState | None = None) -> None:
         """Record what is current. When this returns it is what a resumed run will find."""
         store, sequence = self.store, self._sequence + 1
         sums = [store.checksums.table(store.versions.current[unit], unit, name) for unit, name in
@@ -103,11 +106,20 @@ class CommitLog:
         record = pack_commit(Commit(sequence=sequence, slots=list(store.versions.current), training=training,
                                     checksums=_joined(sums)))
         if self._is_there:
+            _write_other(self.path, other)
             self._replace(self.path / COMMITS[sequence % 2], record)
         else:
-            self._make(COMMITS[sequence % 2], record)
+            self._make(COMMITS[sequence % 2], record, other)
         self._sequence = sequence  # only now: a write that failed must not be followed by one over the other record
         store.versions.commit()
+        self._drop_other(other)
+
+    def _drop_other(self, current: OtherState | None) -> None:
+        """Remove buffers that neither of the two records speaks of."""
+        names = (current.file if current else None, self._other_before)
+        self._other_before = names[0]
+        if any(names):
+            remove_files(str(path) for path in self.path.iterdir() if is_other_file(path.name) and path.name not in names)
 
     def _replace(self, path: Path, record: bytes) -> None:
         is_new = not path.exists()
@@ -115,7 +127,7 @@ class CommitLog:
         if is_new:
             sync_path(path.parent)
 
-    def _make(self, name: str, record: bytes) -> None:
+    def _make(self, name: str, record: bytes, other: OtherState | None) -> None:
         """The first commit. It takes the place of an earlier run's, whose files go only now; ours stay from now on."""
         self.store.volume.keep = True
         for file in self.store.volume.paths:
@@ -124,6 +136,7 @@ class CommitLog:
         shutil.rmtree(partial, ignore_errors=True)
         make_directory(partial)
         write_synced(partial / MANIFEST, self._manifest)
+        _write_other(partial, other)
         write_synced(partial / name, record)
         sync_path(partial)
         replace_directory(partial, self.path, self._discard)
@@ -139,8 +152,8 @@ class CommitTarget:
 
     is_in_place = True
 
-    def __init__(self, log: CommitLog, engine: "native.nvme_ds.Engine") -> None:
-        self.path, self._log, self._engine = log.path, log, engine
+    def __init__(self, log: CommitLog, engine: "native.nvme_ds.Engine", other: OtherState | None = None) -> None:
+        self.path, self._log, self._engine, self._other = log.path, log, engine, other
 
     def begin(self) -> None:
         return None
@@ -161,15 +174,26 @@ class CommitTarget:
 
     def finish(self, training: dict[str, Any]) -> None:
         self._log.store.volume.sync()
-        self._log.write(training)
+        self._log.write(training, self._other)
 
     def drop(self) -> None:
         """Nothing to remove: what was committed before is untouched, and the session ends."""
 
 
+def _write_other(directory: Path, other: OtherState | None) -> None:
+    """Before the record that speaks of it. A file of that name has that content, or was cut short by a crash."""
+    if other is not None and not _is_whole(directory / other.file, other):
+        write_synced(directory / other.file, other.content)
+        sync_path(directory)
+
+
+def _is_whole(path: Path, other: OtherState) -> bool:
+    return path.is_file() and path.stat().st_size == len(other.content) and path.read_bytes() == other.content
+
+
 def _is_others(name: str) -> bool:
     """Of what lies in an older state's directory; a record of it that stayed would be taken for the new one's."""
-    return name not in (MANIFEST, *COMMITS, PLANES_FILE)
+    return name not in (MANIFEST, *COMMITS, PLANES_FILE) and not is_other_file(name)
 
 
 def _joined(sums: list[np.ndarray]) -> np.ndarray:

@@ -18,6 +18,7 @@ from ratel.hardware.device import require_device
 from ratel.hardware.host import worker_cores
 from ratel.hardware.known import hardware_for
 from ratel.memory.exchange import Exchange
+from ratel.models.checkpoints.other_state import pack, refuse_unreadable
 from ratel.plan.cost import Prediction
 from ratel.plan.forced_kept import Activations
 from ratel.plan.hardware import Hardware
@@ -41,6 +42,7 @@ from ratel.runtime.recording import Recording
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
+from ratel.runtime.state_format import OtherState
 from ratel.runtime.step_result import StepResult
 from ratel.runtime.training import Training
 
@@ -118,6 +120,7 @@ class Session:
                                      attention=attention)
         try:
             self.parts.check_source()
+            refuse_unreadable(self.parts.other_state())
             self._moments = open_moments(optimizer_state)
             self._updates_made = self._moments.step if self._moments is not None else 0
             check_moments(self._moments, self.parts)
@@ -280,9 +283,10 @@ class Session:
         self.flush()
         return self._machinery.transfer.read(unit, plane)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All master weights by parameter name, fp32 on the CPU. Whole in memory: for models that fit there."""
-        result = {}
+    def state_dict(self) -> dict[str, Any]:
+        """All master weights by parameter name, fp32 on the CPU, and what else the model's state dict has. Whole in memory:
+        for models that fit there."""
+        result: dict[str, Any] = self.parts.other_state()
         for unit in self.plan.spec.units:
             flat = self.read_master(unit)
             result.update({p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params})
@@ -296,7 +300,8 @@ class Session:
         """
         if self._machinery is None:
             raise RatelError("there is nothing to save before the first step", field="save")
-        self._save(DirectoryTarget(replaceable(Path(path), "save"), self.plan, self._machinery.engine), extra, wait)
+        other = self._other_state()
+        self._save(DirectoryTarget(replaceable(Path(path), "save"), self.plan, self._machinery.engine, other), other, extra, wait)
         return Path(path)
 
     def commit(self, *, extra: dict[str, Any] | None = None, wait: bool = False) -> None:
@@ -306,13 +311,19 @@ class Session:
         if self._machinery is None or not self.plan.commits:
             raise RatelError("the session does not commit in place", field="durable", value=self._wishes.durable,
                              remedy='Make it with durable="step" and commits=DIR, and take a step')
-        self._save(CommitTarget(self._machinery.log, self._machinery.engine), extra, wait)
+        other = self._other_state()
+        self._save(CommitTarget(self._machinery.log, self._machinery.engine, other), other, extra, wait)
 
-    def _save(self, target: Target, extra: dict[str, Any] | None, wait: bool) -> None:
+    def _other_state(self) -> OtherState | None:
+        state = self.parts.other_state()
+        return OtherState(content=pack(state)) if state else None
+
+    def _save(self, target: Target, other: OtherState | None, extra: dict[str, Any] | None, wait: bool) -> None:
         self._check_usable()
         training = {"steps": self._attempts, "updates": self._updates_made, "seed": self.seed, "dtype": self.dtype,
                     "hyper": self._hyper, "max_grad_norm": self._clip, "extra": _as_of_now(extra),
-                    "micro_batches": {"rows": self.plan.work.rows, "rows_of_one": self.plan.work.micro_rows}}
+                    "micro_batches": {"rows": self.plan.work.rows, "rows_of_one": self.plan.work.micro_rows},
+                    **({"buffers": other.describe()} if other else {})}
         self.wait_saved()
         with self._protected():  # an interrupt between holding updates back and asking the saver would hold them for ever
             self._machinery.saver.request(target, training)
@@ -346,6 +357,9 @@ class Session:
         if saved.training["seed"] != self.seed:
             raise RatelError(f"the state was made with seed {saved.training['seed']}", field="seed", value=self.seed,
                              remedy="Give the same seed: dropout depends on it")
+        other = saved.other_state()
+        if other is not None:
+            self.parts.set_other_state(other)
         self._saved, self._moments = saved, None  # the state has moments of its own
         self._attempts, self._updates_made = saved.training["steps"], saved.training["updates"]
         return saved.training["extra"]

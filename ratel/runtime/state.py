@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
+from ratel.models.checkpoints.other_state import unpack
 from ratel.plan.layout import first_grain, num_grains, pieces
 from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.shape import ModelSpec
 from ratel.runtime.durable_files import settled
-from ratel.runtime.state_format import DamagedStateError, describe_model, read_commit, read_manifest
+from ratel.runtime.state_format import DamagedStateError, describe_model, read_commit, read_manifest, read_other_state
 from ratel.store.planes import DTYPES
 
 READERS = 8
@@ -60,6 +61,11 @@ class SavedState:
         for unit, entry in enumerate(self.manifest["planes"]):
             for name in entry:
                 yield unit, name
+
+    def other_state(self) -> dict[str, Any] | None:
+        """Buffers and extra state, by name; None in a state of an older format. Raises RatelError if they are damaged."""
+        entry = self.training.get("buffers")
+        return None if entry is None else unpack(read_other_state(self.path, entry))
 
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse a state of another model, naming the first difference."""
@@ -109,6 +115,8 @@ class SavedState:
                 for num_bytes in pool.map(check, [(unit, plane, piece) for piece in self._pieces(unit, plane)]):
                     total += num_bytes
                     progress(num_bytes)
+        if self.training.get("buffers") is not None:
+            read_other_state(self.path, self.training["buffers"])
         return total
 
     def checksums(self, unit: int, plane: str) -> np.ndarray:

@@ -3,6 +3,8 @@
 import json
 import zlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from ratel.errors import RatelError
 from ratel.plan.layout import SlotLayout
 from ratel.plan.shape import ModelSpec
 
-FORMAT, VERSION = "ratel-state", 2
+FORMAT, VERSION = "ratel-state", 3
+READ_VERSIONS = (2, 3)
+"""2 has no buffers, and is read by who takes them from the model."""
 MANIFEST = "manifest.json"
 COMMITS = ("commit-0", "commit-1")
+OTHER_PREFIX = "buffers-"
 
 
 class DamagedStateError(RatelError):
@@ -69,7 +74,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedStateError(f"its manifest is damaged: {error}", value=path) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RatelError("is not a state of Ratel", field="state", value=path)
-    if manifest["version"] != VERSION:
+    if manifest["version"] not in READ_VERSIONS:
         raise RatelError(f"was written in format {manifest['version']}; this version reads {VERSION}", field="state",
                          value=path, remedy="Use the version of Ratel that wrote it")
     if _sealed(_without_seal(manifest)) != text:
@@ -106,6 +111,42 @@ def _unpack(path: Path) -> Commit | None:
         return None
     return Commit(sequence=found["sequence"], slots=found["slots"], training=found["training"],
                   checksums=np.frombuffer(sums, dtype="<u4"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherState:
+    """What a model has besides the planes of its units, packed (`ratel.models.checkpoints.other_state`), in a file that is
+    named by its content: one that is there need not be written again, and none is ever written over."""
+
+    content: bytes
+
+    @cached_property
+    def digest(self) -> str:
+        return sha256(self.content).hexdigest()
+
+    @property
+    def file(self) -> str:
+        return f"{OTHER_PREFIX}{self.digest[:16]}.safetensors"
+
+    def describe(self) -> dict[str, Any]:
+        return {"file": self.file, "sha256": self.digest, "num_bytes": len(self.content)}
+
+
+def is_other_file(name: str) -> bool:
+    return name.startswith(OTHER_PREFIX)
+
+
+def read_other_state(path: Path, entry: dict[str, Any]) -> bytes:
+    """The file that a commit speaks of. Raises DamagedStateError if it is not what was written."""
+    file = path / Path(entry["file"]).name
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DamagedStateError(f"cannot be read: {error.strerror}", value=file) from error
+    if len(content) != entry["num_bytes"] or sha256(content).hexdigest() != entry["sha256"]:
+        raise DamagedStateError("is damaged: buffers have another SHA-256 than was written", value=file,
+                                remedy="Resume from an older state, and check the drive")
+    return content
 
 
 def _sealed(content: dict[str, Any]) -> bytes:

@@ -44,6 +44,9 @@ def _export_state(path: Path, out: Path, model: str | None, dtype: str | None, o
                         seed=saved.training["seed"])
     try:
         saved.check_model(parts.spec)
+        other = saved.other_state()
+        if other is not None:
+            parts.set_other_state(other)
         _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
     finally:
         parts.close()
