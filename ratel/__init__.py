@@ -10,9 +10,9 @@ from typing import Any
 from ratel.errors import RatelError
 
 __version__ = "0.1.0"
-__all__ = ["RatelError", "Session", "TrainResult", "__version__", "load_adamw_state", "plan", "save_adamw_state", "train"]
+__all__ = ["RatelError", "Session", "Task", "TrainResult", "__version__", "load_adamw_state", "plan", "save_adamw_state", "train"]
 
-_FACES = {"Session": "ratel.runtime.session", "TrainResult": "ratel.train.run",
+_FACES = {"Session": "ratel.runtime.session", "Task": "ratel.models.tasks", "TrainResult": "ratel.train.run",
           "load_adamw_state": "ratel.optimizer_state", "save_adamw_state": "ratel.optimizer_state"}
 
 

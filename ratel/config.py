@@ -116,6 +116,9 @@ def _rate(value: Any, flag: str) -> float:
     return rate_bps
 
 
+NEXT_TOKEN, CLASSIFY, TOKENS, MASKED_LM = TASKS = ("next-token", "classify", "tokens", "masked-lm")
+"""What a model may be trained for."""
+
 MODEL, TRAINING, MEMORY, REPORT = "model and data", "training", "memory and devices", "output"
 
 
@@ -134,6 +137,8 @@ class TrainConfig:
 
     model: str | None = _option(None, _optional(_read_text), MODEL, "DIR|PRESET",
                                 "Hugging Face directory, or the name of a preset to start from scratch")
+    task: str = _option(NEXT_TOKEN, _choice(*TASKS), MODEL, "|".join(TASKS),
+                        "what the model learns: the next token, a text's label, each word's label, or tokens that are hidden")
     data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR",
                                ".txt or .jsonl file, or a directory of them (default: the bundled example text)")
     tokenizer: str | None = _option(None, _optional(_read_text), MODEL, "DIR",

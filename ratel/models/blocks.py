@@ -20,9 +20,11 @@ def count_elements(module: nn.Module) -> int:
 
 
 def find_blocks(root: nn.Module) -> list[nn.Module]:
-    """The children of the outermost list that holds the most parameters, each object once, in list order."""
+    """The children of the outermost list that holds the most parameters, each object once, in list order; where no list has
+    two, the only child of one (ALBERT calls one layer again and again)."""
     total = count_elements(root)
-    stacks = [s for s in _stacks(root) if total and _elements(s) >= MIN_BLOCK_SHARE * total]
+    found = ([s for s in _stacks(root, least) if total and _elements(s) >= MIN_BLOCK_SHARE * total] for least in (2, 1))
+    stacks = next((stacks for stacks in found if stacks), [])
     if not stacks:
         raise RatelError(
             "no repeated blocks found: no nn.ModuleList or nn.Sequential of two or more like layers holds "
@@ -31,12 +33,13 @@ def find_blocks(root: nn.Module) -> list[nn.Module]:
     return max(stacks, key=_elements)
 
 
-def _stacks(root: nn.Module) -> list[list[nn.Module]]:
+def _stacks(root: nn.Module, least: int) -> list[list[nn.Module]]:
+    """Of at least so many layers."""
     found: list[list[nn.Module]] = []
     pending = [root]
     while pending:
         module = pending.pop(0)
-        stack = _as_stack(module)
+        stack = _as_stack(module, least)
         if stack:
             found.append(stack)
         else:
@@ -44,9 +47,10 @@ def _stacks(root: nn.Module) -> list[list[nn.Module]]:
     return found
 
 
-def _as_stack(module: nn.Module) -> list[nn.Module]:
+def _as_stack(module: nn.Module, least: int) -> list[nn.Module]:
     """The blocks in this container, or nothing."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+    kinds = (nn.ModuleList, nn.Sequential) if least > 1 else nn.ModuleList
+    if not isinstance(module, kinds) or len(module) < least:
         return []
     layers = [child for child in module._modules.values() if child is not None and count_elements(child)]
     if isinstance(module, nn.Sequential):
@@ -55,7 +59,7 @@ def _as_stack(module: nn.Module) -> list[nn.Module]:
         for layer in layers:
             by_class[type(layer)].append(layer)
         layers = max(by_class.values(), key=_elements, default=[])
-    if len(layers) < 2 or all(isinstance(layer, (nn.ModuleList, nn.ModuleDict)) for layer in layers):
+    if len(layers) < least or all(isinstance(layer, (nn.ModuleList, nn.ModuleDict)) for layer in layers):
         return []
     return list(dict.fromkeys(layers))
 

@@ -62,6 +62,10 @@ class CheckpointSource:
         return RatelError(f"weights of the wrong shape: {_few(descriptions)}", field="model", value=self._directory,
                           remedy="Check that the files belong to this config.json")
 
+    def has(self, param: ParamSpec) -> bool:
+        """Whether it is stored, in the shape that the model needs."""
+        return self._shape_of(param) == param.shape
+
     @property
     def element_bytes(self) -> int:
         """Conversions make tensors of what was read, beside it."""

@@ -16,7 +16,8 @@ from ratel.models.parts import Parts
 from ratel.models.presets import preset_config
 from ratel.models.running import LossFn
 from ratel.models.skeleton import Originals, build, move_buffers, strip_parameters
-from ratel.models.weights import FreshSource, TensorSource, WeightSource
+from ratel.models.tasks import Task
+from ratel.models.weights import FreshSource, TensorSource, WeightSource, WithFreshHead
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +25,12 @@ ATTENTIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flash": "flash_at
 
 
 def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0, loss_fn: LossFn | None = None,
-         attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True) -> Parts:
+         attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True, task: Task | None = None) -> Parts:
     """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what cannot be trained.
 
     ``source``: a Hugging Face directory, a preset's name, a `PretrainedConfig`, a `PreTrainedModel` or any
-    `nn.Module`. Whatever is not a causal language model needs ``loss_fn(module, batch) -> scalar``.
+    `nn.Module`. Whatever is not a causal language model needs ``loss_fn(module, batch) -> scalar`` or a ``task``. With a task, a
+    directory may be of another class of the model: what follows the blocks is then initialised from the seed.
     ``dtype``: of the computation, bf16 or fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights``
     False: for shapes alone; of a directory only config.json is read.
     """
@@ -41,9 +43,10 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
                          remedy="Use --attention sdpa")
     if isinstance(source, nn.Module):
         source = getattr(source, "_orig_mod", source)  # what torch.compile wraps
-        return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len)
+        return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len, task)
     config, directory, name = _resolve(source)
-    return _from_config(config, directory if needs_weights else None, name, dtype, device, seed, loss_fn, attention, max_seq_len)
+    return _from_config(config, directory if needs_weights else None, name, dtype, device, seed, loss_fn, attention, max_seq_len,
+                        task)
 
 
 def _resolve(source: Any) -> tuple[Any, Path | None, str]:
@@ -64,10 +67,13 @@ def _resolve(source: Any) -> tuple[Any, Path | None, str]:
 
 
 def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dtype, device: torch.device, seed: int,
-                 loss_fn: LossFn | None, attention: str, max_seq_len: int | None) -> Parts:
-    config = copy.deepcopy(config)
+                 loss_fn: LossFn | None, attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
+    config, architectures = copy.deepcopy(config), config.architectures
     refuse_config(config, name)
     model_class = _class_of(config) if loss_fn is not None else None
+    if task is not None:
+        model_class = task.class_for(config, name)
+        task.configure(config)
     try:
         module = build(config, dtype, ATTENTIONS[attention], model_class)
     except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -76,8 +82,10 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
         raise RatelError(f"transformers cannot build it: {error}", field="model", value=name,
                          remedy="Check config.json, and that --attention suits the model and the machine") from error
     source = _open_checkpoint(directory, module, dtype) if directory is not None else None
+    if source is not None and task is not None and type(module).__name__ not in (architectures or ()):
+        source = WithFreshHead(source, FreshSource(module, seed), name)
     try:
-        return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len)
+        return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len, task)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # from its first run in outline
@@ -100,8 +108,11 @@ def _class_of(config: Any) -> type | None:
 
 
 def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
-                 attention: str, max_seq_len: int | None) -> Parts:
-    if loss_fn is None and not is_causal_lm(module):
+                 attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
+    if task is not None:
+        task.check_module(module)
+        task.configure(module.config)
+    if loss_fn is None and task is None and not is_causal_lm(module):
         raise RatelError("it is not a causal language model of Hugging Face, so how to compute its loss is not known",
                          field="loss_fn", value=type(module).__name__,
                          remedy="Give loss_fn(model, batch), which returns the loss of a batch")
@@ -115,12 +126,13 @@ def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, se
         if getattr(layer, "gradient_checkpointing", False) is True:
             layer.gradient_checkpointing = False  # blocks are recomputed already
     buffer_dtypes = _buffer_dtypes(module, dtype)
-    return _assemble(module, type(module).__name__, None, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len)
+    return _assemble(module, type(module).__name__, None, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len,
+                     task)
 
 
 def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_dtypes: dict[str, torch.dtype],
               dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
-              max_seq_len: int | None) -> Parts:
+              max_seq_len: int | None, task: Task | None) -> Parts:
     finder.refuse_unsupported(module)
     _refuse_long(module, max_seq_len)
     finder.find_blocks(module)  # refuses before the parameters are taken out
@@ -130,15 +142,18 @@ def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_
     try:
         strip_parameters(module, dtype, device)
         move_buffers(module, device, buffer_dtypes)
-        return _take_apart(module, name, dtype, device, source, originals, loss_fn)
+        return _take_apart(module, name, dtype, device, source, originals, loss_fn, task)
     except BaseException:
         originals.put_back()
         raise
 
 
 def _take_apart(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                originals: Originals, loss_fn: LossFn | None) -> Parts:
-    return Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn)
+                originals: Originals, loss_fn: LossFn | None, task: Task | None) -> Parts:
+    parts = Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn, task=task)
+    if isinstance(source, WithFreshHead):
+        source.complete([*(u for u in parts.spec.units if u.kind == "post"), *([parts.unused] if parts.unused else [])])
+    return parts
 
 
 def is_causal_lm(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from ratel.models.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.skeleton import Originals, owners
 from ratel.models.shadow import Shadow
 from ratel.models.stored_bits import StoredBits
+from ratel.models.tasks import Task, TaskRunner
 from ratel.models.trace import Trace, trace
 from ratel.models.weights import WeightSource, view
 from ratel.plan.shape import ModelSpec, ParamSpec, UnitSpec
@@ -52,26 +53,28 @@ class Parts:
         logits = parts.tail_logits(hidden)                     # units of stage post; or tail_loss(hidden, batch)
 
     Everything runs in the caller's grad mode, on the caller's stream, from one thread. ``spec`` exists once the model
-    has been traced: at load for a causal language model, at ``probe(batch)`` for a module with a ``loss_fn``.
+    has been traced: at load for a causal language model or one with a task, at ``probe(batch)`` for one with a ``loss_fn``.
     """
 
     def __init__(self, module: nn.Module, *, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                 originals: Originals, loss_fn: LossFn | None) -> None:
+                 originals: Originals, loss_fn: LossFn | None, task: Task | None = None) -> None:
         self.module, self.name, self.dtype, self.device = module, name, dtype, device
-        self.is_causal_lm = loss_fn is None
+        self.is_causal_lm = loss_fn is None and task is None
+        self.task = task
         self._source, self._originals = source, originals
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._guard = Guard(module)
-        self._runner: CausalLMRunner | LossRunner = (
-            CausalLMRunner(module, device, dtype) if loss_fn is None else LossRunner(module, loss_fn, device, dtype))
+        self._runner: CausalLMRunner | LossRunner | TaskRunner = (
+            CausalLMRunner(module, device, dtype) if self.is_causal_lm else TaskRunner(module, task, device, dtype)
+            if task is not None else LossRunner(module, loss_fn, device, dtype))
         self.isolates_documents = False
         """Whether tokens of a causal language model see only their own document when ``position_ids`` restart."""
         self._trace: Trace | None = None
         self._layout: Layout | None = None
-        if self.is_causal_lm:
+        if self.is_causal_lm or task is not None:
             try:
-                self.probe(self._runner.probe_batch())
+                self.probe(self._runner.probe_batch() if task is None else self._runner.sample(1, 4))
             except BaseException:
                 self.close()
                 raise
@@ -82,6 +85,17 @@ class Parts:
     def spec(self) -> ModelSpec:
         assert self._layout is not None, "probe(batch) comes before spec"
         return self._layout.spec
+
+    @property
+    def task_runner(self) -> TaskRunner | None:
+        """What knows batches and targets of a task; None for the next token or a ``loss_fn``."""
+        return self._runner if self.task is not None else None
+
+    def sample(self, rows: int, seq_len: int) -> dict[str, Tensor]:
+        """A batch of that shape that nothing is learned from. However many rows are asked for, it is one in memory."""
+        if self.task is not None:
+            return self._runner.sample(rows, seq_len)
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.long).expand(rows, seq_len)}
 
     @property
     def unused(self) -> UnitSpec | None:
@@ -249,7 +263,7 @@ class Parts:
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def tail_loss(self, hidden: Tensor, batch: Any) -> Tensor:
-        """What ``loss_fn`` makes of the last block's output."""
+        """What ``loss_fn`` or the task makes of the last block's output."""
         assert not self.is_causal_lm
         return self._run_tail(hidden, lambda: self._runner.run(batch))
 

@@ -1,7 +1,9 @@
 """Where the weights of a model come from, one unit at a time, as fp32 in the unit's flat layout."""
 
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +16,7 @@ from ratel.plan.shape import ParamSpec, UnitSpec
 
 PIECE_ELEMENTS = 1 << 20
 """Worked on at once."""
+log = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
@@ -124,6 +127,40 @@ class FreshSource:
                 initialise(module)
         for param in self._root.parameters():
             param._is_hf_initialized = False
+
+
+class WithFreshHead:
+    """A checkpoint of another class of the model. What it lacks of the units that follow the blocks, or has in another shape,
+    is initialised from the seed."""
+
+    def __init__(self, stored: WeightSource, fresh: FreshSource, name: str) -> None:
+        self._stored, self._fresh, self._name = stored, fresh, name
+        self._absent: frozenset[str] = frozenset()
+
+    @property
+    def element_bytes(self) -> int:
+        return self._stored.element_bytes
+
+    def complete(self, units: Iterable[UnitSpec]) -> None:
+        """These units may be incomplete in the checkpoint."""
+        self._absent = frozenset(p.name for unit in units for p in unit.params if not self._stored.has(p))
+        if self._absent:
+            log.warning("%s: initialised from the seed, since the weights are of another class: %s", self._name,
+                        ", ".join(sorted(self._absent)))
+
+    def check(self, params: Iterable[ParamSpec]) -> None:
+        self._stored.check([param for param in params if param.name not in self._absent])
+
+    def read(self, unit: UnitSpec, out: Tensor) -> None:
+        if self._lacks_some(unit):
+            self._fresh.read(unit, out)
+        self._stored.read(replace(unit, params=tuple(p for p in unit.params if p.name not in self._absent)), out)
+
+    def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
+        return None if self._lacks_some(unit) else self._stored.stored_bits(unit)
+
+    def _lacks_some(self, unit: UnitSpec) -> bool:
+        return any(param.name in self._absent for param in unit.params)
 
 
 def _initialisers(module: nn.Module, initialise: Callable[[nn.Module], None],

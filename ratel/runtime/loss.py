@@ -37,7 +37,8 @@ def with_labels(batch: dict) -> dict:
     return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
 
 
-def count_targets(labels: Tensor) -> int:
+def shifted_count(labels: Tensor) -> int:
+    """How many of them a token is there to predict."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 

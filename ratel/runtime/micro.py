@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
+from ratel.models import Parts
 from ratel.plan.shape import ModelSpec
-from ratel.runtime.loss import IGNORED, count_targets
+from ratel.runtime.loss import IGNORED, shifted_count
 from ratel.runtime.step import Micro
 
 
@@ -119,17 +120,21 @@ def cut(batch: Any, max_rows: int) -> Iterator[Any]:
         yield map_tensors(lambda t: t[begin : begin + max_rows], batch)
 
 
-def split(batch: Any, micro_rows: int, device: torch.device) -> list[Micro]:
-    """Micro-batches of at most ``micro_rows`` rows, on the device."""
+def split(batch: Any, micro_rows: int, device: torch.device, share: float | None = None) -> list[Micro]:
+    """Micro-batches of at most ``micro_rows`` rows, on the device. ``share``: what the loss of each weighs; None: its rows over
+    all rows."""
     rows = count_rows(batch)
-    return [Micro(index, map_tensors(lambda t: t.to(device), part), share=count_rows(part) / rows)
+    return [Micro(index, map_tensors(lambda t: t.to(device), part), share=share or count_rows(part) / rows)
             for index, part in enumerate(cut(batch, micro_rows))]
 
 
-def step_targets(batch: dict) -> int:
-    """Target tokens of the whole step, which normalise its loss."""
-    targets = count_targets(batch["labels"])
-    if targets == 0:
-        raise RatelError("no token of the batch is a target", field="labels", value="all -100",
-                         remedy="Give labels other than -100 to the tokens to be learned")
-    return targets
+def count_targets(parts: Parts, batch: Any) -> int:
+    """Over how many targets (tokens, or rows of a model with its own loss) the loss of a batch is a mean."""
+    if parts.task:
+        return parts.task_runner.count(batch)
+    return shifted_count(batch["labels"]) if parts.is_causal_lm else count_rows(batch)
+
+
+def nothing_to_learn() -> RatelError:
+    return RatelError("no token of the batch is a target", field="labels", value="all -100",
+                      remedy="Give labels other than -100 to the tokens to be learned")

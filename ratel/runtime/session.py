@@ -19,6 +19,7 @@ from ratel.hardware.host import worker_cores
 from ratel.hardware.known import hardware_for
 from ratel.memory.exchange import Exchange
 from ratel.models.checkpoints.other_state import pack, refuse_unreadable
+from ratel.models.tasks import Task
 from ratel.plan.cost import Prediction
 from ratel.plan.forced_kept import Activations
 from ratel.plan.hardware import Hardware
@@ -31,10 +32,10 @@ from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.durable_files import replaceable
-from ratel.runtime.loss import count_targets, with_labels
+from ratel.runtime.loss import with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
-from ratel.runtime.micro import causal_batch, count_rows, cut, split, step_targets
+from ratel.runtime.micro import causal_batch, count_rows, count_targets, cut, nothing_to_learn, split
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
@@ -43,6 +44,7 @@ from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Target, raise_failure
 from ratel.runtime.state import SavedState
 from ratel.runtime.state_format import OtherState
+from ratel.runtime.step import Micro
 from ratel.runtime.step_result import StepResult
 from ratel.runtime.training import Training
 
@@ -64,8 +66,10 @@ class Session:
     pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the
     rates to plan with (`ratel.hardware.known.hardware_for`). ``loss_fn(model, batch)`` returns the mean over the rows of
     what it is given, a scalar: it is called for each micro-batch, whose size the plan chooses, and the results are averaged by
-    rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). Raises
-    RatelError for what cannot work, before anything is reserved.
+    rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). ``task``:
+    ``classify``, ``tokens`` or ``masked-lm`` train a model of transformers with that head on batches with ``labels`` (a
+    `ratel.Task` also says the labels' names); no ``loss_fn`` then. Raises RatelError for what cannot work, before anything is
+    reserved.
     """
 
     def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,
@@ -73,14 +77,14 @@ class Session:
                  lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, max_grad_norm: float | None = 1.0, optimizer: str = "auto",
                  optimizer_state: "str | os.PathLike | None" = None, micro_batch: int | str = "auto", seed: int = 0,
-                 loss_fn: Callable[[Any, Any], Any] | None = None, tier: str = "auto", placement: Forced | None = None,
+                 loss_fn: Callable[[Any, Any], Any] | None = None, task: str | Task = "next-token", tier: str = "auto", placement: Forced | None = None,
                  checkpoint_tier: str = "auto", activations: Activations = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
                  optimizer_threads: int | str = "auto", attention: str = "auto", compile: str = "off",
                  buffers: Buffers = Buffers(),
                  durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on",
                  hardware: "str | Hardware" = "auto") -> None:
-        computes_in = _dtype_of(dtype)
+        computes_in, task = _dtype_of(dtype), _task_of(task, loss_fn)
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
                              checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
@@ -115,9 +119,11 @@ class Session:
         self._gives_back = isinstance(model, torch.nn.Module)
         self._attempts, self._saved_at = 0, -1
         self._saved: SavedState | None = None
+        self.accuracy: float | None = None
+        """Of the last evaluation: the share of targets whose most likely label is right, for tasks that choose a label."""
         with startup.phase("model in outline"):
             self.parts = models.load(model, dtype=computes_in, device=self.device, seed=seed, loss_fn=loss_fn,
-                                     attention=attention)
+                                     attention=attention, task=task)
         try:
             self.parts.check_source()
             refuse_unreadable(self.parts.other_state())
@@ -132,19 +138,19 @@ class Session:
 
     def prepare(self, rows: int, seq_len: int) -> Plan:
         """Plan for batches of this shape, reserve everything, import the weights. The first step does it otherwise."""
-        if not self.parts.is_causal_lm:
+        if not self.parts.probed:
             raise RatelError("a model with its own loss is prepared by its first batch", field="prepare",
                              remedy="Call step(batch)")
         self._check_usable()
         if self._machinery is not None:
             raise RatelError("the session is prepared already", field="prepare",
                              value=f"{self._shape.rows} rows of {self._shape.positions}", remedy="Make a new session")
-        return self._prepare(_shape_of(rows, seq_len))
+        return self._prepare(self.parts.sample(rows, seq_len))
 
     def plan_for(self, rows: int, seq_len: int) -> Planned:
         """What `prepare` would decide. Blocks are tried out, nothing is reserved. Raises RatelError for what does not fit."""
         self._check_usable()
-        batch = _shape_of(rows, seq_len)
+        batch = self.parts.sample(rows, seq_len)
         self._check_length(seq_len)
         return self._make_plan(self._block_runs(), batch)
 
@@ -181,7 +187,7 @@ class Session:
     def _prepare(self, batch: Any) -> Plan:
         _check_gradients_can_be()
         self._shape = Shape.of(batch, count_rows(batch))
-        if not self.parts.is_causal_lm:
+        if not self.parts.probed:
             self.parts.probe(batch)
             check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
@@ -224,9 +230,11 @@ class Session:
         _check_gradients_can_be()
         lr = self.lr if lr is None else learning_rate(lr)
         batch = self._ready(batch)
-        targets = step_targets(batch) if self.parts.is_causal_lm else 0
+        targets = count_targets(self.parts, batch)
+        if targets == 0:
+            raise nothing_to_learn()
         tokens = _count_tokens(batch)
-        micros = split(batch, self.plan.work.micro_rows, self.device)
+        micros = self._split(batch, targets)
         hyper = Hyper(lr=lr, step=self._updates_made + 1, **self._hyper)
         recording = Recording(self._machinery) if trace else None  # last: what is refused must not leave it on
         with self._protected():
@@ -251,14 +259,14 @@ class Session:
             for batch in batches:
                 for part in self._rows_of(batch):
                     self.flush()
-                    count = count_targets(part["labels"]) if self.parts.is_causal_lm else count_rows(part)
+                    count = count_targets(self.parts, part)
                     if count:
                         with self._protected():
-                            micros = split(part, self.plan.work.micro_rows, self.device)
-                            total += self._training.evaluate(micros, targets=count) * count
+                            total += self._training.evaluate(self._split(part, count), targets=count) * count
                         weight += count
         finally:
             self.parts.set_training(True)
+            self.accuracy = self.parts.task_runner.take_accuracy() if self.parts.task else None
             if self._meter is not None:
                 self._meter.read()  # an evaluation's work is not the next step's
         if weight == 0:
@@ -432,17 +440,23 @@ class Session:
             self._shape.check(part)
             yield part
 
+    def _split(self, batch: Any, targets: int) -> list[Micro]:
+        # A task's loss is a sum over targets, a user's a mean over rows.
+        return split(batch, self.plan.work.micro_rows, self.device, 1 / targets if self.parts.task else None)
+
     def _prepared(self, batch: Any) -> Any:
         self._check_usable()
         if self.parts.is_causal_lm:
             batch = with_labels(causal_batch(batch, self.parts.spec))
+        elif self.parts.task:
+            batch = self.parts.task_runner.checked(batch, self.parts.spec.vocab_size)
         if self._machinery is None:
             self._prepare(batch)
         return batch
 
     def _check_length(self, positions: int) -> None:
         limit = self.parts.spec.max_seq_len
-        if self.parts.is_causal_lm and limit is not None and positions > limit:
+        if (self.parts.is_causal_lm or self.parts.task) and limit is not None and positions > limit:
             raise RatelError(f"the model handles sequences of at most {limit} tokens", field="seq_len", value=positions,
                              remedy=f"Use --seq-len {limit} or less")
 
@@ -491,9 +505,12 @@ def _check_gradients_can_be() -> None:
                          remedy="Leave it before you train")
 
 
-def _shape_of(rows: int, seq_len: int) -> dict[str, torch.Tensor]:
-    """A batch that nothing is learned from. However many rows are asked for, it is one element in memory."""
-    return {"input_ids": torch.zeros(1, 1, dtype=torch.long).expand(rows, seq_len)}
+def _task_of(task: "str | Task", loss_fn: Any) -> Task | None:
+    found = Task.of(task)
+    if found is not None and loss_fn is not None:
+        raise RatelError("has a loss of its own, which contradicts loss_fn", field="task", value=found.name,
+                         remedy="Give one of them")
+    return found
 
 
 def _dtype_of(name: str) -> torch.dtype:
@@ -512,7 +529,9 @@ def _as_of_now(extra: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _count_tokens(batch: Any) -> int:
-    """Positions of a language batch; rows of any other."""
+    """Positions of a language batch without its padding; rows of any other."""
+    if isinstance(batch, dict) and isinstance(batch.get("attention_mask"), torch.Tensor):
+        return int((batch["attention_mask"] != 0).sum())
     return batch["input_ids"].numel() if isinstance(batch, dict) and "input_ids" in batch else count_rows(batch)
 
 

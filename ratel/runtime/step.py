@@ -33,7 +33,7 @@ class Micro:
     index: int
     batch: dict
     share: float
-    """Its rows over the step's rows; what its mean loss weighs for a model with its own loss."""
+    """What its loss weighs in the step's for a model with its own loss or a task."""
     hidden: Tensor | None = None
     grad: Tensor | None = None
     inputs: object | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import length_hint
 from typing import Any
 
-from ratel.config import TrainConfig
+from ratel.config import NEXT_TOKEN, TrainConfig
 from ratel.errors import RatelError
 
 
@@ -45,6 +45,8 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     if not is_text(data):
         yield _from_batches(data, eval_data, None if position is None else position["batches"])
         return
+    if config.task != NEXT_TOKEN:
+        raise RatelError("learns from batches only", field="--task", value=config.task, remedy="Give batches as data")
     from ratel.data import load_tokenizer, open_dataset
 
     if config.micro_batch != "auto" and config.batch_size % config.micro_batch:
