@@ -24,6 +24,7 @@ from ratel.models.checkpoints.other_state import unpack
 from ratel.plan.layout import first_grain, num_grains, pieces
 from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.shape import ModelSpec
+from ratel.reading import descriptor_of
 from ratel.runtime.durable_files import settled
 from ratel.runtime.state_format import DamagedStateError, describe_model, read_commit, read_manifest, read_other_state
 from ratel.store.planes import DTYPES
@@ -39,6 +40,7 @@ class SavedState:
         self.path = settled(path)
         self.manifest = read_manifest(self.path)
         self.commit = read_commit(self.path)
+        self._check_slots()
         self.training: dict[str, Any] = self.commit.training
         self.files = [self.path / name for name in self.manifest["files"]]  # an absolute name stays what it is
         self._units = [_Shape(entry) for entry in self.manifest["model"]["units"]]
@@ -65,7 +67,14 @@ class SavedState:
     def other_state(self) -> dict[str, Any] | None:
         """Buffers and extra state, by name; None in a state of an older format. Raises RatelError if they are damaged."""
         entry = self.training.get("buffers")
-        return None if entry is None else unpack(read_other_state(self.path, entry))
+        if entry is None:
+            return None
+        content = read_other_state(self.path, entry)
+        try:
+            return unpack(content)
+        except Exception as error:  # whatever a file that was made by hand makes its many parsers raise
+            raise DamagedStateError(f"is damaged: no buffers can be read from it ({type(error).__name__}: {error})",
+                                    value=self.path / entry["file"]) from error
 
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse a state of another model, naming the first difference."""
@@ -122,6 +131,12 @@ class SavedState:
     def checksums(self, unit: int, plane: str) -> np.ndarray:
         first = self._first_sums[unit, plane]
         return self.commit.checksums[first : first + self._num_grains(unit, plane)]
+
+    def _check_slots(self) -> None:
+        slots, units, count = self.commit.slots, len(self.manifest["planes"]), self.manifest["num_slots"]
+        if len(slots) != units or any(slot >= count for slot in slots):
+            raise DamagedStateError(f"its commit record places {len(slots)} units in slots up to {max(slots, default=0)}; its "
+                                    f"manifest has {units} units and {count} slots", value=self.path)
 
     def _index_checksums(self) -> dict[tuple[int, str], int]:
         index, cursor = {}, 0
@@ -207,7 +222,7 @@ class _Readers:
             descriptors = []
             for path in self._files:
                 try:
-                    descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                    descriptors.append(descriptor_of(path))
                 except OSError as error:
                     raise DamagedStateError(f"cannot be read: {error.strerror}", value=path) from error
                 stack.callback(os.close, descriptors[-1])
@@ -220,7 +235,9 @@ class _Readers:
 
 
 def _first_difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
-    key = next(k for k in mine if mine[k] != other.get(k))
+    key = next((k for k in mine if mine[k] != other.get(k)), None)
+    if key is None:
+        return f"what is said of it: {', '.join(sorted(other.keys() - mine.keys()))} is of another version"
     if key != "params":
         return f"{key}: {mine[key]} here, {other.get(key)} there"
     pairs = zip(mine["params"], other["params"])

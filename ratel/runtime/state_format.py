@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from ratel.errors import RatelError
-from ratel.plan.layout import SlotLayout
+from ratel.plan.layout import GRAIN_ELEMENTS, SlotLayout
+from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.shape import ModelSpec
+from ratel.reading import SMALL_FILE_BYTES, parse_json, read_regular
+from ratel.schema import SchemaError, anything, check, listing, mapping, one_of, record, shown, text, whole
 
 FORMAT, VERSION = "ratel-state", 3
 READ_VERSIONS = (2, 3)
@@ -20,6 +23,28 @@ READ_VERSIONS = (2, 3)
 MANIFEST = "manifest.json"
 COMMITS = ("commit-0", "commit-1")
 OTHER_PREFIX = "buffers-"
+
+_RECORD_BYTES = 1 << 30
+"""Of a commit record, at most: the checksums of 100 TB are less."""
+_MOST_UNITS, _MOST_ELEMENTS = 1 << 20, 1 << 48
+
+_NAME = text(r"[^\x00]+", "a name")
+_PARAM = record({"name": _NAME, "shape": listing(whole(0, _MOST_ELEMENTS))}, is_open=True)
+_UNIT = record({"name": _NAME, "num_trainable": whole(0, _MOST_ELEMENTS), "num_elements": whole(0, _MOST_ELEMENTS),
+                "params": listing(_PARAM)}, is_open=True)
+_PLANE = record({"offset": whole(), "num_elements": whole(1, _MOST_ELEMENTS)})
+_MANIFEST = record({
+    "checksum": one_of("crc32"), "grain": whole(1, GRAIN_ELEMENTS), "num_slots": whole(1, 16), "slot_bytes": whole(0, 1 << 56),
+    "files": listing(_NAME, least=1, most=4096), "pattern": listing(whole(0, 4095), least=1, most=1 << 16),
+    "stripe_bytes": whole(1), "planes": listing(mapping(one_of(*ELEMENT_BYTES), _PLANE), most=_MOST_UNITS),
+    "model": record({"name": text(), "units": listing(_UNIT, most=_MOST_UNITS)}, is_open=True)}, is_open=True)
+_OTHER = record({"file": text(r"buffers-[0-9a-f]{16}\.safetensors", "the name of a file of buffers"),
+                 "sha256": text("[0-9a-f]{64}", "a SHA-256"), "num_bytes": whole(0, 1 << 40)})
+_TRAINING = record({"steps": whole(), "updates": whole(), "seed": whole(), "dtype": one_of("bf16", "fp32"),
+                    "extra": mapping(text(), anything)},
+                   {"micro_batches": record({"rows": whole(1), "rows_of_one": whole(1)}, is_open=True)}, is_open=True)
+_RECORD = record({"sequence": whole(), "slots": listing(whole(0, 15)), "training": _TRAINING, "num_checksums": whole(),
+                  "checksums_crc32": whole()}, is_open=True)
 
 
 class DamagedStateError(RatelError):
@@ -65,21 +90,47 @@ def make_manifest(spec: ModelSpec, layout: SlotLayout, *, grain: int, num_slots:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = read_regular(path / MANIFEST)
     except OSError as error:
-        raise RatelError(f"is not a complete state: {error.strerror}", field="state", value=path) from error
+        raise RatelError(f"is not a complete state: {error.strerror} ({MANIFEST})", field="state", value=path,
+                         remedy="Give the --out of a run that saved states, or a state in it") from error
     try:
-        manifest = json.loads(text)
+        manifest = parse_json(text)
     except ValueError as error:
         raise DamagedStateError(f"its manifest is damaged: {error}", value=path) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RatelError("is not a state of Ratel", field="state", value=path)
-    if manifest["version"] not in READ_VERSIONS:
-        raise RatelError(f"was written in format {manifest['version']}; this version reads {VERSION}", field="state",
-                         value=path, remedy="Use the version of Ratel that wrote it")
+        raise RatelError("is not a state of Ratel", field="state", value=path, remedy="Give the --out of a run")
+    if manifest.get("version") not in READ_VERSIONS:
+        raise RatelError(f"was written in format {shown(manifest.get('version'))}; this version reads up to {VERSION}",
+                         field="state", value=path, remedy="Use the version of Ratel that wrote it")
     if _sealed(_without_seal(manifest)) != text:
         raise DamagedStateError("its manifest is damaged: the seal does not match", value=path)
+    try:
+        check(manifest, _MANIFEST)
+        _check_planes(manifest)
+    except SchemaError as error:
+        raise DamagedStateError(f"its manifest is damaged: {error}", value=path) from error
     return manifest
+
+
+def _check_planes(manifest: dict[str, Any]) -> None:
+    """Every plane that a unit needs is there, as long as the unit, within its slot and in files that are named."""
+    units, planes = manifest["model"]["units"], manifest["planes"]
+    if len(units) != len(planes):
+        raise SchemaError(f"planes has {len(planes)} entries for {len(units)} units")
+    if max(manifest["pattern"]) >= len(manifest["files"]):
+        raise SchemaError(f"pattern names file {max(manifest['pattern'])} of {len(manifest['files'])}")
+    for number, (unit, found) in enumerate(zip(units, planes)):
+        trained, whole_unit = unit["num_trainable"], unit["num_elements"]
+        if trained > whole_unit:
+            raise SchemaError(f"model.units[{number}].num_trainable is {trained} of {whole_unit} elements")
+        for name, lengths in (("hi", {whole_unit}), ("m", {trained}), ("v", {trained}), ("lo", {trained, whole_unit})):
+            if found.get(name, {"num_elements": 0})["num_elements"] not in lengths:
+                raise SchemaError(f"planes[{number}].{name} has {shown(found.get(name, {}).get('num_elements'))} elements, "
+                                  f"the unit needs {max(lengths)}")
+        for name, place in found.items():
+            if place["offset"] + place["num_elements"] * ELEMENT_BYTES[name] > manifest["slot_bytes"]:
+                raise SchemaError(f"planes[{number}].{name} does not end within the slot")
 
 
 def pack_commit(commit: Commit) -> bytes:
@@ -99,15 +150,19 @@ def read_commit(path: Path) -> Commit:
 
 
 def _unpack(path: Path) -> Commit | None:
+    """None if it is not whole. Raises DamagedStateError for one that is sealed, and says what no run writes."""
     try:
-        head, _, rest = path.read_bytes().partition(b"\n")
-        found = json.loads(head)
-        if _sealed(_without_seal(found)) != head:
+        head, _, rest = read_regular(path, _RECORD_BYTES).partition(b"\n")
+        found = parse_json(head, allow_infinity=True)
+        if not isinstance(found, dict) or _sealed(_without_seal(found)) != head:
             return None
-    except (OSError, ValueError, AttributeError):
+        check(found, _RECORD)
+    except SchemaError as error:
+        raise DamagedStateError(f"its record {path.name} is damaged: {error}", value=path.parent) from error
+    except (OSError, ValueError):
         return None
     sums = rest[: 4 * found["num_checksums"]]
-    if zlib.crc32(sums) != found["checksums_crc32"]:
+    if zlib.crc32(sums) != found["checksums_crc32"] or len(sums) != 4 * found["num_checksums"]:
         return None
     return Commit(sequence=found["sequence"], slots=found["slots"], training=found["training"],
                   checksums=np.frombuffer(sums, dtype="<u4"))
@@ -138,9 +193,9 @@ def is_other_file(name: str) -> bool:
 
 def read_other_state(path: Path, entry: dict[str, Any]) -> bytes:
     """The file that a commit speaks of. Raises DamagedStateError if it is not what was written."""
-    file = path / Path(entry["file"]).name
+    file = path / entry["file"]
     try:
-        content = file.read_bytes()
+        content = read_regular(file, max(entry["num_bytes"], SMALL_FILE_BYTES))
     except OSError as error:
         raise DamagedStateError(f"cannot be read: {error.strerror}", value=file) from error
     if len(content) != entry["num_bytes"] or sha256(content).hexdigest() != entry["sha256"]:
