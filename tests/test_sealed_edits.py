@@ -50,7 +50,7 @@ def _plane(unit: int, name: str, **values: Any) -> Edit:
 MANIFEST: dict[str, Edit] = {
     "no grain": lambda m: m.pop("grain"), "grain 0": lambda m: m.update(grain=0), "grain text": lambda m: m.update(grain="x"),
     "grain true": lambda m: m.update(grain=True), "grain huge": lambda m: m.update(grain=1 << 62),
-    "no version": lambda m: m.pop("version"), "version list": lambda m: m.update(version=[2]), "version 3": lambda m: m.update(version=3),
+    "no version": lambda m: m.pop("version"), "version list": lambda m: m.update(version=[2]), "version to come": lambda m: m.update(version=99),
     "slots 0": lambda m: m.update(num_slots=0), "slot_bytes": lambda m: m.update(slot_bytes=1), "files": lambda m: m.update(files=[]),
     "files number": lambda m: m.update(files=[7]), "files nul": lambda m: m.update(files=["a\0b"]),
     "files twice": lambda m: m.update(files="planes.0"), "pattern": lambda m: m.update(pattern=[5]),
