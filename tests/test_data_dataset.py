@@ -277,14 +277,14 @@ def test_documents_without_a_target_do_not_hang(tmp_path: Path, monkeypatch: pyt
     path.write_text('{"text": "x"}\n{"text": "y"}\n')
     tokenizer = byte_level_tokenizer()
     dataset = open_dataset(path, tokenizer, seq_len=8, batch_size=1, seed=0, eval_fraction=0)
-    original = dataset._reader._encoder.encode
+    original = dataset._reader.form.encode
 
     def all_prompt(record: Any) -> Any:
         document = original(record)
         document.targets[:] = False
         return document
 
-    monkeypatch.setattr(dataset._reader._encoder, "encode", all_prompt)
+    monkeypatch.setattr(dataset._reader.form, "encode", all_prompt)
     with pytest.raises(RatelError, match="no sequence has a token to learn"):
         next(dataset.batches())
     path.write_text('{"text": " "}\n{"text": " "}\n')

@@ -2,7 +2,8 @@
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,16 @@ class Corpus:
     Holds 8 bytes per document. Raises RatelError, naming file and line, for anything that is not as documented.
     """
 
-    def __init__(self, sources: Sequence[Source], *, text_bytes: int = MIN_TEXT_BYTES, field: str = "data") -> None:
-        """``text_bytes``: size that documents of plain text are gathered to (see ``scan_text``)."""
+    def __init__(self, sources: Sequence[Source], *, text_bytes: int = MIN_TEXT_BYTES, field: str = "data",
+                 parse: Callable[[bytes], Any] = parse_line, checked_bytes: float | None = None) -> None:
+        """``text_bytes``: size that documents of plain text are gathered to (see ``scan_text``). ``parse``: what a line of a
+        .jsonl file is read by; it raises RecordError. ``checked_bytes``: how much is checked record by record now, None: a
+        gigabyte."""
         self.field = field
         self.sources = tuple(sources)
         self.has_chat = False
         self._text_bytes = text_bytes
+        self._parse, self._max_checked_bytes = parse, CHECKED_BYTES if checked_bytes is None else checked_bytes
         self._checked_bytes = 0
         offsets = array("Q")
         self._first = [0]
@@ -53,7 +58,7 @@ class Corpus:
             with source.open() as file:
                 file.seek(start)
                 if source.suffix == ".jsonl":
-                    return parse_line(file.readline(MAX_LINE_BYTES + 1))
+                    return self._parse(file.readline(MAX_LINE_BYTES + 1))
                 # Documents end well within this; the rest of a longer stretch is blank lines.
                 return _plain(file.read(min(self._end(number) - start, 6 * self._text_bytes)))
         except RecordError as error:
@@ -81,7 +86,7 @@ class Corpus:
         return ", ".join(names) + (f" and {len(self.sources) - 3} more" if len(self.sources) > 3 else "")
 
     def _index(self, source: Source, offsets: array) -> None:
-        check_until = max(0, CHECKED_BYTES - self._checked_bytes)
+        check_until = max(0, self._max_checked_bytes - self._checked_bytes)
         try:
             with source.open() as file:
                 if source.suffix == ".jsonl":
@@ -92,11 +97,11 @@ class Corpus:
             raise self._line_error(source, error) from None
         self._checked_bytes += source.num_bytes
 
-    def _index_jsonl(self, lines: Iterator[tuple[int, int, bytes]], check_until: int, offsets: array) -> None:
+    def _index_jsonl(self, lines: Iterator[tuple[int, int, bytes]], check_until: float, offsets: array) -> None:
         for offset, number, line in lines:
             if offset < check_until:
                 try:
-                    record = parse_line(line)
+                    record = self._parse(line)
                 except RecordError as error:
                     raise LineError(number, error) from None
                 if record is None:

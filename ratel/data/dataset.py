@@ -6,29 +6,24 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from ratel.data.bundled import bundled_sources
 from ratel.data.corpus import Corpus
-from ratel.data.encode import Document, Encoder
+from ratel.data.forms import Batch, Form, Packed
 from ratel.data.order import Permutation
-from ratel.data.packing import Packer, Row
 from ratel.data.prefetch import Prefetcher
 from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, find_sources
 from ratel.data.stream import Position, Reader, RowStream
-from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab, pad_id
+from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab
 from ratel.errors import RatelError
 from ratel.units import format_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Batch = dict[str, torch.Tensor]
 MIN_SEQ_LEN = 8
 _PREFETCHED_BATCHES = 4
 _HELD_OUT_KEY = -1
-"""In place of an epoch, in the key of the permutation that picks held-out documents."""
+"""In place of an epoch, of held-out documents: in the key of the permutation that picks them."""
 
 
 def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
@@ -53,33 +48,31 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
         eval_corpus = Corpus(find_sources(eval_data, field="eval_data"), text_bytes=text_bytes, field="eval_data")
     if not tokenizer.chat_template and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
-    return Dataset(corpus, tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed, vocab_size=vocab_size,
+    # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
+    form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size)
+    return Dataset(corpus, form, seq_len=seq_len, batch_size=batch_size, seed=seed, vocabulary=len(tokenizer),
                    eval_fraction=eval_fraction, eval_corpus=eval_corpus, eval_max_sequences=eval_max_sequences)
 
 
 class Dataset:
     """Batches of int64 tensors ``[batch_size, seq_len]``: input_ids, labels (-100: no loss; not shifted), position_ids
-    (from 0 in each document).
+    (from 0 in each document); of a task those that `Examples` makes.
 
     It has one position. ``batches`` moves it on, ``state_dict`` writes it down, ``load_state_dict`` goes to it.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
-                 seed: int, vocab_size: int | None, eval_fraction: float, eval_corpus: Corpus | None,
-                 eval_max_sequences: int | None) -> None:
+    def __init__(self, corpus: Corpus, form: Form, *, seq_len: int, batch_size: int, seed: int, vocabulary: int,
+                 eval_fraction: float, eval_corpus: Corpus | None, eval_max_sequences: int | None) -> None:
         self.seq_len = seq_len
         self.batch_size = batch_size
-        # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
-        own = copy.deepcopy(tokenizer)
-        encoder = Encoder(own, vocab_size=vocab_size)
-        self._pad_id = pad_id(own)
+        self._form = form
         self._seed = seed
-        self._reader = Reader(corpus, encoder)
+        self._reader = Reader(corpus, form)
         self._eval_corpus = eval_corpus
         self._held_out: frozenset[int] = frozenset()
         max_tokens = None if eval_max_sequences is None else eval_max_sequences * seq_len
         if eval_corpus is not None:
-            picked = _pick(Reader(eval_corpus, encoder), (0, _HELD_OUT_KEY), len(eval_corpus), max_tokens)
+            picked = _pick(Reader(eval_corpus, form), (0, _HELD_OUT_KEY), len(eval_corpus), max_tokens)
         else:
             count = min(len(corpus) - 1, max(1, round(len(corpus) * eval_fraction))) if eval_fraction > 0 else 0
             picked = _pick(self._reader, (seed, _HELD_OUT_KEY), count, max_tokens)
@@ -87,7 +80,7 @@ class Dataset:
         self._num_eval_documents = len(picked)
         self._eval_rows = self._pack_eval(picked)[:eval_max_sequences]
         self._fingerprint = {"seed": seed, "seq_len": seq_len, "documents": len(corpus), "bytes": corpus.num_bytes,
-                             "held_out": zlib.crc32(repr(sorted(self._held_out)).encode()), "vocabulary": len(own)}
+                             "held_out": zlib.crc32(repr(sorted(self._held_out)).encode()), "vocabulary": vocabulary, **form.tells}
         self._position = Position()
         self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
 
@@ -113,7 +106,7 @@ class Dataset:
         size = self.batch_size
 
         def produce() -> tuple[Batch, Position]:
-            return _collate([stream.next_row() for _ in range(size)]), stream.position
+            return self._form.collate([stream.next_row() for _ in range(size)]), stream.position
 
         prefetcher = self._prefetcher = Prefetcher(produce, depth=_PREFETCHED_BATCHES, name="ratel-data")
         weakref.finalize(self, prefetcher.close)
@@ -122,7 +115,7 @@ class Dataset:
     def eval_batches(self, batch_size: int | None = None) -> list[Batch]:
         """All held-out sequences, the same at every call; the last batch may have fewer rows. May be empty."""
         size = batch_size or self.batch_size
-        return [_collate(self._eval_rows[at:at + size]) for at in range(0, len(self._eval_rows), size)]
+        return [self._form.collate(self._eval_rows[at:at + size]) for at in range(0, len(self._eval_rows), size)]
 
     def describe(self) -> str:
         text = self._reader.corpus.describe()
@@ -161,13 +154,12 @@ class Dataset:
         self.close()
 
     def _stream(self, position: Position) -> RowStream:
-        return RowStream(self._reader, held_out=self._held_out, seed=self._seed, seq_len=self.seq_len,
-                         pad_id=self._pad_id, position=position)
+        return RowStream(self._reader, held_out=self._held_out, seed=self._seed, position=position)
 
-    def _pack_eval(self, picked: list[tuple[int, Document]]) -> list[Row]:
+    def _pack_eval(self, picked: list[tuple[int, Any]]) -> list[Any]:
         documents = iter(picked)
-        packer = Packer(lambda: next(documents, None), seq_len=self.seq_len, pad_id=self._pad_id)
-        return [row for row in iter(packer.next_row, None) if row.num_targets]
+        rows = self._form.rows(lambda: next(documents, None), [], lambda: _HELD_OUT_KEY)
+        return [row for row in iter(rows.next_row, None) if row.num_targets]
 
 
 class _BatchIterator(Iterator[Batch]):
@@ -179,9 +171,9 @@ class _BatchIterator(Iterator[Batch]):
         return batch
 
 
-def _pick(reader: Reader, key: tuple[int, ...], count: int, max_tokens: int | None) -> list[tuple[int, Document]]:
+def _pick(reader: Reader, key: tuple[int, ...], count: int, max_tokens: int | None) -> list[tuple[int, Any]]:
     """Documents in the order of a permutation of their own, until there are enough of them or of their tokens."""
-    picked: list[tuple[int, Document]] = []
+    picked: list[tuple[int, Any]] = []
     num_tokens = 0
     order = Permutation(len(reader), key)
     for index in range(count):
@@ -192,11 +184,6 @@ def _pick(reader: Reader, key: tuple[int, ...], count: int, max_tokens: int | No
             picked.append((order[index], document))
             num_tokens += len(document)
     return picked
-
-
-def _collate(rows: list[Row]) -> Batch:
-    return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-            for name in ("input_ids", "labels", "position_ids")}
 
 
 def _check_options(seq_len: int, batch_size: int, eval_fraction: float, eval_max_sequences: int | None) -> None:

@@ -48,7 +48,7 @@ class Encoder:
         else:
             ids = self._begin(self._ids(record.text))
             targets = np.ones(len(ids), dtype=bool)
-        self._check_ids(ids)
+        check_ids(ids, self._tokenizer, self._vocab_size)
         return self._close(ids, targets, whole=not isinstance(record, Text))
 
     def _ids(self, text: str) -> np.ndarray:
@@ -72,8 +72,10 @@ class Encoder:
             targets = np.append(targets, targets[-1] if len(targets) else False)
         return Document(ids=ids, targets=targets, whole=whole)
 
-    def _check_ids(self, ids: np.ndarray) -> None:
-        if self._vocab_size is not None and len(ids) and int(ids.max()) >= self._vocab_size:
-            token = self._tokenizer.convert_ids_to_tokens(int(ids.max()))
-            raise RecordError(f"the token {token!r} has id {int(ids.max())}, but the model's vocabulary ends at "
-                              f"{self._vocab_size - 1}", "Remove the token from the text, or enlarge the embedding")
+
+def check_ids(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None) -> None:
+    """Raises RecordError for an id that the model has no embedding for."""
+    if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise RecordError(f"the token {token!r} has id {int(ids.max())}, but the model's vocabulary ends at {vocab_size - 1}",
+                          "Remove the token from the text, or enlarge the embedding")

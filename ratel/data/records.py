@@ -50,6 +50,11 @@ Record = Text | Completion | Chat
 
 def parse_line(line: bytes) -> Record | None:
     """The record on a line, or None where its text is blank: such a row holds nothing to learn and is passed over."""
+    return _record(read_object(line))
+
+
+def read_object(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line."""
     text = decode(line)
     try:
         fields = json.loads(text)
@@ -60,8 +65,8 @@ def parse_line(line: bytes) -> Record | None:
     except ValueError:  # of Python itself, which reads 4300 digits at most
         raise RecordError("not readable JSON: a number has too many digits") from None
     if not isinstance(fields, dict):
-        raise RecordError(f"a JSON object is expected, not {_type_name(fields)}")
-    return _record(fields)
+        raise RecordError(f"a JSON object is expected, not {type_name(fields)}")
+    return fields
 
 
 def decode(data: bytes) -> str:
@@ -78,7 +83,7 @@ def decode(data: bytes) -> str:
 def _record(fields: dict[str, Any]) -> Record | None:
     present = [key for key in _KEYS if key in fields]
     if present == ["text"]:
-        text = _string(fields, "text")
+        text = string_of(fields, "text")
         return Text(text=text) if text.strip() else None
     if present == ["prompt", "completion"]:
         return _completion(fields)
@@ -94,7 +99,7 @@ def _record(fields: dict[str, Any]) -> Record | None:
 
 
 def _completion(fields: dict[str, Any]) -> Completion:
-    prompt, completion = _string(fields, "prompt"), _string(fields, "completion")
+    prompt, completion = string_of(fields, "prompt"), string_of(fields, "completion")
     if not completion.strip():
         raise RecordError('"completion" is empty, so there is nothing to learn', "Fill it in or remove the line")
     return Completion(prompt=prompt, completion=completion)
@@ -111,7 +116,7 @@ def _chat(fields: dict[str, Any]) -> Chat:
                           "Add the assistant's answer or remove the line")
     tools = fields.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise RecordError(f'"tools" must be a list, not {_type_name(tools)}')
+        raise RecordError(f'"tools" must be a list, not {type_name(tools)}')
     return Chat(messages=tuple(messages), tools=tuple(tools) if tools else None)
 
 
@@ -126,15 +131,15 @@ def _check_message(message: Any, where: str) -> None:
     if "content" not in message:
         raise RecordError(f'{where} has no "content"')
     try:
-        _string(message, "content")
+        string_of(message, "content")
     except RecordError as error:
         raise RecordError(f"{where}: {error}", error.expected) from None
 
 
-def _string(fields: Mapping[str, Any], key: str) -> str:
+def string_of(fields: Mapping[str, Any], key: str) -> str:
     value = fields[key]
     if not isinstance(value, str):
-        raise RecordError(f'"{key}" must be a string, not {_type_name(value)}')
+        raise RecordError(f'"{key}" must be a string, not {type_name(value)}')
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -144,7 +149,7 @@ def _string(fields: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
              list: "a list", dict: "an object"}
     return names[type(value)]

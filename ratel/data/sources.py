@@ -100,7 +100,7 @@ def scan_jsonl(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
         offset += len(line)
 
 
-def scan_text(file: BinaryIO, target_bytes: int, check_until: int) -> Iterator[int]:
+def scan_text(file: BinaryIO, target_bytes: int, check_until: float) -> Iterator[int]:
     """Offsets at which the documents of a plain text begin; each ends where the next begins.
 
     Paragraphs (separated by blank lines) are gathered until a document has ``target_bytes``; it then ends at the

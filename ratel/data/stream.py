@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ratel.data.corpus import Corpus
-from ratel.data.encode import Document, Encoder
 from ratel.data.order import Permutation
-from ratel.data.packing import Packer, Piece, Row
+from ratel.data.forms import Form
+from ratel.data.packing import Piece
 from ratel.data.records import RecordError
 from ratel.errors import RatelError
 
@@ -32,17 +32,17 @@ class Position:
 class Reader:
     """Documents of a corpus by number, as tokens."""
 
-    def __init__(self, corpus: Corpus, encoder: Encoder) -> None:
-        self.corpus = corpus
-        self._encoder = encoder
+    def __init__(self, corpus: Corpus, form: Form) -> None:
+        self.corpus, self.form = corpus, form
 
     def __len__(self) -> int:
         return len(self.corpus)
 
-    def load(self, number: int) -> Document | None:
+    def load(self, number: int) -> Any:
+        """None for a document that is blank."""
         record = self.corpus.read(number)
         try:
-            return None if record is None else self._encoder.encode(record)
+            return None if record is None else self.form.encode(record)
         except RecordError as error:
             raise self.corpus.error(number, error) from error
 
@@ -50,24 +50,23 @@ class Reader:
 class RowStream:
     """Sequences over epochs without end, each epoch in an order of its own that the seed fixes."""
 
-    def __init__(self, reader: Reader, *, held_out: frozenset[int], seed: int, seq_len: int, pad_id: int,
-                 position: Position = Position()) -> None:
+    def __init__(self, reader: Reader, *, held_out: frozenset[int], seed: int, position: Position = Position()) -> None:
         assert len(held_out) < len(reader)
         self._reader = reader
         self._held_out = held_out
         self._seed = seed
         self._epoch, self._cursor = position.epoch, position.cursor
         self._order = self._permutation()
-        self._packer = Packer(self._draw, seq_len=seq_len, pad_id=pad_id,
-                              pool=[self._piece(number, start) for number, start in position.waiting])
+        self._rows = reader.form.rows(self._draw, [self._piece(number, start) for number, start in position.waiting],
+                                      lambda: self._epoch)
 
     @property
     def position(self) -> Position:
-        return Position(epoch=self._epoch, cursor=self._cursor, waiting=tuple(self._packer.waiting))
+        return Position(epoch=self._epoch, cursor=self._cursor, waiting=tuple(self._rows.waiting))
 
-    def next_row(self) -> Row:
+    def next_row(self) -> Any:
         """The next sequence that has a target; others (all prompt, say) would be computed for nothing."""
-        row = self._packer.next_row()
+        row = self._rows.next_row()
         first_epoch = self._epoch  # after a row: of a few documents the packer's first one draws many epochs at once
         while True:
             assert row is not None
@@ -75,7 +74,7 @@ class RowStream:
                 return row
             if self._epoch > first_epoch + 1:
                 raise self._nothing_to_learn()
-            row = self._packer.next_row()
+            row = self._rows.next_row()
 
     def next_number(self) -> int:
         """The next document of the order, those held out passed over."""
@@ -88,7 +87,7 @@ class RowStream:
             if number not in self._held_out:
                 return number
 
-    def _draw(self) -> tuple[int, Document]:
+    def _draw(self) -> tuple[int, Any]:
         first_epoch = self._epoch
         while self._epoch <= first_epoch + 1:
             number = self.next_number()
