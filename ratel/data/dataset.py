@@ -103,10 +103,10 @@ class Dataset:
         iterator. Each ``next`` moves the dataset's position."""
         self.close()
         stream = self._stream(self._position)
-        size = self.batch_size
+        form, size = self._form, self.batch_size  # not self: the thread must not keep it alive
 
         def produce() -> tuple[Batch, Position]:
-            return self._form.collate([stream.next_row() for _ in range(size)]), stream.position
+            return form.collate([stream.next_row() for _ in range(size)]), stream.position
 
         prefetcher = self._prefetcher = Prefetcher(produce, depth=_PREFETCHED_BATCHES, name="ratel-data")
         weakref.finalize(self, prefetcher.close)
