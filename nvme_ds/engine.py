@@ -9,14 +9,14 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nvme_ds import files, native
 from nvme_ds.errors import IoError, StallError
 from nvme_ds.layout import file_sizes, stripe_pattern
 from nvme_ds.options import BACKENDS, caps_by_directory, check_layout, check_options, choose_backend
-from nvme_ds.volume import Volume
+from nvme_ds.volume import Volume, remove_files
 
 WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK, BACKGROUND = range(5)
 ALIGNMENT = files.ALIGNMENT
@@ -27,6 +27,13 @@ _TOTALLED = ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_
 _SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
 _EXIT_PATIENCE_S = 5.0
 _UNFINISHED = (-errno_module.EINPROGRESS, native.STALLED)
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _nothing() -> None:
+    """What is done while waiting, where nothing else is said."""
 
 
 class IoSpan(NamedTuple):
@@ -50,11 +57,13 @@ class Engine:
     OSError. queue_depth: requests the kernel holds per directory. num_threads: per directory, of the ``threads``
     backend. request_bytes: longest single request. bandwidth_bps: cap per directory on reads and writes together, one
     number or ``{directory: bytes per second}``. stall_timeout_s: how long the kernel may hold requests of a directory
-    without answering any before waiting raises StallError.
+    without answering any before waiting raises StallError. while_waiting: called ten times a second by a thread that waits
+    for a transfer; it may raise, and the ticket can be waited for again.
     """
 
     def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 16, request_bytes: int = 1 << 20,
-                 bandwidth_bps: float | Mapping[str, float] | None = None, stall_timeout_s: float = 120.0) -> None:
+                 bandwidth_bps: float | Mapping[str, float] | None = None, stall_timeout_s: float = 120.0,
+                 while_waiting: Callable[[], None] = _nothing) -> None:
         check_options(backend, queue_depth, num_threads, request_bytes, stall_timeout_s)
         self._native = native.library()
         self.backend = choose_backend(self._native, backend, queue_depth)
@@ -64,7 +73,12 @@ class Engine:
         options = native.EngineOptions(BACKENDS[self.backend], queue_depth, num_threads, request_bytes,
                                        int(stall_timeout_s * 1e9))
         self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
-        self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle)
+        self.scratch: dict[int, list[str]] = {}
+        """By volume: files that go with it, or else with the engine."""
+        self._process = os.getpid()
+        self._while_waiting = while_waiting
+        self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle, self._process, self.scratch)
+        _engines.add(self)
         self._devices: dict[str, int] = {}
         self._volumes: dict[int, Volume] = {}
         self._buffers: dict[int, int] = {}
@@ -221,6 +235,7 @@ class Engine:
             left_us = _SLICE_US if deadline_s is None else int((deadline_s - time.monotonic()) * 1e6)
             if left_us <= 0:
                 raise TimeoutError(f"ticket {ticket} is not done after {timeout_s} s")
+            self._while_waiting()
             before, status = status, self._native.wait(self._handle, ticket, min(left_us, _SLICE_US), failure)
             if status not in _UNFINISHED or _is_stalled(before, status):
                 return status
@@ -313,7 +328,7 @@ class Engine:
         requests longer than ``timeout_s`` or has stopped answering; then close() may be called again, or abandon().
         """
         self._closed = True
-        if self._abandoned:
+        if self._abandoned or self.is_foreign:
             return
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         before = -errno_module.EINPROGRESS
@@ -356,7 +371,14 @@ class Engine:
             self._thread_local.failure = native.Failure()
             return self._thread_local.failure
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process is a child that was forked from the one whose engine it is."""
+        return os.getpid() != self._process
+
     def _require_open(self) -> None:
+        if self.is_foreign:
+            raise RuntimeError("an Engine does not survive fork, its threads stay in the parent: make one per process")
         if self._closed:
             raise _canceled()
 
@@ -402,12 +424,23 @@ def _checked(status: int, what: str) -> int:
     return status
 
 
-def _shut_down(functions, handle: int) -> None:
+def remove_scratch() -> None:
+    """For a process that is going to end without closing anything: nobody would look for these files."""
+    for engine in list(_engines):
+        for paths in list(engine.scratch.values()) if not engine.is_foreign else []:
+            remove_files(paths)
+
+
+def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[str]]) -> None:
     """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the
-    process."""
+    process. In a forked child nothing is: threads and files are the parent's."""
+    if os.getpid() != process:
+        return
     deadline_s = time.monotonic() + _EXIT_PATIENCE_S
     while (status := functions.engine_close(handle, _SLICE_US)) in _UNFINISHED:
         if status == native.STALLED or time.monotonic() >= deadline_s:
             functions.engine_abandon(handle)
             return
+    for paths in scratch.values():  # while they are locked: their names are free for others then
+        remove_files(paths)
     functions.engine_destroy(handle)

@@ -19,10 +19,24 @@ class Volume:
 
     def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool,
                  pattern: Sequence[int], stripe_bytes: int) -> None:
-        self.handle, self.paths, self.num_bytes, self.direct, self.keep = handle, paths, num_bytes, direct, keep
+        self.handle, self.paths, self.num_bytes, self.direct = handle, paths, num_bytes, direct
         self._engine = engine
+        self.keep = keep
         self._pattern, self._stripe_bytes = pattern, stripe_bytes
         self._closed = False
+
+    @property
+    def keep(self) -> bool:
+        """Whether the files stay. Otherwise they go with the engine, should nobody close the volume."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keeps: bool) -> None:
+        self._keep = keeps
+        if keeps:
+            self._engine.scratch.pop(self.handle, None)
+        else:
+            self._engine.scratch[self.handle] = self.paths
 
     def locate(self, offset: int) -> tuple[str, int]:
         """The file that holds a byte of the volume, and the byte's position in it."""
@@ -47,16 +61,21 @@ class Volume:
         if self._closed:
             return
         self._closed = True
+        if self._engine.is_foreign:
+            return
         self._engine._close_volume(self)
-        self._remove_files(not self.keep if unlink is None else unlink)
+        if not self.keep if unlink is None else unlink:
+            remove_files(self.paths)
+        self._engine.scratch.pop(self.handle, None)
 
     def _give_up(self) -> None:
         """Closed without a word to the device; its files stay."""
         self._closed = True
 
-    def _remove_files(self, unlink: bool) -> None:
-        for path in self.paths if unlink else []:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass  # removed by someone else: what was wanted
+
+def remove_files(paths: Sequence[str]) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # removed by someone else: what was wanted

@@ -2,6 +2,15 @@
 
 import sys
 
-from ratel.cli import main
+from ratel import process
 
-sys.exit(main())
+
+def main() -> int:
+    process.begin()  # before the imports of the commands: a signal may come at any time
+    from ratel.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ratel import startup
+from ratel import interrupt, startup
 
 _STEM = "model.safetensors"
 _PIECE_BYTES = 128 << 20
@@ -38,7 +38,7 @@ class ReadAhead:
 
     def wait(self) -> None:
         for thread in self._threads:
-            thread.join()
+            interrupt.join(thread)
 
     def stop(self) -> None:
         self._stopped.set()

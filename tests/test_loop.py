@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ratel import interrupt
 from ratel.errors import NonFiniteError, RatelError
-from ratel.train import interrupt
+from ratel.interrupt import Interrupted
 from ratel.train.inputs import endless
-from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
 from ratel.train.output import RunDirectory, choose
 from ratel.train.summary import summarize
@@ -80,7 +80,7 @@ def run_loop(session: FakeSession, batches: Iterable[float], *, steps: int,
              **options: Any) -> tuple[Progress, list[dict]]:
     progress, records = Progress(), []
     schedule = make_schedule("linear", lr=1.0, steps=steps)
-    with StopRequest() as stop:
+    with interrupt.finishing() as stop:
         Loop(session=session, steps=steps, schedule=schedule, record=records.append, stop=stop, **options
              ).run(iter(batches), progress)
     return progress, records
@@ -118,7 +118,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
     losses = [1.0, *[math.nan] * (MAX_SKIPPED_IN_A_ROW + 5)]
     records: list[dict] = []
     with pytest.raises(RatelError, match=r"not finite for 10 steps in a row, up to step 11.*Lower --lr"):
-        Loop(session=FakeSession(), steps=50, schedule=lambda step: 0.1, record=records.append, stop=StopRequest()
+        Loop(session=FakeSession(), steps=50, schedule=lambda step: 0.1, record=records.append, stop=interrupt.Finishing(None)
              ).run(iter(losses), Progress())
     assert len(records) == 1 + MAX_SKIPPED_IN_A_ROW and records[-1]["skipped"]
 
@@ -175,23 +175,27 @@ def test_a_sigterm_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> N
     """`timeout` tells the process and then its group."""
     progress, _ = run_loop(FakeSession(interrupt_at(2, times=2, number=signal.SIGTERM)), [1.0] * 9, steps=9)
     assert progress.steps == 2
-    monkeypatch.setattr(interrupt, "_TWICE_S", 0.0)
+    monkeypatch.setattr(interrupt, "TWICE_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run_loop(FakeSession(interrupt_at(2, times=2, number=signal.SIGTERM)), [1.0] * 9, steps=9)
 
 
 def test_a_sigterm_before_the_first_step_is_a_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with interrupt.ended_by_sigterm():
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+    with interrupt.watching():
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # the group's
-        with StopRequest() as stop:
+        with pytest.raises(Interrupted):
+            interrupt.check()
+        interrupt.check()  # it has been answered
+        monkeypatch.setattr(interrupt, "TWICE_S", 0.0)
+        with interrupt.finishing() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
-        monkeypatch.setattr(interrupt, "_TWICE_S", 0.0)
-        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+            assert stop.requested
             os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                interrupt.check()
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -1,5 +1,6 @@
 """Metrics reach the file, errors reach the caller, and nobody waits for ever; progress says what it should."""
 
+import errno
 import io
 import json
 import os
@@ -8,8 +9,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from ratel.errors import WorkerError
-from ratel.monitor.metrics import MetricsWriter
+from ratel.monitor.metrics import MetricsWriter, MissingMetricsError
 from ratel.monitor.progress import ProgressDisplay, describe_step
 from ratel.units import format_seconds
 
@@ -52,33 +52,55 @@ def test_numbers_json_does_not_know_become_null(tmp_path) -> None:
     assert read_lines(path) == [{"loss": None, "grad_norm": None, "lr": 0.5}]
 
 
-def test_an_unwritable_file_is_reported_by_the_next_call(tmp_path) -> None:
-    writer = MetricsWriter(tmp_path / "missing" / "metrics.jsonl")
-    writer.write({"step": 1})
-    with pytest.raises(WorkerError, match="metrics.jsonl could not be written") as info:
-        writer.flush()
-    assert isinstance(info.value.__cause__, FileNotFoundError)
-    with pytest.raises(WorkerError):
+def test_what_cannot_be_written_is_kept_and_said(tmp_path) -> None:
+    """A disk that is full for a while does not end a run, and no line of it is lost."""
+    path = tmp_path / "missing" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1})
+        for _ in range(2):
+            with pytest.raises(MissingMetricsError, match="metrics.jsonl could not be written.*1 of its lines") as info:
+                writer.flush()
+        assert isinstance(info.value.__cause__, FileNotFoundError)
+        assert [len(list(writer.news())) for _ in range(2)] == [1, 0]
+        path.parent.mkdir()
         writer.write({"step": 2})
-    with pytest.raises(WorkerError):
-        writer.close()
+        writer.flush()
+        assert list(writer.news()) == [f"{path} can be written again: nothing is missing"]
+    assert [record["step"] for record in read_lines(path)] == [1, 2]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_a_full_disk_is_reported_and_the_writer_never_blocks() -> None:
+def test_a_full_disk_never_blocks_the_writer() -> None:
     writer = MetricsWriter("/dev/full", max_pending=2)
-
-    def write_until_refused() -> None:
-        with pytest.raises(WorkerError, match="No space left"):
-            for step in range(100_000):
-                writer.write({"step": step})
-
-    thread = threading.Thread(target=write_until_refused, daemon=True)
+    thread = threading.Thread(target=lambda: [writer.write({"step": step}) for step in range(500)], daemon=True)
     thread.start()
     thread.join(timeout=30)
     assert not thread.is_alive(), "write() hangs after the disk is full"
-    with pytest.raises(WorkerError):
+    assert "No space left" in next(writer.news())
+    with pytest.raises(MissingMetricsError, match="500 of its lines"):
         writer.close()
+
+
+def test_half_a_line_does_not_stay(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk takes what it has room for, and refuses the rest."""
+    path, real = tmp_path / "metrics.jsonl", os.write
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1})
+        writer.flush()
+        room = iter([4])
+
+        def write(file: int, data) -> int:
+            if (count := next(room, None)) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(file, data[:count])
+
+        monkeypatch.setattr(os, "write", write)
+        writer.write({"step": 2})
+        with pytest.raises(MissingMetricsError):
+            writer.flush()
+        assert read_lines(path) == [{"step": 1}]
+        monkeypatch.setattr(os, "write", real)
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_the_error_that_ended_the_run_is_not_hidden(tmp_path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.runtime.state import SavedState
-from ratel.train.interrupt import Interrupted
+from ratel.interrupt import Interrupted
 from resume_common import OPTIONS, assert_same_run, make_model, make_text, records, train
 
 pytestmark = pytest.mark.e2e

@@ -4,17 +4,17 @@ Heavy imports stay inside the functions that run a command, so that ``--help`` a
 """
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
+from ratel import interrupt, process
 from ratel.cli import bench, check, doctor, export, plan, train
 from ratel.cli.parser import Parser
 from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError
 
 COMMANDS = (train, plan, check, export, doctor, bench)
-EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, process.EXIT_INTERRUPTED
 
 
 def build_parser() -> Parser:
@@ -29,13 +29,19 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status says whose turn it is: 0 nobody's, 1 the program's, 2 the user's."""
-    from ratel.train.interrupt import ended_by_sigterm
+    if argv is not None:
+        return _main(argv)
+    output, _ = process.begin()
+    status, error = _main(sys.argv[1:]), output.error
+    if status == EXIT_OK and error is not None and not output.may_drop and not isinstance(error, BrokenPipeError):
+        return _fail(f"ratel: standard output cannot be written: {error.strerror}", EXIT_FAILED)
+    return status
 
+
+def _main(argv: Sequence[str]) -> int:
     try:
-        with ended_by_sigterm():
-            status = _dispatch(build_parser(), sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, where an error of it is still handled
-        return status
+        with interrupt.watching():
+            return _dispatch(build_parser(), argv)
     except RatelError as error:
         return _fail(f"ratel: {error}", EXIT_MISUSED)
     except (NonFiniteError, WorkerError, DamagedError) as error:
@@ -43,9 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"ratel: {error}{cause}", EXIT_FAILED)
     except KeyboardInterrupt as error:
         return _fail(f"ratel: {str(error) or 'interrupted'}", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader like `head` has gone: no traceback
-        return EXIT_OK
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             return _fail(f"ratel: {error}", EXIT_FAILED)  # a drive or a file: which one is all there is to know
@@ -63,6 +66,7 @@ def _dispatch(parser: Parser, argv: Sequence[str]) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_MISUSED
+    process.may_drop(args.command == "train")  # whose results are files
     args.run(args)
     return EXIT_OK
 

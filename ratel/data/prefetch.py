@@ -1,10 +1,12 @@
 """Work done ahead in a thread of its own, a bounded number of items, in order."""
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ratel import interrupt
 from ratel.errors import RatelError, WorkerError
 
 _JOIN_S = 2.0
@@ -21,7 +23,7 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, produce: Callable[[], T], *, depth: int, name: str) -> None:
-        self._produce = produce
+        self._produce, self._process = produce, os.getpid()
         self._depth = depth
         self._ready: deque[T] = deque()
         self._error: BaseException | None = None
@@ -32,7 +34,8 @@ class Prefetcher(Generic[T]):
 
     def get(self) -> T:
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            while not self._changed.wait_for(lambda: self._ready or self._error or self._closed, interrupt.POLL_S):
+                interrupt.check()
             if self._closed:
                 raise StopIteration
             if self._ready:
@@ -44,6 +47,8 @@ class Prefetcher(Generic[T]):
         raise WorkerError(f"the thread {self._thread.name} failed: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
+        if os.getpid() != self._process:
+            return  # a forked child has neither the thread nor, perhaps, the lock
         with self._changed:
             self._closed = True
             self._ready.clear()

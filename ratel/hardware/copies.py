@@ -1,6 +1,5 @@
 """What memory and the link between host and device carry. On a CPU device copies are copies within memory."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from ratel import native
 from ratel.hardware.timing import median_seconds
 from ratel.memory.arena import Arena
+from ratel.memory.jobs import Crew
 from ratel.memory.lanes import Lanes
 
 TRIAD_BYTES, RESCALE_BYTES = 12, 8
@@ -37,7 +37,7 @@ class Link:
         self._device = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._lanes = Lanes(device)
         # Two calls of copy_ at once need two threads where a copy is done when the call returns.
-        self._threads = ThreadPoolExecutor(2)
+        self._threads = Crew(2, "ratel-copies")
 
     def down(self) -> None:
         """Host to device."""
@@ -64,7 +64,7 @@ class Link:
                      for action in (self.down, self.up, self.both))
 
     def close(self) -> None:
-        self._threads.shutdown()
+        self._threads.close()
         self._lanes.synchronize()
         self._arena.close()
 

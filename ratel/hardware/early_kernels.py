@@ -11,7 +11,7 @@ import threading
 import torch
 import torch.nn.functional as F
 
-from ratel import startup
+from ratel import interrupt, startup
 from ratel.hardware.device import avoid_fragmentation, quiet_first_product
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def wait() -> None:
     global _thread
     thread, _thread = _thread, None
     if thread is not None:
-        thread.join()
+        interrupt.join(thread)
 
 
 def _load(device: torch.device) -> None:

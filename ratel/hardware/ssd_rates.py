@@ -1,13 +1,13 @@
 """What SSDs carry past every cache of the host: through the I/O engine, with O_DIRECT, as training moves data."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 from ratel import native
 from ratel.errors import RatelError
 from ratel.hardware.storage import require_directory
+from ratel.memory.jobs import crew
 from ratel.plan.hardware import Ssd
 from ratel.units import MIB, align_up
 
@@ -59,7 +59,7 @@ def _whole_tickets(num_bytes: float) -> int:
 def _shared_limit(drives: list[Any], ssds: tuple[Ssd, ...], limit_s: float) -> float | None:
     """Each drive gets what it moves alone in the time given; together they take longer if they share a limit."""
     amounts = [_whole_tickets(ssd.mixed_bps * limit_s) for ssd in ssds]
-    with ThreadPoolExecutor(len(drives)) as threads:
+    with crew(len(drives), "ratel-drives") as threads:
         seconds = list(threads.map(lambda pair: pair[0].run("mixed", pair[1]), zip(drives, amounts)))
     together_bps = sum(amounts) / max(seconds)
     return together_bps if together_bps < _SUM_IS_LIMITED * sum(ssd.mixed_bps for ssd in ssds) else None

@@ -8,7 +8,6 @@ pinned memory.
 """
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,6 +15,7 @@ from ratel import native, startup
 from ratel.errors import RatelError
 from ratel.memory.anonymous import PAGE_BYTES, TOUCHED_BYTES, anonymous_map, arena_in, region_bytes
 from ratel.memory.early import Taken
+from ratel.memory.jobs import in_thread
 from ratel.units import align_up, format_bytes
 
 
@@ -35,9 +35,7 @@ class Arena:
         self._cursor = 0
         self.pinned = memory is not None and memory.is_pinned
         self._given_up = threading.Event()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="ratel-arena")
-        self._made = self._worker.submit(self._make, pool, torch.cuda.current_device() if pin else None)
-        self._worker.shutdown(wait=False)
+        self._made = in_thread("ratel-arena", self._make, pool, torch.cuda.current_device() if pin else None)
 
     @property
     def address(self) -> int:
@@ -91,7 +89,7 @@ class Arena:
 
     def _give_up(self) -> None:
         self._given_up.set()
-        self._worker.shutdown()
+        self._made.wait()
 
 
 def keep_mapped(memory: object) -> None:

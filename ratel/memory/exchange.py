@@ -5,9 +5,11 @@ session, wakes every waiter with that error instead of leaving it asleep.
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 
+from ratel import interrupt
 from ratel.errors import NonFiniteError, WorkerError
 from ratel.memory.tracing import Tracing
 
@@ -42,10 +44,12 @@ class Exchange:
         ``cause`` and ``name`` say in a trace what for; without them the thread just has nothing to do.
         """
         if not ready():
+            poll_s = interrupt.POLL_S if threading.current_thread() is threading.main_thread() else None
             with self.tracing.waiting(cause, name) if cause else nullcontext():
                 while not ready():
                     self.check()
-                    condition.wait()
+                    condition.wait(poll_s)
+                    interrupt.check()
         self.check()
 
     def check(self) -> None:
@@ -64,6 +68,11 @@ class Exchange:
             self._wake_all()
 
     def close(self) -> None:
+        """Whoever does this is not in the middle of anything: if the lock is this thread's, an exception that came between two
+        lines has left it so, and everybody else would wait for it for ever."""
+        with suppress(RuntimeError):
+            while True:
+                self.lock.release()
         with self.lock:
             self.closed = True
             self._wake_all()
@@ -96,6 +105,18 @@ class Worker(threading.Thread):
             self._exchange.fail(error, f"the {self._label} thread")
         finally:
             del self._body  # a method of what holds this thread, as a rule: with it all that it holds would stay
+
+    def end(self, until_s: float) -> bool:
+        """Wait for it, to this moment of ``time.monotonic`` at most. Whether it is over."""
+        if self is threading.current_thread():  # a collection of garbage may close a session anywhere
+            return True
+        self.join(max(0.0, until_s - time.monotonic()))
+        return not self.is_alive()
+
+
+def join_all(workers: "Iterable[Worker]", timeout_s: float) -> bool:
+    until_s = time.monotonic() + timeout_s
+    return all([worker.end(until_s) for worker in workers])
 
 
 class Mailbox:

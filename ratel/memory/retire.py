@@ -7,7 +7,7 @@ and FIFO order is safe.
 from collections.abc import Callable
 
 from ratel.memory import jitter
-from ratel.memory.exchange import Exchange, Mailbox, Worker
+from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
 from ratel.memory.lanes import Event
 
 
@@ -24,8 +24,8 @@ class Retirer:
     def when_event(self, event: Event, after: Callable[[], None]) -> None:
         self.when(event.synchronize, after)
 
-    def join(self) -> None:
-        self._worker.join()
+    def join(self, timeout_s: float) -> bool:
+        return join_all([self._worker], timeout_s)
 
     def _run(self) -> None:
         while True:

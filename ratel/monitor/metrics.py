@@ -1,55 +1,76 @@
 """OUT/metrics.jsonl, written by a thread of its own: a slow file system must not show up in a step."""
 
-import asyncio
 import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+from ratel import interrupt
 from ratel.errors import WorkerError
 
-_STOP = object()
+
+class MissingMetricsError(WorkerError):
+    """Lines that could not be written. Nothing else is lost."""
 
 
 class MetricsWriter:
     """One JSON object per line. ``write`` returns at once unless ``max_pending`` records wait for the disk.
 
-    An error of the file system is raised by the next call, as `WorkerError` from the original one.
+    What the file system does not take is kept and tried again with every further record: a disk that is full for a while must
+    not end a run of weeks. Only ``flush`` and ``close`` raise, while something is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False, max_pending: int = 1024) -> None:
-        self._path, self._mode = os.fspath(path), "a" if append else "w"
-        self._room = threading.BoundedSemaphore(max_pending)
-        self._error: BaseException | None = None
+        self._path, self._mode = os.fspath(path), os.O_APPEND if append else os.O_TRUNC | os.O_APPEND
+        self._max_pending, self._process = max_pending, os.getpid()
+        self._changed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._asked = self._tried = 0
+        """Attempts at writing what waits."""
+        self._error: OSError | None = None
+        self._was_told = False
         self._is_closed = False
-        self._loop = asyncio.new_event_loop()
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._file: int | None = None
         self._thread = threading.Thread(target=self._run, name="ratel-metrics", daemon=True)
         self._thread.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
         assert not self._is_closed, "write after close"
-        self._raise_error()
         line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
-        self._room.acquire()
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, line)
+        with self._changed:
+            self._wait(lambda: self._error is not None or len(self._waiting) < self._max_pending)
+            self._waiting.append(line)
+            self._ask()
+
+    def news(self) -> Iterator[str]:
+        """What has changed since the last call, for the user."""
+        error = self._error
+        if (error is not None) != self._was_told:
+            self._was_told = error is not None
+            yield (f"{self._path} cannot be written: {error.strerror}. Its lines are kept and tried again" if error is not None else
+                   f"{self._path} can be written again: nothing is missing")
 
     def flush(self) -> None:
         """Return when every record is with the operating system."""
         if not self._is_closed:
-            reached = threading.Event()
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, reached)
-            reached.wait()
+            with self._changed:
+                number = self._ask()
+                self._wait(lambda: self._tried >= number)
         self._raise_error()
 
     def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, _STOP)
-            self._thread.join()
-        self._raise_error()
+        if os.getpid() != self._process:
+            return  # a forked child has not the thread
+        try:
+            self.flush()
+        finally:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify_all()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -57,49 +78,56 @@ class MetricsWriter:
     def __exit__(self, exc_type: object, *exc: object) -> None:
         try:
             self.close()
-        except WorkerError:
+        except MissingMetricsError:
             if exc_type is None:  # never hide the error that ended the run
                 raise
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise WorkerError(f"{self._path} could not be written: {self._error}") from self._error
+            raise MissingMetricsError(f"{self._path} could not be written: {self._error.strerror} ({len(self._waiting)} of its "
+                                      "lines are missing)") from self._error
+
+    def _ask(self) -> int:
+        self._asked += 1
+        self._changed.notify_all()
+        return self._asked
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        while not self._changed.wait_for(ready, interrupt.POLL_S):
+            interrupt.check()
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or self._asked > self._tried)
+                if self._asked == self._tried:
+                    break
+                number, lines = self._asked, list(self._waiting)
+            error = self._put(lines)
+            with self._changed:
+                for _ in lines if error is None else []:
+                    self._waiting.popleft()
+                self._error, self._tried = error, number
+                self._changed.notify_all()
+        if self._file is not None:
+            os.close(self._file)
+
+    def _put(self, lines: list[str]) -> OSError | None:
+        """All of them, or none."""
+        data, size = memoryview("".join(lines).encode()), None
         try:
-            self._loop.run_until_complete(self._serve())
-        finally:
-            self._loop.close()
-
-    async def _serve(self) -> None:
-        """Take what waits, write it, release those who wait; after an error only the releasing is left to do."""
-        import aiofiles
-
-        file, is_open = None, True
-        while is_open:
-            items = [await self._queue.get()]
-            while not self._queue.empty():
-                items.append(self._queue.get_nowait())
-            is_open = _STOP not in items
-            lines = [item for item in items if isinstance(item, str)]
-            try:
-                file = file or await aiofiles.open(self._path, self._mode, encoding="utf-8")
-                if self._error is None:
-                    await file.write("".join(lines))
-                    await file.flush()
-                if not is_open:
-                    await file.close()
-            except OSError as error:
-                self._error = self._error or error
-            self._release(items)
-
-    def _release(self, items: list[Any]) -> None:
-        for item in items:
-            if isinstance(item, str):
-                self._room.release()
-            elif isinstance(item, threading.Event):
-                item.set()
+            if self._file is None:
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | self._mode, 0o666)
+                self._mode = os.O_APPEND
+            size = os.fstat(self._file).st_size
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            if size is not None:
+                with suppress(OSError):
+                    os.ftruncate(self._file, size)  # half a line would make the next one unreadable
+            return error
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ratel.monitor.side_channel import SideChannel
 from ratel.units import format_seconds
 
 _RECENT_STEPS = 20
@@ -19,7 +20,7 @@ class ProgressDisplay:
 
     def __init__(self, total_steps: int, *, log_every: int = 10, quiet: bool = False,
                  console: Console | None = None) -> None:
-        self._console = console or Console(quiet=quiet, highlight=False)
+        self._console = console or Console(file=SideChannel(), quiet=quiet, highlight=False)
         self._total, self._log_every = total_steps, log_every
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._live: Progress | None = None

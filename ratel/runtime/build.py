@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ratel import native, readahead, startup
+from ratel import interrupt, native, readahead, startup
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.plan.plan import Plan
@@ -28,6 +28,7 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
         with startup.phase("files and address space"):
             machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits,
                                   earlier=saved if goes_on else None)
+        interrupt.check()
         with startup.phase("importing states"):
             _fill(machinery, saved, moments, goes_on=goes_on)
         with startup.phase("the rest of the memory"):

@@ -2,17 +2,19 @@
 
 import errno
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ratel import native
+from ratel import interrupt, native
 from ratel.errors import RatelError
 from ratel.memory import early
 from ratel.memory.anonymous import region_bytes
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
+from ratel.memory.holdings import Holdings
 from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer
 from ratel.models import Parts
@@ -62,8 +64,9 @@ class Machinery:
         """``commits``: the directory of the records, where the plan commits in place. ``earlier``: a run's commits whose
         SSD files are to be worked on further."""
         self.plan, self.pool, self._parts, self._io_options = plan, pool, parts, io
-        self.exchange = Exchange()
-        self.engine = self.arena = self.log = None
+        self.exchange, self.log = Exchange(), None
+        self._holdings = Holdings(self.exchange)
+        self._finalizer = weakref.finalize(self, self._holdings.close)
         try:
             self._build(parts, plan, device, io, commits, earlier)
         except BaseException:
@@ -72,19 +75,21 @@ class Machinery:
 
     def _build(self, parts: Parts, plan: Plan, device: torch.device, io: IoOptions, commits: Path | None,
                earlier: SavedState | None) -> None:
-        exchange = self.exchange
-        self.lanes = Lanes(device)
-        self.engine = open_engine(io)
+        exchange, held = self.exchange, self._holdings
+        self.lanes = held.lanes = Lanes(device)
+        self.engine = held.engine = open_engine(io)
         state_volume, grad_volume, activation_volume = self._open_volumes(plan, io, commits, earlier)
-        self.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool,
+        self.arena = held.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool,
                            memory=early.take(region_bytes(plan.arena_bytes)))
         self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
         self.io = PlaneIO(self.store, self.engine, exchange.tracing)
         self.transfer = UnitTransfer(self.store, self.io, self.pool, self.engine)
         cache = self.cache = HostCache(plan, self.store, self.arena, self.io, exchange)
         self.copies, self.writes = Retirer("copies", exchange), Retirer("writes", exchange)
+        held.workers += [self.copies, self.writes]
         self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.io,
                                          self.writes)
+        held.workers.append(self.updates)
         self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
         self.activations = Activations(plan, self.arena, device, exchange, self.lanes, self.copies,
                                        self.writes, self.engine, activation_volume,
@@ -92,8 +97,10 @@ class Machinery:
         self.spiller = Spiller(self.lanes, self.arena.take(plan.spill.region_bytes), plan.spill) if plan.spill else None
         self.gradients = Gradients(plan, self.store, self.arena, exchange, self.lanes, param_order(parts, plan))
         self.streamer = Streamer(exchange, self.lanes, self.copies, self.weights, self.activations)
+        held.workers.append(self.streamer)
         self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,
                            self.updates, update_order(plan))
+        held.workers.append(self.saver)
         if plan.commits:
             self.log = CommitLog(commits, plan, self.store, stripe_bytes=io.stripe_bytes, pattern=_pattern(io))
         assert self.arena.free_bytes == 0, f"{self.arena.free_bytes} bytes of the arena have no use"
@@ -145,28 +152,9 @@ class Machinery:
         return values[: plane.num_elements]
 
     def close(self) -> None:
-        """End the threads, then the engine, then the memory. Pending updates are lost: flush first.
-
-        A device that has stopped answering is given up, with the memory that it may still write to.
-        """
-        self.exchange.close()
-        ended = self.engine is None or self._end_engine()
-        for name in ("streamer", "updates", "copies", "writes", "saver"):
-            if hasattr(self, name):
-                getattr(self, name).join()
-        if hasattr(self, "lanes"):
-            self.lanes.synchronize()
-        if self.arena is not None:
-            self.arena.close() if ended else self.arena.abandon()
-
-    def _end_engine(self) -> bool:
-        """Whether every transfer is over."""
-        try:
-            self.engine.close()
-        except TimeoutError:
-            self.engine.abandon()
-            return False
-        return True
+        """End the threads, then the engine, then the memory. Pending updates are lost: flush first."""
+        self._holdings.close()
+        self._finalizer.detach()  # not before: what ends this in the middle leaves the rest to it
 
     def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
         """Volumes for states, gradients and activations, allocated in full: a full disk is found here."""
@@ -212,7 +200,8 @@ class Machinery:
 
 def open_engine(io: IoOptions) -> "native.nvme_ds.Engine":
     try:
-        return native.nvme_ds.Engine(backend=io.backend, queue_depth=io.queue_depth, bandwidth_bps=io.bandwidth_bps)
+        return native.nvme_ds.Engine(backend=io.backend, queue_depth=io.queue_depth, bandwidth_bps=io.bandwidth_bps,
+                                     while_waiting=interrupt.check)
     except OSError as error:
         raise RatelError(f"the I/O engine cannot start: {error}", field="io_backend", value=io.backend,
                          remedy="Use --io-backend threads or auto") from error

@@ -18,7 +18,7 @@ from ratel import native
 from ratel.errors import NonFiniteError
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
-from ratel.memory.exchange import Exchange, Mailbox, Worker
+from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
 from ratel.memory.retire import Retirer
 from ratel.plan.placement import PLANES
 from ratel.plan.plan import PAGE_BYTES, Plan
@@ -166,9 +166,8 @@ class OptimizerPipeline:
                 self.took_over(unit)
             self._exchange.wait_for(self._changed, lambda: self._persisted == self._asked)
 
-    def join(self) -> None:
-        for worker in self._workers:
-            worker.join()
+    def join(self, timeout_s: float) -> bool:
+        return join_all(self._workers, timeout_s)
 
     # --- the loader ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from ratel import native
 from ratel.errors import DamagedError, RatelError
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
-from ratel.memory.exchange import Exchange, Mailbox, Worker
+from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
 from ratel.memory.lanes import Event, Lanes
 from ratel.plan.layout import pieces
 from ratel.plan.placement import GPU, SSD
@@ -125,9 +125,9 @@ class Saver:
                 return
             self._exchange.wait_for(self._changed, lambda: save.done or self._may_overwrite(save, unit), "saving")
 
-    def join(self) -> None:
-        self._worker.join()
+    def join(self, timeout_s: float) -> bool:
         self._updates.hold_back(at_once)  # else each of the two keeps the other until the next collection, and so the planes
+        return join_all([self._worker], timeout_s)
 
     def _may_overwrite(self, save: Save, unit: int) -> bool:
         holds = save.target.is_in_place and self._plan.has_states_on_ssd(self._plan.spec.units[unit])

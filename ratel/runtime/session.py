@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ratel import models, startup
+from ratel import interrupt, models, startup
 from ratel.config import read_options
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.hardware.device import require_device
@@ -32,6 +32,7 @@ from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.durable_files import replaceable
+from ratel.runtime.entrance import Entrance, entered
 from ratel.runtime.loss import with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
@@ -84,6 +85,7 @@ class Session:
                  buffers: Buffers = Buffers(),
                  durable: str = "off", commits: "str | os.PathLike | None" = None, checksums: str = "on",
                  hardware: "str | Hardware" = "auto") -> None:
+        self._entrance = Entrance()
         computes_in, task = _dtype_of(dtype), _task_of(task, loss_fn)
         given = read_options(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm or 0.0,
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
@@ -136,6 +138,7 @@ class Session:
 
     # --- preparing ----------------------------------------------------------------------------------------------
 
+    @entered
     def prepare(self, rows: int, seq_len: int) -> Plan:
         """Plan for batches of this shape, reserve everything, import the weights. The first step does it otherwise."""
         if not self.parts.probed:
@@ -147,6 +150,7 @@ class Session:
                              value=f"{self._shape.rows} rows of {self._shape.positions}", remedy="Make a new session")
         return self._prepare(self.parts.sample(rows, seq_len))
 
+    @entered
     def plan_for(self, rows: int, seq_len: int) -> Planned:
         """What `prepare` would decide. Blocks are tried out, nothing is reserved. Raises RatelError for what does not fit."""
         self._check_usable()
@@ -220,6 +224,7 @@ class Session:
 
     # --- training -----------------------------------------------------------------------------------------------
 
+    @entered
     def step(self, batch: Any, *, lr: float | None = None, trace: bool = False) -> StepResult:
         """Forward, backward and update on one batch; see docs/architecture.md for what happens when.
 
@@ -250,13 +255,14 @@ class Session:
 
     # --- beside training ----------------------------------------------------------------------------------------
 
+    @entered
     def evaluate(self, batches: Iterable[Any]) -> float:
         """Mean loss per target token (per row for a model with its own loss), without dropout. Batches of more rows than a
         step's are taken in pieces."""
         total, weight = 0.0, 0
         self.parts.set_training(False)
         try:
-            for batch in batches:
+            for batch in interrupt.each_outside(batches):
                 for part in self._rows_of(batch):
                     self.flush()
                     count = count_targets(self.parts, part)
@@ -273,6 +279,7 @@ class Session:
             raise RatelError("there is no target token to evaluate on", field="eval_data")
         return total / weight
 
+    @entered
     def flush(self) -> None:
         """Complete pending updates: afterwards every plane on its tier is that of the last step."""
         self._check_usable()
@@ -281,16 +288,19 @@ class Session:
                 self._machinery.updates.flush()
                 self._machinery.lanes.synchronize()  # updates on the GPU may run on another stream than the caller's
 
+    @entered
     def read_master(self, unit: UnitSpec) -> torch.Tensor:
         """The unit's fp32 master weights, 1-D in its layout, on the CPU."""
         self.flush()
         return self._machinery.transfer.read_weights(unit)
 
+    @entered
     def read_state(self, unit: UnitSpec, plane: str) -> torch.Tensor:
         """A copy of one plane (``hi``, ``lo``, ``m``, ``v``) on the CPU."""
         self.flush()
         return self._machinery.transfer.read(unit, plane)
 
+    @entered
     def state_dict(self) -> dict[str, Any]:
         """All master weights by parameter name, fp32 on the CPU, and what else the model's state dict has. Whole in memory:
         for models that fit there."""
@@ -300,6 +310,7 @@ class Session:
             result.update({p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params})
         return result
 
+    @entered
     def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None, wait: bool = True) -> Path:
         """Write the complete training state as a directory; ``extra`` (JSON, copied now) is handed back by `load`.
 
@@ -312,6 +323,7 @@ class Session:
         self._save(DirectoryTarget(replaceable(Path(path), "save"), self.plan, self._machinery.engine, other), other, extra, wait)
         return Path(path)
 
+    @entered
     def commit(self, *, extra: dict[str, Any] | None = None, wait: bool = False) -> None:
         """Make the last step last (``durable="step"``): after a crash at any time, `load` of ``commits`` continues from the
         newest commit that was complete. Training goes on meanwhile, unless ``wait``.
@@ -340,6 +352,7 @@ class Session:
             self.wait_saved()
             self._meter.read()  # what saving reads is not the next step's
 
+    @entered
     def wait_saved(self) -> None:
         """Block until a save or commit under way, if any, is complete."""
         self._check_usable()
@@ -350,6 +363,7 @@ class Session:
                 save = self._machinery.saver.wait()
             raise_failure(save)
 
+    @entered
     def load(self, path: "str | os.PathLike") -> dict[str, Any]:
         """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was saved with.
 
@@ -372,6 +386,7 @@ class Session:
         self._attempts, self._updates_made = saved.training["steps"], saved.training["updates"]
         return saved.training["extra"]
 
+    @entered
     def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False) -> Path:
         """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time.
 
@@ -393,10 +408,15 @@ class Session:
 
         After an error a module has the weights that it came with. An error that no call has raised yet is raised here.
         """
-        if self._closed:
-            return
+        if self._entrance.is_foreign:
+            self._closed = True
+        if not self._closed or self._machinery is not None:  # or an earlier call was ended in the middle
+            self._close()
+
+    @entered
+    def _close(self) -> None:
         try:
-            if self._machinery is not None and self._broken is None:
+            if self._machinery is not None and self._broken is None and not self._closed:
                 self.flush()
                 self.wait_saved()
                 if self._gives_back:

@@ -10,7 +10,6 @@ Tiers, budgets, buffers and devices leave no trace in it.
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
+from ratel.memory.jobs import Crew, crew
 from ratel.models.checkpoints.other_state import unpack
 from ratel.plan.layout import first_grain, num_grains, pieces
 from ratel.plan.placement import ELEMENT_BYTES
@@ -217,7 +217,7 @@ class _Readers:
     def __init__(self, files: list[Path]) -> None:
         self._files, self._stack = files, ExitStack()
 
-    def __enter__(self) -> tuple[ThreadPoolExecutor, list[int]]:
+    def __enter__(self) -> tuple[Crew, list[int]]:
         with ExitStack() as stack:
             descriptors = []
             for path in self._files:
@@ -226,7 +226,7 @@ class _Readers:
                 except OSError as error:
                     raise DamagedStateError(f"cannot be read: {error.strerror}", value=path) from error
                 stack.callback(os.close, descriptors[-1])
-            pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="ratel-state"))
+            pool = stack.enter_context(crew(READERS, "ratel-state"))
             self._stack = stack.pop_all()
         return pool, descriptors
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from ratel.memory import jitter
-from ratel.memory.exchange import Exchange, Mailbox, Worker
+from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
 from ratel.memory.lanes import Event, Lanes
 from ratel.memory.retire import Retirer
 from ratel.memory.slots import Slot, SlotPool
@@ -84,9 +84,8 @@ class Streamer:
             del self._landed[key]
         slot.pool.release(slot, self._lanes.record("compute"))
 
-    def join(self) -> None:
-        for worker in self._workers:
-            worker.join()
+    def join(self, timeout_s: float) -> bool:
+        return join_all(self._workers, timeout_s)
 
     def _source_of(self, gather: Gather) -> Source:
         return self._weights if gather.is_unit else self._saved

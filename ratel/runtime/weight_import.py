@@ -1,10 +1,9 @@
 """Weights from the model's source to their tiers, and zeros for what training begins with."""
 
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-
 import torch
 
+from ratel import interrupt
+from ratel.memory.jobs import crew
 from ratel.models import Parts
 from ratel.models.stored_bits import StoredBits
 from ratel.plan.layout import pieces
@@ -35,13 +34,9 @@ def import_weights(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTr
 def _stream(streams: list[Stream], transfer: UnitTransfer) -> None:
     jobs = [(unit, bits, begin, end) for unit, bits in streams
             for begin, end in pieces(unit, unit.num_elements, PIECE_ELEMENTS)]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="ratel-import") as threads:
-        running = [threads.submit(_read, transfer, *job) for job in sorted(jobs, key=_place)]
-        try:
-            _wait(running)
-        except BaseException:
-            threads.shutdown(cancel_futures=True)  # what nobody has begun would only delay the message
-            raise
+    with crew(THREADS, "ratel-import") as threads:
+        for running in [threads.submit(_read, transfer, *job) for job in sorted(jobs, key=_place)]:
+            running.result()
 
 
 def _place(job: tuple[UnitSpec, StoredBits, int, int]) -> tuple[str, int]:
@@ -53,14 +48,10 @@ def _read(transfer: UnitTransfer, unit: UnitSpec, bits: StoredBits, begin: int, 
     transfer.fill_upper_half(unit, begin, end, lambda target: bits.read(begin, target))
 
 
-def _wait(running: Iterable[Future[None]]) -> None:
-    for job in running:
-        job.result()
-
-
 def _convert(parts: Parts, units: list[UnitSpec], transfer: UnitTransfer) -> None:
     master = torch.empty(max((unit.num_elements for unit in units), default=0), dtype=torch.float32)
     for unit in units:
+        interrupt.check()
         part = master[: unit.num_elements]
         parts.read_unit(unit.index, part)
         transfer.write_weights(unit, part)

@@ -2,24 +2,24 @@
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ratel import startup
+from ratel import interrupt, startup
 from ratel.config import TrainConfig
 from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
-from ratel.monitor.metrics import MetricsWriter
+from ratel.interrupt import Finishing, Interrupted
+from ratel.monitor.metrics import MetricsWriter, MissingMetricsError
 from ratel.monitor.progress import ProgressDisplay
 from ratel.plan.durability import saving
 from ratel.plan.timeline import Timeline
 from ratel.runtime.export import check_room
 from ratel.runtime.session import DTYPES, Session
 from ratel.train.inputs import Inputs
-from ratel.train.interrupt import Interrupted, StopRequest
 from ratel.train.loop import Loop, Progress
 from ratel.train.options import changes
 from ratel.train.output import RunDirectory
@@ -94,11 +94,14 @@ class Attempt:
             self.display.note(f"--steps {self.config.steps} is reached: nothing is left to train")
 
     def complete(self) -> TrainResult:
-        start = time.perf_counter()
+        start, missing = time.perf_counter(), None
         progress = self._progress_before(self.earlier) if self.earlier else Progress()
         try:
-            with StopRequest() as stop, saying_what_next(self.out):
-                self._loop(progress, stop)
+            with interrupt.finishing() as stop, saying_what_next(self.out):
+                try:
+                    self._loop(progress, stop)
+                except MissingMetricsError as error:  # of its end: the states and the model are worth more
+                    missing = error
                 self._finish(progress)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped in step {progress.steps + 1} of {self.config.steps}; the model was not "
@@ -109,6 +112,8 @@ class Attempt:
             self.display.note(f"the data ended after step {progress.steps} of {self.config.steps}")
         for line in summarize(progress, result.seconds, self.out, exported=self.config.export):
             self.display.note(line)
+        if missing is not None:
+            raise missing
         return result
 
     def _progress_before(self, earlier: Resumption) -> Progress:
@@ -117,7 +122,7 @@ class Attempt:
             self.display.note(f"{self.out.metrics} holds {len(records)} of the {earlier.step} steps made so far")
         return replay(records, earlier.step)
 
-    def _loop(self, progress: Progress, stop: StopRequest) -> None:
+    def _loop(self, progress: Progress, stop: Finishing) -> None:
         config = self.config
         schedule = make_schedule(config.schedule, lr=config.lr, steps=config.steps, min_lr=config.min_lr,
                                  warmup_steps=config.num_warmup_steps)
@@ -128,11 +133,14 @@ class Attempt:
                 if not self._has_stepped:  # before its line: whoever waits for that finds the other file, too
                     self._write_startup(entry)
                 metrics.write(entry)
+                for line in metrics.news():
+                    self.display.note(line)
                 self.display.step(entry)
 
             def save(progress: Progress, *, copies: bool = False) -> None:
-                metrics.flush()  # no state may know of steps that metrics.jsonl does not
-                sync(self.out.metrics)
+                with suppress(MissingMetricsError, OSError):  # a state is worth more than the lines that tell of it
+                    metrics.flush()  # else no state knows of steps that metrics.jsonl does not
+                    sync(self.out.metrics)
                 self._save(progress, copies=copies)
 
             loop = Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
@@ -192,7 +200,10 @@ class Attempt:
     def _write_startup(self, first: dict[str, Any]) -> None:
         self._has_stepped = True
         startup.note("first step", startup.age_s() - first["step_s"])
-        self.out.write_json("startup", {"phases": startup.phases()})
+        try:
+            self.out.write_json("startup", {"phases": startup.phases()})
+        except OSError as error:
+            self.display.note(f"startup.json cannot be written: {error.strerror}")
 
     def _write_plan(self) -> None:
         self.out.write_json("plan", self.session.plan.to_json())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import length_hint
 from typing import Any
 
+from ratel import interrupt
 from ratel.config import NEXT_TOKEN, TrainConfig
 from ratel.errors import RatelError
 
@@ -112,7 +113,8 @@ class _Counted(Iterator[Any]):
         self._batches, self.taken = batches, 0
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
+        with interrupt.outside():
+            batch = next(self._batches)
         self.taken += 1
         return batch
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
+from ratel import interrupt
 from ratel.errors import NonFiniteError, RatelError
+from ratel.interrupt import Finishing
 from ratel.plan.timeline import Timeline
-from ratel.train.interrupt import StopRequest
 from ratel.train.schedule import Schedule
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -73,7 +74,7 @@ class Loop:
     steps: int
     schedule: Schedule
     record: Callable[[dict[str, Any]], None]
-    stop: StopRequest
+    stop: Finishing
     evaluation: Callable[[], Iterable[Any]] | None = None
     eval_every: int = 0
     tries_evaluation: bool = False
@@ -123,6 +124,7 @@ class Loop:
         except NonFiniteError as error:
             raise RatelError(f"step {number} has a gradient that is not finite, and part of the update was made",
                              field="--optimizer", value="eager", remedy=_ADVICE) from error
+        interrupt.check()
         record = describe_step(number, out)
         progress.add(record)
         if trace:

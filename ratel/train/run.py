@@ -8,10 +8,11 @@ from typing import Any
 
 from torch.nn import Module
 
-from ratel import startup
+from ratel import interrupt, startup
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
 from ratel.hardware.device import choose_dtype, require_device
+from ratel.interrupt import Interrupted
 from ratel.models.load import is_causal_lm
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.same_bits import same_bits
@@ -19,7 +20,6 @@ from ratel.runtime.session import Session
 from ratel.train.ahead import await_kernels, begin_ahead, end_ahead, remember_arena
 from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
-from ratel.train.interrupt import Interrupted
 from ratel.train.options import complete
 from ratel.train.output import choose
 from ratel.train.resume import take_up
@@ -48,9 +48,14 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
 def run(config: TrainConfig, *, model: Any, data: Any = None, loss_fn: Any = None, tokenizer: Any = None,
         eval_data: Any = None) -> TrainResult:
     """As `train`, with the options resolved; objects stand in for what ``config`` can only name."""
-    begin_ahead(config)
-    await_kernels()
+    with interrupt.watching():
+        return _watched(config, model, data, loss_fn, tokenizer, eval_data)
+
+
+def _watched(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: Any, eval_data: Any) -> TrainResult:
     try:
+        begin_ahead(config)
+        await_kernels()
         with same_bits(config.deterministic):
             return _run(config, model, data, loss_fn, tokenizer, eval_data)
     finally:

@@ -1,0 +1,54 @@
+"""The door of a session: one thread at a time, only in the process that made it, and signals wait inside."""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ratel import interrupt
+from ratel.errors import RatelError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Entrance:
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._inside: dict[str, int] = {}
+        """The thread that is, if one is. `dict.setdefault` is one operation: no signal comes into it, and no other thread."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process is a child that was forked from the session's: it has none of its threads."""
+        return os.getpid() != self._process
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        if self.is_foreign:
+            raise RatelError("belongs to the process that this one was forked from, with its threads and files",
+                             field="session", remedy="Use it there, or make a session of this process's own after the fork")
+        me = threading.get_ident()
+        if self._inside.get("thread") == me:  # a method that another one calls
+            yield
+            return
+        if self._inside.setdefault("thread", me) != me:
+            raise RatelError("another thread is in a call of this session", field="session",
+                             remedy="Call it from one thread at a time")
+        try:
+            with interrupt.deferring():
+                yield
+        finally:
+            self._inside.clear()
+
+
+def entered(method: Method) -> Method:
+    """A method of a class with an ``_entrance``."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        with self._entrance.passed():
+            return method(self, *args, **options)
+
+    return call
