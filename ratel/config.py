@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.reading import read_text
 from ratel.units import MIB, parse_bytes, parse_rate
 
 Reader = Callable[[Any, str], Any]
@@ -313,11 +314,14 @@ def read_file(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except OSError as error:
-        raise RatelError(f"cannot be read: {error.strerror}", field="--config", value=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RatelError(f"is not TOML: {error}", field="--config", value=path) from error
+        raise RatelError(f"cannot be read: {error.strerror}", field="--config", value=path,
+                         remedy="Check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RatelError(f"is not TOML: {reason}", field="--config", value=path,
+                         remedy="Write one `option = value` on a line") from error
     options: dict[str, Any] = {}
     for key, value in table.items():
         name = _known(key, f" in {path}")

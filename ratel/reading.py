@@ -12,10 +12,14 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ratel.schema import shown
+
 StrPath = str | os.PathLike[str]
 
 SMALL_FILE_BYTES = 256 << 20
 """More than any configuration, index or manifest has: that of a model of a thousand layers takes a few MB."""
+
+_PIECE_BYTES = 1 << 20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
           stat.S_IFDIR: "a directory"}
@@ -48,11 +52,13 @@ def descriptor_of(path: StrPath) -> int:
 
 def read_regular(path: StrPath, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
     """All that is in a file. Raises OSError, also for one that is larger than ``limit_bytes``."""
+    content = bytearray()
     with open_regular(path) as file:
-        content = file.read(limit_bytes + 1)
-    if len(content) > limit_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {limit_bytes:,} bytes, and is no file of this kind", os.fspath(path))
-    return content
+        while piece := file.read(_PIECE_BYTES):
+            content += piece
+            if len(content) > limit_bytes:
+                raise OSError(errno.EFBIG, f"it has more than {limit_bytes:,} bytes, and is no file of this kind", os.fspath(path))
+    return bytes(content)
 
 
 def read_text(path: StrPath) -> str:
@@ -122,10 +128,14 @@ def _decoded(content: bytes) -> str:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise JsonError(f"the key {twice!r} stands twice in one object")
+        raise JsonError(f"the key {shown(first_twice(pairs))} stands twice in one object")
     return found
+
+
+def first_twice(pairs: list[tuple[str, Any]]) -> str:
+    """The first key of an object that has stood there before."""
+    seen: set[str] = set()
+    return next(key for key, _ in pairs if key in seen or seen.add(key))
 
 
 def _refuse_constant(name: str) -> Any:

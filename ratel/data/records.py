@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ratel.reading import first_twice
+from ratel.schema import shown
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXPECTED = ('Write one JSON object per line, with "text", with "prompt" and "completion", or with "messages" '
             '(a list of {"role": ..., "content": ...})')
@@ -57,7 +60,9 @@ def read_object(line: bytes) -> dict[str, Any]:
     """The JSON object on a line."""
     text = decode(line)
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_pairs_hook=_each_once)
+    except RecordError:
+        raise
     except json.JSONDecodeError as error:
         raise RecordError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -66,6 +71,14 @@ def read_object(line: bytes) -> dict[str, Any]:
         raise RecordError("not readable JSON: a number has too many digits") from None
     if not isinstance(fields, dict):
         raise RecordError(f"a JSON object is expected, not {type_name(fields)}")
+    return fields
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice, one value would be lost unseen."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise RecordError(f"the key {shown(first_twice(pairs))} stands twice in one object", "Remove one of them")
     return fields
 
 

@@ -9,12 +9,15 @@ from typing import BinaryIO
 
 from ratel.data.records import RecordError, decode
 from ratel.errors import RatelError
+from ratel.reading import NotRegularError, open_regular
 from ratel.units import KIB, MIB
 
 DataArgument = str | os.PathLike | Sequence[str | os.PathLike]
 SUFFIXES = (".txt", ".jsonl")
 MAX_LINE_BYTES = 64 * MIB
 """A longer line of a .jsonl file is an error: it would have to be in memory as a whole, several times over."""
+
+_COPY_IT = "Write what comes out of it to a .txt or .jsonl file, and give that: documents are read in random order"
 
 MIN_TEXT_BYTES = 2 * KIB
 _HARD_FACTOR = 4
@@ -30,7 +33,7 @@ class Source:
     data: bytes | None = None
 
     def open(self) -> BinaryIO:
-        return io.BytesIO(self.data) if self.data is not None else open(self.name, "rb")
+        return io.BytesIO(self.data) if self.data is not None else open_regular(self.name)
 
 
 def find_sources(data: DataArgument, *, field: str = "data") -> tuple[Source, ...]:
@@ -53,6 +56,8 @@ def _sources_of(path: Path, field: str) -> Iterator[Source]:
     elif path.suffix.lower() in SUFFIXES:
         files = [path]
     elif path.exists():
+        if not path.is_file():
+            raise RatelError("it is not a regular file", field=field, value=path, remedy=_COPY_IT)
         raise RatelError("not a kind of file that can be read", field=field, value=path,
                          remedy="Give a .txt file, a .jsonl file or a directory of them")
     else:
@@ -63,8 +68,10 @@ def _sources_of(path: Path, field: str) -> Iterator[Source]:
 
 def _file_source(path: Path, field: str) -> Source:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
+    except NotRegularError as error:
+        raise RatelError(error.strerror, field=field, value=path, remedy=_COPY_IT) from error
     except OSError as error:
         raise RatelError(f"cannot be opened: {error.strerror}", field=field, value=path,
                          remedy="Check the path and its permissions") from error

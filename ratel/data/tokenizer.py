@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ratel.errors import RatelError
+from ratel.reading import NotRegularError, refuse_odd_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,15 +38,18 @@ def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
         return byte_level_tokenizer()
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # transformers raises whatever the broken file made its many parsers raise
-        raise RatelError(f"its tokenizer cannot be loaded ({type(error).__name__}: {error})", field="model",
-                         value=directory, remedy="Repair the tokenizer's files, or remove them to train on plain bytes"
-                         ) from error
+        refuse_odd_entries(directory)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever broken files make many parsers raise; panics of Rust are no Exceptions
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, NotRegularError) else f"{type(error).__name__}: {error}"
+        raise RatelError(f"its tokenizer cannot be loaded ({reason[:400]})", field="model", value=directory,
+                         remedy="Repair the tokenizer's files, or remove them to train on plain bytes") from error
 
 
 def has_tokenizer(directory: "str | os.PathLike[str]") -> bool:
-    return any((Path(directory) / name).is_file() for name in _TOKENIZER_FILES)
+    return any((Path(directory) / name).exists() for name in _TOKENIZER_FILES)
 
 
 def byte_level_tokenizer() -> "PreTrainedTokenizerBase":

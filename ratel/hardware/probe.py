@@ -20,6 +20,7 @@ from ratel.hardware.timing import repeated_beside
 from ratel.memory.resident import resident_bytes
 from ratel.plan.compute import UPDATE_BYTES
 from ratel.plan.hardware import Hardware
+from ratel.reading import read_text
 from ratel.units import GIB, MIB
 
 METHOD = 7
@@ -238,5 +239,7 @@ def _model_key(model: Any) -> str:
 
     if not isinstance(model, (str, Path)):
         return repr(model)
-    config = Path(model).expanduser() / "config.json"
-    return config.read_text(encoding="utf-8") if config.is_file() else str(model)
+    try:
+        return read_text(Path(model).expanduser() / "config.json")
+    except (OSError, ValueError):  # a preset, or a directory that is refused when it is read
+        return str(model)

@@ -1,13 +1,14 @@
 """A machine in numbers, measured by the probe or written down from data sheets. Rates are bytes, FLOPs or parameters
 per second."""
 
-import json
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
 from ratel.plan.stripes import Weights, stripe_weights
+from ratel.reading import JsonError, read_json
+from ratel.schema import Check, SchemaError, anything, check, listing, number, shown, text, whole
 
 MACHINES = Path(__file__).parent / "machines"
 
@@ -69,6 +70,8 @@ class Hardware:
                 _check_rate(f"ssds.{name}", rate)
         if self.ssd_limit_bps is not None:
             _check_rate("ssd_limit_bps", self.ssd_limit_bps)
+        for name, what in _AMOUNTS.items():
+            _check(what, name, getattr(self, name))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"ssds": [asdict(ssd) for ssd in self.ssds]}
@@ -78,6 +81,8 @@ class Hardware:
         """The inverse of ``to_json``. Raises RatelError that names a field which is unknown or missing."""
         _check_fields(cls, content, "hardware")
         ssds = []
+        _check(listing(anything, most=_MOST_SSDS), "ssds", content.get("ssds", ()))
+        _check(listing(anything, most=_MOST_SSDS), "stripes", content.get("stripes", ()))
         for ssd in content.get("ssds", ()):
             _check_fields(Ssd, ssd, "hardware.ssds")
             ssds.append(Ssd(**ssd))
@@ -93,14 +98,15 @@ def load_hardware(name: str, *, ssds: int | None = None) -> Hardware:
     if not path.exists():
         path = Path(name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise RatelError("neither a machine known here nor a readable file", field="hardware", value=name,
+        hardware = Hardware.from_json(read_json(path))
+    except OSError as error:
+        raise RatelError(f"neither a machine known here nor a file that can be read ({error.strerror})", field="hardware", value=name,
                          remedy=f"Known are {', '.join(machine_names())}") from None
-    except ValueError as error:
-        raise RatelError(f"not JSON ({error})", field="hardware", value=name,
+    except JsonError as error:
+        raise RatelError(str(error), field="hardware", value=name,
                          remedy="Copy a file of ratel/plan/machines and change it") from None
-    hardware = Hardware.from_json(content)
+    except RatelError as error:
+        raise RatelError(f"{path}: {error}", field="hardware") from error
     return hardware if ssds is None else with_ssds(hardware, ssds)
 
 
@@ -125,19 +131,32 @@ def with_cap(hardware: Hardware, bps: float | None) -> Hardware:
     return replace(hardware, ssds=ssds)
 
 
+_LARGEST_RATE = 1e21
+_MOST_SSDS = 1024
+_AMOUNTS: dict[str, Check] = {
+    "name": text(), "source": text(), "gpu_bytes": number(0, 1e18), "gpu_half_tokens": number(0, 1e12), "dram_bytes": number(0, 1e18),
+    "cores": whole(1, 1 << 20), "stripes": listing(whole(1, 1024))}
+
+
 def _check_rate(name: str, rate: float) -> None:
-    if not (isinstance(rate, (int, float)) and rate > 0):
-        raise RatelError("a rate must be more than nothing", field=f"hardware.{name}", value=rate,
-                         remedy="Give it in units per second")
+    _check(number(0, _LARGEST_RATE, above=True), name, rate, "Give a rate that is more than nothing, in units per second")
+
+
+def _check(what: Check, name: str, value: Any, remedy: str = "Copy a file of ratel/plan/machines and change it") -> None:
+    try:
+        check(value, what)
+    except SchemaError as error:
+        raise RatelError(str(error).removeprefix("it "), field=f"hardware.{name}", remedy=remedy) from None
 
 
 def _check_fields(cls: type, content: dict[str, Any], where: str) -> None:
     if not isinstance(content, dict):
-        raise RatelError("not an object of named numbers", field=where, value=repr(content))
+        raise RatelError("not an object of named numbers", field=where, value=shown(content),
+                         remedy="Copy a file of ratel/plan/machines and change it")
     known = {f.name: f for f in fields(cls)}
     unknown = [name for name in content if name not in known]
     if unknown:
-        raise RatelError("no such number is known", field=f"{where}.{unknown[0]}", value=content[unknown[0]],
+        raise RatelError("no such number is known", field=f"{where}.{shown(unknown[0])[1:-1]}", value=shown(content[unknown[0]]),
                          remedy=f"Known are {', '.join(known)}")
     missing = [name for name, f in known.items() if name not in content and f.default is MISSING]
     if missing:

@@ -9,7 +9,7 @@ made of these numbers by the code that runs now, has to fit the budgets of now, 
 
 import functools
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,22 @@ import ratel.plan
 from ratel.hardware import probe_cache
 from ratel.hardware.probe import processors_key
 from ratel.plan.choose import Request, finished, with_placements
-from ratel.plan.placement import UnitPlacement
+from ratel.plan.placement import TIERS, UnitPlacement
 from ratel.plan.plan import Buffers, Plan
 from ratel.plan.search import fits
+from ratel.schema import LARGEST, boolean, check, listing, nullable, one_of, record, text, whole
 
 GAIN = 1 / 64
 """Of a budget: if there is so much more than there was, another plan may use it."""
+
+_TIER = one_of(*TIERS)
+_COUNT = whole(1, 1 << 31)
+_CHOICE = record({
+    "optimizer": text(), "early_units": whole(0, 1 << 20), "durable": text(), "kept": listing(listing(listing(text()))),
+    "checkpoint_tiers": listing(_TIER), "placements": listing(record(dict.fromkeys(("hi", "lo", "m", "v", "g"), _TIER))),
+    "buffers": record({name.name: _COUNT for name in fields(Buffers)})})
+_KEPT = record({"micro_rows": _COUNT, "spills": boolean, "profiles": text(), "choice": _CHOICE,
+                "rooms": listing(nullable(whole(-LARGEST)), least=3, most=3)})
 
 Rooms = list[int | None]
 """Bytes of the GPU, of DRAM and of SSDs for what a plan places there; None where that has no limit, or nothing goes."""
@@ -43,6 +53,8 @@ class EarlierPlan:
     def again(self, request: Request) -> Plan | None:
         """The plan for this request, which is for as many rows; None if it must be searched for."""
         had, have = self.rooms, _rooms(request, request.ssd_budget)
+        if len(self.choice["placements"]) != len(request.spec.units):
+            return None
         if self.profiles != _digest(request.profiles) or any(map(_is_much_more, have, had)):
             return None
         asked = replace(request, **{name: self.choice[name] for name in ("optimizer", "early_units", "durable")},
@@ -58,7 +70,7 @@ def key_of(device: Any, *asked: Any) -> probe_cache.Key:
 
 
 def load(key: probe_cache.Key) -> EarlierPlan | None:
-    return probe_cache.load(key, lambda content: EarlierPlan(**content))
+    return probe_cache.load(key, lambda content: EarlierPlan(**check(content, _KEPT)))
 
 
 def store(key: probe_cache.Key, plan: Plan, ssd_budget: int | None) -> None:

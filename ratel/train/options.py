@@ -1,6 +1,5 @@
 """The options of a run; those of the run that it continues come from there."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from ratel.config import TrainConfig, flag_of, read_file, resolve
 from ratel.errors import RatelError
+from ratel.reading import read_json
+from ratel.schema import anything, check, mapping, text
 
 _OF_ONE_START = ("resume", "overwrite", "trace")
 """What is asked for once: it is not an option of the run that is continued."""
@@ -29,15 +30,17 @@ def read_earlier(out: Path) -> dict[str, Any]:
     """The options in OUT/config.json. Raises RatelError naming what is missing."""
     path = out / "config.json"
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        options = check(read_json(path), mapping(text(), anything))
+        resolve(options)
+        return options
+    except FileNotFoundError as error:
         missing = f"there is no {path}" if out.is_dir() else f"{out} is not a directory"
         raise RatelError(missing, field="--resume", remedy="Give --out the directory of a run that was started with "
                                                            "--save-every N") from error
-    except ValueError as error:
-        raise RatelError(f"is damaged: {error}", field="--resume", value=path) from error
-    assert isinstance(options, dict)
-    return options
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RatelError(f"what the run was started with cannot be read: {reason}", field="--resume", value=path,
+                         remedy="Put the file right, or remove it and start anew with --overwrite") from error
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import DamagedError, RatelError, WorkerError
+from ratel.reading import open_regular, parse_json, read_regular
 from ratel.runtime.durable_files import sync_path, write_synced
 from ratel.runtime.session import Session
 from ratel.runtime.state_format import DamagedStateError
+from ratel.schema import SchemaError, anything, boolean, check, mapping, nullable, number, record, text, whole
 from ratel.train.loop import Progress
 from ratel.train.options import read_earlier
 from ratel.train.output import RunDirectory, being_written
@@ -46,7 +48,27 @@ def take_up(out: RunDirectory, session: Session) -> Resumption:
     if not {"step", "data"} <= extra.keys():
         raise RatelError("was not saved by `ratel train`", field="--resume", value=state,
                          remedy="Load it with Session.load")
+    with naming_an_older(out, state):
+        _check_extra(extra, state)
     return Resumption(out=out, state=state, options=options, extra=extra)
+
+
+MOST_STEPS = 10**8
+"""More than any run makes; whoever resumes counts them."""
+
+_EXTRA = record({"step": whole(0, MOST_STEPS), "data": mapping(text(), anything), "micro_batch": whole(1),
+                 "has_tokenizer": boolean, "chat_template": anything}, is_open=True)
+_LOSS = nullable(number())
+_METRICS = record({"step": whole(1, MOST_STEPS), "loss": _LOSS, "grad_norm": _LOSS, "tokens": whole(), "step_s": number(0),
+                   "bound_s": nullable(number(0)), "bound_by": nullable(text()), "skipped": boolean},
+                  {"eval_loss": _LOSS}, is_open=True)
+
+
+def _check_extra(extra: dict[str, Any], state: Path) -> None:
+    try:
+        check(extra, _EXTRA, "extra")
+    except SchemaError as error:
+        raise DamagedStateError(f"its commit record is damaged: {error}", value=state) from error
 
 
 @contextmanager
@@ -79,32 +101,38 @@ def _way_back(out: RunDirectory, state: Path) -> str:
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut metrics.jsonl off after ``step``: what follows will be made again. Returns the records that stay."""
+    """Cut metrics.jsonl off after the last line of ``step`` or before: what follows will be made again. Returns the records
+    that stay. Lines among them that are none stay, too, and count for nothing."""
     records: list[dict[str, Any]] = []
-    num_bytes = 0
+    position = end = 0
     if not path.is_file():
         return records
-    with open(path, "rb") as file:
-        for line in file:
-            record = _record(line)
-            if record is None or record["step"] > step:
-                break
-            records.append(record)
-            num_bytes += len(line)
-    os.truncate(path, num_bytes)
+    with open_regular(path) as file:
+        while line := file.readline(_LONGEST_LINE):
+            position += len(line)
+            found = _record(line)
+            if found is not None and found["step"] <= step:
+                records.append(found)
+                end = position
+    os.truncate(path, end)
     return records
 
 
 def amend_last(path: Path, more: dict[str, float]) -> None:
     """Add to the last record of metrics.jsonl. The file is replaced as a whole."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    if not lines:
+    lines = read_regular(path, _LARGEST_METRICS).splitlines(keepends=True) if path.is_file() else []
+    last = _record(lines[-1]) if lines else None
+    if last is None:
         return
     plain = {name: value if math.isfinite(value) else None for name, value in more.items()}
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
-    write_synced(partial, b"".join(lines[:-1]) + json.dumps({**json.loads(lines[-1]), **plain}).encode() + b"\n")
+    write_synced(partial, b"".join(lines[:-1]) + json.dumps({**parse_json(lines[-1]), **plain}).encode() + b"\n")
     os.replace(partial, path)
+
+
+_LONGEST_LINE = 1 << 20
+_LARGEST_METRICS = 1 << 36
 
 
 def sync(path: Path) -> None:
@@ -116,12 +144,12 @@ def sync(path: Path) -> None:
 def _record(line: bytes) -> dict[str, Any] | None:
     """None for a line that a kill or a power failure cut short. JSON has no NaN: null stands for it."""
     try:
-        record = json.loads(line)
+        found = check(parse_json(line), _METRICS)
     except ValueError:
         return None
-    if not line.endswith(b"\n") or not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not line.endswith(b"\n"):
         return None
-    return {**record, **{name: math.nan for name in ("loss", "grad_norm") if record[name] is None}}
+    return {**found, **{name: math.nan for name in ("loss", "grad_norm", "eval_loss") if found.get(name, 0) is None}}
 
 
 def replay(records: list[dict[str, Any]], step: int) -> Progress:
