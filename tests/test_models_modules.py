@@ -199,6 +199,26 @@ def test_what_is_computed_before_the_blocks_and_used_after_them(loss: Callable) 
     compare(EarlyScale([Layer() for _ in range(3)]), make_patches(), loss=loss)
 
 
+class Assembled(nn.Module):
+    """Writes parts of a new tensor one by one, some of them small, as models that put keys together do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.back = nn.Linear(WIDTH, 60), nn.Linear(WIDTH, 4), nn.Linear(64, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parts = hidden.new_empty(*hidden.shape[:-1], 64)
+        parts[..., :60].copy_(self.wide(hidden))
+        parts[..., 60:].copy_(self.narrow(hidden))
+        return hidden + self.back(parts.tanh())
+
+
+def test_a_block_that_writes_small_parts_of_a_large_tensor() -> None:
+    model = nn.Sequential(nn.Linear(12, WIDTH), *(Assembled() for _ in range(3)), nn.Linear(WIDTH, 2))
+    batch = {"x": torch.randn(40, PATCHES, 12), "y": torch.randn(40, PATCHES, 2)}
+    compare(model, batch, loss=lambda model, batch: F.mse_loss(model(batch["x"]), batch["y"]))
+
+
 def test_a_sequential_of_everything() -> None:
     torch.manual_seed(0)
     block = [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]

@@ -36,11 +36,11 @@ class Shadow(TorchDispatchMode):
                 index = self._index.get(tensor.untyped_storage().data_ptr())
                 if index is not None:
                     self.touched.add(index)
-        if func.is_view or not any(_is_large(t) for t in tensors):
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        if func.is_view or not any(map(_is_large, tensors)) and not any(map(_is_part_of_shadow, written)):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             # Writing to or from a shadow changes nothing: all is zero. Autograd bumps the version above us.
-            written = _written(func, args, kwargs)
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
         try:
             return self._on_meta(func, args, kwargs, tensors)
@@ -63,6 +63,11 @@ class Shadow(TorchDispatchMode):
 
 def _is_large(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > SHADOW_ELEMENTS
+
+
+def _is_part_of_shadow(tensor: Tensor) -> bool:
+    """A view of one has few elements perhaps, and all in the same place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
 
 
 def _materialise(tensor: Tensor) -> Tensor:
