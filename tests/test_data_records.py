@@ -16,6 +16,16 @@ pytestmark = pytest.mark.unit
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
 
+def said(**keys: object) -> dict[str, object]:
+    """A conversation whose answer has further keys."""
+    return {"messages": [CHAT["messages"][0], {**CHAT["messages"][1], **keys}]}
+
+
+def called(*ids: str) -> dict[str, list[object]]:
+    calls = [{"id": id_, "function": {"name": "f", "arguments": "{}"}} for id_ in ids]
+    return {"messages": [*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]}
+
+
 def write(path: Path, *lines: object) -> Path:
     """A .jsonl file: objects as JSON, bytes as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +80,30 @@ BAD_LINES = [
     ({"messages": ["hello"]}, 'message 1 is not an object with "role"'),
     ({"messages": [{"role": "user"}]}, 'message 1 has no "content"'),
     ({"messages": [*CHAT["messages"], {"role": "robot", "content": "x"}]}, "message 3 has the unknown role 'robot'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, '"content" must be a string, not a list'),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 'part 1 of "content" is of the type "image"'),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]}, 'part 2 of "content" is not a text'),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, '"text" must be a string, not a number'),
+    ({"messages": [{"role": "user", "content": {}}]}, '"content" must be a string, not an object'),
+    (said(weight=0.5), 'message 2: "weight" is 0.5'),
+    (said(weight=True), 'message 2: "weight" is true'),
+    (said(train=1), '"train" must be true or false, not a number'),
+    (said(weight=0, train=True), "contradict each other"),
+    (said(weight=0), "so there is nothing to learn"),
+    (said(train=False), "so there is nothing to learn"),
+    ({"messages": [{"role": "user", "content": "x", "weight": 1}, *CHAT["messages"]]}, 'has the role "user"'),
+    (said(function_call={"name": "f", "arguments": ""}), 'message 2 has "function_call"'),
+    (said(audio={"id": "x"}), 'message 2 has "audio"'),
+    (said(reasoning_content=["x"]), 'message 2: "reasoning_content" must be a string'),
+    (said(name=5), 'message 2: "name" must be a string'),
+    (said(tool_calls={"name": "f"}), '"tool_calls" must be a list, not an object'),
+    (said(tool_calls=[{"type": "function"}]), "tool call 1 names no function"),
+    (said(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "the arguments of tool call 1 are no JSON object"),
+    (said(tool_calls=[{"name": "f", "arguments": [1]}]), "the arguments of tool call 1 are no JSON object"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "Only the assistant calls tools"),
+    ({"messages": [*called("a", "b")["messages"], {"role": "tool", "content": "x", "tool_call_id": "c"}]},
+     'message 4 has the "tool_call_id" "c"'),
+    ({"messages": [*called("a", "b")["messages"], *({"role": "tool", "content": "x", "tool_call_id": id_} for id_ in "ba")]},
+     "message 5 answers a tool call that stands before the one answered last"),
     ({"messages": [{"role": "user", "content": "x"}]}, 'no message has the role "assistant"'),
     ({**CHAT, "tools": "x"}, '"tools" must be a list'),
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ratel.data.chat import ChatEncoder
+from ratel.data.pieces import Pieces
 from ratel.data.records import Chat, Completion, Record, RecordError, Text
 from ratel.data.tokenizer import eos_id, prefix_ids
 
@@ -22,6 +23,9 @@ class Document:
     whole: bool
     """The targets need their beginning (a prompt): cut only what is longer than a sequence."""
 
+    starts: tuple[int, ...] = (0,)
+    """Where texts begin that know nothing of each other: more than one of a conversation that its template rewrites."""
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -34,43 +38,46 @@ class Encoder:
         self._vocab_size = vocab_size
         self._prefix = prefix_ids(tokenizer)
         self._eos = eos_id(tokenizer)
+        self._pieces = Pieces(tokenizer)
         self._chat = ChatEncoder(tokenizer)
 
     def encode(self, record: Record) -> Document:
-        """Raises RecordError where the chat template refuses or an id has no embedding."""
-        if isinstance(record, Chat):
-            ids, targets = self._chat.encode(record)
-        elif isinstance(record, Completion):
-            # Tokenised apart: at inference, too, the prompt's last token ends where the prompt does.
-            prompt, completion = self._begin(self._ids(record.prompt)), self._ids(record.completion)
-            ids = np.concatenate([prompt, completion])
-            targets = np.arange(len(ids)) >= len(prompt)
+        """Raises RecordError where the chat template refuses, or what it renders cannot be split, or an id has no
+        embedding."""
+        document = self._encode_chat(record) if isinstance(record, Chat) else self._encode_text(record)
+        check_ids(document.ids, self._tokenizer, self._vocab_size)
+        return document
+
+    def _encode_chat(self, chat: Chat) -> Document:
+        closed = [self._close(one.ids, one.targets, learn=not one.is_ended) for one in self._chat.sequences(chat)]
+        starts = np.cumsum([0, *(len(ids) for ids, _ in closed)])[:-1]
+        return Document(ids=np.concatenate([ids for ids, _ in closed]), whole=True, starts=tuple(starts.tolist()),
+                        targets=np.concatenate([targets for _, targets in closed]))
+
+    def _encode_text(self, record: Text | Completion) -> Document:
+        if isinstance(record, Text):
+            ids, prompt = self._begin(self._pieces.first(record.text)), 0
         else:
-            ids = self._begin(self._ids(record.text))
-            targets = np.ones(len(ids), dtype=bool)
-        check_ids(ids, self._tokenizer, self._vocab_size)
-        return self._close(ids, targets, whole=not isinstance(record, Text))
+            # The prompt as it is at inference, where it ends; the completion as what follows it directly.
+            begun = self._begin(self._pieces.first(record.prompt))
+            prompt = len(begun)
+            ids = begun + (self._pieces.next if record.prompt else self._pieces.first)(record.completion)
+        targets = np.arange(len(ids)) >= prompt
+        closed, targets = self._close(np.array(ids, dtype=np.int32), targets, learn=True)
+        return Document(ids=closed, targets=targets, whole=isinstance(record, Completion))
 
-    def _ids(self, text: str) -> np.ndarray:
-        ids = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False,
-                              return_token_type_ids=False, verbose=False)["input_ids"]
-        return np.array(ids, dtype=np.int32)
-
-    def _begin(self, ids: np.ndarray) -> np.ndarray:
+    def _begin(self, ids: list[int]) -> list[int]:
         """With BOS before it, unless the text was written with one."""
-        if ids[:len(self._prefix)].tolist() == self._prefix:
-            return ids
-        return np.concatenate([np.array(self._prefix, dtype=np.int32), ids])
+        return ids if ids[:len(self._prefix)] == self._prefix else [*self._prefix, *ids]
 
-    def _close(self, ids: np.ndarray, targets: np.ndarray, *, whole: bool) -> Document:
+    def _close(self, ids: np.ndarray, targets: np.ndarray, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
         """With EOS after it, unless it is there already (before a newline, as chat templates write it).
 
-        EOS is a target where the token before it is one.
+        EOS is a target where the token before it is one, and (``learn``) not the end of a turn by itself.
         """
-        if self._eos not in ids[-2:]:
-            ids = np.append(ids, np.int32(self._eos))
-            targets = np.append(targets, targets[-1] if len(targets) else False)
-        return Document(ids=ids, targets=targets, whole=whole)
+        if self._eos in ids[-2:]:
+            return ids, targets
+        return np.append(ids, np.int32(self._eos)), np.append(targets, learn and len(targets) > 0 and targets[-1])
 
 
 def check_ids(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None) -> None:

@@ -26,8 +26,13 @@ class Piece:
     start: int
     document: Document
 
+    @property
+    def end(self) -> int:
+        """Where the next text of the same document begins, or the document ends."""
+        return next((start for start in self.document.starts if start > self.start), len(self.document))
+
     def __len__(self) -> int:
-        return len(self.document) - self.start
+        return self.end - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class Packer:
             if drawn is None:
                 return
             number, document = drawn
-            self._pool.append(Piece(number=number, start=0, document=document))
+            self._pool += [Piece(number=number, start=start, document=document) for start in document.starts]
             waiting += len(document)
 
     def _place(self, piece: Piece, row: Row, used: int) -> int:

@@ -12,6 +12,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 EXPECTED = ('Write one JSON object per line, with "text", with "prompt" and "completion", or with "messages" '
             '(a list of {"role": ..., "content": ...})')
 _KEYS = ("text", "prompt", "completion", "messages")
+_ELSEWHERE = {"function_call": 'Write it as "tool_calls"', "audio": "Only text is trained on: remove it",
+              "images": "Only text is trained on: remove it", "videos": "Only text is trained on: remove it",
+              "refusal": 'Write it as "content"'}
+"""Keys of a message that hold something said elsewhere than in its content."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -127,10 +131,38 @@ def _chat(fields: dict[str, Any]) -> Chat:
     if not any(message["role"] == "assistant" for message in messages):
         raise RecordError('no message has the role "assistant", so there is nothing to learn',
                           "Add the assistant's answer or remove the line")
+    if not any(is_learned(message) for message in messages):
+        raise RecordError('every message of the assistant has "weight" 0 or "train" false, so there is nothing to learn',
+                          "Learn one of them or remove the line")
+    _check_links(messages)
     tools = fields.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise RecordError(f'"tools" must be a list, not {type_name(tools)}')
     return Chat(messages=tuple(messages), tools=tuple(tools) if tools else None)
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0 and message.get("train") is not False
+
+
+def _check_links(messages: list[dict[str, Any]]) -> None:
+    """A tool's message answers a call that was made before it, where it says which; in the calls' order, because most
+    templates go by it and leave ids out."""
+    made: list[str] = []
+    last = -1
+    for number, message in enumerate(messages, start=1):
+        if message.get("tool_calls"):
+            made += [call["id"] for call in message["tool_calls"] if isinstance(call.get("id"), str)]
+            last = -1
+        answered = message.get("tool_call_id")
+        if answered is not None and (message["role"] != "tool" or made and answered not in made):
+            raise RecordError(f'message {number} has the "tool_call_id" {json.dumps(answered)}, which is the id of no tool '
+                              "call before it", 'Give the id of the call that the message with the role "tool" answers')
+        if answered in made:
+            if made.index(answered) < last:
+                raise RecordError(f"message {number} answers a tool call that stands before the one answered last",
+                                  "Put the tools' results in the order of the calls")
+            last = made.index(answered)
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -139,14 +171,76 @@ def _check_message(message: Any, where: str) -> None:
     role = message["role"]
     if role not in ROLES:
         raise RecordError(f"{where} has the unknown role {role!r}", f"Use one of {', '.join(ROLES)}")
-    if role == "assistant" and message.get("tool_calls") and message.get("content") is None:
+    for key in _ELSEWHERE:
+        if message.get(key) is not None:
+            raise RecordError(f'{where} has "{key}", which is not trained on', _ELSEWHERE[key])
+    _check_choice(message, where)
+    calls = message.get("tool_calls")
+    if calls:
+        _check_calls(calls, role, where)
+    if calls and message.get("content") is None:
         return
     if "content" not in message:
         raise RecordError(f'{where} has no "content"')
     try:
-        string_of(message, "content")
+        _check_content(message)
+        for key in ("reasoning_content", "thinking", "reasoning", "name"):
+            if message.get(key) is not None:
+                string_of(message, key)
     except RecordError as error:
         raise RecordError(f"{where}: {error}", error.expected) from None
+
+
+def _check_choice(message: Mapping[str, Any], where: str) -> None:
+    """Whether a message is learned: ``weight`` (0 or 1) or ``train``."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise RecordError(f'{where}: "weight" is {json.dumps(weight)}', "Write 1 to learn a message or 0 not to; parts of a weight "
+                                                                     "are not supported")
+    if train is not None and not isinstance(train, bool):
+        raise RecordError(f'{where}: "train" must be true or false, not {type_name(train)}')
+    if weight is not None and train is not None and bool(weight) != train:
+        raise RecordError(f'{where}: "weight" and "train" contradict each other', "Keep one of them")
+    if message["role"] != "assistant" and (weight == 1 or train):
+        raise RecordError(f'{where} is to be learned, but has the role "{message["role"]}"',
+                          "Only what the assistant says is learned: remove the key, or change the role")
+
+
+def _check_calls(calls: Any, role: str, where: str) -> None:
+    if role != "assistant":
+        raise RecordError(f'{where} has "tool_calls", but the role "{role}"', "Only the assistant calls tools")
+    if not isinstance(calls, list):
+        raise RecordError(f'{where}: "tool_calls" must be a list, not {type_name(calls)}')
+    for number, call in enumerate(calls, start=1):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RecordError(f"{where}: tool call {number} names no function",
+                              'Write {"type": "function", "function": {"name": ..., "arguments": {...}}}')
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments.strip():
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = "no JSON"
+        elif isinstance(arguments, str):
+            arguments = {}
+        if arguments is not None and not isinstance(arguments, dict):
+            raise RecordError(f"{where}: the arguments of tool call {number} are no JSON object",
+                              'Write them as an object, or as the JSON of one: "{\\"city\\": \\"Paris\\"}"')
+
+
+def _check_content(message: Mapping[str, Any]) -> None:
+    content = message["content"]
+    if not isinstance(content, list):
+        string_of(message, "content")
+        return
+    for number, part in enumerate(content, start=1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or "text" not in part:
+            shown = f"of the type {json.dumps(kind)}" if isinstance(kind, str) and kind != "text" else "not a text"
+            raise RecordError(f'part {number} of "content" is {shown}',
+                              'Only text is trained on: write {"type": "text", "text": ...} parts, or one string')
+        string_of(part, "text")
 
 
 def string_of(fields: Mapping[str, Any], key: str) -> str:

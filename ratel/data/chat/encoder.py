@@ -1,0 +1,103 @@
+"""A conversation as tokens, and which of them the assistant said."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ratel.data.chat.shapes import Shape, in_shape, shapes_of
+from ratel.data.chat.template import Template
+from ratel.data.chat.turns import Row, Turns
+from ratel.data.pieces import Pieces
+from ratel.data.records import Chat, RecordError, is_learned
+from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """Token ids int32 [n] of one text, and whether each is to be learned. ``is_ended``: the last token is the end of
+    an answer that the template writes itself, or no answer stands last."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    is_ended: bool
+
+
+class ChatEncoder:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._pieces = Pieces(tokenizer)
+        self._templates: dict[str, Template] = {}
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._marker = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+
+    def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
+        """All of ``sequences``, one after the other."""
+        found = self.sequences(chat)
+        return np.concatenate([one.ids for one in found]), np.concatenate([one.targets for one in found])
+
+    def sequences(self, chat: Chat) -> list[Sequence]:
+        """One, or several where the template rewrites what was said before (see ``turns``)."""
+        return [self._tokenize(row) for row in self.rows(chat)]
+
+    def rows(self, chat: Chat) -> list[Row]:
+        """In the first shape of the messages in which the template writes all that they say."""
+        source = self._source(chat)
+        refusal: RecordError | None = None
+        for shape in shapes_of(chat.messages, in_parts=self._template(source).habits.in_parts):
+            try:
+                return self._rows_in(chat, source, shape)
+            except RecordError as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    def _rows_in(self, chat: Chat, source: str, shape: Shape) -> list[Row]:
+        shaped = in_shape(chat.messages, chat.tools, shape)
+        learned = [turn for turn, message in enumerate(chat.messages) if is_learned(message)]
+        try:
+            turns = Turns(self._template(source), shaped, learned, self._marker_at)
+            theirs = self._tokenizer.apply_chat_template(
+                list(shaped.plain), tools=None if shaped.tools is None else list(shaped.tools), chat_template=source,
+                tokenize=False)
+            if theirs == turns.whole.rendering.text:
+                return turns.rows()
+        except RecordError:
+            raise
+        except Exception as error:  # whatever a template's Jinja raises, its own raise_exception() included
+            raise RecordError(f"the tokenizer's chat template refuses these messages: {error}",
+                              "Change the messages to what the template allows, or the template") from error
+        raise RecordError("the chat template renders these messages otherwise in transformers than here",
+                          "Report this, with the template")
+
+    def _template(self, source: str) -> Template:
+        if source not in self._templates:
+            self._templates[source] = Template(source, self._tokenizer)
+        return self._templates[source]
+
+    def _source(self, chat: Chat) -> str:
+        if not self._tokenizer.chat_template:
+            return DEFAULT_CHAT_TEMPLATE
+        return self._tokenizer.get_chat_template(tools=list(chat.tools) if chat.tools else None)
+
+    def _marker_at(self, text: str) -> str:
+        """The added token that a text begins with, or nothing."""
+        found = self._marker.match(text)
+        return found.group() if found else ""
+
+    def _tokenize(self, row: Row) -> Sequence:
+        """Part by part, cut where turns begin and end: at inference, too, the last token of what a model is given ends
+        where the generation prompt does."""
+        text, ids, targets, cursor = row.rendering.text, list[int](), list[bool](), 0
+        for start, end in [*row.spans, (len(text), len(text))]:
+            for part, is_said in ((text[cursor:start], False), (text[start:end], True)):
+                part_ids = self._pieces.next(part) if ids else self._pieces.first(part)
+                ids += part_ids
+                targets += [is_said] * len(part_ids)
+            cursor = end
+        ended = not targets[-1] or bool(self._marker_at(self._tokenizer.decode(ids[-1:])))
+        return Sequence(ids=np.array(ids, dtype=np.int32), targets=np.array(targets, dtype=bool), is_ended=ended)
