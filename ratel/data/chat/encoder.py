@@ -47,8 +47,9 @@ class ChatEncoder:
     def rows(self, chat: Chat) -> list[Row]:
         """In the first shape of the messages in which the template writes all that they say."""
         source = self._source(chat)
+        template = self._template(source)
         refusal: RecordError | None = None
-        for shape in shapes_of(chat.messages, in_parts=self._template(source).habits.in_parts):
+        for shape in shapes_of(chat.messages, in_parts=template.habits.in_parts):
             try:
                 return self._rows_in(chat, source, shape)
             except RecordError as error:
@@ -76,13 +77,20 @@ class ChatEncoder:
 
     def _template(self, source: str) -> Template:
         if source not in self._templates:
-            self._templates[source] = Template(source, self._tokenizer)
+            try:
+                self._templates[source] = Template(source, self._tokenizer)
+            except Exception as error:  # of Jinja, about its own language
+                raise RecordError(f"the tokenizer's chat template cannot be read: {error}", "Repair the template") from error
         return self._templates[source]
 
     def _source(self, chat: Chat) -> str:
         if not self._tokenizer.chat_template:
             return DEFAULT_CHAT_TEMPLATE
-        return self._tokenizer.get_chat_template(tools=list(chat.tools) if chat.tools else None)
+        try:
+            return self._tokenizer.get_chat_template(tools=list(chat.tools) if chat.tools else None)
+        except ValueError as error:  # several templates, and none of them is the default
+            raise RecordError(f"the tokenizer has no chat template for this conversation: {error}",
+                              'Name one of its templates "default"') from error
 
     def _marker_at(self, text: str) -> str:
         """The added token that a text begins with, or nothing."""
