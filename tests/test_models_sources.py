@@ -66,27 +66,30 @@ def test_fused_experts_under_the_names_of_the_module(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_export_layout_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
+def test_the_export_is_what_transformers_loads_and_writes(family: str, tmp_path: Path) -> None:
     import transformers
+
+    from ratel.runtime.export import export_model
 
     model = make_model(family)
     expected = copy.deepcopy(model)
     parts = load(model, dtype=torch.bfloat16, device=CPU)
-    flats: dict[str, torch.Tensor] = {}
-    tensors = parts.other_state()
-    for entry in parts.export_layout():
-        if entry.unit.name not in flats:
-            flats[entry.unit.name] = torch.empty(entry.unit.num_elements)
-            parts.read_unit(entry.unit, flats[entry.unit.name])
-        param = entry.param
-        tensors[entry.name] = flats[entry.unit.name][param.offset:param.end].view(param.shape).clone()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert parts.save_config(tmp_path, torch.float32)
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+
+    def weights(unit: UnitSpec) -> list[tuple[int, torch.Tensor]]:
+        flat = torch.empty(unit.num_elements)
+        parts.read_unit(unit, flat)
+        return [(begin, flat[begin : begin + 1000]) for begin in range(0, unit.num_elements, 1000)]
+
+    export_model(parts, weights, tmp_path / "out", torch.float32)
+    parts.close()
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(loaded) is type(expected) and loaded.dtype is torch.float32
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    for name, param in expected.named_parameters():
-        assert torch.equal(dict(loaded.named_parameters())[name], param), name
+    for name, value in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    expected.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_checkpoint_of_the_base_model_gets_its_prefix(tmp_path: Path) -> None:

@@ -63,11 +63,12 @@ def test_ratel_then_torch(family: str, micro_rows: int, frozen: str | None, ssd_
             session.step(batch)
         session.export(tmp_path / "half", dtype="fp32", optimizer=True)
     rest = Plain(family, micro_rows=micro_rows, frozen=frozen)
-    stored: dict[str, Tensor] = {}
-    for path in (tmp_path / "half").glob("model-*.safetensors"):
-        stored |= load_file(path)
-    missing, extra = rest.model.load_state_dict(stored, strict=False)
-    assert not extra and len(missing) == ("tied" in family or family == "gpt2")
+    assert len(list((tmp_path / "half").glob("model-*.safetensors"))) > 1
+    if hasattr(rest.model, "config"):  # which may store experts one by one
+        stored = type(rest.model).from_pretrained(tmp_path / "half").state_dict()
+    else:
+        stored = {name: value for path in (tmp_path / "half").glob("model-*.safetensors") for name, value in load_file(path).items()}
+    rest.model.load_state_dict(stored)
     assert len(list((tmp_path / "half").glob("optimizer-*.safetensors"))) > 1
     load_adamw_state(tmp_path / "half", rest.model, rest.optimizer)
     assert_equal(rest.run(family, HALF, 2 * HALF).everything(), whole(family, micro_rows, frozen))

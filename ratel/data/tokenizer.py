@@ -1,8 +1,9 @@
 """The tokenizer of a model's directory, or a byte-level one where there is none."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ratel.errors import RatelError
 from ratel.reading import NotRegularError, refuse_odd_entries
@@ -46,6 +47,31 @@ def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, NotRegularError) else f"{type(error).__name__}: {error}"
         raise RatelError(f"its tokenizer cannot be loaded ({reason[:400]})", field="model", value=directory,
                          remedy="Repair the tokenizer's files, or remove them to train on plain bytes") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTokenizer:
+    """A tokenizer is that of the model's directory, whose files go along with the weights byte for byte."""
+
+    chat_template: Any
+    """As it was read."""
+
+
+def own_tokenizer(model: object, tokenizer: "PreTrainedTokenizerBase") -> OwnTokenizer | None:
+    """Whether ``tokenizer``, as `load_tokenizer` has just returned it for ``model``, is that of a directory."""
+    is_directory = isinstance(model, (str, os.PathLike)) and os.path.isdir(model)
+    return OwnTokenizer(chat_template=tokenizer.chat_template) if is_directory and has_tokenizer(model) else None
+
+
+def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path, own: OwnTokenizer | None) -> None:
+    """Put a tokenizer into an exported model. Of one whose files are there already only a chat template is written, if it
+    has come to have another."""
+    if own is not None and tokenizer.chat_template == own.chat_template:
+        return
+    if own is not None and isinstance(tokenizer.chat_template, str):
+        (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    else:
+        tokenizer.save_pretrained(directory)
 
 
 def has_tokenizer(directory: "str | os.PathLike[str]") -> bool:

@@ -134,6 +134,7 @@ class CheckpointSource:
                 tied = self._module.get_parameter(origin)
                 own = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
                 self._module.get_submodule(path)._parameters[attribute] = own
+                self._module._ratel_untied = True
 
     def _are_equal(self, *names: str) -> bool:
         one, other = (self._recipes[name] for name in names)

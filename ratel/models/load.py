@@ -11,6 +11,7 @@ from torch import nn
 from ratel.errors import RatelError
 from ratel.models import blocks as finder
 from ratel.models.checkpoint import CheckpointSource
+from ratel.models.checkpoints.beside import Origin
 from ratel.models.config import read_config, refuse_config
 from ratel.models.parts import Parts
 from ratel.models.presets import preset_config
@@ -68,12 +69,13 @@ def _resolve(source: Any) -> tuple[Any, Path | None, str]:
 
 def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dtype, device: torch.device, seed: int,
                  loss_fn: LossFn | None, attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
-    config, architectures = copy.deepcopy(config), config.architectures
+    given, config, architectures = config, copy.deepcopy(config), config.architectures
     refuse_config(config, name)
     model_class = _class_of(config) if loss_fn is not None else None
     if task is not None:
         model_class = task.class_for(config, name)
         task.configure(config)
+    origin = _origin_of(config, given, directory)
     try:
         module = build(config, dtype, ATTENTIONS[attention], model_class)
     except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -85,12 +87,20 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
     if source is not None and task is not None and type(module).__name__ not in (architectures or ()):
         source = WithFreshHead(source, FreshSource(module, seed), name)
     try:
-        return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len, task)
+        return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len, task, origin)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # from its first run in outline
         raise RatelError(f"the model of this configuration cannot run: {error}", field="model", value=name,
                          remedy="Check the sizes in config.json against each other") from error
+
+
+def _origin_of(config: Any, given: Any, directory: Path | None) -> Origin:
+    """``config`` is what a task has made of the one that was given."""
+    if directory is None:
+        return Origin(config=copy.deepcopy(config))
+    before = given.to_dict()
+    return Origin.of_directory(directory, {key: value for key, value in config.to_dict().items() if before.get(key) != value})
 
 
 def _open_checkpoint(directory: Path, module: nn.Module, dtype: torch.dtype) -> CheckpointSource:
@@ -112,6 +122,7 @@ def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, se
     if task is not None:
         task.check_module(module)
         task.configure(module.config)
+    origin = Origin.of_module(module)
     if loss_fn is None and task is None and not is_causal_lm(module):
         raise RatelError("it is not a causal language model of Hugging Face, so how to compute its loss is not known",
                          field="loss_fn", value=type(module).__name__,
@@ -127,12 +138,12 @@ def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, se
             layer.gradient_checkpointing = False  # blocks are recomputed already
     buffer_dtypes = _buffer_dtypes(module, dtype)
     return _assemble(module, type(module).__name__, None, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len,
-                     task)
+                     task, origin)
 
 
 def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_dtypes: dict[str, torch.dtype],
               dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
-              max_seq_len: int | None, task: Task | None) -> Parts:
+              max_seq_len: int | None, task: Task | None, origin: Origin) -> Parts:
     finder.refuse_unsupported(module)
     _refuse_long(module, max_seq_len)
     finder.find_blocks(module)  # refuses before the parameters are taken out
@@ -142,15 +153,16 @@ def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_
     try:
         strip_parameters(module, dtype, device)
         move_buffers(module, device, buffer_dtypes)
-        return _take_apart(module, name, dtype, device, source, originals, loss_fn, task)
+        return _take_apart(module, name, dtype, device, source, originals, loss_fn, task, origin)
     except BaseException:
         originals.put_back()
         raise
 
 
 def _take_apart(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                originals: Originals, loss_fn: LossFn | None, task: Task | None) -> Parts:
-    parts = Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn, task=task)
+                originals: Originals, loss_fn: LossFn | None, task: Task | None, origin: Origin) -> Parts:
+    parts = Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn, task=task,
+                  origin=origin)
     if isinstance(source, WithFreshHead):
         source.complete([*(u for u in parts.spec.units if u.kind == "post"), *([parts.unused] if parts.unused else [])])
     return parts

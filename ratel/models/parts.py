@@ -1,9 +1,7 @@
 """A model in parts: units of parameters to be gathered, and stages to be run one at a time."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from torch import Tensor, nn
 from ratel.errors import RatelError
 from ratel.models import blocks as finder
 from ratel.models.checkpoint import EXTRA_STATE
+from ratel.models.checkpoints.beside import Origin, write_beside
+from ratel.models.checkpoints.export_layout import ExportLayout
 from ratel.models.documents import attends_only, watch_packing
 from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
 from ratel.models.guard import Guard
@@ -33,15 +33,6 @@ TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError,
 """What a model's own code raises when it meets something it did not expect."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportEntry:
-    """One tensor of an exported model: its name there, and where its weights are."""
-
-    name: str
-    unit: UnitSpec
-    param: ParamSpec
-
-
 class Parts:
     """The parts of one model. Made by `ratel.models.load`.
 
@@ -57,11 +48,12 @@ class Parts:
     """
 
     def __init__(self, module: nn.Module, *, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                 originals: Originals, loss_fn: LossFn | None, task: Task | None = None) -> None:
+                 originals: Originals, loss_fn: LossFn | None, task: Task | None = None, origin: Origin | None = None) -> None:
         self.module, self.name, self.dtype, self.device = module, name, dtype, device
         self.is_causal_lm = loss_fn is None and task is None
         self.task = task
         self._source, self._originals = source, originals
+        self._origin = origin if origin is not None else Origin.of_module(module)
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._guard = Guard(module)
@@ -331,11 +323,15 @@ class Parts:
                 if isinstance(value, Tensor) and value is not self._originals.buffers.get(name):
                     self._originals.buffers[name].copy_(value)
 
-    def export_layout(self) -> list[ExportEntry]:
-        """Every parameter once, under its name in the module, in the module's order; it is what transformers loads."""
-        entries = {p.name: ExportEntry(name=p.name, unit=unit, param=p)
-                   for unit in (*self.spec.units, *([self.unused] if self.unused else [])) for p in unit.params}
-        return [entries[name] for name, _ in self.module.named_parameters()]
+    @property
+    def num_params(self) -> int:
+        """Those that no stage uses are exported, too."""
+        return self.spec.num_params + (self.unused.num_params if self.unused else 0)
+
+    def export_layout(self, dtype: torch.dtype) -> ExportLayout:
+        """What an export has, in weights of that dtype: all of the state dict, as the model's checkpoint stores it."""
+        with self._guard.lifted():
+            return ExportLayout(self.module, self.spec.units, self.unused, self.other_state(), dtype)
 
     def other_state(self) -> dict[str, Any]:
         """What the model's state dict has besides parameters, by name: buffers and extra state, on the CPU. A buffer that is
@@ -369,19 +365,9 @@ class Parts:
                 with torch.no_grad():
                     buffers[name].copy_(value)
 
-    def save_config(self, directory: Path, dtype: torch.dtype) -> bool:
-        """Write config.json (and generation_config.json) for weights of that dtype; False if the model has none."""
-        config = getattr(self.module, "config", None)
-        if not hasattr(config, "save_pretrained"):
-            return False
-        config = copy.deepcopy(config)
-        config.architectures = [type(self.module).__name__]
-        config.dtype = dtype
-        config.save_pretrained(directory)
-        generation = getattr(self.module, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(directory)
-        return True
+    def write_beside(self, directory: Path, dtype: torch.dtype) -> None:
+        """Write what an export has beside its weights: config.json, and the files that lay beside the weights it began with."""
+        write_beside(self._origin, self.module, directory, dtype)
 
     def close(self) -> None:
         """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the

@@ -19,6 +19,9 @@ SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored dtypes a weight can be read from."""
 
+OTHER_DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+"""What a buffer may be beside those."""
+
 PIECE_ELEMENTS = 1 << 22
 """Read at once."""
 
@@ -61,7 +64,7 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """One tensor. Not mapped: a file that becomes shorter would end the process."""
         stored = self.tensors[name]
-        values = torch.empty(stored.shape, dtype=stored.dtype)
+        values = torch.empty(stored.shape, dtype=OTHER_DTYPES.get(stored.dtype_name) or stored.dtype)
         read_full(stored.file, stored.offset, memoryview(values.view(-1).view(torch.uint8).numpy()), self._field)
         return values
 

@@ -1,6 +1,7 @@
 """`torch.optim.AdamW` filled from files of moments, and such files written from it."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,15 +124,15 @@ def common_step(trained: list[Trained], optimizer: "Optimizer") -> int:
 def _piece(each: Trained, optimizer: "Optimizer") -> "Piece":
     import torch
 
-    from ratel.models.shards import Piece
+    from ratel.models.shards import Outline, Piece
     from ratel.optimizer_state.files import MOMENTS, key_of
 
-    def make() -> "dict[str, Tensor]":
+    def make() -> "Iterator[tuple[str, Tensor]]":
         state = optimizer.state[each.param]
-        return {key_of(moment, each.spec.name): state[moment].detach().to("cpu", torch.float32).contiguous()
-                for moment in MOMENTS}
+        return ((key_of(moment, each.spec.name), state[moment].detach().to("cpu", torch.float32)) for moment in MOMENTS)
 
-    return Piece(num_bytes=each.spec.num_elements * 8, make=make)
+    outline = Outline(shape=tuple(each.spec.shape), dtype=torch.float32)
+    return Piece(outlines={key_of(moment, each.spec.name): outline for moment in MOMENTS}, make=make)
 
 
 def _like(param: "nn.Parameter", values: "Tensor") -> "Tensor":

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 from ratel.models import Parts
-from ratel.models.checkpoints.other_state import as_tensors
+from ratel.models.checkpoints.export_layout import ExportLayout, UnitToExport
 from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
+from ratel.models.weights import round_half_up
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.durable_files import discard_all_but, existing_part, replace_directory, replaceable
 from ratel.store.transfer import PIECE_ELEMENTS
@@ -25,7 +26,8 @@ Weights = Callable[[UnitSpec], Iterable[tuple[int, Tensor]]]
 
 def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
                  beside: Callable[[Path], None] | None = None) -> Path:
-    """Write ``path`` (replaced once complete; what else was in it stays): config, sharded safetensors, index. Returns it.
+    """Write ``path`` (replaced once complete; what else was in it stays): the weights as the checkpoint had them, and what lay
+    beside them (docs/models.md). Returns it.
 
     In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported model is the one that was
     trained. ``beside`` writes further files into the directory that it is given, before that has its name.
@@ -35,7 +37,7 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
 
     unfinished = _unfinished(path)
     try:
-        parts.save_config(unfinished, dtype)
+        parts.write_beside(unfinished, dtype)
         _write_shards(parts, weights, unfinished, dtype)
         if beside is not None:
             beside(unfinished)
@@ -70,49 +72,46 @@ def _is_others(name: str) -> bool:
 
 def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
     """Before the steps that a model comes out of. ``path`` need not exist."""
-    free, needed = shutil.disk_usage(existing_part(path)).free, parts.spec.num_params * dtype.itemsize
+    free, needed = shutil.disk_usage(existing_part(path)).free, parts.num_params * dtype.itemsize
     if free < needed:
         raise RatelError(f"has {format_bytes(free)} free, and the trained model takes {format_bytes(needed)}", field="--out",
                          value=path, remedy="Make room there, give another directory, or use --no-export")
 
 
 def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.dtype) -> None:
-    """A shard holds no more than the largest unit, for which the plan has room."""
-
-    def read(unit: UnitSpec) -> Iterable[tuple[int, Tensor]]:
-        if parts.unused is None or unit is not parts.unused:
-            return weights(unit)
-        flat = torch.empty(unit.num_elements, dtype=torch.float32)
-        parts.read_unit(unit, flat)
-        return [(0, flat)]
-
-    units = [*parts.spec.units, *([parts.unused] if parts.unused else [])]
-    pieces = [Piece(num_bytes=unit.num_params * dtype.itemsize, make=partial(_tensors_of, unit, read, dtype)) for unit in units]
-    write_shards(directory, "model", [*pieces, _buffers(parts)], metadata={"format": "pt"}, shard_bytes=SHARD_BYTES)
+    """What is in memory at a time is the parameters that one tensor of the checkpoint, or one group of them, is made from."""
+    layout = parts.export_layout(dtype)
+    pieces = [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, weights)) for unit in layout.units]
+    pieces += [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, partial(_unused, parts))) for unit in layout.unused]
+    pieces.append(Piece(outlines=layout.other.outlines, make=partial(layout.convert_other, parts.other_state())))
+    write_shards(directory, "model", pieces, metadata={"format": "pt"}, shard_bytes=SHARD_BYTES)
 
 
-def _buffers(parts: Parts) -> Piece:
-    """Counted as nothing, so that they never make a shard of their own: a model's buffers are a few KB."""
-    return Piece(num_bytes=0,
-                 make=lambda: as_tensors(parts.other_state()))
+def _unused(parts: Parts, unit: UnitSpec) -> Iterable[tuple[int, Tensor]]:
+    flat = torch.empty(unit.num_elements, dtype=torch.float32)
+    parts.read_unit(unit, flat)
+    return [(0, flat)]
 
 
-def _tensors_of(unit: UnitSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {param.name: torch.empty(param.shape, dtype=dtype) for param in unit.params}
-    for begin, values in weights(unit):
+def _tensors_of(layout: ExportLayout, unit: UnitToExport, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """A group of parameters is stored, and forgotten, as soon as the last of them is complete."""
+    held: dict[str, Tensor] = {}
+    missing = {param.name: param.num_elements for param in unit.spec.params}
+    for begin, values in weights(unit.spec):
         end = begin + values.numel()
-        for param in unit.params:
+        for param in unit.spec.params:
             first, last = max(param.offset, begin), min(param.end, end)
-            if first < last:
-                part = tensors[param.name].view(-1)[first - param.offset : last - param.offset]
-                _convert(values[first - begin : last - begin], part)
-    return tensors
+            if first < last or not param.num_elements:
+                name = unit.stored_names[param.name]
+                if name not in held:
+                    held[name] = torch.empty(param.shape, dtype=layout.dtype_of(name))
+                _convert(values[first - begin : last - begin], held[name].view(-1)[first - param.offset : last - param.offset])
+                missing[param.name] -= last - first
+        yield from layout.completed(unit, held, missing)
 
 
 def _convert(values: Tensor, out: Tensor) -> None:
     """In pieces: a conversion as a whole would hold the values three times over."""
     for begin in range(0, values.numel(), PIECE_ELEMENTS):
         piece = values[begin : begin + PIECE_ELEMENTS]
-        if out.dtype is torch.bfloat16:
-            piece = ((piece.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-        out[begin : begin + PIECE_ELEMENTS] = piece
+        out[begin : begin + PIECE_ELEMENTS] = round_half_up(piece) if out.dtype is torch.bfloat16 else piece

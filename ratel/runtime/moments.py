@@ -1,7 +1,7 @@
 """AdamW's moments between their tiers and files that PyTorch reads, one plane of one unit in memory at a time."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ratel.models import Parts
-from ratel.models.shards import SHARD_BYTES, Piece
+from ratel.models.shards import SHARD_BYTES, Outline, Piece
 from ratel.models.weights import view
 from ratel.optimizer_state.files import MOMENTS, MomentFiles, key_of
 from ratel.optimizer_state.writing import write_moments
@@ -22,15 +22,16 @@ PLANES = dict(zip(("m", "v"), MOMENTS))
 
 def export_moments(spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor], step: int, directory: Path) -> None:
     """Write the moments of all trained parameters into ``directory``. ``read_plane`` gives a plane on the CPU."""
-    pieces = [Piece(num_bytes=unit.num_trainable_params * torch.float32.itemsize,
+    pieces = [Piece(outlines={key_of(PLANES[plane], p.name): Outline(shape=p.shape, dtype=torch.float32)
+                              for p in unit.params if p.trainable},
                     make=partial(_tensors_of, unit, plane, read_plane))
               for unit in spec.units if unit.num_trainable for plane in PLANES]
     write_moments(directory, pieces, step=step, shard_bytes=SHARD_BYTES)
 
 
-def _tensors_of(unit: UnitSpec, plane: str, read_plane: Callable[[UnitSpec, str], Tensor]) -> dict[str, Tensor]:
+def _tensors_of(unit: UnitSpec, plane: str, read_plane: Callable[[UnitSpec, str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     flat = read_plane(unit, plane)
-    return {key_of(PLANES[plane], p.name): view(flat, p) for p in unit.params if p.trainable}
+    return ((key_of(PLANES[plane], p.name), view(flat, p)) for p in unit.params if p.trainable)
 
 
 def open_moments(path: "str | os.PathLike[str] | None") -> MomentFiles | None:

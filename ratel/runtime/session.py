@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -387,8 +386,10 @@ class Session:
         return saved.training["extra"]
 
     @entered
-    def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False) -> Path:
-        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time.
+    def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False,
+               beside: Callable[[Path], None] | None = None) -> Path:
+        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time, with
+        what lay beside the weights that it began with. ``beside`` writes further files into the directory that it is given.
 
         An older export is replaced only by a complete one; what else was in the directory stays. ``optimizer``: with the
         moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
@@ -397,9 +398,14 @@ class Session:
             raise RatelError("there is nothing to export before the first step", field="export")
         from ratel.runtime.export import export_model
 
-        moments = partial(export_moments, self.plan.spec, self.read_state, self._updates_made) if optimizer else None
+        def further(directory: Path) -> None:
+            if optimizer:
+                export_moments(self.plan.spec, self.read_state, self._updates_made, directory)
+            if beside is not None:
+                beside(directory)
+
         self.flush()
-        return export_model(self.parts, self._machinery.transfer.weight_pieces, Path(path), _dtype_of(dtype), moments)
+        return export_model(self.parts, self._machinery.transfer.weight_pieces, Path(path), _dtype_of(dtype), further)
 
     # --- the end ------------------------------------------------------------------------------------------------
 

@@ -217,9 +217,7 @@ class Attempt:
         if not self.is_planned:
             self._write_plan()  # batches of the user's own had no shape before the first one was seen
         if self.config.export:
-            self.session.export(self.out.model, dtype=self.config.dtype)
-            if self.inputs.tokenizer is not None:
-                self.inputs.tokenizer.save_pretrained(self.out.model)
+            self.session.export(self.out.model, dtype=self.config.dtype, beside=self.inputs.write_tokenizer)
 
     def _result(self, progress: Progress, start: float, *, is_interrupted: bool = False) -> TrainResult:
         return TrainResult(losses=progress.losses, eval_losses=progress.eval_losses, steps=progress.steps,

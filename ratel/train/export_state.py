@@ -1,7 +1,6 @@
 """A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a time."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ratel import models
 from ratel.data import load_tokenizer
+from ratel.data.tokenizer import own_tokenizer, write_tokenizer
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.presets import PRESETS
@@ -57,12 +57,17 @@ def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str,
             optimizer: bool) -> None:
     extra = saved.training["extra"]
     tokenizer = _tokenizer(source, options) if extra.get("has_tokenizer") else None  # before the long work
-    moments = partial(export_moments, parts.spec, lambda unit, plane: saved.read(unit.index, plane),
-                      saved.training["updates"]) if optimizer else None
-    export_model(parts, lambda unit: [(0, merged(saved, unit))], out, DTYPES[dtype], moments)
+    own = own_tokenizer(source, tokenizer) if tokenizer is not None and not options.get("tokenizer") else None
     if tokenizer is not None:
         tokenizer.chat_template = extra["chat_template"]
-        tokenizer.save_pretrained(out)
+
+    def beside(directory: Path) -> None:
+        if optimizer:
+            export_moments(parts.spec, lambda unit, plane: saved.read(unit.index, plane), saved.training["updates"], directory)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, directory, own)
+
+    export_model(parts, lambda unit: [(0, merged(saved, unit))], out, DTYPES[dtype], beside)
 
 
 def merged(saved: SavedState, unit: UnitSpec) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
+from pathlib import Path
 from typing import Any
 
 from ratel import interrupt
@@ -27,6 +28,15 @@ class Inputs:
     tokenizer: Any = None
     sample: Any = None
     evaluates_own: bool = False
+    own_tokenizer: Any = None
+    """The model directory's, if that is where the tokenizer comes from."""
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """Into an exported model."""
+        if self.tokenizer is not None:
+            from ratel.data.tokenizer import write_tokenizer
+
+            write_tokenizer(self.tokenizer, directory, self.own_tokenizer)
 
 
 def is_text(data: Any) -> bool:
@@ -49,12 +59,16 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     if config.task != NEXT_TOKEN:
         raise RatelError("learns from batches only", field="--task", value=config.task, remedy="Give batches as data")
     from ratel.data import load_tokenizer, open_dataset
+    from ratel.data.tokenizer import own_tokenizer
 
     if config.micro_batch != "auto" and config.batch_size % config.micro_batch:
         raise RatelError(f"does not divide --batch-size {config.batch_size}", field="--micro-batch", value=config.micro_batch,
                          remedy="Give a divisor, or auto")
+    own = None
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_tokenizer(_tokenizer_source(tokenizer, model))
+        source = _tokenizer_source(tokenizer, model)
+        is_own, tokenizer = tokenizer is None, load_tokenizer(source)
+        own = own_tokenizer(source, tokenizer) if is_own else None
     eval_text, eval_batches = (eval_data, None) if is_text(eval_data) else (None, eval_data)
     with open_dataset(data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
                       eval_fraction=0.0 if eval_batches is not None else config.eval_fraction, eval_data=eval_text,
@@ -66,7 +80,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
             dataset.load_state_dict(position)
         evaluation = (lambda: eval_batches) if eval_batches is not None else dataset.eval_batches
         yield Inputs(batches=dataset.batches(), position=dataset.state_dict, description=dataset.describe(),
-                     tokenizer=tokenizer, sample=sample, evaluates_own=eval_batches is not None,
+                     tokenizer=tokenizer, own_tokenizer=own, sample=sample, evaluates_own=eval_batches is not None,
                      evaluation=evaluation if eval_batches is not None or dataset.eval_batches() else None)
 
 
