@@ -42,25 +42,19 @@ class Template:
         self._compiled = _compile(source)
         self._special = dict(tokenizer.special_tokens_map)
         self.knows_generation_prompt = "add_generation_prompt" in source
-        self._has_modes = "thinking" in source
+        self.modes = [{"enable_thinking": mode, "thinking": mode} for mode in (False, True) if "thinking" in source]
 
     def text(self, messages: Messages, tools: Sequence[Any] | None) -> str:
         return "".join(self._chunks(messages, tools))
 
-    def prompts(self, messages: Messages, tools: Sequence[Any] | None) -> list[Rendering]:
-        """What a model may be given to answer these messages: as the template is by itself, and with thinking switched
-        off and on; without those for which the template refuses the messages."""
-        modes = [{}, *({"enable_thinking": mode, "thinking": mode} for mode in (False, True) if self._has_modes)]
-        found: list[Rendering] = []
-        for mode in modes:
-            try:
-                chunks = self._chunks(messages, tools, add_generation_prompt=True, **mode)
-            except Exception:  # whatever a template's Jinja raises about a conversation that ends here
-                continue
-            text = "".join(chunks)
-            if all(one.text != text for one in found):
-                found.append(Rendering(text=text, origins="".join(map(origins_of, chunks)), end=len(text)))
-        return found
+    def prompt(self, messages: Messages, tools: Sequence[Any] | None, **mode: bool) -> Rendering | None:
+        """What a model is given to answer these messages; None where the template refuses them."""
+        try:
+            chunks = self._chunks(messages, tools, add_generation_prompt=True, **mode)
+        except Exception:  # whatever a template's Jinja raises about a conversation that ends here
+            return None
+        text = "".join(chunks)
+        return Rendering(text=text, origins="".join(map(origins_of, chunks)), end=len(text))
 
     @cached_property
     def habits(self) -> Habits:
@@ -71,13 +65,13 @@ class Template:
             asked, answered = ({"role": role, "content": content} for role, content in zip(("user", "assistant"), contents))
             try:
                 before, after = self.trace([asked], None), self.trace([asked, answered], None)
-                prompt = self.prompts([asked], None)
+                prompt = self.prompt([asked], None)
             except Exception:  # a template that wants contents in parts, or not
                 continue
             if chr(4) not in after.origins:
                 continue
             given = before.text[:before.end]
-            header = prompt[0].text[len(given):] if prompt and prompt[0].text.startswith(given) else ""
+            header = prompt.text[len(given):] if prompt is not None and prompt.text.startswith(given) else ""
             said = after.origins.index(chr(4)) + 1
             return Habits(header=header, closes=bool(after.text[said:after.end].strip()), in_parts=in_parts)
         return Habits(header="", closes=True, in_parts=False)

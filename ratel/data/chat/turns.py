@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from ratel.data.chat.shapes import TOOLS, Field, Shaped, field_finder
 from ratel.data.chat.template import Rendering, Template
 from ratel.data.records import RecordError
@@ -65,14 +67,13 @@ class Turns:
 
     def _find(self, turn: int, rows: list[Row]) -> tuple[Row, int, int]:
         """The row that has this turn as it is when it is the last, and where the turn begins and ends there."""
-        prompts = self._template.prompts(self._shaped.plain[:turn], self._shaped.tools)
         row, end = self._find_end(turn, rows)
-        start = self._start(row, turn, end, [one.text for one in prompts])
+        prompt = self._template.prompt(self._shaped.plain[:turn], self._shaped.tools)
+        start = self._start(row, turn, end, None if prompt is None else prompt.text)
         header = self._template.habits.header
-        if prompts and prompts[0].text.endswith(header) and row.rendering.text[:start] != prompts[0].text:
-            history = prompts[0].text.removesuffix(header)
-            if not row.rendering.text.startswith(history):  # adding the turn changes what stands before it (gpt-oss)
-                return self._after_prompt(turn, row, start, end)
+        if prompt is not None and prompt.text.endswith(header):
+            if not row.rendering.text.startswith(prompt.text.removesuffix(header)):
+                return self._after_prompt(turn, row, start, end)  # the turn changes what stands before it (gpt-oss)
         return row, start, end
 
     def _find_end(self, turn: int, rows: list[Row]) -> tuple[Row, int]:
@@ -99,7 +100,8 @@ class Turns:
         return bool(row.rendering.text[after:row.rendering.end].strip()) or not row.rendering.text[after:].strip()
 
     def _after_prompt(self, turn: int, row: Row, start: int, end: int) -> tuple[Row, int, int]:
-        prompt = self._template.prompts(self._shaped.traced[:turn], self._shaped.traced_tools)[0]
+        prompt = self._template.prompt(self._shaped.traced[:turn], self._shaped.traced_tools)
+        assert prompt is not None
         added = slice(start, end)
         rendering = Rendering(text=prompt.text + row.rendering.text[added], end=prompt.end + end - start,
                               origins=prompt.origins + row.rendering.origins[added])
@@ -120,11 +122,11 @@ class Turns:
         self._check_said(row, turn, text[:end])
         return self._marked(row, turn, start, end, said)
 
-    def _start(self, row: Row, turn: int, end: int, prompts: list[str]) -> int:
+    def _start(self, row: Row, turn: int, end: int, prompt: str | None) -> int:
         """Where the model begins to write: after what it is given; else after the header that the template writes
         before every answer; else where the message's own text begins."""
         text, said, habits = row.rendering.text, row.owners.find(chr(2 + turn), 0, end), self._template.habits
-        given = max((len(prompt) for prompt in prompts if len(prompt) <= end and text.startswith(prompt)), default=-1)
+        given = self._given(text[:end], row.owners, turn, prompt)
         if given >= 0 and self._template.knows_generation_prompt:
             # After a tool's result some templates give nothing to go on from, and write a header all the same.
             return given + len(habits.header) * (bool(habits.header) and text.startswith(habits.header, given))
@@ -143,6 +145,18 @@ class Turns:
                               "Use a template that renders every answer")
         return len(text[:first].rstrip(" "))  # a space before the first word is written with it
 
+    def _given(self, text: str, owners: str, turn: int, prompt: str | None) -> int:
+        """How much of a text the model is given: the prompt by default, or the one with thinking switched off or on that
+        fits better (an empty thought that is not the model's). -1: none fits."""
+        given = len(prompt) if prompt is not None and text.startswith(prompt) else -1
+        if owners[given:given + 1] == chr(2 + turn):
+            return given
+        for mode in self._template.modes:
+            other = self._template.prompt(self._shaped.plain[:turn], self._shaped.tools, **mode)
+            if other is not None and text.startswith(other.text):
+                given = max(given, len(other.text))
+        return given
+
     def _header_of(self, turn: int) -> str | None:
         """What the template writes before the content of an answer that has nothing but a content."""
         kept = {key: value for key, value in self._shaped.plain[turn].items() if key in ("role", "name")}
@@ -157,21 +171,20 @@ class Turns:
 
     def _marked(self, row: Row, turn: int, start: int, end: int, said: int) -> list[Span]:
         """By the template's own marks where it has some: what they leave out of its own writing is not learned."""
-        origins = row.rendering.origins
-        if not any(ord(code) & 1 for code in set(origins)):
+        is_marked, owners = _codes(row.rendering.origins) & 1 == 1, _codes(row.owners)
+        if not is_marked.any():
             return [(start, end)]
-        for index in range(len(origins)):
-            inside, owner = ord(origins[index]) & 1, row.owners[index]
-            if inside and owner > "\1" and self._shaped.plain[ord(owner) - 2]["role"] != "assistant":
-                raise RecordError(f"the chat template marks what message {ord(owner) - 1} says as the assistant's",
-                                  "Repair its {% generation %} marks, or remove them: the answers are found without")
-            if start <= index < end and not inside and owner == chr(2 + turn):
-                raise RecordError(f"the chat template's {{% generation %}} marks leave out a part of message {turn + 1}",
-                                  "Repair its {% generation %} marks, or remove them: the answers are found without")
-        inside = [index < end and (bool(ord(origins[index]) & 1) or index >= said) for index in range(start, end + 1)]
-        starts = [start + at for at, is_in in enumerate(inside) if is_in and not (at and inside[at - 1])]
-        ends = [start + at for at, is_in in enumerate(inside) if not is_in and at and inside[at - 1]]
-        return list(zip(starts, ends))
+        assistants = [2 + index for index, message in enumerate(self._shaped.plain) if message["role"] == "assistant"]
+        foreign = owners[is_marked & (owners > 1) & ~np.isin(owners, assistants)]
+        if len(foreign):
+            raise RecordError(f"the chat template marks what message {foreign[0] - 1} says as the assistant's",
+                              "Repair its {% generation %} marks, or remove them: the answers are found without")
+        if (~is_marked & (owners == 2 + turn))[start:end].any():
+            raise RecordError(f"the chat template's {{% generation %}} marks leave out a part of message {turn + 1}",
+                              "Repair its {% generation %} marks, or remove them: the answers are found without")
+        is_marked[said:end] = True  # the end of a turn belongs to it in any case
+        steps = np.diff(is_marked[start:end].astype(np.int8), prepend=0, append=0)
+        return [(start + int(at), start + int(to)) for at, to in zip(np.flatnonzero(steps == 1), np.flatnonzero(steps == -1))]
 
     def _check_said(self, row: Row, turn: int, text: str) -> None:
         """All that the assistant said is in the text up to the end of its turn."""
@@ -200,11 +213,17 @@ class Turns:
 
 
 def _is_written(rendering: Rendering, item: Field, text: str) -> bool:
-    codes = {item.code, chr(ord(item.code) + 1)}
+    codes = (item.code, chr(ord(item.code) + 1))
+    if sum(rendering.origins.count(code, 0, len(text)) for code in codes) >= len(item.text):
+        return True
     wanted = sum(not char.isspace() for char in item.text)
     found = sum(origin in codes and not char.isspace() for char, origin in zip(text, rendering.origins))
     # A template may write a part itself that it took out: the tags around a thought.
     return found >= wanted or "".join(item.text.split()) in "".join(text.split())
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 def _shortened(text: str) -> str:
