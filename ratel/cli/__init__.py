@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 
 from ratel import interrupt, process
-from ratel.cli import bench, check, doctor, export, plan, train
+from ratel.cli import bench, check, data, doctor, export, plan, train
 from ratel.cli.parser import Parser
 from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError
 
-COMMANDS = (train, plan, check, export, doctor, bench)
+COMMANDS = (train, plan, data, check, export, doctor, bench)
 EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, process.EXIT_INTERRUPTED
 
 
@@ -67,8 +67,7 @@ def _dispatch(parser: Parser, argv: Sequence[str]) -> int:
         parser.print_help()
         return EXIT_MISUSED
     process.may_drop(args.command == "train")  # whose results are files
-    args.run(args)
-    return EXIT_OK
+    return args.run(args) or EXIT_OK
 
 
 def _fail(message: str, status: int) -> int:

@@ -42,8 +42,8 @@ def at_least(least: int) -> Callable[[str], int]:
     return count
 
 
-def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None] | None = None) -> Parser:
-    """A command with its help; ``run`` does it, and prints."""
+def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None] | None = None) -> Parser:
+    """A command with its help; ``run`` does it, and prints; it may return the exit status."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     if run is not None:
         parser.set_defaults(run=run, parser=parser)

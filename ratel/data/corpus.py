@@ -60,7 +60,7 @@ class Corpus:
                 if source.suffix == ".jsonl":
                     return self._parse(file.readline(MAX_LINE_BYTES + 1))
                 # Documents end well within this; the rest of a longer stretch is blank lines.
-                return _plain(file.read(min(self._end(number) - start, 6 * self._text_bytes)))
+                return plain(file.read(min(self._end(number) - start, 6 * self._text_bytes)))
         except RecordError as error:
             raise self.error(number, error) from error
         except OSError as error:
@@ -122,6 +122,6 @@ class Corpus:
                           remedy=error.error.expected)
 
 
-def _plain(data: bytes) -> Text | None:
+def plain(data: bytes) -> Text | None:
     text = decode(data).replace("\r\n", "\n").strip("\n")
     return Text(text=text) if text.strip() else None

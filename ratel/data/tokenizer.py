@@ -74,6 +74,16 @@ def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path, own: 
         tokenizer.save_pretrained(directory)
 
 
+def tokenizer_source(tokenizer: str | os.PathLike[str] | None, model: object) -> object:
+    """What to load a tokenizer from: the directory that is named for it, or the model."""
+    if tokenizer is not None and not os.path.isdir(tokenizer):
+        raise RatelError("is not a directory", field="--tokenizer", value=tokenizer)
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise RatelError("holds no tokenizer", field="--tokenizer", value=tokenizer,
+                         remedy="Give the directory that tokenizer.json lies in, or leave the option out")
+    return model if tokenizer is None else tokenizer
+
+
 def has_tokenizer(directory: "str | os.PathLike[str]") -> bool:
     return any((Path(directory) / name).exists() for name in _TOKENIZER_FILES)
 

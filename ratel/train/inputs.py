@@ -58,7 +58,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         return
     if config.task != NEXT_TOKEN:
         raise RatelError("learns from batches only", field="--task", value=config.task, remedy="Give batches as data")
-    from ratel.data import load_tokenizer, open_dataset
+    from ratel.data import load_tokenizer, open_dataset, tokenizer_source
     from ratel.data.tokenizer import own_tokenizer
 
     if config.micro_batch != "auto" and config.batch_size % config.micro_batch:
@@ -66,7 +66,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
                          remedy="Give a divisor, or auto")
     own = None
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        source = _tokenizer_source(tokenizer, model)
+        source = tokenizer_source(tokenizer, model)
         is_own, tokenizer = tokenizer is None, load_tokenizer(source)
         own = own_tokenizer(source, tokenizer) if is_own else None
     eval_text, eval_batches = (eval_data, None) if is_text(eval_data) else (None, eval_data)
@@ -82,17 +82,6 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         yield Inputs(batches=dataset.batches(), position=dataset.state_dict, description=dataset.describe(),
                      tokenizer=tokenizer, own_tokenizer=own, sample=sample, evaluates_own=eval_batches is not None,
                      evaluation=evaluation if eval_batches is not None or dataset.eval_batches() else None)
-
-
-def _tokenizer_source(tokenizer: Any, model: Any) -> Any:
-    from ratel.data import has_tokenizer
-
-    if tokenizer is not None and not os.path.isdir(tokenizer):
-        raise RatelError("is not a directory", field="--tokenizer", value=tokenizer)
-    if tokenizer is not None and not has_tokenizer(tokenizer):
-        raise RatelError("holds no tokenizer", field="--tokenizer", value=tokenizer,
-                         remedy="Give the directory that tokenizer.json lies in, or leave the option out")
-    return model if tokenizer is None else tokenizer
 
 
 def _from_batches(data: Any, eval_data: Any, taken: int | None) -> Inputs:

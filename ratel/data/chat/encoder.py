@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class ChatEncoder:
         self._templates: dict[str, Template] = {}
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._marker = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_templates": {}}  # code that Jinja made, which is made again
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         """All of ``sequences``, one after the other."""
