@@ -6,7 +6,7 @@ wait for before. What a session's parts are called is known here, and nowhere el
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 import torch
@@ -39,7 +39,7 @@ class Watch:
         """By block, micro-batch and group: by name."""
         self._patches = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watch":
         activations, gradients = self._machinery.activations, self._machinery.gradients
         self._after(self._session.parts, "attach", self._note_weights)
         self._after(activations, "save_input", lambda _, block, micro, hidden:

@@ -3,7 +3,7 @@
 import mmap
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -132,7 +132,7 @@ class AdamwRates:
         self._pool.close()
         self._planes = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "AdamwRates":
         return self
 
     def __exit__(self, *error: object) -> None:

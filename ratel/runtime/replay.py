@@ -9,7 +9,7 @@ under its mode only from the submodule in which something is left out.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class _Mode(TorchDispatchMode):
         """Not every version of PyTorch asks."""
         return False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Mode":
         self._eagerly = torch.compiler.set_stance("force_eager")
         return super().__enter__()
 
