@@ -10,8 +10,8 @@ from pytest import CaptureFixture
 from ratel.cli import main
 from ratel.data import byte_level_tokenizer
 from ratel.data.encode import Encoder
-from ratel.data.show import Viewer
-from ratel.data.survey import open_survey
+from ratel.data.review.show import Viewer
+from ratel.data.review.survey import open_survey
 
 pytestmark = pytest.mark.unit
 

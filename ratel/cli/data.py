@@ -11,7 +11,7 @@ from ratel.cli.parser import add_command, at_least
 from ratel.errors import RatelError
 
 if TYPE_CHECKING:
-    from ratel.data.survey import Entry, Totals
+    from ratel.data.review.survey import Entry, Totals
 
 _REDRAW_S = 0.2
 
@@ -31,8 +31,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ratel.data.show import Viewer
-    from ratel.data.survey import Totals, open_survey
+    from ratel.data.review.show import Viewer
+    from ratel.data.review.survey import Totals, open_survey
     from ratel.models.presets import PRESETS
 
     if args.model is not None and not os.path.isdir(args.model) and args.model not in PRESETS:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def _finish(args: argparse.Namespace, totals: "Totals", shown: list[Any]) -> None:
     from dataclasses import asdict
 
-    from ratel.data.show import summary
+    from ratel.data.review.show import summary
 
     if not args.check and not totals.records + totals.bad:
         raise RatelError("there is no record from there on", field="--line" if args.line else "data", value=args.line or args.data,

@@ -32,7 +32,7 @@ class Corpus:
         self.sources = tuple(sources)
         self.has_chat = False
         self._text_bytes = text_bytes
-        self._parse, self._max_checked_bytes = parse, CHECKED_BYTES if checked_bytes is None else checked_bytes
+        self.parse, self.max_checked_bytes = parse, CHECKED_BYTES if checked_bytes is None else checked_bytes
         self._checked_bytes = 0
         offsets = array("Q")
         self._first = [0]
@@ -58,7 +58,7 @@ class Corpus:
             with source.open() as file:
                 file.seek(start)
                 if source.suffix == ".jsonl":
-                    return self._parse(file.readline(MAX_LINE_BYTES + 1))
+                    return self.parse(file.readline(MAX_LINE_BYTES + 1))
                 # Documents end well within this; the rest of a longer stretch is blank lines.
                 return plain(file.read(min(self._end(number) - start, 6 * self._text_bytes)))
         except RecordError as error:
@@ -75,7 +75,7 @@ class Corpus:
             while start > 0 and (block := file.read(min(start, 1 << 20))):
                 line += block.count(b"\n")
                 start -= len(block)
-        return self._line_error(source, LineError(line, error))
+        return self.line_error(source, line, error)
 
     def describe(self) -> str:
         files = self._names() if len(self.sources) <= 2 else f"{len(self.sources)} files"
@@ -86,7 +86,7 @@ class Corpus:
         return ", ".join(names) + (f" and {len(self.sources) - 3} more" if len(self.sources) > 3 else "")
 
     def _index(self, source: Source, offsets: array) -> None:
-        check_until = max(0, self._max_checked_bytes - self._checked_bytes)
+        check_until = max(0, self.max_checked_bytes - self._checked_bytes)
         try:
             with source.open() as file:
                 if source.suffix == ".jsonl":
@@ -94,14 +94,14 @@ class Corpus:
                 else:
                     offsets.extend(scan_text(file, self._text_bytes, check_until))
         except LineError as error:
-            raise self._line_error(source, error) from None
+            raise self.line_error(source, error.number, error.error) from None
         self._checked_bytes += source.num_bytes
 
     def _index_jsonl(self, lines: Iterator[tuple[int, int, bytes]], check_until: float, offsets: array) -> None:
         for offset, number, line in lines:
             if offset < check_until:
                 try:
-                    record = self._parse(line)
+                    record = self.parse(line)
                 except RecordError as error:
                     raise LineError(number, error) from None
                 if record is None:
@@ -117,9 +117,8 @@ class Corpus:
         which = bisect_right(self._first, number) - 1
         return int(self._offsets[number + 1]) if number + 1 < self._first[which + 1] else self.sources[which].num_bytes
 
-    def _line_error(self, source: Source, error: LineError) -> RatelError:
-        return RatelError(f"{source.name}, line {error.number}: {error.error}", field=self.field,
-                          remedy=error.error.expected)
+    def line_error(self, source: Source, line: int, error: RecordError) -> RatelError:
+        return RatelError(f"{source.name}, line {line}: {error}", field=self.field, remedy=error.expected)
 
 
 def plain(data: bytes) -> Text | None:

@@ -11,6 +11,7 @@ from ratel.data.corpus import Corpus
 from ratel.data.forms import Batch, Form, Packed
 from ratel.data.order import Permutation
 from ratel.data.prefetch import Prefetcher
+from ratel.data.review.check import ConversationCheck
 from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, find_sources
 from ratel.data.stream import Position, Reader, RowStream
 from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab
@@ -81,6 +82,8 @@ class Dataset:
         self._eval_rows = self._pack_eval(picked)[:eval_max_sequences]
         self._fingerprint = {"seed": seed, "seq_len": seq_len, "documents": len(corpus), "bytes": corpus.num_bytes,
                              "held_out": zlib.crc32(repr(sorted(self._held_out)).encode()), "vocabulary": vocabulary, **form.tells}
+        self._check = ConversationCheck([one for one in (corpus, eval_corpus) if one is not None and one.has_chat], form.encode)
+        self._check.at_once()
         self._position = Position()
         self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
 
@@ -110,6 +113,8 @@ class Dataset:
 
         prefetcher = self._prefetcher = Prefetcher(produce, depth=_PREFETCHED_BATCHES, name="ratel-data")
         weakref.finalize(self, prefetcher.close)
+        self._check.go_on(lambda: copy.deepcopy(form).encode)
+        weakref.finalize(self, self._check.stop)
         return _BatchIterator(self, prefetcher)
 
     def eval_batches(self, batch_size: int | None = None) -> list[Batch]:
@@ -142,10 +147,11 @@ class Dataset:
         self._stream(self._position)  # Raises here, not in the thread, if the documents are not there.
 
     def close(self) -> None:
-        """End the thread. ``batches`` may be called again afterwards."""
+        """End the threads. ``batches`` may be called again afterwards."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
+        self._check.stop()
 
     def __enter__(self) -> "Dataset":
         return self
@@ -167,6 +173,7 @@ class _BatchIterator(Iterator[Batch]):
         self._dataset, self._prefetcher = dataset, prefetcher
 
     def __next__(self) -> Batch:
+        self._dataset._check.raise_found()
         batch, self._dataset._position = self._prefetcher.get()
         return batch
 

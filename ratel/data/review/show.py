@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ratel.data.records import Chat, Completion
-from ratel.data.survey import Entry, Totals, learned_of, texts_of
+from ratel.data.review.survey import Entry, Totals, learned_of, texts_of
 from ratel.units import format_count
 
 if TYPE_CHECKING:

@@ -1,0 +1,94 @@
+"""Every conversation rendered before a run comes to it: a bad line must end a run at its start, not after days.
+
+What is read in the first seconds is checked before the run starts. The rest is checked in a thread, which works a
+quarter of the time so that steps are not held up; what it finds is raised with the next batch.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+from ratel import interrupt
+from ratel.data.corpus import Corpus
+from ratel.data.records import Chat
+from ratel.data.review.survey import Entry, survey
+from ratel.errors import RatelError
+
+AT_ONCE_S = 2.0
+_SHARE = 0.25
+_JOIN_S = 2.0
+
+
+class ConversationCheck:
+    """``encode`` raises RecordError."""
+
+    def __init__(self, corpora: list[Corpus], encode: Callable[[Any], Any]) -> None:
+        self._encode = encode
+        self._found: RatelError | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._entries = _entries(corpora, lambda record: self._encode(record))
+        self.is_done = False
+
+    def at_once(self, seconds: float | None = None) -> None:
+        """In the caller's thread; raises what it finds."""
+        until_s = perf_counter() + (AT_ONCE_S if seconds is None else seconds)
+        while not self.is_done and perf_counter() < until_s:
+            interrupt.check()
+            self._one()
+        self.raise_found()
+
+    def go_on(self, own_encode: Callable[[], Callable[[Any], Any]]) -> None:
+        """In a thread, from where it stands. ``own_encode`` makes an encoder for it: a tokenizer serves one thread."""
+        if not self.is_done and self._thread is None:
+            self._encode = own_encode()
+            self._stopped.clear()
+            self._thread = threading.Thread(target=self._run, name="ratel-check", daemon=True)
+            self._thread.start()
+
+    def raise_found(self) -> None:
+        if self._found is not None:
+            raise self._found
+
+    def stop(self) -> None:
+        """``go_on`` goes on."""
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join(_JOIN_S)
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self.is_done:
+            begun_s = perf_counter()
+            self._one()
+            if self._stopped.wait((perf_counter() - begun_s) * (1 / _SHARE - 1)):
+                return
+
+    def _one(self) -> None:
+        try:
+            corpus, entry = next(self._entries)
+        except StopIteration:
+            self.is_done = True
+        except Exception:  # a file that is gone, say: whoever makes the batches meets it, too, and says so
+            self.is_done = True
+        else:
+            if entry.error is not None:
+                self._found = corpus.line_error(entry.source, entry.error_line, entry.error)
+                self.is_done = True
+
+
+def _entries(corpora: list[Corpus], encode: Callable[[Any], Any]) -> Iterator[tuple[Corpus, Entry]]:
+    """Of what a corpus has checked of its records' own form."""
+    def encode_chat(record: Any) -> Any:
+        return encode(record) if isinstance(record, Chat) else None
+
+    for corpus in corpora:
+        left = corpus.max_checked_bytes
+        for source in corpus.sources:
+            if source.suffix == ".jsonl" and left > 0:
+                for entry in survey([source], encode_chat, parse=corpus.parse):
+                    if entry.offset >= left:
+                        break
+                    yield corpus, entry
+            left -= source.num_bytes

@@ -1,0 +1,111 @@
+"""Every conversation is rendered, not only parsed, before a run comes to it."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ratel.data import byte_level_tokenizer, open_dataset
+from ratel.data.corpus import Corpus
+from ratel.data.dataset import Dataset
+from ratel.data.review import check as check_module
+from ratel.data.records import Chat
+from ratel.data.sources import find_sources
+from ratel.errors import RatelError
+
+pytestmark = pytest.mark.unit
+
+GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+BAD = {"messages": [*GOOD["messages"], {"role": "tool", "content": "c"}]}
+TEMPLATE = ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}[{{ m.role }}]"
+            "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def opened(path: Path, **options: Any) -> Dataset:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return open_dataset(path, tokenizer, seq_len=16, batch_size=1, seed=0, **{"eval_fraction": 0, **options})
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """A limit of the test's patience, not of speed."""
+    end_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_a_line_that_the_template_refuses_ends_the_run_at_its_start(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 50, BAD)
+    with pytest.raises(RatelError, match="data: .*a.jsonl, line 51: .*no tools"):
+        opened(path)
+    opened(write(tmp_path / "b.jsonl", *[GOOD] * 50)).close()
+    with pytest.raises(RatelError, match="eval_data: .*a.jsonl, line 51: .*no tools"):
+        opened(tmp_path / "b.jsonl", eval_data=path, eval_max_sequences=1)
+
+
+def test_what_is_not_checked_at_once_is_checked_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "AT_ONCE_S", 0.0)
+    with opened(write(tmp_path / "a.jsonl", *[GOOD] * 300, BAD)) as dataset:
+        assert dataset.num_documents == 301  # the order of the first epoch has the bad line far behind
+        batches = dataset.batches()
+        next(batches)
+        until(lambda: dataset._check.is_done)
+        with pytest.raises(RatelError, match="line 301: .*no tools"):
+            next(batches)
+
+
+def test_only_the_checked_part_is_rendered_and_other_records_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "x"}, GOOD, {"prompt": "p", "completion": "c"}, GOOD, GOOD)
+    rendered: list[Any] = []
+
+    def encode(record: Any) -> None:
+        rendered.append(record)
+
+    corpus = Corpus(find_sources(path), checked_bytes=len(path.read_bytes()) - 5)
+    check_module.ConversationCheck([corpus], encode).at_once()
+    assert rendered == [Chat(messages=tuple(GOOD["messages"]))] * 3
+    rendered.clear()
+    corpus = Corpus(find_sources(path), checked_bytes=100)
+    check_module.ConversationCheck([corpus], encode).at_once()
+    assert len(rendered) == 1
+
+
+def test_a_check_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 40)
+    seen: list[int] = []
+
+    def slow(record: Any) -> None:
+        seen.append(len(seen))
+        time.sleep(0.002)
+
+    check = check_module.ConversationCheck([Corpus(find_sources(path))], slow)
+    check.at_once(0.0)
+    assert not seen
+    check.go_on(lambda: slow)
+    until(lambda: len(seen) > 3)
+    check.stop()
+    stopped = len(seen)
+    time.sleep(0.05)
+    assert len(seen) == stopped < 40
+    check.go_on(lambda: slow)
+    until(lambda: check.is_done)
+    assert len(seen) == 40
+    check.raise_found()
+
+
+def test_a_file_that_vanishes_is_left_to_who_reads_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD)
+    corpus = Corpus(find_sources(path))
+    path.unlink()
+    check = check_module.ConversationCheck([corpus], lambda record: None)
+    check.at_once()
+    assert check.is_done
