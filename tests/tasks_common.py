@@ -71,3 +71,26 @@ def session_gradients(session: Any) -> dict[str, Tensor]:
         moment = session.read_state(unit, "m") / (1 - session._hyper["beta1"])
         found.update({p.name: moment[p.offset : p.end].view(p.shape) for p in unit.params if p.trainable})
     return found
+
+
+WORDS = "good bad film great awful plot fine poor music story the a was is very and not so really end".split()
+
+
+def tokenizer() -> Any:
+    """WordPiece, as BERT's, with words that it splits."""
+    from transformers import BertTokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS, "##s", "##ing", "##er"])}
+    return BertTokenizer(vocab=vocabulary)
+
+
+def directory(path: Any, family: str, task: str | None, **changes: Any) -> Any:
+    """A Hugging Face directory with a tokenizer; ``task`` None: the model without a head."""
+    import transformers
+
+    torch.manual_seed(1)
+    made = transformers.AutoModel.from_config(config(family, **changes)) if task is None else model(family, task, **changes)
+    made.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path

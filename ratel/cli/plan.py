@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ratel.runtime.plan_machine import Machine
     from ratel.runtime.planning import Planner, PlanResult
 
-OPTIONS = ("model", "batch_size", "micro_batch", "seq_len", "optimizer", "max_grad_norm", "dtype", "attention", "device",
+OPTIONS = ("model", "task", "batch_size", "micro_batch", "seq_len", "optimizer", "max_grad_norm", "dtype", "attention", "device",
            "gpu_memory", "dram", "ssd", "ssd_bandwidth", "tier", "checkpoint_tier", "activations", "hardware", "save_every",
            "durable")
 """Of `ratel train`: those that a plan depends on."""

@@ -39,7 +39,7 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
     If there are conversations and the tokenizer has no chat template, it is given DEFAULT_CHAT_TEMPLATE.
     Raises RatelError for anything wrong with an option, a file or a line.
     """
-    _check_options(seq_len, batch_size, eval_fraction, eval_max_sequences)
+    check_options(seq_len, batch_size, eval_fraction, eval_max_sequences)
     if vocab_size is not None:
         check_vocab(tokenizer, vocab_size)
     text_bytes = max(MIN_TEXT_BYTES, 4 * seq_len)  # About a sequence at four bytes a token.
@@ -189,11 +189,11 @@ def _pick(reader: Reader, key: tuple[int, ...], count: int, max_tokens: int | No
         document = reader.load(order[index])
         if document is not None:
             picked.append((order[index], document))
-            num_tokens += len(document)
+            num_tokens += reader.form.size(document)
     return picked
 
 
-def _check_options(seq_len: int, batch_size: int, eval_fraction: float, eval_max_sequences: int | None) -> None:
+def check_options(seq_len: int, batch_size: int, eval_fraction: float, eval_max_sequences: int | None) -> None:
     if seq_len < MIN_SEQ_LEN:
         raise RatelError("a sequence that short teaches nothing", field="seq_len", value=seq_len,
                          remedy=f"Use at least {MIN_SEQ_LEN} tokens")

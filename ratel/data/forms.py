@@ -38,6 +38,9 @@ class Form(Protocol):
     def encode(self, record: Any) -> Any:
         """The record as tokens: something with a length. Raises RecordError."""
 
+    def size(self, document: Any) -> int:
+        """Of the tokens of sequences, how many it takes up."""
+
     def rows(self, draw: Draw, pool: list[Piece], epoch: Callable[[], int]) -> RowMaker:
         """``pool``: pieces that come first. ``epoch``: which one the document drawn last is of."""
 
@@ -55,6 +58,9 @@ class Packed:
 
     def encode(self, record: Any) -> Document:
         return self._encoder.encode(record)
+
+    def size(self, document: Document) -> int:
+        return len(document)
 
     def rows(self, draw: Draw, pool: list[Piece], epoch: Callable[[], int]) -> Packer:
         return Packer(draw, seq_len=self._seq_len, pad_id=self._pad_id, pool=pool)

@@ -28,11 +28,12 @@ DEFAULT_CHAT_TEMPLATE = (
 """For tokenizers that bring none: ``<|role|>``, the content on the next lines, and EOS after each answer."""
 
 
-def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(model: object = None, **options: Any) -> "PreTrainedTokenizerBase":
     """The tokenizer that belongs to a model.
 
     A directory with tokenizer files, or a model instance that was loaded from one, gives that tokenizer. Everything
-    else (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens.
+    else (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens. ``options``:
+    of the tokenizer in the directory.
     """
     directory = _directory_of(model)
     if directory is None or not has_tokenizer(directory):
@@ -40,7 +41,7 @@ def load_tokenizer(model: object = None) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
     try:
         refuse_odd_entries(directory)
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever broken files make many parsers raise; panics of Rust are no Exceptions
@@ -120,12 +121,17 @@ def check_vocab(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
 
 def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The special tokens that the tokenizer puts before a text (BOS, if any)."""
+    return affixes(tokenizer)[0]
+
+
+def affixes(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before a text and after it."""
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     full = tokenizer("x")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start:start + len(bare)] == bare:
-            return full[:start]
-    return []
+            return full[:start], full[start + len(bare):]
+    return [], []
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:

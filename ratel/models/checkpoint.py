@@ -33,13 +33,15 @@ class CheckpointSource:
     ``dtype``: of the computation. In bf16 the upper half of a master is what `from_pretrained` rounds the stored number to.
     """
 
-    def __init__(self, directory: Path, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, directory: Path, module: nn.Module, dtype: torch.dtype = torch.float32, *,
+                 tells_of_unused: bool = True) -> None:
         self._directory, self._module, self._dtype = directory, module, dtype
         self._files = TensorFiles(model_files(directory))
         found = find_recipes(module, self._files.tensors)
         self._recipes = found.by_name
         self._kept = kept_in_fp32(module, dtype)
-        self._tell_of(found.unused)
+        if tells_of_unused:
+            self._tell_of(found.unused)
 
     def check(self, params: Iterable[ParamSpec]) -> None:
         missing, wrong = [], []

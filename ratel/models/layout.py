@@ -37,9 +37,19 @@ def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     spec = ModelSpec(name=name, units=tuple(units.values()), stages=tuple(stages),
                      hidden_size=getattr(text, "hidden_size", None), vocab_size=getattr(text, "vocab_size", None),
-                     max_seq_len=getattr(text, "max_position_embeddings", None))
+                     max_seq_len=longest_sequence(root))
     return Layout(spec=spec,
                   unused=lay_out(-1, "unused", "unused", groups["unused"]) if groups["unused"] else None)
+
+
+def longest_sequence(root: nn.Module) -> int | None:
+    """Tokens of a sequence that the model has positions for. RoBERTa's begin behind the number of the padding token."""
+    config = getattr(root, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    tables = [m for name, m in root.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    skipped = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    return limit if limit is None else limit - skipped
 
 
 def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: list[str]) -> dict[str, list[ParamSpec]]:

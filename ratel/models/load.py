@@ -13,6 +13,7 @@ from ratel.models import blocks as finder
 from ratel.models.checkpoint import CheckpointSource
 from ratel.models.checkpoints.beside import Origin
 from ratel.models.config import read_config, refuse_config
+from ratel.models.layout import longest_sequence
 from ratel.models.parts import Parts
 from ratel.models.presets import preset_config
 from ratel.models.running import LossFn
@@ -83,8 +84,9 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
             raise
         raise RatelError(f"transformers cannot build it: {error}", field="model", value=name,
                          remedy="Check config.json, and that --attention suits the model and the machine") from error
-    source = _open_checkpoint(directory, module, dtype) if directory is not None else None
-    if source is not None and task is not None and type(module).__name__ not in (architectures or ()):
+    is_other = task is not None and type(module).__name__ not in (architectures or ())
+    source = _open_checkpoint(directory, module, dtype, is_whole=not is_other) if directory is not None else None
+    if source is not None and is_other:
         source = WithFreshHead(source, FreshSource(module, seed), name)
     try:
         return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len, task, origin)
@@ -103,8 +105,9 @@ def _origin_of(config: Any, given: Any, directory: Path | None) -> Origin:
     return Origin.of_directory(directory, {key: value for key, value in config.to_dict().items() if before.get(key) != value})
 
 
-def _open_checkpoint(directory: Path, module: nn.Module, dtype: torch.dtype) -> CheckpointSource:
-    source = CheckpointSource(directory, module, dtype)
+def _open_checkpoint(directory: Path, module: nn.Module, dtype: torch.dtype, *, is_whole: bool) -> CheckpointSource:
+    """``is_whole``: the model has a place for all that is in it, as far as is known."""
+    source = CheckpointSource(directory, module, dtype, tells_of_unused=is_whole)
     source.untie()
     source.load_buffers()
     return source
@@ -190,9 +193,7 @@ def _buffer_dtypes(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.dty
 
 
 def _refuse_long(module: nn.Module, max_seq_len: int | None) -> None:
-    config = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = longest_sequence(module)
     if max_seq_len is not None and limit is not None and max_seq_len > limit:
         raise RatelError(f"the model handles sequences of at most {limit} tokens", field="--seq-len",
                          value=max_seq_len, remedy=f"Use --seq-len {limit} or less")

@@ -40,7 +40,7 @@ class Task:
         object.__setattr__(self, "labels", tuple(self.labels))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def of(cls, task: "str | Task | Mapping[str, Any]") -> "Task | None":

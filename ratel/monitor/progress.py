@@ -62,6 +62,8 @@ def describe_step(record: dict[str, Any], *, eta_s: float) -> str:
     parts = [f"loss {record['loss']:.4f}"]
     if "eval_loss" in record:
         parts.append(f"eval {record['eval_loss']:.4f}")
+    if "eval_accuracy" in record:
+        parts.append(f"accuracy {record['eval_accuracy']:.1%}")
     parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
     if record["bound_by"]:
         parts.append(f"{record['bound_by']} binds ({record['bound_s'] / record['step_s']:.0%})")

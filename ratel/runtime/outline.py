@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ratel import models
 from ratel.memory.lanes import Lanes
 from ratel.models.inputs import BlockInputs
+from ratel.models.tasks import Task
 from ratel.plan.activations import BlockProfile
 from ratel.plan.saved import Spill
 from ratel.plan.shape import ModelSpec, StageSpec
 from ratel.runtime.block_profile import plain_profile, profile_of
 from ratel.runtime.block_runs import given_to
-from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_targets
+from ratel.runtime.loss import positions_per_chunk, run_tail
 from ratel.runtime.op_trace import trace
 from ratel.runtime.shapes_only import META, FusedAttention, ShapesOnly
 from ratel.runtime.spiller import WITHOUT_END, Spiller
@@ -55,17 +56,18 @@ class MicroOutline:
 
 
 class Outline:
-    """A causal language model of which only shapes exist; ``model`` is what `ratel.models.load` takes, a directory need
+    """A language model, or one with a task, of which only shapes exist; ``model`` is what `ratel.models.load` takes, a directory need
     not hold the weights.
 
     ``dtype``: of the computation, bf16 or fp32. Raises RatelError for a model that cannot be trained, or not with
     sequences of ``max_seq_len`` tokens.
     """
 
-    def __init__(self, model: Any, *, dtype: torch.dtype, max_seq_len: int, attention: str = "auto") -> None:
+    def __init__(self, model: Any, *, dtype: torch.dtype, max_seq_len: int, attention: str = "auto",
+                 task: Task | None = None) -> None:
         # Flash attention needs its package and a GPU; what it holds is what the fused kernels hold.
         self._parts = models.load(model, dtype=dtype, device=torch.device("cpu"), max_seq_len=max_seq_len, needs_weights=False,
-                                  attention="sdpa" if attention == "flash" else attention)
+                                  attention="sdpa" if attention == "flash" else attention, task=task)
 
     @property
     def spec(self) -> ModelSpec:
@@ -83,12 +85,13 @@ class Outline:
         """Of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with what CUDA's attention takes for itself. ``spills``:
         what second runs save goes to DRAM."""
         shapes = ShapesOnly(attention_scratch=on_cuda)
-        batch = {"input_ids": torch.zeros(rows, seq_len, dtype=torch.long)}
+        batch = self._parts.sample(rows, seq_len)
         with _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
             with torch.no_grad():
                 # Positions that the model makes itself have no values here, and it would keep apart what may be several
                 # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
-                batch["position_ids"] = torch.arange(seq_len)[None]
+                if self._parts.is_causal_lm:
+                    batch["position_ids"] = torch.arange(seq_len)[None]
                 hidden, inputs = self._parts.head(batch)
             profiles = {kind: self._profile(shapes, stage, hidden, inputs) for kind, stage in self._kinds().items()}
             spill = Spill.of(hidden.nbytes, WITHOUT_END) if spills else None
@@ -112,7 +115,7 @@ class Outline:
         return found
 
     def _chunk_accumulators(self, rows: int, seq_len: int) -> tuple[str, ...]:
-        chunked = positions_per_chunk(rows, self.spec.vocab_size) < seq_len
+        chunked = self._parts.is_causal_lm and positions_per_chunk(rows, self.spec.vocab_size) < seq_len
         return ("ends", "shared") if chunked and self._parts.dtype is torch.bfloat16 else ()
 
     def _run_block(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs,
@@ -143,9 +146,7 @@ class Outline:
 
     def _run_tail(self, shapes: ShapesOnly, hidden: Tensor, batch: dict[str, Tensor]) -> int:
         shapes.restart()
-        chunk = positions_per_chunk(hidden.shape[0], self.spec.vocab_size)
-        chunked_loss(self._parts.tail_logits, hidden, shifted_targets(batch["input_ids"]), normalizer=1.0, chunk=chunk,
-                     backward=True, after_chunk=lambda: None)
+        run_tail(self._parts, batch, hidden)
         self._drop_grads()
         return shapes.peak_bytes
 

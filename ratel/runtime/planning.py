@@ -11,6 +11,7 @@ import torch
 from ratel.config import TrainConfig, resolve
 from ratel.errors import RatelError
 from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
+from ratel.models.tasks import Task
 from ratel.plan.advice import advise
 from ratel.plan.choose import Request
 from ratel.plan.cost import Prediction
@@ -55,7 +56,8 @@ class Planner:
         self.config, self.machine = config, machine
         self._fp32 = config.dtype == "fp32"
         dtype = torch.float32 if self._fp32 else torch.bfloat16
-        self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention)
+        self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention,
+                                task=Task.of(config.task))
         self._micros: dict[tuple[int, int, bool], MicroOutline] = {}
 
     @property

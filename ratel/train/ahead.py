@@ -21,7 +21,7 @@ _PROCESS_BYTES = 4 * GIB
 """Left of the budget: Python, PyTorch and CUDA, and what they may grow by, take 1.5 to 2 GiB."""
 
 
-_PLACING = ("model", "dtype", "device", "gpu_memory", "dram", "ssd", "ssd_bandwidth", "hardware", "batch_size", "seq_len",
+_PLACING = ("model", "task", "dtype", "device", "gpu_memory", "dram", "ssd", "ssd_bandwidth", "hardware", "batch_size", "seq_len",
             "micro_batch", "tier", "checkpoint_tier", "activations", "optimizer", "max_grad_norm", "attention", "compile",
             "deterministic", "save_every", "durable")
 """Options that plans depend on. With one that is missing here, the arena would be taken for larger or smaller than it gets."""

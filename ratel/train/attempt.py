@@ -74,7 +74,7 @@ class Attempt:
             self._write_plan()
 
     def _prepare_session(self) -> None:
-        has_known_shape = self.session.parts.is_causal_lm and self.inputs.tokenizer is not None
+        has_known_shape = self.session.parts.probed and self.inputs.tokenizer is not None
         if has_known_shape:
             if self.config.export and not (self.config.overwrite and self.out.holds_run()):  # whose files make room
                 check_room(self.session.parts, self.out.model, DTYPES[self.config.dtype])

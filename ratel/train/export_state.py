@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ratel import models
+from ratel.config import NEXT_TOKEN
 from ratel.data import load_tokenizer
 from ratel.data.tokenizer import own_tokenizer, write_tokenizer
 from ratel.errors import RatelError
 from ratel.models import Parts
+from ratel.models.tasks import Task
 from ratel.models.presets import PRESETS
 from ratel.plan.shape import UnitSpec
 from ratel.runtime.export import export_model
@@ -41,7 +43,7 @@ def _export_state(path: Path, out: Path, model: str | None, dtype: str | None, o
     saved, options = SavedState(path), read_run(path.parent.parent)
     source = model if model is not None else _model_of_run(options, path)
     parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
-                        seed=saved.training["seed"])
+                        seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)))
     try:
         saved.check_model(parts.spec)
         other = saved.other_state()

@@ -6,11 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ratel import interrupt
-from ratel.config import NEXT_TOKEN, TrainConfig
+from ratel.config import TrainConfig
 from ratel.errors import RatelError
+
+if TYPE_CHECKING:
+    from ratel.models import Parts
+    from ratel.train.task_inputs import TaskInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +52,16 @@ def is_text(data: Any) -> bool:
 
 @contextmanager
 def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tokenizer: Any,
-                vocab_size: int | None, position: dict[str, Any] | None = None) -> Iterator[Inputs]:
-    """``position``: of the run to be continued; None: from the beginning."""
+                vocab_size: int | None, position: dict[str, Any] | None = None,
+                task: "TaskInputs | None" = None, parts: "Parts | None" = None) -> Iterator[Inputs]:
+    """``position``: of the run to be continued; None: from the beginning. ``task``: what has been opened of one already; with
+    the ``parts`` of its model it makes the batches."""
     if position is not None and ("batches" in position) == is_text(data):
         raise RatelError("was batches in the run to be continued, and is text now" if is_text(data) else
                          "was text in the run to be continued, and is batches now", field="data")
     if not is_text(data):
         yield _from_batches(data, eval_data, None if position is None else position["batches"])
         return
-    if config.task != NEXT_TOKEN:
-        raise RatelError("learns from batches only", field="--task", value=config.task, remedy="Give batches as data")
     from ratel.data import load_tokenizer, open_dataset, tokenizer_source
     from ratel.data.tokenizer import own_tokenizer
 
@@ -65,14 +69,18 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         raise RatelError(f"does not divide --batch-size {config.batch_size}", field="--micro-batch", value=config.micro_batch,
                          remedy="Give a divisor, or auto")
     own = None
-    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+    if task is not None:
+        tokenizer, own = task.tokenizer, task.own_tokenizer
+    elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         source = tokenizer_source(tokenizer, model)
         is_own, tokenizer = tokenizer is None, load_tokenizer(source)
         own = own_tokenizer(source, tokenizer) if is_own else None
     eval_text, eval_batches = (eval_data, None) if is_text(eval_data) else (None, eval_data)
-    with open_dataset(data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
-                      eval_fraction=0.0 if eval_batches is not None else config.eval_fraction, eval_data=eval_text,
-                      eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size) as dataset:
+    share = 0.0 if eval_batches is not None else config.eval_fraction
+    opened = task.open(config, parts, share) if task is not None else open_dataset(
+        data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, eval_fraction=share,
+        eval_data=eval_text, eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size)
+    with opened as dataset:
         sample = None
         if position is not None:
             dataset.load_state_dict(position)

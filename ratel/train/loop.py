@@ -23,6 +23,8 @@ class Trainer(Protocol):
 
     def step(self, batch: Any, lr: float | None = None, **options: Any) -> Any: ...
 
+    accuracy: float | None
+
     def evaluate(self, batches: Iterable[Any]) -> float: ...
 
 
@@ -145,6 +147,8 @@ class Loop:
         loss = self.session.evaluate(self._until_stopped(self.evaluation()))
         if not self.stop.requested:  # a mean over a part of the batches is not comparable
             record["eval_loss"] = progress.eval_losses[number] = loss
+            if self.session.accuracy is not None:
+                record["eval_accuracy"] = self.session.accuracy
 
     def _try_evaluation(self, progress: Progress) -> None:
         if self.evaluation is not None and progress.steps not in progress.eval_losses and not self.stop.requested:

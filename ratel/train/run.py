@@ -9,11 +9,12 @@ from typing import Any
 from torch.nn import Module
 
 from ratel import interrupt, startup
-from ratel.config import TrainConfig
+from ratel.config import NEXT_TOKEN, TrainConfig
 from ratel.errors import RatelError
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.interrupt import Interrupted
 from ratel.models.load import is_causal_lm
+from ratel.models.tasks import Task
 from ratel.monitor.progress import ProgressDisplay
 from ratel.runtime.same_bits import same_bits
 from ratel.runtime.session import Session
@@ -23,6 +24,7 @@ from ratel.train.inputs import is_text, open_inputs
 from ratel.train.options import complete
 from ratel.train.output import choose
 from ratel.train.resume import take_up
+from ratel.train.task_inputs import open_task
 
 
 def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | None = None, tokenizer: Any = None,
@@ -70,15 +72,20 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
+    given = {"data": data if data is not None else config.data,
+             "eval_data": eval_data if eval_data is not None else config.eval_data,
+             "tokenizer": tokenizer if tokenizer is not None else config.tokenizer}
+    task = open_task(config, model=model, **given) if config.task != NEXT_TOKEN and is_text(given["data"]) else None
     with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display, out:
-        with open_session(config, model, loss_fn, commits=out.states.commits) as session:
+        with open_session(config, model, loss_fn, commits=out.states.commits, task=task and task.task) as session:
+            if task is not None:
+                config = task.fitted(config, session.parts)
             earlier = take_up(out, session) if config.resume else None
             vocab_size = session.parts.spec.vocab_size if session.parts.is_causal_lm else None
             begun_s = startup.age_s()
-            with open_inputs(config, model=model, data=data if data is not None else config.data,
-                             eval_data=eval_data if eval_data is not None else config.eval_data,
-                             tokenizer=tokenizer if tokenizer is not None else config.tokenizer,
-                             vocab_size=vocab_size, position=earlier.extra["data"] if earlier else None) as inputs:
+            with open_inputs(config, model=model, **given, vocab_size=vocab_size,
+                             position=earlier.extra["data"] if earlier else None,
+                             task=task, parts=session.parts) as inputs:
                 startup.note("data", begun_s)
                 attempt = Attempt(config, session, inputs, out, display, earlier)
                 attempt.prepare()
@@ -92,18 +99,19 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
     return result
 
 
-def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | None = None) -> Session:
+def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | None = None,
+                 task: Task | None = None) -> Session:
     names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm",
              "optimizer", "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier",
-             "activations", "direct", "optimizer_threads", "attention", "compile", "checksums", "hardware",
-             "task")
+             "activations", "direct", "optimizer_threads", "attention", "compile", "checksums", "hardware")
     options = {name: getattr(config, name) for name in names}
     durable = config.durable if config.save_every and commits is not None else "off"
     if durable == "auto" and (config.keep > 1 or config.keep_best):
         durable = "checkpoint"  # commits are one state, the newest
     if not config.resume:  # the state that a run resumes from has moments of its own
         options["optimizer_state"] = config.optimizer_state
-    return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, durable=durable, commits=commits, **options)
+    return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, task=task or config.task, durable=durable,
+                   commits=commits, **options)
 
 
 def _name_of(thing: Any) -> str | None:
