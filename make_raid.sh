@@ -19,11 +19,13 @@ PROBLEMS=()
 STEPS=()   # the plan: one shell-quoted command each, printed and then executed
 SYSTEM_PATHS=(/ /boot /boot/efi /usr /var /home "$PWD")
 
-say() { printf 'make_raid.sh: %s\n' "$*" >&2; }
+say() { printf 'make_raid.sh: %s\n' "$(printable "$*")" >&2; }
 die() { say "$*"; exit 1; }
 misuse() { say "$*"; say "see ./make_raid.sh --help"; exit 2; }
 refuse() { PROBLEMS+=("$*"); }
 quoted() { local line; printf -v line '%q ' "$@"; printf '%s' "${line% }"; }
+# What a drive or a directory is called comes from others, and may hold what a terminal obeys.
+printable() { printf '%s' "${1//[[:cntrl:]]/?}"; }
 joined() { printf '%s' "${1//$'\n'/, }"; }
 plan() { STEPS+=("$(quoted "$@")"); }
 
@@ -84,6 +86,18 @@ require_tools() {
 # Of the device alone, and of the device and everything that is made of it (partitions, LVM, md), one line each.
 only() { lsblk --nodeps --noheadings --raw --paths --output "$1" "$2" 2>/dev/null; }
 all() { lsblk --noheadings --raw --paths --output "$1" "$2" 2>/dev/null; }
+
+# Sets UNESCAPED: lsblk and findmnt write blanks, backslashes and what is not printable as \x20. Nothing else is an escape.
+unescape() {
+    local rest=$1 byte
+    UNESCAPED=''
+    while [[ $rest =~ ^([^\\]*)\\x([0-9a-fA-F]{2})(.*)$ ]]; do
+        printf -v byte '%b' "\\x${BASH_REMATCH[2]}"
+        UNESCAPED+=${BASH_REMATCH[1]}$byte
+        rest=${BASH_REMATCH[3]}
+    done
+    UNESCAPED+=$rest
+}
 
 # Device numbers of what holds the system: not names, because / may be mounted from a name that does not exist.
 system_numbers() {
@@ -190,7 +204,10 @@ make() {
     stop_at_problems
     plan_array
     printf 'A RAID 0 array %s over these drives; everything on them is lost:\n' "$ARRAY"
-    for device in "${DEVICES[@]}"; do printf '  %b\n' "$device $(only SIZE,MODEL "$device")"; done
+    for device in "${DEVICES[@]}"; do
+        unescape "$device $(only SIZE,MODEL "$device")"
+        printf '  %s\n' "$(printable "$UNESCAPED")"
+    done
     confirm
     check_drives  # the answer may have taken long
     stop_at_problems
@@ -230,7 +247,8 @@ undo() {
     check_array
     stop_at_problems
     while IFS= read -r target; do
-        if [[ -n $target ]]; then plan umount "$(printf '%b' "$target")"; fi  # findmnt writes a blank as \x20
+        unescape "$target"
+        if [[ -n $target ]]; then plan umount "$UNESCAPED"; fi
     done < <(findmnt --noheadings --raw --output TARGET --source "$UNDO" || true)
     plan mdadm --stop "$UNDO"
     for member in "${MEMBERS[@]}"; do plan mdadm --zero-superblock "$member"; done

@@ -137,6 +137,24 @@ def test_by_default_it_says_what_it_would_do_and_changes_nothing(machine: Machin
     assert machine.changes == [] and not machine.mount.exists()
 
 
+def test_what_others_have_named_is_shown_and_not_obeyed(machine: Machine) -> None:
+    """A drive's model, as its maker or a USB bridge gives it, and what is mounted."""
+    machine.facts["drives"][A]["MODEL"] = r"EVIL\x1b[2J\x20\x5cn\c\101\e[31m"
+    machine.facts["drives"][B]["children"] = [{**drive("/dev/x", 1), "NAME": "\x1b]0;hello\x07"}]
+    done = machine.make(A, B)
+    assert done.returncode == 1 and "\x1b" not in done.stdout + done.stderr and "\x07" not in done.stderr, done
+    del machine.facts["drives"][B]["children"]
+    done = machine.make(A, B)
+    assert done.returncode == 0 and "\x1b" not in done.stdout, done
+    assert rf"  {A} 3.5T EVIL?[2J \n\c\101\e[31m" in done.stdout.splitlines(), done.stdout
+
+
+def test_a_mount_point_is_taken_literally(machine: Machine) -> None:
+    machine.facts["drives"][ARRAY]["mounts"] = [r"/mnt/a\x5cx20b\c\101"]
+    done = machine.run("--undo", ARRAY)
+    assert done.returncode == 0 and r"umount /mnt/a\\x20b\\c\\101" in done.stdout, done
+
+
 def test_what_it_says_is_what_it_does(machine: Machine) -> None:
     done = machine.make(A, B, "--apply", answer="yes\n")
     assert done.returncode == 0, done

@@ -33,3 +33,4 @@ class Retirer:
             wait()
             jitter.pause()
             after()
+            del wait, after  # what they hold, the whole session as a rule, is not this thread's
