@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nvme_ds import files, native
-from nvme_ds.errors import IoError, StallError
+from nvme_ds.errors import DirectError, IoError, StallError
 from nvme_ds.layout import file_sizes, stripe_pattern
 from nvme_ds.options import BACKENDS, caps_by_directory, check_layout, check_options, choose_backend
 from nvme_ds.volume import Volume, remove_files
@@ -23,6 +23,7 @@ ALIGNMENT = files.ALIGNMENT
 
 _OPS = ("read", "write", "sync")
 _FAULT_BITS = {None: 0, "read": 1, "write": 2, "sync": 4, "any": 7}
+_DIRECT = {"off": 0, "auto": 1, "on": 2}
 _TOTALLED = ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_ops", "queued", "in_flight")
 _SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
 _EXIT_PATIENCE_S = 5.0
@@ -98,7 +99,8 @@ class Engine:
         names.
 
         weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall
-        back to buffered I/O with a warning, see ``Volume.direct``), ``on`` (raise instead) or ``off``. keep: leave the
+        back to buffered I/O with a warning, now or when a transfer is refused; see ``Volume.direct``), ``on`` (raise instead)
+        or ``off``. keep: leave the
         files. Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable.
         """
         return self._make_volume(files.create_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
@@ -120,7 +122,8 @@ class Engine:
         fds = make_files(paths, file_sizes(num_bytes, stripe_bytes, pattern))
         try:
             is_direct = files.bypass_page_cache(fds, paths, direct, refuse=self._no_direct)
-            handle = self._add_volume(folders, fds, paths, pattern, stripe_bytes, num_bytes, is_direct)
+            how = _DIRECT[direct] if is_direct else _DIRECT["off"]
+            handle = self._add_volume(folders, fds, paths, pattern, stripe_bytes, num_bytes, how)
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -133,14 +136,14 @@ class Engine:
             self._volumes[handle] = volume
         return volume
 
-    def _add_volume(self, folders, fds, paths, pattern, stripe_bytes, num_bytes, is_direct) -> int:
+    def _add_volume(self, folders, fds, paths, pattern, stripe_bytes, num_bytes, direct) -> int:
         count = len(fds)
         devices = [self._device(folder) for folder in folders]
         spec = native.VolumeSpec(
             num_files=count, devices=(ctypes.c_int32 * count)(*devices), fds=(ctypes.c_int32 * count)(*fds),
             paths=(ctypes.c_char_p * count)(*map(os.fsencode, paths)), pattern_length=len(pattern),
             pattern=(ctypes.c_uint32 * len(pattern))(*pattern), stripe_bytes=stripe_bytes, num_bytes=num_bytes,
-            direct=is_direct)
+            direct=direct)
         return _checked(self._native.volume_add(self._handle, ctypes.byref(spec)), "adding a volume")
 
     def _device(self, folder: str) -> int:
@@ -211,7 +214,9 @@ class Engine:
         status = self._native.poll(self._handle, ticket, 0, failure)
         if status == -errno_module.EINPROGRESS:
             status = self._wait_in_slices(ticket, timeout_s, failure)
-        if status:
+        if status == native.FELL_BACK:
+            self._fell_back(os.fsdecode(failure.path), os.strerror(failure.error))
+        elif status:
             self._raise_for(status, failure)
 
     def wait_all(self, tickets: Iterable[int]) -> None:
@@ -298,7 +303,8 @@ class Engine:
     def inject(self, *, max_delay_us: int = 0, seed: int = 0, fail_op: str | None = None, fail_after_n: int = 0,
                fail_count: int = 1, errno: int = errno_module.EIO, short_transfers: bool = False,
                no_direct: bool = False, flip_op: str | None = None, flip_after_n: int = 0, flip_count: int = 1,
-               torn_after_n: int = 0, torn_count: int = 0, stall_op: str | None = None, stall_after_n: int = 0) -> None:
+               torn_after_n: int = 0, torn_count: int = 0, stall_op: str | None = None, stall_after_n: int = 0,
+               direct_errno: int = 0) -> None:
         """Test hook; each call replaces the last, so a call without arguments turns everything off.
 
         What is random follows ``seed``. Operations are counted as they are handed to the kernel: ``request_bytes`` of a
@@ -309,14 +315,14 @@ class Engine:
         half of the requests are cut short. no_direct: volumes made from now on find no O_DIRECT. flip: one bit is
         inverted without a word, of a read in the memory, of a write in the file. torn: a write reports success, and
         only a prefix of it (a multiple of 512 bytes, or nothing) is in the file. stall: from then on they get no answer
-        at all, until the next call of this function.
+        at all, until the next call of this function. direct_errno: what transfers with O_DIRECT fail with.
         """
         faults = native.Faults(
             seed=seed, max_delay_us=max_delay_us, short_transfers=short_transfers, fail_errno=errno,
             fail_op=_FAULT_BITS[fail_op], fail_after_n=fail_after_n, fail_count=fail_count if fail_op else 0,
             flip_op=_FAULT_BITS[flip_op], flip_after_n=flip_after_n, flip_count=flip_count if flip_op else 0,
             torn_after_n=torn_after_n, torn_count=torn_count, stall_op=_FAULT_BITS[stall_op],
-            stall_after_n=stall_after_n)
+            stall_after_n=stall_after_n, direct_errno=direct_errno)
         self._native.inject(self._handle, ctypes.byref(faults))
         self._no_direct = no_direct
 
@@ -387,6 +393,9 @@ class Engine:
             return
         if failure is not None and failure.error:
             kind = StallError if status == native.STALLED else IoError
+            if failure.error in (errno_module.EINVAL, errno_module.EOPNOTSUPP) and any(
+                    volume.direct for volume in self._volumes_with(os.fsdecode(failure.path))):
+                kind = DirectError
             raise kind(failure.error, os.fsdecode(failure.path), op=_OPS[failure.op], offset=failure.offset,
                        num_bytes=failure.num_bytes)
         if self._closed:
@@ -394,6 +403,15 @@ class Engine:
         if status == -errno_module.ESRCH:
             raise ValueError("no such ticket: it was never given out, or was waited for before")
         raise OSError(-status, os.strerror(-status))
+
+    def _fell_back(self, path: str, reason: str) -> None:
+        files.say_buffered(path, reason)
+        for volume in self._volumes_with(path):
+            volume.direct = False
+
+    def _volumes_with(self, path: str) -> list[Volume]:
+        with self._lock:
+            return [volume for volume in self._volumes.values() if path in volume.paths]
 
     def _refuse(self, error: int, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
         if self._closed:

@@ -21,6 +21,14 @@ class IoError(OSError):
         self.op, self.offset, self.num_bytes = op, offset, num_bytes
 
 
+class DirectError(IoError):
+    """The file system has taken O_DIRECT and refuses a transfer with it, where nothing else is allowed."""
+
+    def __init__(self, errno: int, path: str, *, op: str, offset: int, num_bytes: int) -> None:
+        super().__init__(errno, path, op=op, offset=offset, num_bytes=num_bytes)
+        self.strerror += "; this file system takes O_DIRECT and then refuses it: use direct='auto'"
+
+
 class StallError(IoError):
     """A device has requests and has answered none of them for ``stall_timeout_s``; ``filename`` is a file on it.
 

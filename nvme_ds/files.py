@@ -93,11 +93,15 @@ def bypass_page_cache(fds: Sequence[int], paths: Sequence[str], mode: str, *, re
         if mode == "on":
             message = f"no O_DIRECT on this file system ({reason}): use direct='auto' or another directory"
             raise OSError(errno.EINVAL, message, path)
-        logger.warning("%s: no O_DIRECT (%s); using the page cache, slower and at the cost of DRAM", path, reason)
+        say_buffered(path, reason)
         for other in fds:
             _set_direct(other, False)
         return False
     return True
+
+
+def say_buffered(path: str, reason: str) -> None:
+    logger.warning("%s: no O_DIRECT (%s); using the page cache, slower and at the cost of DRAM", path, reason)
 
 
 def _set_direct(fd: int, on: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ABI_VERSION = 4
+FELL_BACK = 1  # kFellBack
 STALLED = -100_000  # kStalled of csrc/abi.h
 LIBRARY_NAME = "libnvme_ds.so"
 BUILD_COMMAND = "python -m nvme_ds.build"
@@ -35,7 +36,7 @@ class Faults(ctypes.Structure):
     _fields_ = [*((name, c_uint64) for name in (
         "seed", "max_delay_us", "fail_after_n", "fail_count", "flip_after_n", "flip_count", "torn_after_n", "torn_count",
         "stall_after_n")), *((name, c_int32) for name in (
-            "fail_op", "fail_errno", "flip_op", "stall_op", "short_transfers"))]
+            "fail_op", "fail_errno", "flip_op", "stall_op", "short_transfers", "direct_errno"))]
 
 
 class EngineOptions(ctypes.Structure):

@@ -14,7 +14,7 @@ class Volume:
     """Made by ``Engine.create_volume`` or ``Engine.open_volume``.
 
     ``num_bytes`` is the usable size (rounded up to 4096), ``paths`` the files, ``direct`` whether they bypass the page
-    cache.
+    cache, which may end when a transfer is refused that way.
     """
 
     def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool,

@@ -1,6 +1,7 @@
 """What goes wrong: errors with their place, full and unsuitable directories, no O_DIRECT, no io_uring, no compiler."""
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -10,6 +11,7 @@ import pytest
 
 import nvme_ds
 from nvme_ds import AlignedBuffer, BuildError, Engine, IoError, NoSpaceError, build, files, native
+from nvme_ds.errors import DirectError
 
 pytestmark = pytest.mark.native
 KIB, MIB = 1 << 10, 1 << 20
@@ -173,6 +175,51 @@ def test_without_o_direct(backend: str, ssd_dir: Path, caplog: pytest.LogCapture
         engine.wait(engine.submit_write(volume, 0, memory.address, MIB, 0))
         engine.wait(engine.submit_read(volume, 0, memory.address + MIB, MIB, 0))
         assert memory.view[:MIB] == memory.view[MIB:]
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_o_direct_that_is_accepted_and_then_refused(backend: str, ssd_dir: Path, caplog: pytest.LogCaptureFixture,
+                                                    refusal: int) -> None:
+    """Some network and FUSE file systems do this. Other transfers may be under way, and are repeated as well."""
+    folders = [ssd_dir / "a", ssd_dir / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with Engine(backend=backend, request_bytes=64 * KIB) as engine:
+        volume, memory = engine.create_volume(folders, "v", MIB, stripe_bytes=64 * KIB), AlignedBuffer(2 * MIB)
+        if not volume.direct:
+            pytest.skip("this file system has no O_DIRECT that could be refused")
+        memory.view[:MIB] = os.urandom(MIB)
+        engine.wait(engine.submit_write(volume, 0, memory.address, MIB // 2, 0))
+        engine.inject(direct_errno=refusal, max_delay_us=1000)
+        with caplog.at_level(logging.WARNING, logger="nvme_ds"):
+            engine.wait_all([engine.submit_write(volume, at, memory.address + at, MIB // 4, 0) for at in (MIB // 2, 3 * MIB // 4)])
+            engine.wait(engine.submit_read(volume, 0, memory.address + MIB, MIB, 0))
+        assert not volume.direct and memory.view[:MIB] == memory.view[MIB:]
+        assert engine.stats()["errors"] == 0
+        assert [record.message for record in caplog.records if "using the page cache" in record.message] == [
+            record.message for record in caplog.records] and len(caplog.records) == 1
+        for fd in os.listdir("/proc/self/fd"):
+            if _target(fd) in volume.paths:
+                assert not fcntl.fcntl(int(fd), fcntl.F_GETFL) & os.O_DIRECT
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+def test_o_direct_that_must_be_is_not_left(backend: str, ssd_dir: Path) -> None:
+    with Engine(backend=backend) as engine:
+        try:
+            volume, memory = engine.create_volume([ssd_dir], "v", MIB, direct="on"), AlignedBuffer(MIB)
+        except OSError:
+            pytest.skip("this file system has no O_DIRECT that could be refused")
+        engine.inject(direct_errno=errno.EINVAL)
+        with pytest.raises(DirectError, match="takes O_DIRECT and then refuses it: use direct='auto'") as caught:
+            engine.wait(engine.submit_write(volume, 0, memory.address, MIB, 0))
+        assert caught.value.filename == volume.paths[0] and volume.direct
 
 
 def test_memory_that_cannot_be_registered_still_works(ssd_dir: Path) -> None:

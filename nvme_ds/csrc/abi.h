@@ -10,6 +10,7 @@ namespace nvme_ds {
 constexpr int32_t kAbiVersion = 4;
 constexpr uint64_t kAlignment = 4096;  // covers the logical block of every NVMe format in use
 constexpr int kNumPriorities = 5;
+constexpr int32_t kFellBack = 1;  // done, and its volume has gone on without O_DIRECT, which `failure` describes
 constexpr int32_t kStalled = -100'000;  // no errno: not done, and a device that should answer does not
 }  // namespace nvme_ds
 
@@ -63,6 +64,7 @@ struct nds_faults {
     int32_t flip_op;
     int32_t stall_op;
     int32_t short_transfers;
+    int32_t direct_errno;  // what every transfer with O_DIRECT fails with, or 0; where the structure had padding before
 };
 
 struct nds_engine_options {
@@ -82,5 +84,5 @@ struct nds_volume_spec {
     const uint32_t* pattern;  // file index of each stripe of one cycle
     uint64_t stripe_bytes;
     uint64_t num_bytes;
-    int32_t direct;
+    int32_t direct;  // 0: no, 1: yes, as long as the files take it, 2: yes
 };

@@ -126,6 +126,13 @@ Outcome Device::absorb(Part& part, int64_t result) {
         result = -EIO;
     }
     if (result == -EINTR) return Outcome::kContinue;
+    // Some network and FUSE file systems take the flag and refuse what is done with it, the one at once, the other
+    // only where a write is not aligned to their own blocks.
+    if (part.direct && (result == -EINVAL || result == -EOPNOTSUPP) &&
+        part.ticket->leave_direct(part, static_cast<int>(-result))) {
+        part.direct = false;
+        return Outcome::kContinue;
+    }
     if (result == -EAGAIN && part.retries++ < kMaxRetries) return Outcome::kRetryLater;
     // Nothing transferred and no error: a read past the end of a truncated file, or a write that a device will
     // not take.

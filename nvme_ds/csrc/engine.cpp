@@ -49,7 +49,7 @@ int64_t Engine::add_volume(const nds_volume_spec& spec) {
     }
     volumes_[next_volume_] =
         std::make_shared<Volume>(std::move(files), Layout(std::move(pattern), spec.num_files, spec.stripe_bytes),
-                                 spec.num_bytes, spec.direct != 0);
+                                 spec.num_bytes, static_cast<Volume::Direct>(spec.direct));
     return next_volume_++;
 }
 

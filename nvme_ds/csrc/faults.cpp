@@ -24,7 +24,7 @@ void Faults::configure(const nds_faults& faults) {
     faults_ = faults;
     state_ = faults.seed;
     active_.store(faults.max_delay_us || faults.fail_count || faults.short_transfers || faults.flip_count ||
-                  faults.torn_count || faults.stall_op);
+                  faults.torn_count || faults.stall_op || faults.direct_errno);
     generation_.fetch_add(1);
     changed_.notify_all();
 }
@@ -44,10 +44,11 @@ bool Faults::due(uint64_t& after_n, uint64_t& count, int32_t ops, Op op) {
     return count--, true;
 }
 
-int Faults::error_for(Op op) {
+int Faults::error_for(const Part& part) {
     if (!active()) return 0;
     std::lock_guard<std::mutex> lock(mutex_);
-    return due(faults_.fail_after_n, faults_.fail_count, faults_.fail_op, op) ? faults_.fail_errno : 0;
+    if (part.direct && faults_.direct_errno) return faults_.direct_errno;
+    return due(faults_.fail_after_n, faults_.fail_count, faults_.fail_op, part.op) ? faults_.fail_errno : 0;
 }
 
 uint64_t Faults::limit(uint64_t num_bytes) {

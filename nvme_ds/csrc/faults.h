@@ -18,7 +18,7 @@ class Faults {
 public:
     void configure(const nds_faults& faults);
 
-    int error_for(Op op);                // errno the next operation of this kind fails with, or 0
+    int error_for(const Part& part);     // errno the next operation of its kind fails with, or 0
     uint64_t limit(uint64_t num_bytes);  // how much of a transfer the kernel is asked for
     int64_t delay_ns();                  // how long a finished part is held back
 

@@ -76,7 +76,7 @@ private:
 
     Outcome step(Part& part) {
         device_.faults.wait_while_stalled(part.op);
-        if (const int error = device_.faults.error_for(part.op)) return device_.absorb(part, -error);
+        if (const int error = device_.faults.error_for(part)) return device_.absorb(part, -error);
         if (part.op == Op::kSync) return device_.absorb(part, ::fdatasync(part.fd) == 0 ? 0 : -errno);
         const uint64_t num_bytes = device_.faults.limit(part.remaining());
         return device_.absorb(part, transfer(part, device_.faults.memory_for(part, num_bytes), num_bytes));

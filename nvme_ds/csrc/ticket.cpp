@@ -22,6 +22,16 @@ void Ticket::record_error(const Part& part, int error) {
     failure_ = {error, part.op, part.file_offset + part.done_bytes, part.remaining(), volume_->files()[part.file].path};
 }
 
+bool Ticket::leave_direct(const Part& part, int error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    bool first = false;
+    if (!volume_->leave_direct(first)) return false;
+    if (first)
+        fallback_ = {error, part.op, part.file_offset + part.done_bytes, part.remaining(),
+                     volume_->files()[part.file].path};
+    return true;
+}
+
 void Ticket::part_finished() {
     if (remaining_.fetch_sub(1) != 1) return;
     std::shared_ptr<Ticket> self = std::move(self_);
@@ -49,10 +59,10 @@ bool Ticket::wait_until(int64_t deadline_ns) {
 
 int Ticket::failure(nds_failure& out) const {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (failure_.error)
-        fill_failure(out, failure_.error, static_cast<int>(failure_.op), failure_.offset, failure_.num_bytes,
-                     failure_.path);
-    return -failure_.error;
+    const Failure& told = failure_.error ? failure_ : fallback_;
+    if (told.error)
+        fill_failure(out, told.error, static_cast<int>(told.op), told.offset, told.num_bytes, told.path);
+    return failure_.error ? -failure_.error : fallback_.error ? kFellBack : 0;
 }
 
 int64_t TicketTable::insert(std::shared_ptr<Ticket> ticket) {

@@ -26,12 +26,13 @@ public:
 
     void start(std::shared_ptr<Ticket> self);
     void record_error(const Part& part, int error);
+    bool leave_direct(const Part& part, int error);  // whether the part may be tried without O_DIRECT
     void part_finished();
 
     bool done() const;
     bool wait_until(int64_t deadline_ns);
     std::string path_of(const Part& part) const;  // empty once the ticket is done
-    int failure(nds_failure& out) const;  // 0 or -errno; call when done
+    int failure(nds_failure& out) const;  // 0, -errno or kFellBack; call when done
 
 private:
     struct Failure {
@@ -47,6 +48,7 @@ private:
     std::condition_variable finished_;
     bool done_ = false;
     Failure failure_;
+    Failure fallback_;
     std::shared_ptr<Volume> volume_;
     std::shared_ptr<Ticket> self_;  // keeps the parts alive while a device holds pointers to them
 };

@@ -123,7 +123,7 @@ private:
     void start(Part& part) {
         if (const uint64_t generation = device_.faults.stall(part.op))
             stalled_.push_back({generation, &part});
-        else if (const int error = device_.faults.error_for(part.op))
+        else if (const int error = device_.faults.error_for(part))
             handle(part, -error);
         else
             prepare(part);

@@ -1,5 +1,6 @@
 #include "volume.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,8 +9,22 @@
 
 namespace nvme_ds {
 
-Volume::Volume(std::vector<VolumeFile> files, Layout layout, uint64_t num_bytes, bool direct)
-    : files_(std::move(files)), layout_(std::move(layout)), num_bytes_(num_bytes), direct_(direct) {}
+Volume::Volume(std::vector<VolumeFile> files, Layout layout, uint64_t num_bytes, Direct direct)
+    : files_(std::move(files)),
+      layout_(std::move(layout)),
+      num_bytes_(num_bytes),
+      must_be_direct_(direct == Direct::kYes),
+      direct_(direct != Direct::kNo) {}
+
+bool Volume::leave_direct(bool& first) {
+    if (must_be_direct_) return false;
+    first = direct_.exchange(false);
+    for (const VolumeFile& file : files_) {
+        const int flags = ::fcntl(file.fd, F_GETFL);
+        if (flags >= 0 && flags & O_DIRECT) ::fcntl(file.fd, F_SETFL, flags & ~O_DIRECT);
+    }
+    return true;
+}
 
 Volume::~Volume() {
     for (const VolumeFile& file : files_) ::close(file.fd);
