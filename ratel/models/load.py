@@ -12,9 +12,10 @@ from ratel.errors import RatelError
 from ratel.models import blocks as finder
 from ratel.models.checkpoint import CheckpointSource
 from ratel.models.checkpoints.beside import Origin
-from ratel.models.config import read_config, refuse_config
+from ratel.models.checkpoints.refusals import refuse_adapted, refuse_fetched_kernels, refuse_file, refuse_other_heads
+from ratel.models.config import causal_class, read_config, refuse_config
 from ratel.models.layout import longest_sequence
-from ratel.models.parts import Parts
+from ratel.models.parts import TRIAL_ERRORS, Parts
 from ratel.models.presets import preset_config
 from ratel.models.running import LossFn
 from ratel.models.skeleton import Originals, build, move_buffers, strip_parameters
@@ -64,7 +65,7 @@ def _resolve(source: Any) -> tuple[Any, Path | None, str]:
     if directory.is_dir():
         return read_config(directory), directory, directory.resolve().name
     if directory.exists():
-        raise RatelError("is a file", field="model", value=source, remedy="Give the directory it is in")
+        raise refuse_file(directory)
     return preset_config(str(source)), None, str(source)
 
 
@@ -72,7 +73,11 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
                  loss_fn: LossFn | None, attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
     given, config, architectures = config, copy.deepcopy(config), config.architectures
     refuse_config(config, name)
-    model_class = _class_of(config) if loss_fn is not None else None
+    if directory is not None:
+        refuse_fetched_kernels(config, name)
+    if loss_fn is None and task is None:
+        refuse_other_heads(config, name)
+    model_class = _class_of(config) if loss_fn is not None else causal_class(config, name) if task is None else None
     if task is not None:
         model_class = task.class_for(config, name)
         task.configure(config)
@@ -92,7 +97,9 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
         return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len, task, origin)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # from its first run in outline
+    except RatelError:
+        raise
+    except TRIAL_ERRORS as error:  # from its first run in outline
         raise RatelError(f"the model of this configuration cannot run: {error}", field="model", value=name,
                          remedy="Check the sizes in config.json against each other") from error
 
@@ -122,6 +129,7 @@ def _class_of(config: Any) -> type | None:
 
 def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
                  attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
+    refuse_adapted(module)
     if task is not None:
         task.check_module(module)
         task.configure(module.config)
@@ -174,11 +182,12 @@ def _take_apart(module: nn.Module, name: str, dtype: torch.dtype, device: torch.
 def is_causal_lm(module: nn.Module) -> bool:
     """Whether logits for the next token come out of its forward."""
     from transformers import PreTrainedModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     if not isinstance(module, PreTrainedModel):
         return False
-    classes = {name for names in known.values() for name in ((names,) if isinstance(names, str) else names)}
+    classes = {name for known in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+               for names in known.values() for name in ((names,) if isinstance(names, str) else names)}
     return type(module).__name__ in classes or type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 

@@ -18,6 +18,7 @@ from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
 from ratel.models.guard import Guard
 from ratel.models.inputs import BlockInputs, leaves
 from ratel.models.layout import Layout, make_layout
+from ratel.models.longrope import LongRope
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.skeleton import Originals, owners
 from ratel.models.shadow import Shadow
@@ -57,6 +58,7 @@ class Parts:
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._guard = Guard(module)
+        self._longrope = LongRope(module)
         self._runner: CausalLMRunner | LossRunner | TaskRunner = (
             CausalLMRunner(module, device, dtype) if self.is_causal_lm else TaskRunner(module, task, device, dtype)
             if task is not None else LossRunner(module, loss_fn, device, dtype))
@@ -202,6 +204,10 @@ class Parts:
         return grads
 
     # -- stages --------------------------------------------------------------------------------------------------
+
+    def begin(self, batch: Any) -> None:
+        """Before the rows of a batch of a causal language model, in however many pieces: what depends on all of them."""
+        self._longrope.begin(batch)
 
     def head(self, batch: Any) -> tuple[Tensor, BlockInputs]:
         """Run up to the blocks: what the first takes as hidden states, and every block's other arguments.
@@ -374,6 +380,7 @@ class Parts:
         trained ones after `restore`, else those it came with."""
         self._gates.remove()
         self._guard.remove()
+        self._longrope.close()
         self._runner.close()
         self._originals.put_back()
 

@@ -45,7 +45,8 @@ class CausalLMRunner:
         self._module, self._device, self._dtype = module, device, dtype
         accepted = inspect.signature(module.forward).parameters
         self._accepts_positions = "position_ids" in accepted
-        self._fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+        takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        self._fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted or takes_more else {}
         if "output_router_logits" in accepted:
             # They are collected from inside the blocks, for a loss of their own.
             self._fixed["output_router_logits"] = False

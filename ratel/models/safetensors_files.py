@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
+from ratel.models.checkpoints.refusals import no_weights
 from ratel.models.safetensors_header import REMEDY, read_header
 from ratel.reading import descriptor_of, read_json
 from ratel.schema import check, mapping, record, text
@@ -115,7 +116,7 @@ def model_files(directory: Path) -> list[Path]:
     """The files with the weights. Raises RatelError if there are none."""
     paths = files_of(directory, "model", "model")
     if not paths:
-        raise _no_weights(directory)
+        raise no_weights(directory)
     return paths
 
 
@@ -139,12 +140,3 @@ def indexed_files(index: Path, field: str) -> list[Path]:
             raise RatelError("a file that the index names is missing", field=field, value=index.parent / name,
                              remedy=REMEDY)
     return [index.parent / name for name in names]
-
-
-def _no_weights(directory: Path) -> RatelError:
-    if any(directory.glob("*.bin")):
-        return RatelError("the weights are in pickled .bin files, which can run code when loaded", field="model",
-                          value=directory, remedy="Convert them with transformers: from_pretrained, save_pretrained")
-    return RatelError(f"there is no model{SUFFIX} and no model{INDEX_SUFFIX} in the directory", field="model",
-                      value=directory,
-                      remedy="Give a directory with safetensors weights, or a preset to start from scratch")

@@ -15,6 +15,7 @@ from ratel.errors import RatelError
 from ratel.models.gates import Gates
 from ratel.models.graph import Edge, Reach, edge_of, is_older, next_number, reach
 from ratel.models.inputs import BlockCall, HiddenSlot, OutputForm, Slot, leaves
+from ratel.models.longrope import chosen_buffers
 from ratel.models.shadow import Shadow
 
 
@@ -256,8 +257,9 @@ def _versions(tree: Any) -> dict[int, int]:
 
 
 def _refuse_changed_buffers(root: nn.Module, before: dict[int, int]) -> None:
+    written_first = chosen_buffers(root)
     for name, buffer in root.named_buffers():
-        if before.get(id(buffer), buffer._version) != buffer._version:
+        if name not in written_first and before.get(id(buffer), buffer._version) != buffer._version:
             raise RatelError("forward writes to the buffer, and a block runs twice in a step (it is recomputed in "
                              "backward)", field="model", value=name, remedy="Keep the running value outside the model")
 

@@ -480,6 +480,8 @@ class Session:
             batch = self.parts.task_runner.checked(batch, self.parts.spec.vocab_size)
         if self._machinery is None:
             self._prepare(batch)
+        if self.parts.is_causal_lm:
+            self.parts.begin(batch)
         return batch
 
     def _check_length(self, positions: int) -> None:
