@@ -74,8 +74,8 @@ class Engine:
         options = native.EngineOptions(BACKENDS[self.backend], queue_depth, num_threads, request_bytes,
                                        int(stall_timeout_s * 1e9))
         self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
-        self.scratch: dict[int, list[str]] = {}
-        """By volume: files that go with it, or else with the engine."""
+        self.scratch: dict[int, list[tuple[str, files.Inode]]] = {}
+        """By volume: files that go with it, or else with the engine. Only these, not what took their names since."""
         self._process = os.getpid()
         self._while_waiting = while_waiting
         self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle, self._process, self.scratch)
@@ -94,24 +94,33 @@ class Engine:
 
     def create_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
                       stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
-                      keep: bool = False) -> Volume:
-        """New files ``<directory>/<name>.<index>``, allocated in full and read as zeros, replacing files of these
-        names.
+                      keep: bool = False, *, tail: Callable[[int], bytes] = lambda index: b"",
+                      may_replace: files.MayReplace = lambda fd: True) -> Volume:
+        """New files ``<directory>/<name>.<index>``, allocated in full and read as zeros.
 
         weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall
         back to buffered I/O with a warning, now or when a transfer is refused; see ``Volume.direct``), ``on`` (raise instead)
-        or ``off``. keep: leave the
-        files. Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable.
+        or ``off``. keep: leave the files. tail: by index, what a file carries behind the volume's bytes, a multiple of 4096
+        bytes; it is on disk before the file takes space. may_replace: of a file that has such a name already, whether it may
+        go. Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable, and for a
+        name that a link has, a file in use, one with other names, or one that may not go.
         """
-        return self._make_volume(files.create_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+        def make(paths: list[str], sizes: list[int]) -> list[int]:
+            tails = [tail(index) for index in range(len(paths))]
+            return files.create_files(paths, [size + len(end) for size, end in zip(sizes, tails)], tails, may_replace)
+
+        return self._make_volume(make, True, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
     def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
                     stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
-                    keep: bool = True) -> Volume:
+                    keep: bool = True, *, tail_bytes: int = 0) -> Volume:
         """Files made by ``create_volume`` with the same arguments. Files of another size raise OSError (EINVAL)."""
-        return self._make_volume(files.open_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+        def find(paths: list[str], sizes: list[int]) -> list[int]:
+            return files.open_files(paths, [size + tail_bytes for size in sizes])
 
-    def _make_volume(self, make_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep) -> Volume:
+        return self._make_volume(find, False, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+
+    def _make_volume(self, make_files, are_new, directories, name, num_bytes, stripe_bytes, weights, direct, keep) -> Volume:
         self._require_open()
         folders = [os.path.realpath(directory) for directory in directories]
         weights = [1] * len(folders) if weights is None else list(weights)
@@ -121,17 +130,17 @@ class Engine:
         paths = files.volume_paths(folders, name)
         fds = make_files(paths, file_sizes(num_bytes, stripe_bytes, pattern))
         try:
+            inodes = [files.inode_of(os.fstat(fd)) for fd in fds]
             is_direct = files.bypass_page_cache(fds, paths, direct, refuse=self._no_direct)
             how = _DIRECT[direct] if is_direct else _DIRECT["off"]
             handle = self._add_volume(folders, fds, paths, pattern, stripe_bytes, num_bytes, how)
         except BaseException:
             for fd in fds:
                 os.close(fd)
-            if make_files is files.create_files:
-                for path in paths:
-                    os.unlink(path)
+            for path in paths if are_new else []:
+                os.unlink(path)
             raise
-        volume = Volume(self, handle, paths, num_bytes, is_direct, keep, pattern, stripe_bytes)
+        volume = Volume(self, handle, paths, inodes, num_bytes, is_direct, keep, pattern, stripe_bytes)
         with self._lock:
             self._volumes[handle] = volume
         return volume
@@ -445,11 +454,11 @@ def _checked(status: int, what: str) -> int:
 def remove_scratch() -> None:
     """For a process that is going to end without closing anything: nobody would look for these files."""
     for engine in list(_engines):
-        for paths in list(engine.scratch.values()) if not engine.is_foreign else []:
-            remove_files(paths)
+        for made in list(engine.scratch.values()) if not engine.is_foreign else []:
+            remove_files(made)
 
 
-def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[str]]) -> None:
+def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[tuple[str, files.Inode]]]) -> None:
     """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the
     process. In a forked child nothing is: threads and files are the parent's."""
     if os.getpid() != process:
@@ -459,6 +468,6 @@ def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[
         if status == native.STALLED or time.monotonic() >= deadline_s:
             functions.engine_abandon(handle)
             return
-    for paths in scratch.values():  # while they are locked: their names are free for others then
-        remove_files(paths)
+    for made in scratch.values():  # while they are locked: their names are free for others then
+        remove_files(made)
     functions.engine_destroy(handle)

@@ -1,4 +1,8 @@
-"""The files of a volume: made at full size, locked, and opened past the page cache where the file system can."""
+"""The files of a volume: made at full size, locked, and opened past the page cache where the file system can.
+
+Directories may be shared with others. No link is followed, and a file counts only if it is regular and has one name: what
+is written to it changes nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import fcntl
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from nvme_ds.errors import NoSpaceError
@@ -20,10 +25,23 @@ def volume_paths(directories: Sequence[str], name: str) -> list[str]:
     return [os.path.join(directory, f"{name}.{index}") for index, directory in enumerate(directories)]
 
 
-def create_files(paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
-    """Descriptors of new files, fully allocated; none is left behind when one fails."""
+Inode = tuple[int, int, int]
+"""What tells a file from every other, and whether it was cut short: device, number and size."""
+
+
+def inode_of(found: os.stat_result) -> Inode:
+    return found.st_dev, found.st_ino, found.st_size
+
+
+MayReplace = Callable[[int], bool]
+"""Whether a file of a wanted name may go; it is asked with the file's descriptor."""
+
+
+def create_files(paths: Sequence[str], sizes: Sequence[int], tails: Sequence[bytes], may_replace: MayReplace) -> list[int]:
+    """Descriptors of new files, fully allocated; none is left behind when one fails. ``tails``: their last bytes."""
     with ExitStack() as undo:
-        return _keep(undo, [_create(path, num_bytes, undo) for path, num_bytes in zip(paths, sizes)])
+        return _keep(undo, [_create(path, num_bytes, tail, may_replace, undo)
+                            for path, num_bytes, tail in zip(paths, sizes, tails)])
 
 
 def open_files(paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
@@ -36,12 +54,33 @@ def _keep(undo: ExitStack, fds: list[int]) -> list[int]:
     return fds
 
 
-def _create(path: str, num_bytes: int, undo: ExitStack) -> int:
-    fd = _open_locked(path, os.O_CREAT, undo)
+def _create(path: str, num_bytes: int, tail: bytes, may_replace: MayReplace, undo: ExitStack) -> int:
+    _remove_older(path, may_replace)
+    fd = _open_locked(path, os.O_CREAT | os.O_EXCL, undo)
     undo.callback(os.unlink, path)
-    os.ftruncate(fd, 0)
+    if tail:
+        # Before it takes space: whatever is found in its place after a kill or a power failure holds nothing, or says what it is.
+        os.ftruncate(fd, num_bytes)
+        os.pwrite(fd, tail, num_bytes - len(tail))
+        os.fsync(fd)
     _allocate(fd, path, num_bytes)
     return fd
+
+
+def _remove_older(path: str, may_replace: MayReplace) -> None:
+    with ExitStack() as done:
+        try:
+            fd = _open_locked(path, 0, done)
+        except FileNotFoundError:
+            return
+        if not _holds_nothing(os.fstat(fd)) and not may_replace(fd):
+            raise OSError(errno.EEXIST, "a file of that name is there, which is somebody else's", path)
+        os.unlink(path)
+
+
+def _holds_nothing(found: os.stat_result) -> bool:
+    """Not a byte was ever written to it. (A small file may be kept where a file system has its names, and take no blocks.)"""
+    return found.st_size == 0 or (found.st_blocks == 0 and found.st_size >= ALIGNMENT)
 
 
 def _open(path: str, num_bytes: int, undo: ExitStack) -> int:
@@ -54,8 +93,17 @@ def _open(path: str, num_bytes: int, undo: ExitStack) -> int:
 
 
 def _open_locked(path: str, flags: int, undo: ExitStack) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a link has the name of a file that is to be written", path) from error
+        raise
     undo.callback(os.close, fd)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise OSError(errno.EEXIST, "what has the name of a file that is to be written is not a regular file with one name",
+                      path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

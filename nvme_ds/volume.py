@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from nvme_ds.files import Inode, inode_of
 
 if TYPE_CHECKING:
     from nvme_ds.engine import Engine
@@ -17,10 +20,10 @@ class Volume:
     cache, which may end when a transfer is refused that way.
     """
 
-    def __init__(self, engine: Engine, handle: int, paths: list[str], num_bytes: int, direct: bool, keep: bool,
-                 pattern: Sequence[int], stripe_bytes: int) -> None:
+    def __init__(self, engine: Engine, handle: int, paths: list[str], inodes: list[Inode], num_bytes: int, direct: bool,
+                 keep: bool, pattern: Sequence[int], stripe_bytes: int) -> None:
         self.handle, self.paths, self.num_bytes, self.direct = handle, paths, num_bytes, direct
-        self._engine = engine
+        self._engine, self._files = engine, list(zip(paths, inodes))
         self.keep = keep
         self._pattern, self._stripe_bytes = pattern, stripe_bytes
         self._closed = False
@@ -36,7 +39,7 @@ class Volume:
         if keeps:
             self._engine.scratch.pop(self.handle, None)
         else:
-            self._engine.scratch[self.handle] = self.paths
+            self._engine.scratch[self.handle] = self._files
 
     def locate(self, offset: int) -> tuple[str, int]:
         """The file that holds a byte of the volume, and the byte's position in it."""
@@ -55,6 +58,13 @@ class Volume:
         """
         self._engine._sync_volume(self)
 
+    def check_files(self) -> None:
+        """Raise OSError (ESTALE) naming the first file that its name does not lead to any more, or that was cut short:
+        transfers go on as if nothing had happened, but nobody will find what they write."""
+        for path, expected in self._files:
+            if _inode_at(path) != expected:
+                raise OSError(errno.ESTALE, "the file was removed, replaced or cut short while it was in use", path)
+
     def close(self, unlink: bool | None = None) -> None:
         """Take no more transfers; those under way finish. ``unlink`` removes the files, by default unless made with
         keep=True."""
@@ -65,7 +75,7 @@ class Volume:
             return
         self._engine._close_volume(self)
         if not self.keep if unlink is None else unlink:
-            remove_files(self.paths)
+            remove_files(self._files)
         self._engine.scratch.pop(self.handle, None)
 
     def _give_up(self) -> None:
@@ -73,9 +83,15 @@ class Volume:
         self._closed = True
 
 
-def remove_files(paths: Sequence[str]) -> None:
-    for path in paths:
-        try:
+def remove_files(made: Sequence[tuple[str, Inode]]) -> None:
+    for path, inode in made:
+        found = _inode_at(path)
+        if found is not None and found[:2] == inode[:2]:  # else it was removed by someone else, who may have put another there
             os.unlink(path)
-        except FileNotFoundError:
-            pass  # removed by someone else: what was wanted
+
+
+def _inode_at(path: str) -> Inode | None:
+    try:
+        return inode_of(os.lstat(path))
+    except OSError:
+        return None

@@ -19,8 +19,9 @@ from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.errors import RatelError
 from ratel.memory import jitter
+from ratel.ownership.stamps import STAMP_BYTES, Stamp, new_volume_name, read_stamp
 from ratel.plan.plan import Buffers
-from ratel.runtime.commit_files import committed_files, remove_leftovers, volume_name
+from ratel.runtime.commit_files import committed_files, remove_leftovers
 from ratel.runtime.prepare import usable_bytes
 from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
 from ratel.runtime.saver import Saver
@@ -303,7 +304,7 @@ def commit_once(ssd: "Path | list[Path]", commits: Path) -> None:
 def test_no_files_stay_without_a_commit(ssd_dir: Path, tmp_path: Path) -> None:
     with open_session(ssd_dir, tier="ssd", durable="step", commits=tmp_path / "commits") as session:
         session.step(batches("llama", 1)[0])
-        assert f"{volume_name(tmp_path / 'commits')}.0" in os.listdir(ssd_dir)
+        assert [read_stamp(path).owner for path in ssd_dir.iterdir() if "gradients" not in path.name] == [""]
     assert on_ssd(ssd_dir) == set() and not (tmp_path / "commits").exists()
 
 
@@ -321,21 +322,21 @@ def test_what_kills_leave_goes_and_what_is_spoken_of_stays(ssd_dir: Path, tmp_pa
     assert on_ssd(ssd_dir / "c") == set() and len(on_ssd(ssd_dir / "b")) == 1
     os.rename(states.commits, tmp_path / "commits.removed")  # a kill after they were given up
     assert states.newest() is None and on_ssd(ssd_dir / "b") == committed_files(states.commits)
-    assert volume_name(states.commits) not in {Path(path).stem for path in on_ssd(ssd_dir / "b")}
     states.prune(1)
     assert on_ssd(ssd_dir / "b") == set() and list(tmp_path.iterdir()) == []
 
 
 def test_a_volume_of_a_start_that_was_killed_early_goes_unless_it_is_in_use(ssd_dir: Path, tmp_path: Path) -> None:
-    commits = tmp_path / "commits"
-    left = ssd_dir / f"{volume_name(commits)}.0"
-    left.write_bytes(b"left"), (ssd_dir / "mine.0").write_bytes(b"mine")
+    commits, volume = tmp_path / "commits", new_volume_name()
+    left, mine = ssd_dir / f"{volume}.0", ssd_dir / f"{new_volume_name()}.0"
+    left.write_bytes(bytes(STAMP_BYTES) + Stamp(volume=volume, index=0).pack()), mine.write_bytes(b"mine" * STAMP_BYTES)
     remove_leftovers(commits, [os.fspath(ssd_dir)])
-    assert [path.name for path in ssd_dir.iterdir()] == ["mine.0"]
+    assert list(ssd_dir.iterdir()) == [mine]
     with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.step(batches("llama", 1)[0])
+        working = on_ssd(ssd_dir)
         remove_leftovers(commits, [os.fspath(ssd_dir)])
-        assert left.exists()
+        assert on_ssd(ssd_dir) == working and len(working) == 3
 
 
 def test_commits_that_cannot_be_read_are_not_passed_over(run_inputs: tuple, ssd_dir: Path, tmp_path: Path) -> None:

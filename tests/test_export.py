@@ -88,14 +88,17 @@ def test_an_older_export_is_replaced_only_by_a_complete_one(ssd_dir: Path, tmp_p
         assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} != before
 
 
-def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path) -> None:
+def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there, kept = tmp_path / "there", tmp_path / "there.old"
     (there / "runs").mkdir(parents=True)
     kept.mkdir()
     (there / "runs" / "notes.txt").write_text("mine")
     (kept / "model.safetensors").write_text("mine, too")
-    (there / "model-00001-of-00002.safetensors").write_text("of an older export")
     with trained("patches", ssd_dir) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "SHARD_BYTES", 1)
+            session.export(there, dtype="fp32")
+        assert len(list(there.glob("model-00001-of-*.safetensors"))) == 1  # goes with the export that it is of
         for _ in range(2):
             session.export(there, dtype="fp32")
             assert sorted(path.name for path in there.iterdir()) == ["model.safetensors", "runs"]

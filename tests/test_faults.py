@@ -17,7 +17,7 @@ import nvme_ds
 from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.errors import DamagedError, RatelError, WorkerError
-from ratel.runtime.durable_files import write_synced
+from ratel.synced import write_synced
 from ratel.runtime.session import Session
 from ratel.runtime.state import SavedState
 from resume_common import assert_same_run, make_model, make_text, train

@@ -158,7 +158,7 @@ def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path)
     with open_session("patches", ssd_dir) as session:
         session.step(batches("patches", 1)[0])
         session.save(tmp_path / "states" / "first")
-        (tmp_path / "states" / "commit-1").write_text("of an older state")
+        (tmp_path / "states" / "commit-1").write_text('{"sequence": 9, "of": "an older state"}')
         for _ in range(2):
             session.save(tmp_path / "states")
             assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["commit-0", "first", "manifest.json", "planes.0"]

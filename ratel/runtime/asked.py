@@ -8,7 +8,7 @@ from typing import Any
 
 from ratel.errors import RatelError
 from ratel.plan.forced_kept import Activations
-from ratel.runtime.durable_files import make_directory
+from ratel.runtime.durable_files import check_state_target, make_directory
 from ratel.runtime.machinery import IoOptions
 from ratel.units import parse_bytes
 
@@ -48,6 +48,8 @@ def durability_of(durable: str, commits: "str | os.PathLike | None", io: IoOptio
     if durable == "step" and not io.checksums:
         raise RatelError("commits hold checksums", field="checksums", value="off",
                          remedy="Leave them on, or use --durable checkpoint")
+    if durable in ("auto", "step"):
+        check_state_target(Path(commits), "commits", ".old", ".removed")
     auto_without_ssd = durable == "auto" and not (io.directories and io.checksums)
     return "checkpoint" if auto_without_ssd else durable, None if commits is None else Path(commits)
 

@@ -9,6 +9,7 @@ import torch
 from ratel import interrupt, native, readahead, startup
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
+from ratel.ownership.stamps import belongs_to
 from ratel.plan.plan import Plan
 from ratel.plan.stripes import Weights
 from ratel.runtime.machinery import IoOptions, Machinery, can_continue
@@ -55,8 +56,10 @@ def _fill(machinery: Machinery, saved: SavedState | None, moments: MomentFiles |
 
 
 def are_own(saved: SavedState, commits: Path | None) -> bool:
-    """Whether the state is the commits that a session with this directory goes on with."""
-    return commits is not None and os.path.realpath(saved.path) == os.path.realpath(commits)
+    """Whether the state is the commits that a session with this directory goes on with. Those of a copied directory are not: the
+    SSD files that it speaks of are the original's."""
+    return (commits is not None and os.path.realpath(saved.path) == os.path.realpath(commits)
+            and all(belongs_to(path, saved.path) for path in saved.files))
 
 
 def own_stripes(saved: SavedState | None, commits: Path | None, directories: Sequence[str]) -> Weights:

@@ -1,21 +1,15 @@
 """Files and directories that are there, whole, after a power failure."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 
 from ratel.errors import RatelError
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """In place, without cutting the file first: a file of the same length needs no new blocks."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+from ratel.ownership.regular import begins_with
+from ratel.runtime.state_format import STATE_BEGINNINGS, is_state_file
+from ratel.synced import sync_path
 
 
 def make_directory(path: Path) -> None:
@@ -31,15 +25,6 @@ def existing_part(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
 
 
-def sync_path(path: Path) -> None:
-    """What a file holds, or which names a directory has, is on disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def replaceable(path: Path, field: str) -> Path:
     """Where a directory of that name goes, links followed. Raises RatelError for what no other can take the name of."""
     if path.exists() and not path.is_dir():
@@ -50,31 +35,34 @@ def replaceable(path: Path, field: str) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
-def replace_directory(partial: Path, path: Path, discard: Callable[[Path], object] = shutil.rmtree, *,
-                      old: Path | None = None) -> None:
-    """Put a complete directory under its name; an older one waits as ``old`` and is given to ``discard`` only then."""
-    old = beside(path) if old is None else old
+def replace_directory(partial: Path, path: Path, discard: Callable[[Path], object], *, suffix: str = ".old") -> None:
+    """Put a complete directory under its name; an older one waits beside it and is given to ``discard`` only then. Whatever
+    else has the name that it would wait under stays."""
+    old = None
     if path.exists():
-        if old.exists():
-            discard(old)
+        names = chain((f"{path.name}{suffix}",), (f"{path.name}{suffix}-{number}" for number in count(2)))
+        old = _first_free(path, names)
         os.rename(path, old)
     os.rename(partial, path)
     sync_path(path.parent)
-    if old.exists():
+    if old is not None:
         discard(old)
 
 
-def discard_all_but(is_others: Callable[[str], bool], old: Path, into: Path) -> None:
-    """Remove a directory that was replaced by ``into``. What somebody else put into it moves over."""
-    move_others(is_others, old, into)
-    shutil.rmtree(old)
-
-
-def move_others(is_others: Callable[[str], bool], old: Path, into: Path) -> None:
-    for entry in list(old.iterdir()):
-        if is_others(entry.name) and not os.path.lexists(into / entry.name):
-            os.rename(entry, into / entry.name)
+def move_others(others: Iterable[str], old: Path, into: Path) -> None:
+    """What somebody else put into a directory goes with its name, under another where ``into`` has such a file."""
+    for name in others:
+        os.rename(old / name, _free_name(into / name))
     sync_path(into)
+
+
+def _free_name(path: Path) -> Path:
+    before = f"{path.name}.before"
+    return _first_free(path, chain((path.name, before), (f"{before}-{number}" for number in count(2))))
+
+
+def _first_free(path: Path, names: Iterable[str]) -> Path:
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
 
 
 def beside(path: Path) -> Path:
@@ -91,3 +79,45 @@ def remove_files(paths: Iterable[str]) -> None:
     for path in paths:
         with suppress(FileNotFoundError):
             os.unlink(path)
+
+
+# --- directories with a state -------------------------------------------------------------------------------------
+
+def others_in(state: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(state) if not is_state_file(entry.name)]
+
+
+def is_state(path: Path) -> bool:
+    """Whether a directory holds a state, be it damaged: known by how its files begin."""
+    return any(begins_with(path / name, beginning) for name, beginning in STATE_BEGINNINGS.items())
+
+
+def remove_state(state: Path, name: Path | None = None) -> None:
+    """Remove a directory with a state. Where it holds something else that stays, in a directory called ``name``."""
+    if not state.is_dir() or state.is_symlink():
+        return
+    for name_there in filter(is_state_file, os.listdir(state)):
+        with suppress(IsADirectoryError, PermissionError):
+            os.unlink(state / name_there)
+    try:
+        os.rmdir(state)
+    except OSError:
+        if name is not None and not os.path.lexists(name):
+            os.rename(state, name)
+
+
+def check_state_target(path: Path, field: str, *beside: str) -> None:
+    """Refuse a directory whose files of a state's names are somebody else's; and those beside it, with these suffixes, that
+    would go with it."""
+    for there in (path, *(path.with_name(path.name + suffix) for suffix in (".partial", *beside))):
+        if not os.path.lexists(there):
+            continue
+        if not there.is_dir():
+            raise RatelError("is not a directory", field=field, value=there, remedy=_MOVE_IT)
+        names = os.listdir(there)
+        wrong = next((name for name in names if is_state_file(name) == (there == path)), None)
+        if wrong is not None and not is_state(there):
+            raise RatelError(f"holds {wrong}, which is not of a training state", field=field, value=there, remedy=_MOVE_IT)
+
+
+_MOVE_IT = "Move it away, or give another directory"

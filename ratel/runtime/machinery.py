@@ -18,13 +18,14 @@ from ratel.memory.holdings import Holdings
 from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer
 from ratel.models import Parts
+from ratel.ownership.stamps import STAMP_BYTES, WORKING, Stamp, is_superseded, new_volume_name
 from ratel.plan.layout import PAGE_BYTES
 from ratel.plan.placement import ELEMENT_BYTES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
 from ratel.plan.stripes import Weights
 from ratel.runtime.activations import Activations
-from ratel.runtime.commit_files import remove_leftovers, volume_name
+from ratel.runtime.commit_files import remove_leftovers
 from ratel.runtime.gradients import Gradients
 from ratel.runtime.optimizer import OptimizerPipeline
 from ratel.runtime.save_targets import CommitLog
@@ -102,7 +103,8 @@ class Machinery:
                            self.updates, update_order(plan))
         held.workers.append(self.saver)
         if plan.commits:
-            self.log = CommitLog(commits, plan, self.store, stripe_bytes=io.stripe_bytes, pattern=_pattern(io))
+            self.log = CommitLog(commits, plan, self.store, stripe_bytes=io.stripe_bytes, pattern=_pattern(io),
+                                 folders=io.directories)
         assert self.arena.free_bytes == 0, f"{self.arena.free_bytes} bytes of the arena have no use"
 
     def settle(self) -> None:
@@ -159,21 +161,22 @@ class Machinery:
     def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
         """Volumes for states, gradients and activations, allocated in full: a full disk is found here."""
         items = plan.ssd_items
-        if commits is not None:
-            remove_leftovers(commits, io.directories)
+        remove_leftovers(commits, io.directories)
+        states_name, gradients_name, activations_name = WORKING
         if earlier is not None:
             states = self._reopen_volume(earlier, items["planes"], io)
         else:
-            name = volume_name(commits) if plan.commits else "ratel-states"
+            name = new_volume_name() if plan.commits else states_name
             states = self._open_volume(name, items.get("planes", 0), io)  # the first commit has it kept
-        return (states, self._open_volume("ratel-gradients", items.get("gradients", 0), io),
-                self._open_volume("ratel-activations", items.get("checkpoints", 0) + items.get("inner activations", 0), io))
+        return (states, self._open_volume(gradients_name, items.get("gradients", 0), io),
+                self._open_volume(activations_name, items.get("checkpoints", 0) + items.get("inner activations", 0), io))
 
     def _reopen_volume(self, earlier: SavedState, num_bytes: int, io: IoOptions) -> "native.nvme_ds.Volume":
         name = earlier.files[0].name.rpartition(".")[0]
         try:
             return self.engine.open_volume([path.parent for path in earlier.files], name, num_bytes,
-                                           stripe_bytes=io.stripe_bytes, weights=io.stripes or None, direct=io.direct)
+                                           stripe_bytes=io.stripe_bytes, weights=io.stripes or None, direct=io.direct,
+                                           tail_bytes=STAMP_BYTES)
         except OSError as error:
             raise RatelError(f"cannot be opened: {error}", field="state", value=earlier.files[0],
                              remedy="End the run that uses it, or resume from another state") from error
@@ -183,8 +186,13 @@ class Machinery:
             return None
         try:
             return self.engine.create_volume(list(io.directories), name, num_bytes, stripe_bytes=io.stripe_bytes,
-                                             weights=io.stripes or None, direct=io.direct)
+                                             weights=io.stripes or None, direct=io.direct,
+                                             tail=lambda index: Stamp(volume=name, index=index).pack(),
+                                             may_replace=is_superseded)
         except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ELOOP):
+                raise RatelError(error.strerror, field="ssd", value=error.filename,
+                                 remedy="Remove it, or give other directories") from error
             if error.errno == errno.EINVAL and io.direct == "on":
                 raise RatelError(str(error), field="direct", value="on", remedy="Use --direct auto, or another directory"
                                  ) from error
@@ -217,7 +225,7 @@ def can_continue(saved: SavedState, plan: Plan, io: IoOptions) -> bool:
             and manifest["stripe_bytes"] == io.stripe_bytes and manifest["grain"] == plan.grain
             and manifest["planes"] == describe_planes(plan.spec, plan.slot_layout)
             and sum(path.stat().st_size for path in saved.files)
-            == align_up(plan.ssd_items["planes"], PAGE_BYTES))
+            == align_up(plan.ssd_items["planes"], PAGE_BYTES) + STAMP_BYTES * len(saved.files))
 
 
 def _pattern(io: IoOptions) -> list[int]:

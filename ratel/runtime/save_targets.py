@@ -1,8 +1,7 @@
 """What a save becomes: a directory with a copy of everything, or a commit of what lies in the run's own SSD files."""
 
 import os
-import shutil
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,21 @@ import numpy as np
 import torch
 
 from ratel import native
+from ratel.errors import RatelError
+from ratel.ownership.regular import is_plain
+from ratel.ownership.stamps import Stamp, mark_of, read_stamp, volume_of, write_stamp
 from ratel.plan.layout import first_grain, lay_out_slot, num_grains
 from ratel.plan.placement import PLANES, SSD
 from ratel.plan.plan import Plan
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.commit_files import discard_commits
-from ratel.runtime.durable_files import (discard_all_but, make_directory, move_others, remove_files, replace_directory,
-                                         sync_path, write_synced)
-from ratel.runtime.state_format import COMMITS, MANIFEST, Commit, OtherState, is_other_file, make_manifest, pack_commit
+from ratel.runtime.commit_files import discard_commits, discard_partial
+from ratel.runtime.durable_files import (beside, make_directory, move_others, others_in, remove_files, remove_state,
+                                         replace_directory)
+from ratel.runtime.state_format import (COMMITS, MANIFEST, PLANES_FILE, Commit, OtherState, is_other_file, make_manifest,
+                                        pack_commit)
 from ratel.store.planes import Store
+from ratel.synced import replace_synced, sync_path, write_synced
 
-PLANES_FILE = "planes.0"
 STRIPE_BYTES = 1 << 20
 
 
@@ -40,7 +43,7 @@ class DirectoryTarget:
 
     def begin(self) -> None:
         """Allocates the file in full: a full disk is found before anything is copied."""
-        shutil.rmtree(self._partial, ignore_errors=True)
+        remove_state(self._partial)
         make_directory(self._partial)
         # Beside the directory, whose name is another each time: the engine keeps a queue for every folder that it sees.
         self._volume = self._engine.create_volume([self.path.parent], f"{self._partial.name}.planes",
@@ -69,20 +72,26 @@ class DirectoryTarget:
         write_synced(self._partial / COMMITS[0], pack_commit(Commit(
             sequence=0, slots=[0] * len(spec.units), training=training, checksums=_joined(list(self._sums.values())))))
         sync_path(self._partial)
-        replace_directory(self._partial, self.path, partial(discard_all_but, _is_others, into=self.path))
+        replace_directory(self._partial, self.path, self._discard)
 
     def drop(self) -> None:
         if self._volume is not None:
             self._volume.close()
             remove_files(self._volume.paths)  # it may have been closed before, to be moved
-        shutil.rmtree(self._partial, ignore_errors=True)
+        remove_state(self._partial)
+
+    def _discard(self, old: Path) -> None:
+        move_others(others_in(old), old, self.path)
+        remove_state(old)
 
 
 class CommitLog:
     """The directory of a run that commits in place: what its SSD files hold, and the records of the commits."""
 
-    def __init__(self, path: Path, plan: Plan, store: Store, *, stripe_bytes: int, pattern: list[int]) -> None:
-        self.path, self.plan, self.store = path, plan, store
+    def __init__(self, path: Path, plan: Plan, store: Store, *, stripe_bytes: int, pattern: list[int],
+                 folders: Sequence[str]) -> None:
+        """``folders``: where SSD files of an earlier run may be that are not where its records say."""
+        self.path, self.plan, self.store, self._folders = path, plan, store, folders
         self._manifest = make_manifest(plan.spec, plan.slot_layout, grain=plan.grain, num_slots=plan.num_slots,
                                        files=list(store.volume.paths), pattern=pattern, stripe_bytes=stripe_bytes)
         self._sequence = 0
@@ -94,9 +103,14 @@ class CommitLog:
         return self._manifest
 
     def take_over(self, newest: Commit) -> None:
-        """The directory is this run's already, and holds that commit."""
+        """The directory is this run's already, and holds that commit. Its manifest says where the files are now."""
         self._sequence, self._is_there = newest.sequence, True
         self._other_before = newest.training.get("buffers", {}).get("file")
+        if (self.path / MANIFEST).read_bytes() != self._manifest:  # drives may be mounted elsewhere now
+            replace_synced(self.path / MANIFEST, self._manifest)
+        stamps = map(read_stamp, self.store.volume.paths)
+        if any(stamp is None or stamp.commits != os.path.realpath(self.path) for stamp in stamps):
+            self._stamp(self.path)
 
     def write(self, training: dict[str, Any], other: OtherState | None = None) -> None:
         """Record what is current. When this returns it is what a resumed run will find."""
@@ -122,6 +136,8 @@ class CommitLog:
             remove_files(str(path) for path in self.path.iterdir() if is_other_file(path.name) and path.name not in names)
 
     def _replace(self, path: Path, record: bytes) -> None:
+        if path.exists() and not is_plain(os.lstat(path)):
+            os.unlink(path)  # another name of it may be somebody's copy of the record before
         is_new = not path.exists()
         write_synced(path, record)
         if is_new:
@@ -129,22 +145,32 @@ class CommitLog:
 
     def _make(self, name: str, record: bytes, other: OtherState | None) -> None:
         """The first commit. It takes the place of an earlier run's, whose files go only now; ours stay from now on."""
-        self.store.volume.keep = True
         for file in self.store.volume.paths:
             sync_path(Path(file).parent)  # to sync a file does not say that its name will be there
         partial = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        discard_partial(partial, self._folders)
         make_directory(partial)
         write_synced(partial / MANIFEST, self._manifest)
         _write_other(partial, other)
         write_synced(partial / name, record)
         sync_path(partial)
+        self._stamp(partial)
+        self.store.volume.keep = True
+        waiting = beside(self.path) if beside(self.path).exists() else None
         replace_directory(partial, self.path, self._discard)
+        if waiting is not None:
+            self._discard(waiting)
         self._is_there = True
 
+    def _stamp(self, directory: Path) -> None:
+        """From now on the SSD files are this directory's, under whatever name it goes."""
+        for index, file in enumerate(self.store.volume.paths):
+            volume, _ = volume_of(os.path.basename(file))
+            write_stamp(file, Stamp(volume=volume, index=index, commits=os.path.realpath(self.path), owner=mark_of(directory)))
+
     def _discard(self, old: Path) -> None:
-        move_others(_is_others, old, self.path)
-        discard_commits(old, but=self.store.volume.paths)
+        move_others(others_in(old), old, self.path)
+        discard_commits(old, but=self.store.volume.paths, folders=self._folders)
 
 
 class CommitTarget:
@@ -173,7 +199,9 @@ class CommitTarget:
                                          values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
-        self._log.store.volume.sync()
+        volume = self._log.store.volume
+        volume.sync()
+        _require(volume)
         self._log.write(training, self._other)
 
     def drop(self) -> None:
@@ -191,9 +219,13 @@ def _is_whole(path: Path, other: OtherState) -> bool:
     return path.is_file() and path.stat().st_size == len(other.content) and path.read_bytes() == other.content
 
 
-def _is_others(name: str) -> bool:
-    """Of what lies in an older state's directory; a record of it that stayed would be taken for the new one's."""
-    return name not in (MANIFEST, *COMMITS, PLANES_FILE) and not is_other_file(name)
+def _require(volume: "native.nvme_ds.Volume") -> None:
+    """A record speaks of files that are there: what was removed meanwhile is written to as if it were, and then gone."""
+    try:
+        volume.check_files()
+    except OSError as error:
+        raise RatelError(f"{error.strerror}, so that this step cannot be committed", field="ssd", value=error.filename,
+                         remedy="Leave the files of a run alone while it goes on; start anew, or resume from a copy") from error
 
 
 def _joined(sums: list[np.ndarray]) -> np.ndarray:

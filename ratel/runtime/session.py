@@ -30,7 +30,7 @@ from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
 from ratel.runtime.compiled import CompiledBlocks
-from ratel.runtime.durable_files import replaceable
+from ratel.runtime.durable_files import check_state_target, replaceable
 from ratel.runtime.entrance import Entrance, entered
 from ratel.runtime.loss import with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
@@ -319,7 +319,9 @@ class Session:
         if self._machinery is None:
             raise RatelError("there is nothing to save before the first step", field="save")
         other = self._other_state()
-        self._save(DirectoryTarget(replaceable(Path(path), "save"), self.plan, self._machinery.engine, other), other, extra, wait)
+        target = replaceable(Path(path), "save")
+        check_state_target(target, "save")
+        self._save(DirectoryTarget(target, self.plan, self._machinery.engine, other), other, extra, wait)
         return Path(path)
 
     @entered
@@ -374,7 +376,8 @@ class Session:
         self._check_usable()
         if self._machinery is not None:
             raise RatelError("the session has begun already", field="load", remedy="Load before prepare() and step()")
-        saved = SavedState(Path(path))
+        saved = SavedState(Path(path), self._io.directories)
+        saved.check_files()
         if self.parts.probed:
             saved.check_model(self.parts.spec)
         if saved.training["seed"] != self.seed:
@@ -387,14 +390,21 @@ class Session:
         self._attempts, self._updates_made = saved.training["steps"], saved.training["updates"]
         return saved.training["extra"]
 
+    @property
+    def reads_a_copy(self) -> bool:
+        """The state that was loaded is a copied directory, whose planes are in the SSD files of another one: these are read, and
+        left alone."""
+        return self._saved is not None and self._saved.is_foreign
+
     @entered
     def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False,
                beside: Callable[[Path], None] | None = None) -> Path:
         """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time, with
         what lay beside the weights that it began with. ``beside`` writes further files into the directory that it is given.
 
-        An older export is replaced only by a complete one; what else was in the directory stays. ``optimizer``: with the
-        moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
+        An older export is replaced only by a complete one that is on disk; what else was in the directory stays. A model there
+        that is no export of Ratel is refused. ``optimizer``: with the moments, as `ratel.load_adamw_state` reads them; in bf16
+        the weights beside are rounded.
         """
         if self._machinery is None:
             raise RatelError("there is nothing to export before the first step", field="export")

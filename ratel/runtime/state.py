@@ -21,12 +21,14 @@ from torch import Tensor
 from ratel.errors import RatelError
 from ratel.memory.jobs import Crew, crew
 from ratel.models.checkpoints.other_state import unpack
+from ratel.ownership.stamps import belongs_to
 from ratel.plan.layout import first_grain, num_grains, pieces
 from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.shape import ModelSpec
 from ratel.reading import descriptor_of
+from ratel.runtime.commit_files import Folders, located
 from ratel.runtime.durable_files import settled
-from ratel.runtime.state_format import DamagedStateError, describe_model, read_commit, read_manifest, read_other_state
+from ratel.runtime.state_format import DamagedStateError, MissingFileError, describe_model, read_commit, read_manifest, read_other_state
 from ratel.store.planes import DTYPES
 
 READERS = 8
@@ -36,13 +38,14 @@ PIECE_GRAINS = 8
 class SavedState:
     """A state on disk, its manifest and its newest commit checked; planes are verified as they are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folders: Folders = ()) -> None:
+        """``folders``: where SSD files may be that are not where they were."""
         self.path = settled(path)
         self.manifest = read_manifest(self.path)
         self.commit = read_commit(self.path)
         self._check_slots()
         self.training: dict[str, Any] = self.commit.training
-        self.files = [self.path / name for name in self.manifest["files"]]  # an absolute name stays what it is
+        self.files = located(self.path, self.manifest, folders)
         self._units = [_Shape(entry) for entry in self.manifest["model"]["units"]]
         self._first_sums = self._index_checksums()
 
@@ -58,6 +61,20 @@ class SavedState:
     def is_in_place(self) -> bool:
         """The run's own SSD files hold the planes."""
         return self.manifest["num_slots"] > 1
+
+    @property
+    def is_foreign(self) -> bool:
+        """Its planes are in the SSD files of another directory, of which this one is a copy: they are read, and left alone."""
+        return self.is_in_place and not all(belongs_to(path, self.path) for path in self.files)
+
+    def check_files(self) -> None:
+        """Refuse a state whose planes are not there, before anything is made of it."""
+        for path in self.files:
+            if not path.is_file() and self.is_in_place:
+                raise MissingFileError("is not there, and planes of the state are in it", value=path, remedy=(
+                    "If its drive is mounted elsewhere now, name that directory with --ssd; else resume from an older state"))
+            if not path.is_file():
+                raise DamagedStateError("is not there, and planes of the state are in it", value=path)
 
     def planes(self) -> Iterator[tuple[int, str]]:
         for unit, entry in enumerate(self.manifest["planes"]):

@@ -1,6 +1,7 @@
 """What a state's small files hold: the manifest, written once, and the commit records (docs/state_format.md)."""
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from ratel.plan.placement import ELEMENT_BYTES
 from ratel.plan.shape import ModelSpec
 from ratel.reading import SMALL_FILE_BYTES, parse_json, read_regular
 from ratel.schema import SchemaError, anything, check, listing, mapping, one_of, record, shown, text, whole
+from ratel.synced import partial_name
 
 FORMAT, VERSION = "ratel-state", 3
 READ_VERSIONS = (2, 3)
@@ -24,6 +26,10 @@ READ_VERSIONS = (2, 3)
 MANIFEST = "manifest.json"
 COMMITS = ("commit-0", "commit-1")
 OTHER_PREFIX = "buffers-"
+_OTHER_FILE = re.compile(rf"{OTHER_PREFIX}[0-9a-f]{{16}}\.safetensors")
+PLANES_FILE = "planes.0"
+STATE_BEGINNINGS = {MANIFEST: f'{{"format": "{FORMAT}"'.encode(), **dict.fromkeys(COMMITS, b'{"sequence": ')}
+"""By which a file of a state is known, even where it is damaged."""
 
 _RECORD_BYTES = 1 << 30
 """Of a commit record, at most: the checksums of 100 TB are less."""
@@ -55,6 +61,10 @@ class DamagedStateError(RatelError):
     def __init__(self, message: str, *, value: Path, remedy: str = "Resume from an older state") -> None:
         self.message = message
         super().__init__(message, field="state", value=value, remedy=remedy)
+
+
+class MissingFileError(DamagedStateError):
+    """A file with planes is not where it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +200,12 @@ class OtherState:
 
 
 def is_other_file(name: str) -> bool:
-    return name.startswith(OTHER_PREFIX)
+    return _OTHER_FILE.fullmatch(name) is not None
+
+
+def is_state_file(name: str) -> bool:
+    """Of what is in a state's directory: all else is somebody else's, and stays."""
+    return name in (MANIFEST, *COMMITS, PLANES_FILE, partial_name(MANIFEST)) or is_other_file(name)
 
 
 def read_other_state(path: Path, entry: dict[str, Any]) -> bytes:

@@ -19,11 +19,12 @@ from ratel.plan.durability import saving
 from ratel.plan.timeline import Timeline
 from ratel.runtime.export import check_room
 from ratel.runtime.session import DTYPES, Session
+from ratel.synced import sync_file
 from ratel.train.inputs import Inputs
 from ratel.train.loop import Loop, Progress
 from ratel.train.options import changes
 from ratel.train.output import RunDirectory
-from ratel.train.resume import Resumption, amend_last, cut_metrics, naming_an_older, replay, saying_what_next, sync
+from ratel.train.resume import Resumption, amend_last, cut_metrics, naming_an_older, replay, saying_what_next
 from ratel.train.schedule import make_schedule
 from ratel.train.summary import summarize
 
@@ -65,7 +66,7 @@ class Attempt:
         self.display.note(self.inputs.description)
         if self.earlier:
             self._note_what_changed(self.earlier)
-        self.out.open(keep_results=self.earlier is not None)
+        self.out.open(keep_results=self.earlier is not None, config=self.config, note=self.display.note)
         if self.earlier:
             # A kill may have left parts of others. What was best is known once the metrics are read.
             self.out.states.prune(sys.maxsize)
@@ -85,6 +86,9 @@ class Attempt:
 
     def _note_what_changed(self, earlier: Resumption) -> None:
         self.display.note(f"continuing after step {earlier.step} from {earlier.state}")
+        if self.session.reads_a_copy:
+            self.display.note(f"{earlier.state} is a copy: its planes are in the SSD files of another directory, which are read and "
+                              "left as they are; the run goes on in files of its own")
         for line in changes(self.config, earlier.options):
             self.display.note(line)
         was, now = earlier.extra["micro_batch"], self.session.plan.work.micro_rows
@@ -140,7 +144,7 @@ class Attempt:
             def save(progress: Progress, *, copies: bool = False) -> None:
                 with suppress(MissingMetricsError, OSError):  # a state is worth more than the lines that tell of it
                     metrics.flush()  # else no state knows of steps that metrics.jsonl does not
-                    sync(self.out.metrics)
+                    sync_file(self.out.metrics)
                 self._save(progress, copies=copies)
 
             loop = Loop(session=self.session, steps=config.steps, schedule=schedule, record=record, stop=stop,
@@ -152,6 +156,8 @@ class Attempt:
             if loop.evaluate_late(progress):  # nothing is written yet: the writer opens the file with its first record
                 amend_last(self.out.metrics, {"eval_loss": progress.eval_losses[progress.steps]})
             loop.run(self.inputs.batches, progress)
+        with suppress(OSError):
+            sync_file(self.out.metrics)
 
     def _write_trace(self, timeline: Timeline) -> None:
         """A run is worth more than its trace: one that cannot be written does not end it."""
@@ -217,7 +223,8 @@ class Attempt:
         if not self.is_planned:
             self._write_plan()  # batches of the user's own had no shape before the first one was seen
         if self.config.export:
-            self.session.export(self.out.model, dtype=self.config.dtype, beside=self.inputs.write_tokenizer)
+            beside = {} if self.inputs.tokenizer is None else {"beside": self.inputs.write_tokenizer}
+            self.session.export(self.out.model, dtype=self.config.dtype, **beside)
 
     def _result(self, progress: Progress, start: float, *, is_interrupted: bool = False) -> TrainResult:
         return TrainResult(losses=progress.losses, eval_losses=progress.eval_losses, steps=progress.steps,

@@ -3,54 +3,75 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
+from ratel.config import TrainConfig
 from ratel.errors import RatelError
-from ratel.runtime.durable_files import existing_part, make_directory, sync_path, write_synced
+from ratel.ownership import exports
+from ratel.runtime.commit_files import Folders
+from ratel.runtime.durable_files import existing_part, make_directory
 from ratel.runtime.state_format import DamagedStateError
+from ratel.synced import replace_synced
+from ratel.train.claims import JSON_FILES, METRICS, check_inputs, check_out, is_empty, is_runs, marked, results
 from ratel.train.states import StateDirectory
 
-RESULTS = ("config.json", "plan.json", "hardware.json", "startup.json", "metrics.jsonl", "model", "model.partial", "state")
 _REMEDY = "Give a directory that you may write to, or that can be made"
 
 
 class RunDirectory:
-    """``OUT``. Only the files of a run are ever replaced or removed; anything else in it is the user's.
+    """``OUT``. Only what is known to be a run's, by content, is ever replaced or removed; anything else in it is the user's.
 
     One run at a time: from ``open`` until the context ends the directory itself is locked. The kernel gives the lock of a
     process that died back, so that none can be stale.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folders: Folders = ()) -> None:
+        """``folders``: the SSD directories of the run."""
         self.path = path
         self._lock: int | None = None
-        self.metrics, self.model = path / "metrics.jsonl", path / "model"
-        self.states = StateDirectory(path / "state")
+        self.metrics, self.model = path / METRICS, path / "model"
+        self.states = StateDirectory(path / "state", folders)
 
     def earlier_results(self) -> list[str]:
-        return [name for name in RESULTS if (self.path / name).exists()]
+        return results(self.path, self.states)
 
     def holds_run(self) -> bool:
         """More than what is written before a run's first step, which one that failed there leaves."""
-        metrics = self.metrics
-        return any((self.path / name).exists() for name in RESULTS if name.startswith(("startup", "model", "state"))) or (
-            metrics.exists() and metrics.stat().st_size > 0)
+        found = {"startup.json", "model", "state", METRICS} & set(self.earlier_results())
+        return bool(found - ({METRICS} if is_empty(self.metrics) else set()))
 
-    def open(self, *, keep_results: bool = False) -> None:
-        """Make the directory and remove an earlier run's results, so that none is mistaken for this run's."""
+    def check(self, config: TrainConfig) -> None:
+        """Refuse what the run would have to write over or remove though it is somebody else's, or read by the run itself."""
+        check_inputs(self.path, config)
+        check_out(self.path, self.states, exports_model=config.export, saves=bool(config.save_every), resumes=config.resume)
+
+    def open(self, *, keep_results: bool = False, config: TrainConfig | None = None,
+             note: Callable[[str], None] = lambda line: None) -> None:
+        """Make the directory and remove an earlier run's results, so that none is mistaken for this run's; ``note`` is told of
+        them before. With ``config`` all is checked once more, now that nobody else is at it."""
         try:
             make_directory(self.path)
             self._take_lock()
+            if config is not None:
+                self.check(config)
             if not keep_results:
-                self.states.drop_commits()
-            for name in [] if keep_results else self.earlier_results():
-                _remove(self.path / name)
+                self._remove_results(note)
         except OSError as error:
             raise RatelError(f"cannot be used: {error.strerror}", field="--out", value=self.path, remedy=_REMEDY) from error
+
+    def _remove_results(self, note: Callable[[str], None]) -> None:
+        found = self.earlier_results()
+        ssd_files = self.states.ssd_files()
+        if found:
+            note(f"removing the earlier run in {self.path}: {', '.join([*found, *ssd_files])}")
+        self.states.drop_all()
+        exports.remove_export(self.model)
+        for name in (METRICS, *JSON_FILES):
+            if is_runs(self.path, name):
+                os.unlink(self.path / name)
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -82,14 +103,10 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Whole or not at all: a reader never sees half a file."""
-        target = self.path / f"{name}.json"
-        partial = target.with_suffix(".json.partial")
-        partial.unlink(missing_ok=True)
-        write_synced(partial, (json.dumps(content, indent=2, default=str) + "\n").encode())
-        os.replace(partial, target)
-        sync_path(self.path)  # --resume reads them: after a power failure they are there, and whole
+        file = f"{name}.json"
+        replace_synced(self.path / file, (json.dumps(marked(file, content), indent=2, default=str) + "\n").encode())
 
 
 def being_written(out: Path) -> RatelError:
@@ -97,7 +114,7 @@ def being_written(out: Path) -> RatelError:
                       remedy="Wait for that run, or give another directory")
 
 
-def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory:
+def choose(out: str | None, model_name: str, *, may_exist: bool, folders: Folders = ()) -> RunDirectory:
     """The directory for a run: ``out``, or without one the first free ``runs/MODEL``, ``runs/MODEL-2``, ...
 
     Nothing is touched yet: `RunDirectory.open` does that once the run is known to start.
@@ -108,7 +125,7 @@ def choose(out: str | None, model_name: str, *, may_exist: bool) -> RunDirectory
         raise RatelError("is not a directory", field="--out", value=existing)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RatelError("is not writable", field="--out", value=path, remedy=_REMEDY)
-    directory = RunDirectory(path)
+    directory = RunDirectory(path, folders)
     if directory.holds_run() and not may_exist:
         raise RatelError(f"already holds a run ({', '.join(directory.earlier_results())})", field="--out", value=path,
                          remedy=f"Give another directory, {_resumable(directory)}or --overwrite to replace that run")
@@ -125,10 +142,6 @@ def _first_free(parent: Path, name: str) -> Path:
         number += 1
         path = parent / f"{name}-{number}"
     return path
-
-
-def _remove(path: Path) -> None:
-    rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

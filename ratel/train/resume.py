@@ -11,10 +11,11 @@ from typing import Any
 
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.reading import open_regular, parse_json, read_regular
-from ratel.runtime.durable_files import sync_path, write_synced
 from ratel.runtime.session import Session
-from ratel.runtime.state_format import DamagedStateError
+from ratel.runtime.state import SavedState
+from ratel.runtime.state_format import DamagedStateError, MissingFileError
 from ratel.schema import SchemaError, anything, boolean, check, mapping, nullable, number, record, text, whole
+from ratel.synced import replace_synced
 from ratel.train.loop import Progress
 from ratel.train.options import read_earlier
 from ratel.train.output import RunDirectory, being_written
@@ -34,9 +35,19 @@ class Resumption:
         return self.extra["step"]
 
 
+def check_is_there(out: RunDirectory) -> None:
+    """Before anything is made for the run: a drive that is mounted elsewhere now would get an empty directory in its place."""
+    if out.is_being_written:  # whose states go while they are read, as if they were damaged
+        raise being_written(out.path)
+    state = out.states.newest()
+    if state is not None:
+        with naming_an_older(out, state):
+            SavedState(state, out.states.folders).check_files()
+
+
 def take_up(out: RunDirectory, session: Session) -> Resumption:
     """Load the newest state of ``out`` into the session. Nothing is changed on disk."""
-    if out.is_being_written:  # whose states go while they are read, as if they were damaged
+    if out.is_being_written:
         raise being_written(out.path)
     options = read_earlier(out.path)
     state = out.states.newest()
@@ -77,8 +88,10 @@ def naming_an_older(out: RunDirectory, state: Path) -> Iterator[None]:
     try:
         yield
     except (DamagedStateError, DamagedError) as error:
+        moved = isinstance(error, MissingFileError) and "If its drive is mounted elsewhere now, name that directory with --ssd; else "
+        way_back = _way_back(out, state)
         raise RatelError(error.message, field="--resume", value=getattr(error, "value", None) or error.path,
-                         remedy=f"{_way_back(out, state)}, and check the drive") from error
+                         remedy=f"{moved}{way_back[0].lower()}{way_back[1:]}" if moved else f"{way_back}, and check the drive") from error
 
 
 @contextmanager
@@ -125,20 +138,11 @@ def amend_last(path: Path, more: dict[str, float]) -> None:
     if last is None:
         return
     plain = {name: value if math.isfinite(value) else None for name, value in more.items()}
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    write_synced(partial, b"".join(lines[:-1]) + json.dumps({**parse_json(lines[-1]), **plain}).encode() + b"\n")
-    os.replace(partial, path)
+    replace_synced(path, b"".join(lines[:-1]) + json.dumps({**parse_json(lines[-1]), **plain}).encode() + b"\n")
 
 
 _LONGEST_LINE = 1 << 20
 _LARGEST_METRICS = 1 << 36
-
-
-def sync(path: Path) -> None:
-    """Have the file on the disk when this returns, under its name."""
-    sync_path(path)
-    sync_path(path.parent)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

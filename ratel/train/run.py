@@ -23,7 +23,7 @@ from ratel.train.attempt import Attempt, TrainResult
 from ratel.train.inputs import is_text, open_inputs
 from ratel.train.options import complete
 from ratel.train.output import choose
-from ratel.train.resume import take_up
+from ratel.train.resume import check_is_there, take_up
 from ratel.train.task_inputs import open_task
 
 
@@ -71,7 +71,11 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
     asked = config  # as the next start will know it, before PyTorch can say what "auto" is
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
-    out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume)
+    out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume,
+                 folders=config.ssd)
+    out.check(config)
+    if config.resume:
+        check_is_there(out)
     given = {"data": data if data is not None else config.data,
              "eval_data": eval_data if eval_data is not None else config.eval_data,
              "tokenizer": tokenizer if tokenizer is not None else config.tokenizer}

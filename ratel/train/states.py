@@ -7,23 +7,26 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from shutil import rmtree
 
 from ratel.errors import RatelError
-from ratel.runtime.commit_files import discard_commits, files_of
-from ratel.runtime.durable_files import beside, settled
-from ratel.runtime.state_format import read_commit
+from ratel.ownership.regular import is_plain
+from ratel.runtime.commit_files import Folders, committed_files, discard_commits, discard_partial, files_of
+from ratel.runtime.durable_files import beside, is_state, remove_state, settled
+from ratel.runtime.state_format import is_state_file, read_commit
 
 _NAME = re.compile(r"step-(\d{8,})")
-_PART = re.compile(r"(step-\d{8,}|commits)\.(old|partial|removed)(\.planes\.0)?")
+_PART = re.compile(r"(step-\d{8,}|commits)\.(old(?:-\d+)?|partial|removed)")
+_PLANES = re.compile(r"step-\d{8,}\.partial\.planes\.0")
+"""What becomes the planes of a copy: it has its place in the directory of the copy only when it is complete."""
 _COMPLETE = "manifest.json"
 
 
 class StateDirectory:
     """A state counts once its directory has its name: until then the name is another, afterwards it is whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, folders: Folders = ()) -> None:
+        """``folders``: the SSD directories of the run, where its files may be now."""
+        self.path, self.folders = path, folders
         self.commits = path / "commits"
 
     def steps(self) -> list[int]:
@@ -67,22 +70,58 @@ class StateDirectory:
             # Under its name it must be whole to the last: a kill in the middle of the removal would leave a torso.
             os.rename(path, path.with_name(path.name + ".old"))
         for entry in self.path.iterdir() if self.path.is_dir() else []:
-            if _PART.fullmatch(entry.name) and not (entry == beside(self.commits) and not self.commits.exists()):
-                _remove(entry)
+            if not (entry == beside(self.commits) and not self.commits.exists()):
+                self._remove_part(entry)
+
+    def _remove_part(self, entry: Path) -> None:
+        part = _PART.fullmatch(entry.name)
+        if _PLANES.fullmatch(entry.name) and is_plain(os.lstat(entry)):
+            entry.unlink()
+        elif part and part[1] == "commits" and part[2] == "partial":
+            discard_partial(entry, self.folders)
+        elif part and part[1] == "commits":
+            discard_commits(entry, but=files_of(self.commits, self.folders), folders=self.folders)
+        elif part:
+            remove_state(entry, self.path / part[1])
 
     def drop_commits(self) -> None:
-        """Remove the commits, with the SSD files that they speak of."""
+        """Remove the commits, with the SSD files that are theirs."""
         for path in (beside(self.commits), self.commits):
-            discard_commits(path)
+            discard_commits(path, folders=self.folders)
 
+    def drop_all(self) -> None:
+        """Remove every state, and what killed runs left of them. What is somebody else's stays, in the directories that it is in."""
+        self.drop_commits()
+        self.prune(0)
+        for name in self.held():
+            remove_state(self.path / name)
+        with suppress(OSError):  # something else is in it, or it is a link
+            os.rmdir(self.path)
 
-def _remove(entry: Path) -> None:
-    if entry.name in ("commits.old", "commits.removed"):
-        discard_commits(entry, but=files_of(entry.with_name("commits")))
-    elif entry.is_dir():
-        rmtree(entry, ignore_errors=True)
-    else:
-        entry.unlink()
+    def ssd_files(self) -> list[str]:
+        """Those of the commits here that are this directory's own."""
+        return sorted(committed_files(self.commits, self.folders))
+
+    def held(self) -> list[str]:
+        """States, whole or damaged or in part, by the names of their directories."""
+        if not self.path.is_dir():
+            return []
+        return sorted(name for name in os.listdir(self.path) if self._is_place(name) and is_state(self.path / name))
+
+    def in_the_way(self) -> str | None:
+        """What has the name of a state and is none; nobody could say whose it is, were a state put there."""
+        for name in sorted(os.listdir(self.path)) if self.path.is_dir() else []:
+            path = self.path / name
+            if self._is_place(name) and not is_state(path) and (not path.is_dir() or self._holds_names_of_a_state(path, name)):
+                return name
+        return None
+
+    def _is_place(self, name: str) -> bool:
+        return name == self.commits.name or bool(_NAME.fullmatch(name) or _PART.fullmatch(name))
+
+    def _holds_names_of_a_state(self, path: Path, name: str) -> bool:
+        """Where no kill leaves them: a directory in the making, or one being removed, has some of them."""
+        return not _PART.fullmatch(name) and any(map(is_state_file, os.listdir(path)))
 
 
 def find_state(path: Path, field: str) -> Path:
