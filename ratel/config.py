@@ -140,6 +140,8 @@ class TrainConfig:
                                 "Hugging Face directory, or the name of a preset to start from scratch")
     task: str = _option(NEXT_TOKEN, _choice(*TASKS), MODEL, "|".join(TASKS),
                         "what the model learns: the next token, a text's label, each word's label, or tokens that are hidden")
+    unchecked: bool = _option(False, _read_switch, MODEL, None,
+                              "train even if the check of a small copy, made once for each kind of model, finds it wrong")
     data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR",
                                ".txt or .jsonl file, or a directory of them (default: the bundled example text)")
     tokenizer: str | None = _option(None, _optional(_read_text), MODEL, "DIR",

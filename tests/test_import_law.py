@@ -23,7 +23,7 @@ LAYERS = {
     3: ("ratel.native", "ratel.memory", "ratel.store", "ratel.data", "ratel.monitor", "ratel.hardware", "ratel.models",
         "ratel.optimizer_state", "ratel.ownership", "ratel.lora", "ratel.sparse", "ratel.dist"),
     4: ("ratel.runtime",),
-    5: ("ratel.train",),
+    5: ("ratel.train", "ratel.verify"),
     6: ("ratel.cli", "ratel.__main__", "ratel"),
 }
 DOOR = "ratel.native"

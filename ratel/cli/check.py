@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ratel.cli.parser import add_command
+from ratel.config import TASKS
 from ratel.errors import RatelError
 from ratel.units import format_bytes, format_seconds
 
@@ -18,13 +19,46 @@ _REDRAW_S = 0.2
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "check", "read a training state and compare every chunk with its checksum", run)
-    parser.add_argument("state", metavar="DIR", type=Path, help="a run's --out directory (its newest state), its "
+    parser = add_command(commands, "check", "read a training state and compare every chunk with its checksum; or try out whether a "
+                                            "model is trained rightly", run)
+    parser.add_argument("state", metavar="DIR", type=Path, nargs="?", help="a run's --out directory (its newest state), its "
                                                                 "state/, or one state in it")
+    parser.add_argument("--model", metavar="DIR|PRESET", help="check a small copy of this model instead, beside plain PyTorch")
+    parser.add_argument("--task", choices=TASKS, help="what it is to learn (default: what its class is for)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    if (args.state is None) == (args.model is None):
+        raise RatelError("takes the directory of a state or --model", field="ratel check", remedy="Give one of them")
+    if args.model is not None:
+        return _check_model(args)
+    _check_state(args)
+    return 0
+
+
+def _check_model(args: argparse.Namespace) -> int:
+    import torch
+    import transformers
+
+    from ratel.verify.known import check_model
+
+    verdict = check_model(args.model, args.task)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    if args.json:
+        print(json.dumps({"model": args.model, "ok": verdict.is_right, **versions, **verdict.to_json()}, indent=2))
+    else:
+        print(f"{verdict.name} ({verdict.task}), a small copy of it, with transformers {versions['transformers']} and torch "
+              f"{versions['torch']}:")
+        for finding in verdict.findings:
+            print(f"  {finding.describe()}")
+        if verdict.refused:
+            print(f"  cannot be checked: {verdict.refused}")
+        print(f"  {'all holds' if verdict.is_right else 'NOT RIGHT'} ({format_seconds(verdict.seconds)})")
+    return 0 if verdict.is_right else 1
+
+
+def _check_state(args: argparse.Namespace) -> None:
     from ratel.runtime.state import SavedState
     from ratel.train.output import beside_a_run
     from ratel.train.states import find_state

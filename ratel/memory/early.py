@@ -89,6 +89,17 @@ def paused() -> Iterator[int]:
         yield _current.touched_bytes
 
 
+@contextmanager
+def put_aside() -> Iterator[None]:
+    """For sessions beside the one that it is for: inside there is none."""
+    global _current
+    held, _current = _current, None
+    try:
+        yield
+    finally:
+        _current = held
+
+
 def take(num_bytes: int) -> Taken | None:
     """The memory as a map of this size; None where there is none."""
     global _current

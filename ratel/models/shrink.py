@@ -60,6 +60,7 @@ _RULES: tuple[tuple[str, Callable[[int, "_Sizes"], int]], ...] = (
 """The first that fits a setting's name gives what its number becomes, where it is positive; what none fits stays."""
 
 _INDICES = re.compile(r"(layers|layer_ids|idxs|indexes|indices)$")
+_CHANCES = re.compile(r"dropout|_drop$|pdrop|layerdrop|drop_path|drop_rate|drop_prob|jitter")
 _PERIODS = re.compile(r"period|interval|every_n|layer_group_size|sparse_step|layer_step|freq$|pattern$")
 
 
@@ -87,7 +88,7 @@ class _Sizes:
 
 
 def shrunken(config: Any) -> Any:
-    """A configuration of the same class for a small copy. ``config`` is not changed."""
+    """A configuration of the same class for a small copy, without dropout. ``config`` is not changed."""
     small = type(config).from_dict(_shrink(config.to_dict()))
     for name in ("architectures", "dtype"):
         setattr(small, name, getattr(config, name, None))
@@ -133,6 +134,8 @@ def _value(name: str, value: Any, sizes: _Sizes, token: Callable[[int], int]) ->
         return _dict(name, value, sizes)
     if isinstance(value, (list, tuple)):
         return type(value)(_list(name, list(value), sizes, token))
+    if isinstance(value, float) and _CHANCES.search(name):
+        return 0.0
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if name.endswith(("token_id", "token_index")):

@@ -1,5 +1,6 @@
 """One training run from its options to its results: the function behind ``ratel.train`` and ``ratel train``."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -25,6 +26,8 @@ from ratel.train.options import complete
 from ratel.train.output import choose
 from ratel.train.resume import check_is_there, take_up
 from ratel.train.task_inputs import open_task
+
+log = logging.getLogger(__name__)
 
 
 def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | None = None, tokenizer: Any = None,
@@ -82,6 +85,8 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
     task = open_task(config, model=model, **given) if config.task != NEXT_TOKEN and is_text(given["data"]) else None
     with ProgressDisplay(config.steps, log_every=config.log_every, quiet=config.quiet) as display, out:
         with open_session(config, model, loss_fn, commits=out.states.commits, task=task and task.task) as session:
+            if loss_fn is None and not config.unchecked:
+                check_family(session, display)
             if task is not None:
                 config = task.fitted(config, session.parts)
             earlier = take_up(out, session) if config.resume else None
@@ -101,6 +106,20 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
         raise Interrupted(f"stopped after step {result.steps} of {config.steps}; {out.path} is complete up to there"
                           f"{', and --resume continues' if config.save_every else ''}", result)
     return result
+
+
+def check_family(session: Session, display: ProgressDisplay) -> None:
+    """Raises RatelError if a small copy of the model is trained wrongly, as was found out now or before."""
+    from ratel.verify.known import quick_verdict, refuse_wrong
+
+    task = session.parts.task.name if session.parts.task else NEXT_TOKEN
+    with startup.phase("what is known of the family"):
+        verdict = quick_verdict(session.parts.module, task, display.note)
+    if verdict is None:
+        return
+    refuse_wrong(verdict)
+    if verdict.refused:
+        log.info("a small copy of %s could not be checked: %s", verdict.name, verdict.refused)
 
 
 def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | None = None,

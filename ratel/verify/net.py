@@ -1,0 +1,132 @@
+"""The check of every class that the installed transformers knows for text, each in a process of its own."""
+
+import multiprocessing
+import multiprocessing.connection
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ratel.verify.findings import BROKE, Finding, Verdict, one_line
+from ratel.verify.quiet import quiet
+
+REGISTRIES = {"next-token": "CAUSAL_LM", "classify": "SEQUENCE_CLASSIFICATION", "tokens": "TOKEN_CLASSIFICATION",
+              "masked-lm": "MASKED_LM"}
+LIMIT_S = 180.0
+"""For one class. It takes two to ten seconds."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # What a configuration class has no default for, or none that its own model can be built with.
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
+}
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Entry:
+    """A class in a registry, which is the task it is for."""
+
+    name: str
+    task: str
+
+
+def entries() -> list[Entry]:
+    """Of the installed transformers; a class that two registries have is in both."""
+    from transformers.models.auto import modeling_auto
+
+    found = set()
+    for task, registry in REGISTRIES.items():
+        for names in getattr(modeling_auto, f"MODEL_FOR_{registry}_MAPPING_NAMES").values():
+            found.update(Entry(name=name, task=task) for name in ((names,) if isinstance(names, str) else names))
+    return sorted(found)
+
+
+def check_entry(entry: Entry) -> Verdict:
+    """In this process. What cannot even be built is refused with transformers' reason."""
+    import transformers
+
+    from ratel.verify.family import check_class
+
+    model_class = getattr(transformers, entry.name)
+    try:
+        with quiet():
+            config = small_config(model_class, entry.task)
+    except Exception as error:
+        return Verdict(name=entry.name, task=entry.task, refused=f"no small configuration: {_reason(error)}")
+    return check_class(model_class, config, entry.task)
+
+
+def small_config(model_class: Any, task: str) -> Any:
+    """Of the class's defaults. A class that can be both is the decoder where it is to learn the next token."""
+    from ratel.models.shrink import shrunken
+
+    config_class = model_class.config_class
+    config = shrunken(config_class(**DEFAULTS.get(config_class.model_type, {})))
+    if task == "next-token" and getattr(config, "is_decoder", True) is False:
+        config.is_decoder = True
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 160)}"
+
+
+def check_entries(chosen: Iterable[Entry], *, processes: int, limit_s: float = LIMIT_S) -> Iterator[Verdict]:
+    """As they are done. A class that crashes or takes too long ends its own process only."""
+    import torch
+    import transformers.modeling_utils  # noqa: F401 - once, for all the processes that are forked from here
+
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(chosen), {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                entry = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                child = context.Process(target=_child, args=(entry, theirs), daemon=True)
+                child.start()
+                theirs.close()
+                running[ours] = (entry, child, time.monotonic() + limit_s)
+            yield from _collect(running)
+    finally:
+        torch.set_num_threads(threads)
+        for _, child, _ in running.values():
+            child.kill()
+
+
+def _child(entry: Entry, pipe: Any) -> None:
+    try:
+        verdict: Any = check_entry(entry).to_json()
+    except BaseException as error:
+        verdict = f"{type(error).__name__}: {one_line(error)}"
+    pipe.send(verdict)
+
+
+def _collect(running: dict[Any, tuple[Entry, Any, float]]) -> Iterator[Verdict]:
+    now = time.monotonic()
+    first = min(deadline for _, _, deadline in running.values())
+    ready = multiprocessing.connection.wait(list(running), timeout=max(0.0, first - now))
+    late = [pipe for pipe, (_, _, deadline) in running.items() if time.monotonic() >= deadline and pipe not in ready]
+    for pipe in [*ready, *late]:
+        entry, child, _ = running.pop(pipe)
+        if pipe in late:
+            child.kill()
+            yield _broken(entry, "took too long")
+        else:
+            yield _received(entry, pipe, child)
+        child.join()
+        pipe.close()
+
+
+def _received(entry: Entry, pipe: Any, child: Any) -> Verdict:
+    try:
+        content = pipe.recv()
+    except EOFError:
+        child.join()
+        return _broken(entry, f"the process ended with {child.exitcode}")
+    return Verdict.from_json(content) if isinstance(content, dict) else _broken(entry, content)
+
+
+def _broken(entry: Entry, what: str) -> Verdict:
+    return Verdict(name=entry.name, task=entry.task, findings=(Finding(about="gradients", outcome=BROKE, detail=what),))
