@@ -219,6 +219,31 @@ def test_a_block_that_writes_small_parts_of_a_large_tensor() -> None:
     compare(model, batch, loss=lambda model, batch: F.mse_loss(model(batch["x"]), batch["y"]))
 
 
+class Positions(PatchRegression):
+    """Converts its table of positions when it is called, and remembers what follows from it, as CTRL and others do."""
+
+    def __init__(self) -> None:
+        super().__init__([Layer() for _ in range(3)])
+        self.register_buffer("table", torch.randn(400, WIDTH))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        self.table = self.table.float()
+        if not hasattr(self, "remembered"):
+            self.remembered = self.table.cumsum(0)
+        return super().forward(patches) * (self.table + self.remembered).std()
+
+
+def test_what_a_module_assigns_to_itself_in_outline_is_taken_back() -> None:
+    torch.manual_seed(0)
+    model, batch = Positions(), make_patches()
+    plain = plain_copy(model, torch.bfloat16)
+    plain.table, plain.frequencies = plain.table.bfloat16(), plain.frequencies.bfloat16()
+    expected = loss_fn(plain, {**batch, "patches": batch["patches"].bfloat16()})
+    parts = open_parts(model, torch.bfloat16, batch)
+    attach_all(parts)
+    assert torch.equal(vertical_pass(parts, batch), expected.detach())
+
+
 def test_a_sequential_of_everything() -> None:
     torch.manual_seed(0)
     block = [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]

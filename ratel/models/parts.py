@@ -21,7 +21,7 @@ from ratel.models.layout import Layout, make_layout
 from ratel.models.longrope import LongRope
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.skeleton import Originals, owners
-from ratel.models.shadow import Shadow
+from ratel.models.shadow import Shadow, assignments_undone
 from ratel.models.stored_bits import StoredBits
 from ratel.models.tasks import Task, TaskRunner
 from ratel.models.trace import Trace, trace
@@ -127,7 +127,7 @@ class Parts:
         if self._layout is None:
             rng = RngState(self.device)
             try:
-                with watch_packing() as packing, self._guard.lifted():
+                with watch_packing() as packing, self._guard.lifted(), assignments_undone(self.module):
                     found = trace(self.module, self._gates, lambda: self._runner.run(batch))
                 layout = make_layout(self.module, found, self.name)
                 if not layout.spec.num_trainable_params:
@@ -135,7 +135,7 @@ class Parts:
                                      field="model", value=self.name, remedy="Set requires_grad on some of them")
                 self._layout = layout
                 self._trace = found
-                with torch.no_grad(), Shadow([]):
+                with torch.no_grad(), assignments_undone(self.module), Shadow([]):
                     if self.is_causal_lm:
                         self._choose_masks(sees_documents=any(packing))
                     self._rehearse(batch)

@@ -6,7 +6,8 @@ activations nor time are spent. Autograd works above this level and records its 
 operator touches is seen from their storages: every placeholder has one of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,26 @@ class Shadow(TorchDispatchMode):
             meta_args, meta_kwargs = tree_unflatten(flat, form)
             self._outputs[key] = func(*meta_args, **meta_kwargs)
         return tree_map_only(Tensor, lambda t: _zero(t, device), self._outputs[key])
+
+
+@contextmanager
+def assignments_undone(root: nn.Module) -> Iterator[None]:
+    """What modules assign to themselves inside is taken back: a buffer that forward moves or converts would stay a shadow."""
+    before = [(module, dict(module._buffers), dict(vars(module))) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for module, buffers, attributes in before:
+            _put_back(module._buffers, buffers)
+            _put_back(vars(module), attributes)
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Tensors as they were; none that was not there."""
+    for name in [name for name, value in now.items() if isinstance(value, Tensor) and name not in before]:
+        del now[name]
+    now.update({name: value for name, value in before.items() if now.get(name) is not value
+                and (isinstance(value, Tensor) or isinstance(now.get(name), Tensor))})
 
 
 def _is_large(tensor: Tensor) -> bool:
