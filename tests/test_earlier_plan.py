@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from families_common import build
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 from ratel.plan.hardware import load_hardware
 from ratel.plan.plan import Plan
 from ratel.runtime import prepare, trial

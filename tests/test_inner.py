@@ -267,7 +267,7 @@ def changing(choice: str, first: dict[int, str], later: dict[int, str], device: 
     with Session(Body(Changes), loss_fn=patches_loss, device=device, dtype="fp32", micro_batch=4, max_grad_norm=0.5,
                  activations=choice) as session:
         (batch,) = batches("patches", 1)
-        session._ready(batch)
+        session.step(batch)  # the first compares both runs of every block
         Changes.script, Changes.runs = later, 0
         return session.step(batch).grad_norm
 

@@ -35,6 +35,7 @@ def configs() -> dict[str, Callable[[], Any]]:
                                               moe_intermediate_size=24),
         "opt": lambda: t.OPTConfig(vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
                                    num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64),
+        "mamba": lambda: t.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, state_size=4),
         "bloom": lambda: t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=3, n_head=4),
     }
 

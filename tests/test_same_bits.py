@@ -8,7 +8,7 @@ import torch
 
 from families_common import build
 from ratel.errors import RatelError
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 from ratel.plan.hardware import load_hardware
 from ratel.runtime.same_bits import WORKSPACE, same_bits
 from ratel.runtime.session import Session

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ratel.data.sources import Source, find_sources
 from ratel.errors import RatelError
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "corpus"
 _METHOD = 1

@@ -48,11 +48,11 @@ class Form(Protocol):
 
 
 class Packed:
-    """For the next token: documents share sequences of one length."""
+    """For the next token: documents share sequences of one length, or are alone in them."""
 
-    tells: dict[str, Any] = {}
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, vocab_size: int | None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, vocab_size: int | None, alone: bool = False) -> None:
+        self._alone = alone
+        self.tells: dict[str, Any] = {"one_document": True} if alone else {}
         self._encoder = Encoder(tokenizer, vocab_size=vocab_size)
         self._seq_len, self._pad_id = seq_len, pad_id(tokenizer)
 
@@ -63,7 +63,7 @@ class Packed:
         return len(document)
 
     def rows(self, draw: Draw, pool: list[Piece], epoch: Callable[[], int]) -> Packer:
-        return Packer(draw, seq_len=self._seq_len, pad_id=self._pad_id, pool=pool)
+        return Packer(draw, seq_len=self._seq_len, pad_id=self._pad_id, pool=pool, alone=self._alone)
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))

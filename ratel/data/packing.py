@@ -4,6 +4,8 @@ A sequence begins with the document that waits longest; then the longest that st
 none fits, plain text is cut to fill the rest, and its remainder begins the next sequence; without plain text the rest
 is padding. So plain text fills sequences without a gap, and a prompt is never parted from its answer unless both
 together are longer than a sequence.
+
+For models that cannot keep documents apart every sequence holds one, or a part of one, and padding.
 """
 
 from collections.abc import Callable
@@ -50,11 +52,13 @@ class Row:
 
 class Packer:
     def __init__(self, draw: Callable[[], tuple[int, Document] | None], *, seq_len: int, pad_id: int,
-                 pool: list[Piece] | None = None) -> None:
-        """``draw`` gives the next document and its number, None at the end. ``pool`` continues an earlier packer."""
+                 pool: list[Piece] | None = None, alone: bool = False) -> None:
+        """``draw`` gives the next document and its number, None at the end. ``pool`` continues an earlier packer. ``alone``: one
+        document in a sequence."""
         self._draw = draw
         self._seq_len = seq_len
         self._pad_id = pad_id
+        self._alone = alone
         self._pool = list(pool or ())
 
     @property
@@ -71,6 +75,9 @@ class Packer:
                   labels=np.full(self._seq_len, NO_LOSS, dtype=np.int64),
                   position_ids=np.zeros(self._seq_len, dtype=np.int64))
         used = self._place(self._pool.pop(0), row, 0)
+        if self._alone:
+            row.position_ids[:] = np.arange(self._seq_len)  # padding is no document of its own
+            return row
         while used < self._seq_len and (piece := self._take(self._seq_len - used)):
             used = self._place(piece, row, used)
         row.position_ids[used:] = np.arange(self._seq_len - used)

@@ -7,7 +7,7 @@ import torch
 from ratel import readahead
 from ratel.hardware import probe
 from ratel.hardware.host import worker_cores
-from ratel.hardware.probe_cache import load, store
+from ratel.probe_cache import load, store
 from ratel.memory import early
 from ratel.plan.hardware import Hardware, load_hardware, with_cap, with_ssds
 

@@ -1,45 +1,67 @@
 """Keeping documents apart that share a sequence: ``position_ids`` that restart at 0 mark where one begins.
 
-Most models of transformers see the restarts themselves and mask attention accordingly. For the others a mask is made
-here, if they take one. Models with a recurrent state carry it over, whatever the mask.
+The mask functions of transformers see restarts and mask attention accordingly, each kind of layer by its own window, if a
+model hands them the positions. Here they are shown to them in every model. For models that make no mask by these functions
+one is made here, if they take one. Whether documents are apart then is not concluded but tried (`ratel.models.checks.family`).
 """
 
-from collections.abc import Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers, as configurations name them, in which a mask decides what a token sees."""
+OWN, MADE = "own", "made"
+"""How documents are kept apart: by masks that the model makes itself, or by one that is made here."""
+
+_FUNCTIONS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
 
-@contextmanager
-def watch_packing() -> Iterator[list[bool]]:
-    """Collects whether transformers' masking looked for restarts during the forwards inside, and found any."""
-    from transformers import masking_utils
+class MaskFunctions:
+    """Those of transformers that the code of a model calls, by where it finds them."""
 
-    seen: list[bool] = []
-    original = masking_utils.find_packed_sequence_indices
+    def __init__(self, module: nn.Module) -> None:
+        from transformers import masking_utils
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        seen.append(found is not None)
-        return found
+        known = [getattr(masking_utils, name) for name in _FUNCTIONS if hasattr(masking_utils, name)]
+        sources = {type(child).__module__ for child in module.modules()}
+        self._places: list[tuple[ModuleType, str, Callable]] = [
+            (sys.modules[source], name, value) for source in sorted(sources) if source in sys.modules
+            for name, value in vars(sys.modules[source]).items() if any(value is function for function in known)]
 
-    masking_utils.find_packed_sequence_indices = watched
-    try:
-        yield seen
-    finally:
-        masking_utils.find_packed_sequence_indices = original
+    @contextmanager
+    def shown(self, position_ids: Tensor) -> Iterator[None]:
+        """Inside they see these positions where the model does not hand them any."""
+        for source, name, function in self._places:
+            setattr(source, name, _showing(function, position_ids))
+        try:
+            yield
+        finally:
+            for source, name, function in self._places:
+                setattr(source, name, function)
 
 
-def attends_only(module: nn.Module) -> bool:
-    """Whether tokens meet in attention alone: no recurrence, no convolution over time."""
-    config = module.config.get_text_config() if hasattr(module, "config") else None
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return kinds <= ATTENTION_KINDS and not any(isinstance(m, nn.Conv1d) for m in module.modules())
+def _showing(function: Callable, position_ids: Tensor) -> Callable:
+    names = list(inspect.signature(function).parameters)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args)), **kwargs}
+        embeds = given.get("inputs_embeds", given.get("input_embeds"))
+        if given.get("position_ids") is None and embeds is not None and embeds.shape[1] == position_ids.shape[-1]:
+            if _hides_nothing(given.get("attention_mask")):
+                return function(**{**given, "position_ids": position_ids, "attention_mask": None})
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _hides_nothing(attention_mask: Any) -> bool:
+    """Some models make a mask of ones where none is given, and restarts are looked for only where there is none."""
+    return attention_mask is None or isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and bool(attention_mask.all())
 
 
 def restarts(position_ids: Tensor) -> bool:

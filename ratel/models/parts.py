@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ratel.errors import RatelError
 from ratel.models import blocks as finder
 from ratel.models.checkpoint import EXTRA_STATE
+from ratel.models.caches import Caches
+from ratel.models.checks.family import family_of
 from ratel.models.checkpoints.beside import Origin, write_beside
 from ratel.models.checkpoints.export_layout import ExportLayout
-from ratel.models.documents import attends_only, watch_packing
 from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
 from ratel.models.guard import Guard
-from ratel.models.inputs import BlockInputs, leaves
+from ratel.models.inputs import BlockCall, BlockInputs
 from ratel.models.layout import Layout, make_layout
 from ratel.models.longrope import LongRope
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
@@ -59,6 +60,7 @@ class Parts:
         self._gates = Gates(finder.find_blocks(module))
         self._guard = Guard(module)
         self._longrope = LongRope(module)
+        self._caches = Caches(module)
         self._runner: CausalLMRunner | LossRunner | TaskRunner = (
             CausalLMRunner(module, device, dtype) if self.is_causal_lm else TaskRunner(module, task, device, dtype)
             if task is not None else LossRunner(module, loss_fn, device, dtype))
@@ -68,6 +70,7 @@ class Parts:
         self._layout: Layout | None = None
         if self.is_causal_lm or task is not None:
             try:
+                self._judge_family()
                 self.probe(self._runner.probe_batch() if task is None else self._runner.sample(1, 4))
             except BaseException:
                 self.close()
@@ -127,7 +130,7 @@ class Parts:
         if self._layout is None:
             rng = RngState(self.device)
             try:
-                with watch_packing() as packing, self._guard.lifted(), assignments_undone(self.module):
+                with self._guard.lifted(), assignments_undone(self.module):
                     found = trace(self.module, self._gates, lambda: self._runner.run(batch))
                 layout = make_layout(self.module, found, self.name)
                 if not layout.spec.num_trainable_params:
@@ -137,7 +140,7 @@ class Parts:
                 self._trace = found
                 with torch.no_grad(), assignments_undone(self.module), Shadow([]):
                     if self.is_causal_lm:
-                        self._choose_masks(sees_documents=any(packing))
+                        self._choose_masks()
                     self._rehearse(batch)
             finally:
                 rng.restore()
@@ -153,19 +156,23 @@ class Parts:
             raise RatelError(f"cannot be run one block at a time: with its blocks replaced, its forward fails "
                              f"({type(error).__name__}: {error})", field="model", value=self.name) from error
 
-    def _choose_masks(self, sees_documents: bool) -> None:
-        """Find out how documents are kept apart, and whether the tail can do without masks."""
+    def _judge_family(self) -> None:
+        """Whether the next token can be learned, and how documents in one row are kept apart."""
+        if not self.is_causal_lm:
+            return
+        found = family_of(self.module)
+        if found.is_causal is False:
+            raise RatelError("tokens see those that come after them, so the next token is nothing to learn", field="model",
+                             value=type(self.module).__name__, remedy="Use --task masked-lm, classify or tokens; if it is a "
+                             "decoder, set is_decoder in its configuration")
+        self._runner.documents, self.isolates_documents = found.documents, found.documents is not None
+        if found.documents is None:
+            log.warning("%s: documents in one sequence cannot be kept apart (%s), so each sequence holds one", self.name,
+                        found.reason)
+
+    def _choose_masks(self) -> None:
+        """Find out whether the tail can do without masks."""
         runner = self._runner
-        if not sees_documents:
-            mask = runner.probe_mask()
-            try:
-                calls = self._run_head(runner.probe_batch(), self.num_blocks - 1, attention_mask=mask).calls
-                runner.makes_mask = all(any(x is mask for x in leaves((c.args, c.kwargs))) for c in calls)
-            except TRIAL_ERRORS:
-                runner.makes_mask = False
-        self.isolates_documents = (sees_documents or runner.makes_mask) and attends_only(self.module)
-        if not self.isolates_documents:
-            log.warning("%s: documents packed into one sequence see each other in this model", self.name)
         runner.skips_mask = True
         try:
             self.tail_logits(self._run_head(runner.probe_batch(), 0).hidden)
@@ -239,8 +246,12 @@ class Parts:
 
     def block(self, index: int, hidden: Tensor, inputs: BlockInputs, forward: Callable[..., Any] | None = None) -> Tensor:
         """Run one block, by ``forward`` instead of its own."""
-        call = self._traced.slots[index].put(inputs.calls[index], hidden)
+        call = self.call_of(index, hidden, inputs)
         return self._traced.forms[index].take((forward or self._traced.stages[index])(*call.args, **call.kwargs))
+
+    def call_of(self, index: int, hidden: Tensor, inputs: BlockInputs) -> BlockCall:
+        """All arguments of the block."""
+        return self._traced.slots[index].put(inputs.calls[index], hidden)
 
     def own_forward(self, index: int) -> Callable[..., Any]:
         """The ``forward`` of the block's class, without a gate before it."""
@@ -373,7 +384,8 @@ class Parts:
 
     def write_beside(self, directory: Path, dtype: torch.dtype) -> None:
         """Write what an export has beside its weights: config.json, and the files that lay beside the weights it began with."""
-        write_beside(self._origin, self.module, directory, dtype)
+        with self._caches.as_given():
+            write_beside(self._origin, self.module, directory, dtype)
 
     def close(self) -> None:
         """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the
@@ -382,6 +394,7 @@ class Parts:
         self._guard.remove()
         self._longrope.close()
         self._runner.close()
+        self._caches.put_back()
         self._originals.put_back()
 
 

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
-from ratel.models.documents import document_mask, restarts
+from ratel.models.documents import MADE, OWN, MaskFunctions, document_mask, restarts
 from ratel.models.inputs import tree_map
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -51,25 +52,29 @@ class CausalLMRunner:
             # They are collected from inside the blocks, for a loss of their own.
             self._fixed["output_router_logits"] = False
         self._is_flash = "flash" in str(getattr(module.config, "_attn_implementation", ""))
-        self.makes_mask = False
-        """Documents are kept apart by a mask made here; otherwise the model sees to it, or nobody."""
+        self._mask_functions = MaskFunctions(module)
+        self.documents: str | None = OWN
+        """How those of one row are kept apart; None: they are not."""
         self.skips_mask = False
         """`run_on_nothing` hands the model a finished mask, so that it makes none (nor waits for the device)."""
 
     def run(self, batch: Mapping[str, Tensor], attention_mask: Tensor | None = None) -> Tensor:
         arguments = dict(self._fixed, input_ids=batch["input_ids"].to(self._device, non_blocking=True))
-        positions = batch.get("position_ids")
+        positions, shown = batch.get("position_ids"), nullcontext()
         if positions is not None:
             moved = positions.to(self._device, non_blocking=True)
             if self._accepts_positions:
                 arguments["position_ids"] = moved
-            if attention_mask is None and self.makes_mask and restarts(positions):
+            if attention_mask is None and self.documents == OWN:
+                shown = self._mask_functions.shown(moved)
+            if attention_mask is None and self.documents == MADE and restarts(positions):
                 attention_mask = document_mask(moved, self._dtype)
             if self._is_flash:
                 self._refuse_flash(positions)
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-        output = self._module(**arguments)
+        with shown:
+            output = self._module(**arguments)
         return output.logits if hasattr(output, "logits") else output[0]
 
     def _refuse_flash(self, positions: Tensor) -> None:
@@ -79,12 +84,9 @@ class CausalLMRunner:
                              field="attention", value="flash", remedy="Use --micro-batch 1, or --attention sdpa")
 
     def probe_batch(self) -> dict[str, Tensor]:
-        """Four tokens in two documents: enough to see every path a batch takes."""
-        return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "position_ids": torch.tensor([[0, 1, 0, 1]])}
-
-    def probe_mask(self) -> Tensor:
-        """The mask of `probe_batch`, made here."""
-        return document_mask(self.probe_batch()["position_ids"].to(self._device), self._dtype)
+        """Four tokens, in two documents where these are kept apart: enough to see every path a batch takes."""
+        positions = [0, 1, 2, 3] if self.documents is None else [0, 1, 0, 1]
+        return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "position_ids": torch.tensor([positions])}
 
     def run_on_nothing(self, num_rows: int) -> Tensor:
         """A forward on ``num_rows`` sequences of one token each, for what comes after the blocks."""

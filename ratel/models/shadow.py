@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+Place = tuple[int, bool]
+"""How many blocks have run, and whether the next one is under way."""
 
 SHADOW_ELEMENTS = 2048
 """Float tensors above this are shadowed. Below it they are computed, which is exact and cheaper than a meta call."""
@@ -27,24 +31,51 @@ class Shadow(TorchDispatchMode):
         self._index = {p.untyped_storage().data_ptr(): i for i, p in enumerate(params) if p.numel()}
         self.touched: set[int] = set()
         self._outputs: dict[tuple, Any] = {}
+        self.place: Place = (0, False)
+        self.given: set[int] = set()
+        """Storages that the block which runs was given."""
+        self.foreign: set[tuple[Place, Place, int]] = set()
+        """What was read that was made elsewhere in this forward and not given: where it is read, where it was made, its storage."""
+        self._made: dict[int, tuple[StorageWeakRef, Place]] = {}
+        """By storage: where it was made. A weak reference keeps the address from being used again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [x for x in flat if isinstance(x, Tensor)]
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        self._note_reads(tensors)
+        result = self._run(func, args, kwargs, tensors)
+        if not func.is_view:
+            self._note_made(result)
+        return result
+
+    def _note_reads(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()._cdata
+            made = self._made.get(storage)
+            if made is not None and made[1] != self.place and storage not in self.given:
+                self.foreign.add((self.place, made[1], storage))
+
+    def _note_made(self, result: Any) -> None:
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                ref = StorageWeakRef(tensor.untyped_storage())
+                self._made.setdefault(ref.cdata, (ref, self.place))
+
+    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         for tensor in tensors:
             if tensor.device.type != "meta":
                 index = self._index.get(tensor.untyped_storage().data_ptr())
                 if index is not None:
                     self.touched.add(index)
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
-        if func.is_view or not any(map(_is_large, tensors)) and not any(map(_is_part_of_shadow, written)):
+        is_small = not any(map(_is_large, tensors))
+        if func.is_view or func._schema.is_mutable and is_small and not any(map(_is_part_of_shadow, written)):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             # Writing to or from a shadow changes nothing: all is zero. Autograd bumps the version above us.
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
         try:
-            return self._on_meta(func, args, kwargs, tensors)
+            return func(*args, **kwargs) if is_small else self._on_meta(func, args, kwargs, tensors)
         except (RuntimeError, NotImplementedError, IndexError, TypeError):
             # The values matter (nonzero, item, ...), or there is no meta kernel; some of those refuse zero strides.
             args, kwargs = tree_map_only(Tensor, _materialise, (args, kwargs))

@@ -96,8 +96,8 @@ def shrunken(config: Any) -> Any:
 
 
 def random_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and every floating buffer of the state dict values that its absence would show in: weights by which
-    tokens differ and attention chooses, scales and biases that are neither one nor zero."""
+    """Give every parameter, and every buffer of the state dict that its constructor fills with one number, values that its absence
+    would show in: weights by which tokens differ and attention chooses, scales and biases that are neither one nor zero."""
     generator = torch.Generator().manual_seed(seed)
     stored = module.state_dict(keep_vars=True)
     seen: set[int] = set()
@@ -112,8 +112,8 @@ def random_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
                 tensor.copy_(noise * (1.0 if "embed" in name else 1.5 * tensor.shape[-1] ** -0.5))
             elif isinstance(tensor, nn.Parameter):
                 tensor.add_(0.2 * noise)
-            else:
-                tensor.mul_(1 + 0.1 * noise.abs()).add_(0.1 * noise.abs())
+            elif tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):  # others are tables: of decays, of frequencies
+                tensor.add_(0.1 * noise.abs())
     return module
 
 

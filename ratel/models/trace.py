@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
+from ratel.models.checks.given import Given
 from ratel.models.gates import Gates
 from ratel.models.graph import Edge, Reach, edge_of, is_older, next_number, reach
 from ratel.models.inputs import BlockCall, HiddenSlot, OutputForm, Slot, leaves
 from ratel.models.longrope import chosen_buffers
 from ratel.models.shadow import Shadow
+
+
+_NOT_GIVEN = "a block uses something computed before it that is not among its arguments"
+_MORE_THAN_HIDDEN = ("the result uses more of a block's output than the hidden states (auxiliary loss, router logits, attention "
+                     "weights)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +63,20 @@ class _Watch:
         if self.depth:
             raise refusal("a block calls another block of the same list", block)
         self._close_gap()
+        given = Given(block, args, kwargs)
         self.blocks.append(block)
         self.calls.append(BlockCall(args=args, kwargs=kwargs))
         self.versions_in.append(_versions((args, kwargs)))
         self.begun.append(next_number())
         self.shadow.touched = set()
+        self.shadow.place, self.shadow.given = (len(self.outputs), True), given.storages
         self.depth += 1
         try:
             output = forward(*args, **kwargs)
         finally:
             self.depth -= 1
+        self.shadow.place, self.shadow.given = (len(self.outputs) + 1, False), set()
+        given.refuse_changes()
         self.used.append(self.shadow.touched)
         self.shadow.touched = set()
         self.outputs.append(output)
@@ -92,7 +102,29 @@ class _Watch:
 
 
 def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
-    """Run once in outline. ``run`` calls the model and returns its logits or its loss. Raises RatelError."""
+    """Run once in outline. ``run`` calls the model and returns its logits or its loss. Raises RatelError.
+
+    Once more where a block reads what others have made: a table that the first forward of a model makes is there by then.
+    """
+    try:
+        return _trace(root, gates, run)
+    except _Foreign:
+        pass
+    try:
+        return _trace(root, gates, run)
+    except _Foreign as found:
+        raise found.refusal from None
+
+
+class _Foreign(Exception):
+    """Something is read that a block computed in this forward and did not hand on."""
+
+    def __init__(self, refusal: RatelError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+def _trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
     params = list(root.parameters())
     trained = {id(p) for p in params if p.requires_grad}
     with ExitStack() as stack:
@@ -108,7 +140,9 @@ def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
         used = watch.close()
         _refuse_changed_buffers(root, buffers)
         try:
-            return _examine(watch, used, result, params, trained)
+            found = _examine(watch, used, result, params, trained)
+            _examine_reads(watch, found.forms[-1].take(watch.outputs[-1]))
+            return found
         finally:
             del result
             watch.release()
@@ -214,8 +248,16 @@ def _examine_block(watch: _Watch, k: int, output: Tensor, given: list[Tensor]) -
     gradient."""
     found = reach([output], [edge for edge in map(edge_of, given) if edge is not None])
     if any(is_older(node, watch.begun[k]) for node in found.nodes):
-        raise refusal("a block uses something computed before it that is not among its arguments", watch.blocks[k],
-                      "Hand it to the block as an argument")
+        raise refusal(_NOT_GIVEN, watch.blocks[k], "Hand it to the block as an argument")
+
+
+def _examine_reads(watch: _Watch, last: Tensor) -> None:
+    """As for graphs, for what carries no gradient: numbers that were detached, masks, counts."""
+    for (block, inside), (_, made_inside), storage in watch.shadow.foreign:
+        if inside:
+            raise _Foreign(refusal(_NOT_GIVEN, watch.blocks[block], "Hand it to the block as an argument"))
+        if made_inside and block == len(watch.blocks) and storage != last.untyped_storage()._cdata:
+            raise _Foreign(refusal(_MORE_THAN_HIDDEN, watch.root))
 
 
 def _examine_tail(watch: _Watch, roots: list[Tensor], edges: list[Edge], before: Reach) -> Reach:
@@ -230,8 +272,7 @@ def _examine_tail(watch: _Watch, roots: list[Tensor], edges: list[Edge], before:
                       "connection around them)", watch.root)
     inside = reach([edge_holder for edge_holder in _side_outputs(watch, edges)])
     if after.nodes & inside.nodes:
-        raise refusal("the result uses more of a block's output than the hidden states (auxiliary loss, router "
-                      "logits, attention weights)", watch.root)
+        raise refusal(_MORE_THAN_HIDDEN, watch.root)
     return after
 
 

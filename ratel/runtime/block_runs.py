@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.blocks import count_elements
+from ratel.models.checks.second_run import refuse_unlike_runs
 from ratel.models.inputs import BlockInputs, leaves
 from ratel.models.parts import TRIAL_ERRORS
 from ratel.plan.activations import BlockProfile
@@ -74,11 +75,12 @@ class BlockRuns:
 
         It is to be run again in full if other values make other operations, or if a second run that leaves things out
         is not exact (`is_exact`). Where blocks are to be compiled, it is tried. ``seed`` sets the random generators,
-        always to the same state.
+        always to the same state. Raises RatelError for a block that does not do the same when it runs again.
         """
         key = self._key(block, hidden, inputs)
         if key in self._traces or key in self._too_large:
             return
+        self._refuse_unlike_runs(block, hidden, inputs, seed)
         inputs, leaf = inputs.with_leaves(), _random_like(hidden)
         try:
             with torch.enable_grad():
@@ -94,6 +96,15 @@ class BlockRuns:
             self._run_in_full(block, f"what it does cannot be traced ({type(error).__name__}: {error})")
         if self._compiled is not None:
             self._compile(block, leaf, inputs, seed)
+
+    def _refuse_unlike_runs(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
+        try:
+            refuse_unlike_runs(self.parts, block, torch.randn_like(hidden), inputs, seed)
+        except (torch.OutOfMemoryError, RatelError) as error:
+            if isinstance(error, RatelError):
+                raise
+        except TRIAL_ERRORS:  # not on random values; the first step compares real ones
+            return
 
     def _compile(self, block: int, leaf: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
         kind = self._kinds[block]

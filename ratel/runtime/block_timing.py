@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 from ratel.hardware.block_rates import attached, attached_units, initialised
 from ratel.hardware.probe import processors_key
 from ratel.hardware.timing import launch_seconds, median_seconds

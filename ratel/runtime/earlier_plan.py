@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ratel.plan
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 from ratel.hardware.probe import processors_key
 from ratel.plan.choose import Request, finished, with_placements
 from ratel.plan.placement import TIERS, UnitPlacement

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
+from ratel.models.documents import restarts
 from ratel.models import Parts
 from ratel.plan.shape import ModelSpec
 from ratel.runtime.loss import IGNORED, shifted_count
@@ -63,6 +64,14 @@ def causal_batch(batch: Any, spec: ModelSpec) -> dict[str, Tensor]:
     if "attention_mask" in batch:
         _check_mask(batch["attention_mask"], batch)
     return {key: tensor.long() for key, tensor in batch.items() if key != "attention_mask"}
+
+
+def refuse_documents(batch: Mapping[str, Tensor]) -> None:
+    """For a model that cannot keep them apart: each would be learned with what was said in those before it."""
+    if "position_ids" in batch and restarts(batch["position_ids"]):
+        raise RatelError("several documents share a row, and this model cannot keep them apart", field="position_ids",
+                         value="positions that begin again", remedy="Put one document in each row, with positions that count on "
+                                                                    "through its padding, or leave position_ids out")
 
 
 def _check_mask(mask: Any, batch: Mapping[str, Tensor]) -> None:

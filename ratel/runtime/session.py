@@ -35,7 +35,7 @@ from ratel.runtime.entrance import Entrance, entered
 from ratel.runtime.loss import with_labels
 from ratel.runtime.machinery import IoOptions, Machinery
 from ratel.runtime.meter import Meter
-from ratel.runtime.micro import causal_batch, count_rows, count_targets, cut, nothing_to_learn, split
+from ratel.runtime.micro import causal_batch, count_rows, count_targets, cut, nothing_to_learn, refuse_documents, split
 from ratel.runtime.moments import check_moments, export_moments, open_moments
 from ratel.runtime.optimizer import Hyper
 from ratel.runtime.prepare import Budgets, Planned, Shape, Wishes, make_plan
@@ -486,6 +486,8 @@ class Session:
         self._check_usable()
         if self.parts.is_causal_lm:
             batch = with_labels(causal_batch(batch, self.parts.spec))
+            if not self.parts.isolates_documents:
+                refuse_documents(batch)
         elif self.parts.task:
             batch = self.parts.task_runner.checked(batch, self.parts.spec.vocab_size)
         if self._machinery is None:

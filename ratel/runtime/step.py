@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ratel.memory.lanes import Lanes
+from ratel.models.checks.second_run import FirstStep
 from ratel.plan.placement import GPU
 from ratel.plan.plan import Plan
 from ratel.plan.saved import INPUT
@@ -52,6 +53,8 @@ class VerticalStep:
         num_blocks = sum(stage.kind == "block" for stage in self._stages)
         blocks.keep([{s.name: s.num_bytes for s in plan.saved_of(block) if s.is_inner} for block in range(num_blocks)])
         self._open: dict[int, Tensor] = {}
+        self._first: FirstStep | None = FirstStep()
+        """Until the first step is over: what second runs are compared with."""
 
     def train(self, micros: list[Micro], *, targets: int, step: int, early: bool = True) -> Tensor:
         """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device).
@@ -63,6 +66,7 @@ class VerticalStep:
             for stage in reversed(self._stages[1:-1]):
                 self._backward_block(stage, micros, step)
             self._backward_pre(micros, step)
+        self._first = None
         return loss
 
     def evaluate(self, micros: list[Micro], *, targets: int) -> Tensor:
@@ -94,6 +98,8 @@ class VerticalStep:
             self._activations.save_input(block, micro.index, micro.hidden)
         with self._computing(stage, micro, step, "forward"):
             micro.hidden = self._run_forward(block, micro, save)
+        if save and self._first is not None and micro.index == 0:
+            self._first.note(block, micro.hidden)
 
     def _run_forward(self, block: int, micro: Micro, save: bool) -> Tensor:
         if not save:  # what is compiled was tried in training: an evaluation must not end a run with the compiler's errors
@@ -151,6 +157,8 @@ class VerticalStep:
             for micro in micros:
                 with self._saved(stage.index - 1, micro) as saved:
                     with self._computing(stage, micro, step, "backward"):
+                        if self._first is not None and micro.index == 0:
+                            self._compare_runs(stage, micro, saved[INPUT][0], step)
                         hidden = saved[INPUT][0].detach().requires_grad_()
                         with torch.enable_grad():
                             output = self._blocks.second(stage.index - 1, micro.index, hidden, micro.inputs, saved,
@@ -161,6 +169,11 @@ class VerticalStep:
                         micro.grad = hidden.grad
                         del output, hidden
                         self._collect(stage)
+
+    def _compare_runs(self, stage: StageSpec, micro: Micro, hidden: Tensor, step: int) -> None:
+        block, leaf = stage.index - 1, hidden.detach().requires_grad_()
+        self._first.compare(block, self._parts.blocks[block], lambda: self._blocks.plain(block, leaf, micro.inputs))
+        self._seed_for(stage, micro, step)
 
     def _backward_pre(self, micros: list[Micro], step: int) -> None:
         stage = self._stages[0]

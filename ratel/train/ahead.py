@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ratel import readahead
 from ratel.config import TrainConfig
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 from ratel.hardware.host import available_memory, worker_cores
 from ratel.memory import early, early_context
 from ratel.memory.anonymous import region_bytes

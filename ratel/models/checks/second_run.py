@@ -1,0 +1,90 @@
+"""Is a second run of a block what the first was? Tried on random values before planning, and on real ones in the first step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ratel.errors import RatelError
+from ratel.models.checks.given import changed_argument, changed_names, content_of, named_arguments, picture, state_of
+from ratel.models.inputs import BlockInputs
+from ratel.models.parts import Parts
+
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Relative, of a token. With a graph another kernel may run than without one, and some add up in any order."""
+SAMPLED_TOKENS = 16
+
+
+def refuse_unlike_runs(parts: Parts, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
+    """Run the block as forward does, twice, and as backward does. Raises RatelError where runs differ, or where one leaves
+    something behind that the next would meet. ``seed`` sets the random generators, always to the same state."""
+    module, call = parts.blocks[block], parts.call_of(block, hidden, inputs)
+    arguments = named_arguments(module, call.args, call.kwargs)
+    before = {name: picture(value, content_of) for name, value in arguments.items()}
+    outputs, states = [], []
+    for run in (_without_graph, _without_graph, with_graph_dropped):
+        seed()
+        outputs.append(run(lambda: parts.block(block, hidden, inputs)).detach())
+        states.append(state_of(module))
+    for name, value in arguments.items():
+        if picture(value, content_of) != before[name]:
+            raise changed_argument(module, name, value)
+    changed = changed_names(states[0], states[1])
+    if changed:
+        raise RatelError("a block changes it every time that it runs, and it runs twice in a step (again in backward)",
+                         field="model", value=f"{changed[0]} of {type(module).__name__}",
+                         remedy="Keep running values outside the blocks, or let them depend on the arguments alone")
+    for output in outputs[1:]:
+        if are_unlike(outputs[0], output):
+            raise unlike_runs(block, module)
+
+
+def unlike_runs(block: int, module: nn.Module) -> RatelError:
+    return RatelError(f"block {block} did something else when it was run again for backward than in forward (another output for "
+                      "the same arguments): its gradient would be wrong", field="model", value=type(module).__name__,
+                      remedy="Make its forward depend on its arguments and weights alone")
+
+
+def _without_graph(run: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return run()
+
+
+def with_graph_dropped(run: Callable[[], Tensor]) -> Tensor:
+    """As in backward, but in no more memory than forward takes."""
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda packed: packed):
+        return run().detach()
+
+
+def are_unlike(first: Tensor, second: Tensor) -> bool:
+    """Whether most tokens differ by more than rounding. A few may: a router that is in doubt sends them elsewhere."""
+    if first.shape != second.shape:
+        return True
+    if torch.equal(first, second):
+        return False
+    limit = ROUNDING.get(first.dtype, 5e-2)
+    first, second = (x.flatten(0, -2).float() if x.dim() > 1 else x.float()[None] for x in (first, second))
+    errors = (first - second).norm(dim=-1) / first.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    errors = errors[errors.isfinite()]  # random values may be too large for a block
+    return bool(errors.numel()) and float(errors.median()) > limit
+
+
+class FirstStep:
+    """A few tokens of what every block made in forward of the first micro-batch, to be compared with its second run."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def note(self, block: int, output: Tensor) -> None:
+        self._made[block] = _sample(output)
+
+    def compare(self, block: int, module: nn.Module, run: Callable[[], Tensor]) -> None:
+        """Raises RatelError if ``run`` makes something else."""
+        if are_unlike(self._made.pop(block), _sample(with_graph_dropped(run))):
+            raise unlike_runs(block, module)
+
+
+def _sample(output: Tensor) -> Tensor:
+    tokens = output.detach().flatten(0, -2) if output.dim() > 1 else output.detach()[None]
+    return tokens[::max(1, tokens.shape[0] // SAMPLED_TOKENS)][:SAMPLED_TOKENS].clone()
