@@ -100,6 +100,7 @@ def test_a_lost_library_is_built_again(checkout: Path) -> None:
 def test_tests_are_installed_with_their_needs_and_run(checkout: Path) -> None:
     done = start(checkout, "test", "-k", "some thing")
     assert done.stdout == "pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -k some thing\n", done
+    assert installs(checkout)[-2].startswith("trl==")  # its chat templates: see test_data_templates.py
     assert installs(checkout)[-1] == f"{checkout}[test]"
 
 
