@@ -218,8 +218,9 @@ def _is_written(rendering: Rendering, item: Field, text: str) -> bool:
         return True
     wanted = sum(not char.isspace() for char in item.text)
     found = sum(origin in codes and not char.isspace() for char, origin in zip(text, rendering.origins))
-    # A template may write a part itself that it took out: the tags around a thought.
-    return found >= wanted or "".join(item.text.split()) in "".join(text.split())
+    # A template may write a part of a content itself that it took out: the tags around a thought.
+    is_said_again = item.name != "tool_calls" and found > 0 and "".join(item.text.split()) in "".join(text.split())
+    return found >= wanted or is_said_again
 
 
 def _codes(text: str) -> np.ndarray:
