@@ -18,7 +18,7 @@ from ratel import models
 from ratel.hardware.host import worker_cores
 from ratel.models.weights import view
 from ratel.plan.shape import UnitSpec
-from ratel.runtime.loss import chunked_loss, count_targets, positions_per_chunk, shifted_targets
+from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_count, shifted_targets
 from ratel.train.step_bench import fill_quickly
 
 Results = dict[str, Tensor]
@@ -114,7 +114,7 @@ class Pieces:
         gradients = {f"{name}, of the embedding": grad for name, grad in self._gradients().items()}
         chunk = positions_per_chunk(len(self._ids), self._parts.spec.vocab_size)
         loss, grad = chunked_loss(self._parts.tail_logits, self._hidden, shifted_targets(self._ids), chunk=chunk,
-                                  backward=True, normalizer=count_targets(self._ids), after_chunk=lambda: None)
+                                  backward=True, normalizer=shifted_count(self._ids), after_chunk=lambda: None)
         return {"embedded": embedded, **gradients, "loss": loss, "gradient of the hidden states": grad,
                 **self._gradients()}
 
