@@ -11,7 +11,7 @@ from torch import nn
 from ratel import startup
 from ratel.config import NEXT_TOKEN
 from ratel.errors import RatelError
-from ratel.hardware import probe_cache
+from ratel import probe_cache
 from ratel.memory import early
 from ratel.models.config import read_config
 from ratel.models.load import load
