@@ -95,6 +95,10 @@ def _read_betas(value: Any, flag: str) -> tuple[float, float]:
     return read(parts[0], flag), read(parts[1], flag)
 
 
+def _read_router(value: Any, flag: str) -> float | str:
+    return value if value in ("auto", "off") else number_reader(float, 0, above=True)(value, flag)
+
+
 def _check_unit(value: Any, number: float, flag: str, counted: str, meant: str) -> None:
     """A bare number that is next to nothing was meant in a larger unit."""
     if isinstance(value, str) and value.strip().isdigit() and 0 < number < MIB:
@@ -174,6 +178,9 @@ class TrainConfig:
     eps: float = _option(1e-8, number_reader(float, 0, above=True), TRAINING, "X", "AdamW's epsilon")
     weight_decay: float = _option(0.0, number_reader(float, 0), TRAINING, "X", "weight decay of all but norms and biases")
     max_grad_norm: float = _option(1.0, number_reader(float, 0), TRAINING, "X", "clip the global norm here (0: do not clip)")
+    router_aux_loss: float | str = _option("auto", _read_router, TRAINING, "auto|off|COEF",
+                                           "loss that keeps the experts of a router in use alike (auto: if config.json has "
+                                           "output_router_logits, with its coefficient)")
     dtype: str = _option("auto", _choice("auto", "bf16", "fp32"), TRAINING, "auto|bf16|fp32",
                          "type of the computation (auto: bf16 on a GPU or a processor that has bf16, else fp32)")
     attention: str = _option("auto", _choice("auto", "sdpa", "eager", "flash"), TRAINING, "auto|sdpa|eager|flash",

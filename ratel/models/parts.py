@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ratel.models.guard import Guard
 from ratel.models.inputs import BlockCall, BlockInputs
 from ratel.models.layout import Layout, make_layout
 from ratel.models.longrope import LongRope
+from ratel.models.router import Routing, find_router_loss
 from ratel.models.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.skeleton import Originals, owners
 from ratel.models.shadow import Shadow, assignments_undone
@@ -66,6 +68,8 @@ class Parts:
             if task is not None else LossRunner(module, loss_fn, device, dtype))
         self.isolates_documents = False
         """Whether tokens of a causal language model see only their own document when ``position_ids`` restart."""
+        self.routing: Routing | None = None
+        """Where the loss of routers is added."""
         self._trace: Trace | None = None
         self._layout: Layout | None = None
         if self.is_causal_lm or task is not None:
@@ -146,6 +150,26 @@ class Parts:
                 rng.restore()
             self._index_parameters()
         return self._layout.spec
+
+    def add_router_loss(self, asked: float | str) -> None:
+        """Have blocks say what their routers do, if the model has a loss for it; see `find_router_loss`."""
+        if not self.is_causal_lm:
+            if not isinstance(asked, str):
+                raise RatelError("is a part of the loss of causal language models only", field="router_aux_loss", value=asked,
+                                 remedy="Use auto or off")
+            return
+        rng = RngState(self.device)
+        try:
+            with self._guard.lifted(), assignments_undone(self.module), Shadow([]):
+                found = find_router_loss(self.module, self._runner.plain_batch(), asked)
+        finally:
+            rng.restore()
+        if found is not None:
+            inside = {id(module) for block in self.blocks for module in block.modules()}
+            if any(id(module) not in inside for module, _ in found.places):
+                raise RatelError("has routers outside its blocks, so their loss cannot be computed one block at a time",
+                                 field="router_aux_loss", value=self.name, remedy="Use --router-aux-loss off")
+            self.routing = Routing(found)
 
     def _rehearse(self, batch: Any) -> None:
         """Run head and tail once in outline: a model that looks at more of a block's output fails here, not later."""
@@ -247,7 +271,8 @@ class Parts:
     def block(self, index: int, hidden: Tensor, inputs: BlockInputs, forward: Callable[..., Any] | None = None) -> Tensor:
         """Run one block, by ``forward`` instead of its own."""
         call = self.call_of(index, hidden, inputs)
-        return self._traced.forms[index].take((forward or self._traced.stages[index])(*call.args, **call.kwargs))
+        with self.routing.watching() if self.routing is not None else nullcontext():
+            return self._traced.forms[index].take((forward or self._traced.stages[index])(*call.args, **call.kwargs))
 
     def call_of(self, index: int, hidden: Tensor, inputs: BlockInputs) -> BlockCall:
         """All arguments of the block."""
@@ -390,6 +415,8 @@ class Parts:
     def close(self) -> None:
         """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the
         trained ones after `restore`, else those it came with."""
+        if self.routing is not None:
+            self.routing.remove()
         self._gates.remove()
         self._guard.remove()
         self._longrope.close()

@@ -88,6 +88,11 @@ class CausalLMRunner:
         positions = [0, 1, 2, 3] if self.documents is None else [0, 1, 0, 1]
         return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "position_ids": torch.tensor([positions])}
 
+    def plain_batch(self) -> dict[str, Tensor]:
+        """Arguments of the model itself, of one document."""
+        used = {name: value for name, value in self._fixed.items() if name != "output_router_logits"}
+        return used | {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device=self._device)}
+
     def run_on_nothing(self, num_rows: int) -> Tensor:
         """A forward on ``num_rows`` sequences of one token each, for what comes after the blocks."""
         zeros = torch.zeros(num_rows, 1, dtype=torch.int64, device=self._device)

@@ -51,8 +51,9 @@ CAUSAL = ("input_ids", "labels", "position_ids", "attention_mask")
 """What a batch for a causal language model may hold."""
 
 
-def causal_batch(batch: Any, spec: ModelSpec) -> dict[str, Tensor]:
-    """As a step takes it: checked, in integers of 64 bits, and without an attention mask, which says nothing then."""
+def causal_batch(batch: Any, spec: ModelSpec, *, keeps_mask: bool = False) -> dict[str, Tensor]:
+    """As a step takes it: checked, in integers of 64 bits, and without an attention mask, which says nothing then but to
+    a loss of routers (``keeps_mask``)."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise RatelError("a batch for a language model is a dict with input_ids (and labels, position_ids)",
                          field="batch", value=type(batch).__name__)
@@ -63,7 +64,7 @@ def causal_batch(batch: Any, spec: ModelSpec) -> dict[str, Tensor]:
     _check_causal(batch, spec)
     if "attention_mask" in batch:
         _check_mask(batch["attention_mask"], batch)
-    return {key: tensor.long() for key, tensor in batch.items() if key != "attention_mask"}
+    return {key: tensor.long() for key, tensor in batch.items() if keeps_mask or key != "attention_mask"}
 
 
 def refuse_documents(batch: Mapping[str, Tensor]) -> None:

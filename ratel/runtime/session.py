@@ -68,7 +68,9 @@ class Session:
     what it is given, a scalar: it is called for each micro-batch, whose size the plan chooses, and the results are averaged by
     rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). ``task``:
     ``classify``, ``tokens`` or ``masked-lm`` train a model of transformers with that head on batches with ``labels`` (a
-    `ratel.Task` also says the labels' names); no ``loss_fn`` then. Raises RatelError for what cannot work, before anything is
+    `ratel.Task` also says the labels' names); no ``loss_fn`` then. ``router_aux_loss``: ``auto`` adds the loss of routers to
+    that of a causal language model if its configuration has ``output_router_logits``, ``off`` never, a number always, with
+    that coefficient. Raises RatelError for what cannot work, before anything is
     reserved.
     """
 
@@ -77,7 +79,8 @@ class Session:
                  lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, max_grad_norm: float | None = 1.0, optimizer: str = "auto",
                  optimizer_state: "str | os.PathLike | None" = None, micro_batch: int | str = "auto", seed: int = 0,
-                 loss_fn: Callable[[Any, Any], Any] | None = None, task: str | Task = "next-token", tier: str = "auto", placement: Forced | None = None,
+                 loss_fn: Callable[[Any, Any], Any] | None = None, task: str | Task = "next-token",
+                 router_aux_loss: float | str = "auto", tier: str = "auto", placement: Forced | None = None,
                  checkpoint_tier: str = "auto", activations: Activations = "auto",
                  ssd_bandwidth: str | float | None = None, io_backend: str = "auto", direct: str = "auto",
                  optimizer_threads: int | str = "auto", attention: str = "auto", compile: str = "off",
@@ -90,6 +93,7 @@ class Session:
                              optimizer=optimizer, micro_batch=micro_batch, seed=seed, tier=tier,
                              checkpoint_tier=checkpoint_tier, io_backend=io_backend, direct=direct,
                              activations="auto" if isinstance(activations, dict) else activations, compile=compile,
+                             router_aux_loss=router_aux_loss,
                              ssd_bandwidth=ssd_bandwidth, optimizer_threads=optimizer_threads, checksums=checksums)
         self.device = require_device(device)
         self._io = IoOptions(directories=directories_of(ssd), backend=io_backend, direct=direct,
@@ -126,6 +130,7 @@ class Session:
             self.parts = models.load(model, dtype=computes_in, device=self.device, seed=seed, loss_fn=loss_fn,
                                      attention=attention, task=task)
         try:
+            self._add_router_loss(given["router_aux_loss"])
             self.parts.check_source()
             refuse_unreadable(self.parts.other_state())
             self._moments = open_moments(optimizer_state)
@@ -134,6 +139,12 @@ class Session:
         except BaseException:
             self.parts.close()
             raise
+
+    def _add_router_loss(self, asked: float | str) -> None:
+        self.parts.add_router_loss(asked)
+        if self.parts.routing is not None and self._compiles:
+            raise RatelError("does not go together with the loss of routers, which looks into blocks", field="compile", value="on",
+                             remedy="Use --compile off, or --router-aux-loss off")
 
     # --- preparing ----------------------------------------------------------------------------------------------
 
@@ -485,7 +496,7 @@ class Session:
     def _prepared(self, batch: Any) -> Any:
         self._check_usable()
         if self.parts.is_causal_lm:
-            batch = with_labels(causal_batch(batch, self.parts.spec))
+            batch = with_labels(causal_batch(batch, self.parts.spec, keeps_mask=self.parts.routing is not None))
             if not self.parts.isolates_documents:
                 refuse_documents(batch)
         elif self.parts.task:

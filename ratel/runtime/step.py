@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ratel.memory.lanes import Lanes
 from ratel.models.checks.second_run import FirstStep
+from ratel.models.router import Balance
 from ratel.plan.placement import GPU
 from ratel.plan.plan import Plan
 from ratel.plan.saved import INPUT
@@ -55,14 +56,20 @@ class VerticalStep:
         self._open: dict[int, Tensor] = {}
         self._first: FirstStep | None = FirstStep()
         """Until the first step is over: what second runs are compared with."""
+        self._balance: Balance | None = None
+        """Of the routers in this step."""
 
     def train(self, micros: list[Micro], *, targets: int, step: int, early: bool = True) -> Tensor:
         """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device).
         ``early``: updates follow at once, those that the plan has so."""
         self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros), early=early))
+        routing = self._parts.routing
+        self._balance = None if routing is None else Balance(routing.loss, self._lanes.device)
         with self._own_random_numbers():
             self._forward(micros, step, save=True)
             loss = self._turn(micros, targets, step)
+            if self._balance is not None:
+                loss += self._balance.value()
             for stage in reversed(self._stages[1:-1]):
                 self._backward_block(stage, micros, step)
             self._backward_pre(micros, step)
@@ -98,6 +105,8 @@ class VerticalStep:
             self._activations.save_input(block, micro.index, micro.hidden)
         with self._computing(stage, micro, step, "forward"):
             micro.hidden = self._run_forward(block, micro, save)
+            if save and self._balance is not None:
+                self._balance.add(self._parts.routing.take(), micro.batch.get("attention_mask"))
         if save and self._first is not None and micro.index == 0:
             self._first.note(block, micro.hidden)
 
@@ -164,16 +173,25 @@ class VerticalStep:
                             output = self._blocks.second(stage.index - 1, micro.index, hidden, micro.inputs, saved,
                                                          lambda: self._seed_for(stage, micro, step))
                         saved.clear()
-                        torch.autograd.backward(output, micro.grad)
+                        routed, their_grads = self._routed(micro)
+                        torch.autograd.backward([output, *routed], [micro.grad, *their_grads])
                         self._blocks.finish()
                         micro.grad = hidden.grad
-                        del output, hidden
+                        del output, hidden, routed
                         self._collect(stage)
 
     def _compare_runs(self, stage: StageSpec, micro: Micro, hidden: Tensor, step: int) -> None:
         block, leaf = stage.index - 1, hidden.detach().requires_grad_()
         self._first.compare(block, self._parts.blocks[block], lambda: self._blocks.plain(block, leaf, micro.inputs))
         self._seed_for(stage, micro, step)
+
+    def _routed(self, micro: Micro) -> tuple[list[Tensor], list[Tensor]]:
+        """What the routers of the block that ran last gave their experts, with its gradient."""
+        if self._balance is None:
+            return [], []
+        shown = micro.batch.get("attention_mask")
+        routed = [each for each in self._parts.routing.take() if each.requires_grad]
+        return routed, self._balance.gradients(routed, shown)
 
     def _backward_pre(self, micros: list[Micro], step: int) -> None:
         stage = self._stages[0]

@@ -126,7 +126,8 @@ def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | 
                  task: Task | None = None) -> Session:
     names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm",
              "optimizer", "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier",
-             "activations", "direct", "optimizer_threads", "attention", "compile", "checksums", "hardware")
+             "activations", "direct", "optimizer_threads", "attention", "compile", "checksums", "hardware",
+             "router_aux_loss")
     options = {name: getattr(config, name) for name in names}
     durable = config.durable if config.save_every and commits is not None else "off"
     if durable == "auto" and (config.keep > 1 or config.keep_best):
