@@ -195,17 +195,23 @@ class Engine:
     def submit_read(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
         """Start ``memory[address:] = volume[offset:offset + num_bytes]``; returns a ticket. The memory must stay valid
         until the ticket is done. Offset, address and size are multiples of 4096."""
+        if self._closed:
+            self._require_open()
         ticket = self._native.submit(self._handle, volume.handle, 0, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
     def submit_write(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
         """Start ``volume[offset:offset + num_bytes] = memory[address:]``; otherwise as ``submit_read``. Transfers in
         flight together are not ordered: wait for one before submitting another that overlaps it."""
+        if self._closed:
+            self._require_open()
         ticket = self._native.submit(self._handle, volume.handle, 1, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
     def done(self, ticket: int) -> bool:
         """Whether ``wait`` would return (or raise) at once."""
+        if self._closed:
+            self._require_open()
         status = self._native.done(self._handle, ticket)
         if status < 0:
             self._raise_for(status, None)
@@ -218,7 +224,7 @@ class Engine:
         the memory stays in use and the ticket can be waited for again. Ctrl-C gets through.
         """
         if self._closed:
-            raise _canceled()
+            self._require_open()
         failure = self._failure()
         status = self._native.poll(self._handle, ticket, 0, failure)
         if status == -errno_module.EINPROGRESS:
@@ -449,6 +455,15 @@ def _checked(status: int, what: str) -> int:
     if status < 0:
         raise OSError(-status, f"{what}: {os.strerror(-status)}")
     return status
+
+
+def _give_to_parent() -> None:
+    """In a forked child, which has none of the threads that would answer."""
+    for engine in list(_engines):
+        engine._closed = True
+
+
+os.register_at_fork(after_in_child=_give_to_parent)
 
 
 def remove_scratch() -> None:

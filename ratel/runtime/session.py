@@ -439,7 +439,7 @@ class Session:
         """
         if self._entrance.is_foreign:
             self._closed = True
-        if not self._closed or self._machinery is not None:  # or an earlier call was ended in the middle
+        elif not self._closed or self._machinery is not None:  # or an earlier call was ended in the middle
             self._close()
 
     @entered

@@ -153,17 +153,18 @@ def hand_over(plan: Plan, machinery: Machinery, unit: UnitSpec, grad: torch.Tens
 
 def _spill(machinery: Machinery, unit: UnitSpec, moved: Moved) -> None:
     """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
-    m = machinery
+    # Not the machinery: whoever drops that would wait for the thread that has this.
+    io, engine, writes, updates = machinery.io, machinery.engine, machinery.writes, machinery.updates
 
     def write() -> None:
-        ticket = m.io.write(unit.index, "g", 0, moved.host, native.nvme_ds.WRITEBACK)
-        m.writes.when(lambda: m.engine.wait(ticket), announce)
+        ticket = io.write(unit.index, "g", 0, moved.host, native.nvme_ds.WRITEBACK)
+        writes.when(lambda: engine.wait(ticket), announce)
 
     def announce() -> None:
         moved.release()
-        m.updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
+        updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
 
-    m.copies.when_event(moved.arrived, write)
+    machinery.copies.when_event(moved.arrived, write)
 
 
 def expects_no_scaling(guesses: Iterable[bool]) -> bool:
