@@ -58,7 +58,7 @@ class Channel(io.RawIOBase):
         until_s = time.monotonic() + (0.0 if self.is_dropping else _SHOWN_S)
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
-        while not poll.poll(1000 * interrupt.POLL_S):
+        while not poll.poll(1000 * interrupt.POLL_S * (not self.is_dropping)):
             if self.may_drop and time.monotonic() >= until_s:
                 self.is_dropping = True
                 return False

@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     output, _ = process.begin()
-    status, error = _main(sys.argv[1:]), output.error
+    try:
+        status = _main(sys.argv[1:])
+    except SystemExit as done:  # --help
+        status = done.code or EXIT_OK
+    error = output.error
     if status == EXIT_OK and error is not None and not output.may_drop and not isinstance(error, BrokenPipeError):
         return _fail(f"ratel: standard output cannot be written: {error.strerror}", EXIT_FAILED)
     return status
