@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ratel.data.bundled import bundled_sources
+from ratel.data.chat.own_tokens import renders_itself
 from ratel.data.corpus import Corpus
 from ratel.data.forms import Batch, Form, Packed
 from ratel.data.order import Permutation
@@ -48,7 +49,7 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
     eval_corpus = None
     if eval_data is not None:
         eval_corpus = Corpus(find_sources(eval_data, field="eval_data"), text_bytes=text_bytes, field="eval_data")
-    if not tokenizer.chat_template and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
+    if not tokenizer.chat_template and not renders_itself(tokenizer) and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
     # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
     form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed)
@@ -83,8 +84,10 @@ class Dataset:
         self._eval_rows = self._pack_eval(picked)[:eval_max_sequences]
         self._fingerprint = {"seed": seed, "seq_len": seq_len, "documents": len(corpus), "bytes": corpus.num_bytes,
                              "held_out": zlib.crc32(repr(sorted(self._held_out)).encode()), "vocabulary": vocabulary, **form.tells}
-        self._check = ConversationCheck([one for one in (corpus, eval_corpus) if one is not None and one.has_chat], form.encode)
+        self._check = ConversationCheck([one for one in (corpus, eval_corpus) if one is not None and one.has_chat], form.encode,
+                                        seq_len=seq_len)
         self._check.at_once()
+        self._about_conversations = self._check.describe()
         self._position = Position()
         self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
 
@@ -124,7 +127,7 @@ class Dataset:
         return [self._form.collate(self._eval_rows[at:at + size]) for at in range(0, len(self._eval_rows), size)]
 
     def describe(self) -> str:
-        text = self._reader.corpus.describe()
+        text = "; ".join(filter(None, [self._reader.corpus.describe(), self._about_conversations]))
         if self._eval_corpus is not None:
             return f"{text}; evaluation: {format_count(len(self._eval_rows), 'sequence')} of {self._eval_corpus.describe()}"
         if not self._eval_rows:
