@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,7 +130,7 @@ def tell_what_lasts(tell: Tell) -> None:
     from ratel.train import run
     from ratel.train.attempt import Attempt
 
-    after(CommitLog, "write", lambda log, training: tell("lasts", training["extra"]["step"]))
+    after(CommitLog, "write", lambda log, training, *rest: tell("lasts", training["extra"]["step"]))
     after(DirectoryTarget, "finish", lambda target, training: tell("lasts", training["extra"]["step"]))
     before(Saver, "request", lambda saver, target, training: tell("saving", training["extra"]["step"]))
     before(Attempt, "_loop", lambda *unused: tell("training", 0))
@@ -245,12 +245,11 @@ def check_same(out: Path, whole: Path) -> None:
             (unit, plane)
 
 
-def check_clean(site: Site, out: Path, setting: Setting) -> None:
-    """Of all starts one state is left, and on SSD what it needs. (A killed run's working volumes go with the next.)"""
+def check_clean(site: Site, out: Path, setting: Setting, *, but: Collection[str] = ()) -> None:
+    """Of all starts one state is left, and on SSD what it needs, and files of these names."""
     from ratel.runtime.commit_files import committed_files
 
     left = sorted(entry.name for entry in (out / "state").iterdir())
     assert left in (["commits"], [f"step-{STEPS:08d}"]), left  # the last start may have found the run at its end
-    on_ssd = {os.fspath(path.resolve()) for name in setting.folders for path in site.folder(name).iterdir()
-              if not path.name.startswith(("ratel-states", "ratel-gradients", "ratel-activations"))}
+    on_ssd = {os.fspath(path.resolve()) for name in setting.folders for path in site.folder(name).iterdir() if path.name not in but}
     assert on_ssd <= committed_files(out / "state" / "commits"), on_ssd

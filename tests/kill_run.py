@@ -73,6 +73,7 @@ class Killing:
         lasting, killed = 0, 0
         while True:
             setting = self._vary(setting)
+            out, setting = self._displaced(out, setting, lasting)
             aim = self._aim(setting) if killed < num_kills else Aim(kind="none")
             ended = self._start(out, setting, aim)
             expect(not ended.hung and ended.status in (0, -signal.SIGKILL), f"{setting} {aim}: {ended}")
@@ -87,10 +88,16 @@ class Killing:
             lasting = newest_step(out)
             self._note(setting, aim, ended, told, lasting)
             expect(lasting >= told, f"step {told} was durable, {lasting} is left: {setting} {aim} {ended}")
-        compared = in_fork(lambda tell: (check_same(out, self._wholes[setting.optimizer]),
-                                         check_clean(self._site, out, setting)))
+        compared = in_fork(lambda tell: (check_same(out, self._wholes[setting.optimizer]), self._check_clean(out, setting)))
         expect(compared.status == 0, f"{setting}: {compared.errors}")
         self._site.remove(out)
+
+    def _check_clean(self, out: Path, setting: Setting) -> None:
+        check_clean(self._site, out, setting)
+
+    def _displaced(self, out: Path, setting: Setting, lasting: int) -> tuple[Path, Setting]:
+        """What becomes of the files between two starts: here nothing (move_run.py)."""
+        return out, setting
 
     def _vary(self, setting: Setting) -> Setting:
         draw = self._draw
@@ -195,18 +202,23 @@ def expect(holds: bool, message: str) -> None:
         sys.exit(message)
 
 
-def main(directory: Path, seed: int, num_kills: int, summary: Path | None) -> None:
+def main(directory: Path, seed: int, num_kills: int, summary: Path | None, kind: type[Killing] = Killing) -> None:
     from results_common import write_results
 
     site = Site(directory)
     site.prepare()
-    killing = Killing(site, seed)
+    killing = kind(site, seed)
     killing.measure()
     killing.run(num_kills)
     if summary is not None:
         write_results(summary, "kills", {"seeds": [seed]}, killing.summary())
 
 
-if __name__ == "__main__":
+def started(kind: type[Killing] = Killing) -> None:
+    """As this command was called."""
     to_json = Path(sys.argv[5]) if sys.argv[4:5] == ["--json"] else None
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), to_json)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), to_json, kind)
+
+
+if __name__ == "__main__":
+    started()
