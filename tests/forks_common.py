@@ -229,8 +229,8 @@ def newest_step(out: Path) -> int:
     return 0 if newest is None else SavedState(newest).training["extra"]["step"]
 
 
-def check_same(out: Path, whole: Path) -> None:
-    """Metrics, exported model and every plane of the last state are equal to the last bit."""
+def check_same(out: Path, whole: Path, folders: Collection[Path] = ()) -> None:
+    """Metrics, exported model and every plane of the last state are equal to the last bit. ``folders``: where drives may be now."""
     import torch
 
     from ratel.runtime.state import SavedState
@@ -238,7 +238,7 @@ def check_same(out: Path, whole: Path) -> None:
     from resume_common import assert_same_run
 
     assert_same_run(out, whole)
-    found, expected = (SavedState(StateDirectory(path / "state").newest()) for path in (out, whole))
+    found, expected = (SavedState(StateDirectory(path / "state").newest(), list(folders)) for path in (out, whole))
     assert list(found.planes()) == list(expected.planes())
     for unit, plane in found.planes():
         assert torch.equal(found.read(unit, plane).view(torch.uint8), expected.read(unit, plane).view(torch.uint8)), \

@@ -88,11 +88,12 @@ class Killing:
             lasting = newest_step(out)
             self._note(setting, aim, ended, told, lasting)
             expect(lasting >= told, f"step {told} was durable, {lasting} is left: {setting} {aim} {ended}")
-        compared = in_fork(lambda tell: (check_same(out, self._wholes[setting.optimizer]), self._check_clean(out, setting)))
+        compared = in_fork(lambda tell: self._check_end(out, setting))
         expect(compared.status == 0, f"{setting}: {compared.errors}")
         self._site.remove(out)
 
-    def _check_clean(self, out: Path, setting: Setting) -> None:
+    def _check_end(self, out: Path, setting: Setting) -> None:
+        check_same(out, self._wholes[setting.optimizer])
         check_clean(self._site, out, setting)
 
     def _displaced(self, out: Path, setting: Setting, lasting: int) -> tuple[Path, Setting]:

@@ -59,7 +59,8 @@ class Moving(Killing):
             return setting
         return replace(setting, folders=tuple(path.parent.name for path in files_in_place(out, self._folders())))
 
-    def _check_clean(self, out: Path, setting: Setting) -> None:
+    def _check_end(self, out: Path, setting: Setting) -> None:
+        check_same(out, self._wholes[setting.optimizer], self._folders())
         check_clean(self._site, out, setting, but=self._nobodys)
 
     def _new(self, name: str) -> Path:
@@ -89,7 +90,7 @@ class Moving(Killing):
         copy = self._copied(out)
         ended = self._train(copy, setting)
         expect(ended.status == 0 and (ended.last("resumed") == lasting or lasting == STEPS), f"the copy: {setting} {ended}")
-        self._check(lambda: (check_same(copy, self._wholes[setting.optimizer]), self._check_whole(copy), self._check_whole(out)))
+        self._check(lambda: (check_same(copy, self._wholes[setting.optimizer], self._folders()), self._check_whole(copy), self._check_whole(out)))
         expect(newest_step(out) == lasting, "the original is at another step than before its copy")
         self._check(lambda: (drop(copy, self._folders()), self._check_whole(out)))
         shutil.rmtree(copy)
@@ -109,7 +110,7 @@ class Moving(Killing):
         step = newest_step(copy)
         ended = self._train(copy, setting)
         if ended.status == 0:
-            self._check(lambda: check_same(copy, self._wholes[setting.optimizer]))
+            self._check(lambda: check_same(copy, self._wholes[setting.optimizer], self._folders()))
         else:
             expect("is damaged" in ended.errors or "is not there" in ended.errors, f"a stale copy of step {step}: {ended}")
         if out.is_dir() and newest_step(out):
