@@ -23,7 +23,7 @@ from ratel.verify.findings import Verdict
 from ratel.verify.net import REGISTRIES, check_entries, entries
 from report import ROOT, commit
 
-RESULTS = ROOT / "benchmarks" / "results" / "families.json"
+RESULTS = ROOT / "benchmarks" / "families.json"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=float, default=180.0, metavar="S", help="seconds for one class")
     parser.add_argument("--table", action="store_true", help="check nothing, write the page from the file")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where verdicts go (default: benchmarks/results/families.json)")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where verdicts go (default: benchmarks/families.json)")
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,7 @@ from ratel.runtime.session import Session
 from ratel.verify.findings import BROKE, FAILED, HOLDS, SAID, Finding, Verdict, one_line
 from ratel.verify.quiet import quiet
 from ratel.verify.gradients import ROUNDING, Pass, compare, pass_of, session_options
-from ratel.verify.subject import HIGHEST, IGNORED, LENGTH, LOWEST, NEXT_TOKEN, ROWS, Batch, PlainError, Subject
+from ratel.verify.subject import HIGHEST, IGNORED, LENGTH, LOWEST, NEXT_TOKEN, ROWS, Batch, Loss, PlainError, Subject
 
 PACKED_ROUNDING = 1e-4
 """Documents alone are matrices of other shapes, and sums in another order."""
@@ -45,10 +45,10 @@ def check_class(model_class: type[nn.Module], config: Any, task: str, *, is_quic
 
 def _check(subject: Subject, base: Path) -> Iterator[Finding]:
     with _session(subject, torch.float32) as session:  # what is refused is refused here
-        plain, exact = _plain_and_exact(subject, subject.task_loss, subject.batch())
+        plain = _plain(subject, subject.task_loss, subject.batch())
         if subject.task == NEXT_TOKEN:
             yield _guarded("causal", lambda: _causal(subject, session))
-        yield from _steps(subject, session, plain, exact, base)
+        yield from _steps(subject, session, plain, base)
         isolates = session.parts.isolates_documents
     if subject.task == NEXT_TOKEN:
         yield _packed(subject, isolates)
@@ -59,11 +59,12 @@ def _check(subject: Subject, base: Path) -> Iterator[Finding]:
 
 def _check_quickly(subject: Subject, base: Path) -> Iterator[Finding]:
     with _session(subject, torch.float32) as session:
-        plain, exact = _plain_and_exact(subject, subject.task_loss, subject.batch())
+        batch = subject.batch()
+        plain = _plain(subject, subject.task_loss, batch)
         if subject.task == NEXT_TOKEN:
             yield _guarded("causal", lambda: _causal(subject, session))
-        yield _guarded("gradients", lambda: compare("gradients", pass_of(session, subject.batch()), plain, exact,
-                                                    ROUNDING[torch.float32]))
+        yield _guarded("gradients", lambda: compare("gradients", pass_of(session, batch), plain, _exact(
+            subject, subject.task_loss, batch, plain), ROUNDING[torch.float32]))
         isolates = session.parts.isolates_documents
     if subject.task == NEXT_TOKEN:
         yield _packed(subject, isolates)
@@ -82,15 +83,20 @@ def _session(subject: Subject, dtype: torch.dtype) -> Session:
     return Session(str(subject.directory), task=subject.task, **session_options(dtype, ROWS))
 
 
-def _plain_and_exact(subject: Subject, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> tuple[Pass, Pass]:
+def _plain(subject: Subject, loss: Loss, batch: Batch) -> Pass:
     try:
-        plain = subject.plain(loss, batch, torch.float32)
+        return subject.plain(loss, batch, torch.float32)
     except Exception as error:
         raise PlainError(f"{type(error).__name__}: {one_line(error, 160)}") from error
-    try:
-        return plain, subject.plain(loss, batch, torch.float64)
-    except (RuntimeError, ValueError, TypeError):  # some models name fp32 in their code
-        return plain, plain
+
+
+def _exact(subject: Subject, loss: Loss, batch: Batch, plain: Pass) -> Callable[[], Pass]:
+    def run() -> Pass:
+        try:
+            return subject.plain(loss, batch, torch.float64)
+        except (RuntimeError, ValueError, TypeError):  # some models name fp32 in their code
+            return plain
+    return run
 
 
 def _causal(subject: Subject, session: Session) -> Finding:
@@ -110,10 +116,10 @@ def _causal(subject: Subject, session: Session) -> Finding:
     return Finding(about="causal", outcome=HOLDS)
 
 
-def _steps(subject: Subject, session: Session, plain: Pass, exact: Pass, base: Path) -> Iterator[Finding]:
+def _steps(subject: Subject, session: Session, plain: Pass, base: Path) -> Iterator[Finding]:
     batches = [subject.batch(seed) for seed in (1, 2)]
     ours = pass_of(session, batches[0])
-    yield compare("gradients", ours, plain, exact, ROUNDING[torch.float32])
+    yield compare("gradients", ours, plain, _exact(subject, subject.task_loss, batches[0], plain), ROUNDING[torch.float32])
     yield _moved(subject, session, ours)
     session.save(base / "state")
     second = session.step(batches[1]).loss
@@ -164,9 +170,10 @@ def _packed(subject: Subject, isolates: bool) -> Finding:
 
 def _packed_beside_apart(subject: Subject) -> Finding:
     packed, apart = subject.packed()
-    plain, exact = _plain_and_exact(subject, subject.apart_loss(apart), packed)
+    loss = subject.apart_loss(apart)
+    plain = _plain(subject, loss, packed)
     with _session(subject, torch.float32) as session:
-        return compare("packed", pass_of(session, packed), plain, exact, PACKED_ROUNDING)
+        return compare("packed", pass_of(session, packed), plain, _exact(subject, loss, packed, plain), PACKED_ROUNDING)
 
 
 def _loading(subject: Subject) -> Finding:
@@ -178,11 +185,12 @@ def _bf16(subject: Subject, exact: Pass) -> Finding:
     batch = subject.batch()
     plain = subject.plain(subject.task_loss, batch, torch.bfloat16)
     with _session(subject, torch.bfloat16) as session:
-        return compare("bf16", pass_of(session, batch), plain, exact, ROUNDING[torch.bfloat16])
+        return compare("bf16", pass_of(session, batch), plain, lambda: exact, ROUNDING[torch.bfloat16])
 
 
 def _own_loss(subject: Subject) -> Finding:
     batch = subject.batch()
-    plain, exact = _plain_and_exact(subject, subject.own_loss, batch)
+    plain = _plain(subject, subject.own_loss, batch)
     with Session(subject.module(), loss_fn=subject.own_loss, **session_options(torch.float32, ROWS)) as session:
-        return compare("own loss", pass_of(session, batch), plain, exact, ROUNDING[torch.float32])
+        return compare("own loss", pass_of(session, batch), plain, _exact(subject, subject.own_loss, batch, plain),
+                       ROUNDING[torch.float32])

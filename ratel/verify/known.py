@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ratel import startup
+from ratel import probe_cache, startup
 from ratel.config import NEXT_TOKEN
 from ratel.errors import RatelError
-from ratel import probe_cache
 from ratel.memory import early
 from ratel.models.config import read_config
 from ratel.models.load import load
@@ -77,7 +76,8 @@ def refuse_wrong(verdict: Verdict) -> None:
 def _key(model_class: type, config: Any, task: str) -> dict[str, Any]:
     import transformers
 
-    settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    settings = json.dumps({name: value for name, value in config.to_dict().items() if name != "_name_or_path"}, sort_keys=True,
+                          default=str)
     return {"what": "family", "class": model_class.__name__, "task": task, "config": _digest(settings.encode()),
             "transformers": transformers.__version__, "torch": torch.__version__, "sources": _sources()}
 

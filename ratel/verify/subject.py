@@ -38,12 +38,15 @@ class Subject:
         _complete(config)
         _write(model_class, config, directory)
         self._class = model_class
+        self._loaded: dict[torch.dtype, nn.Module] = {}
         self._accepted = inspect.signature(model_class.forward).parameters
         self.vocab = getattr(config.get_text_config(), "vocab_size", None) or HIGHEST
 
-    def module(self, dtype: torch.dtype = torch.float32, like: torch.dtype | None = None) -> nn.Module:
-        """As transformers loads it, in training mode."""
-        return self._class.from_pretrained(self.directory, dtype=dtype, local_files_only=True).train()
+    def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """As transformers loads it, in training mode; a new one at each call."""
+        if dtype not in self._loaded:
+            self._loaded[dtype] = self._class.from_pretrained(self.directory, dtype=dtype, local_files_only=True).train()
+        return copy.deepcopy(self._loaded[dtype])
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -129,6 +132,8 @@ def _complete(config: Any) -> None:
     """Classifiers look for the last token that is no padding (batches here have none), and draw a dropout that many configurations
     do not name."""
     config.classifier_dropout = 0.0
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False  # losses of routers are added where it is on: other tests
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = 0
