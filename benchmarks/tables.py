@@ -214,9 +214,23 @@ def max_section(name: str, results: list[dict]) -> list[str]:
             "Each maximum was found by planning and then trained:", "", "```", *table(results).splitlines(), "```", ""]
 
 
+def trainer_section(name: str, report: dict) -> list[str]:
+    model, versions, settings = report["model"], report["versions"], report["settings"]
+    lines = [f"## Beside transformers' Trainer: {name}", "",
+             f"{report['host']['cpu']['model']}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
+             f"{report['commit'][:7]}; `{report['command']}`: {model['model_type']} with {model['num_hidden_layers']} layers of width "
+             f"{model['hidden_size']}, fp32, AdamW with clipping at 1, {settings['rows']} rows of {settings['seq_len']} tokens, the same "
+             "batches for both. Errors are the largest of any step, relative.", "",
+             "| data | steps | target tokens | first loss | last loss | losses differ by | norms differ by | generation |",
+             "|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {p['kind']} | {p['steps']} | {p['targets']:,} | {p['first_loss']:.4f} | {p['last_loss']:.4f} | {p['loss_error']:.1e} | "
+              f"{p['norm_error']:.1e} | {'the same' if p['generates_the_same'] else 'differs'} |" for p in report["points"]]
+    return [*lines, ""]
+
+
 SECTIONS = {"step": step_section, "io": io_section, "durable": durable_section, "paper": paper_section,
             "reality": reality_section, "pays": pays_section, "largest": largest_section, "max": max_section,
-            "reproducible": reproducible_section, "updates": updates_section,
+            "reproducible": reproducible_section, "updates": updates_section, "trainer": trainer_section,
             "adam": lambda name, content: adam_section(name, content if isinstance(content, list) else [content]),
             "kills": lambda name, content: ordeal_section(name, "kills", content),
             "faults": lambda name, content: ordeal_section(name, "faults", content),
