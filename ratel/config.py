@@ -148,6 +148,8 @@ class TrainConfig:
                               "train even if the check of a small copy, made once for each kind of model, finds it wrong")
     data: str | None = _option(None, _optional(_read_text), MODEL, "FILE|DIR",
                                ".txt or .jsonl file, or a directory of them (default: the bundled example text)")
+    skip_bad_lines: bool = _option(False, _read_switch, MODEL, None, "pass over lines of .jsonl files that are not as documented; "
+                                                                     "OUT/skipped.json lists them")
     tokenizer: str | None = _option(None, _optional(_read_text), MODEL, "DIR",
                                     "directory with a tokenizer (default: the model's own; bytes where it has none)")
     optimizer_state: str | None = _option(None, _optional(_read_text), MODEL, "DIR|FILE",

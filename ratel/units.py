@@ -3,6 +3,7 @@
 import re
 
 from ratel.errors import RatelError
+from ratel.schema import LARGEST, shown
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -13,19 +14,26 @@ _BYTE_UNITS = {
     "g": GIB, "gib": GIB, "gb": 10**9,
     "t": TIB, "tib": TIB, "tb": 10**12,
 }
+_LIKE_THIS = "Write it like 24GiB, 500GB or 1.5TiB"
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str | int | float, *, field: str = "size") -> int:
     """Bytes of ``"24GiB"``, ``"1.5 TB"``, ``"512M"`` (binary) or a plain number of bytes."""
-    if isinstance(text, (int, float)):
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
         if text < 0:
-            raise RatelError("a size cannot be negative", field=field, value=text)
-        return int(text)
-    match = _QUANTITY.fullmatch(text)
+            raise RatelError("a size cannot be negative", field=field, value=text, remedy=_LIKE_THIS)
+        return _limited(text, text, field)
+    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _BYTE_UNITS:
-        raise RatelError("not a size", field=field, value=repr(text), remedy="Write it like 24GiB, 500GB or 1.5TiB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+        raise RatelError("not a size", field=field, value=shown(text), remedy=_LIKE_THIS)
+    return _limited(float(match[1]) * _BYTE_UNITS[match[2].lower()], text, field)
+
+
+def _limited(num_bytes: float, text: object, field: str) -> int:
+    if not num_bytes <= LARGEST:
+        raise RatelError("is more than any machine has", field=field, value=shown(text), remedy=_LIKE_THIS)
+    return int(num_bytes)
 
 
 def parse_rate(text: str | int | float, *, field: str = "rate") -> float:

@@ -71,11 +71,11 @@ def test_only_the_checked_part_is_rendered_and_other_records_are_not(tmp_path: P
         rendered.append(record)
 
     corpus = Corpus(find_sources(path), checked_bytes=len(path.read_bytes()) - 5)
-    check_module.ConversationCheck([corpus], encode).at_once()
+    check_module.ConversationCheck([corpus], encode, seq_len=16).at_once()
     assert rendered == [Chat(messages=tuple(GOOD["messages"]))] * 3
     rendered.clear()
     corpus = Corpus(find_sources(path), checked_bytes=100)
-    check_module.ConversationCheck([corpus], encode).at_once()
+    check_module.ConversationCheck([corpus], encode, seq_len=16).at_once()
     assert len(rendered) == 1
 
 
@@ -87,7 +87,7 @@ def test_a_check_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         seen.append(len(seen))
         time.sleep(0.002)
 
-    check = check_module.ConversationCheck([Corpus(find_sources(path))], slow)
+    check = check_module.ConversationCheck([Corpus(find_sources(path))], slow, seq_len=16)
     check.at_once(0.0)
     assert not seen
     check.go_on(lambda: slow)
@@ -106,6 +106,17 @@ def test_a_file_that_vanishes_is_left_to_who_reads_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD)
     corpus = Corpus(find_sources(path))
     path.unlink()
-    check = check_module.ConversationCheck([corpus], lambda record: None)
+    check = check_module.ConversationCheck([corpus], lambda record: None, seq_len=16)
     check.at_once()
     assert check.is_done
+
+
+def test_the_start_says_what_is_rewritten_and_what_is_cut(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 5)
+    with opened(path) as dataset:
+        assert "of the first 5 conversations 5 texts are longer than a sequence and cut" in dataset.describe()
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{% if loop.last %}!{% endif %}{{ m.content }}")
+    path = write(tmp_path / "b.jsonl", GOOD, {"messages": [*GOOD["messages"], *GOOD["messages"]]})
+    with open_dataset(path, tokenizer, seq_len=64, batch_size=1, seed=0, eval_fraction=0) as dataset:
+        assert "of the first 2 conversations 1 are learned in 2 texts, because the template rewrites" in dataset.describe()

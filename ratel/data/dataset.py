@@ -1,42 +1,54 @@
 """Text to batches: the face of this package."""
 
 import copy
+import logging
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ratel.data.bundled import bundled_sources
+from ratel.data.chat.own_tokens import renders_itself
 from ratel.data.corpus import Corpus
+from ratel.data.documents import DocumentList
 from ratel.data.forms import Batch, Form, Packed
+from ratel.data.going_on import go_on
 from ratel.data.order import Permutation
 from ratel.data.prefetch import Prefetcher
 from ratel.data.review.check import ConversationCheck
+from ratel.data.skipping import SkippedLines
 from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, find_sources
 from ratel.data.stream import Position, Reader, RowStream
 from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab
 from ratel.errors import RatelError
+from ratel.schema import SchemaError, check, listing, record, text, whole
 from ratel.units import format_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 MIN_SEQ_LEN = 8
 _PREFETCHED_BATCHES = 4
+_CALLED = {"seed": "--seed", "seq_len": "--seq-len", "vocabulary": "the tokenizer's vocabulary"}
+_STATE = record({"data": record({"documents": whole(1)}, {"content": text()}, is_open=True)}, {"evaluated": listing(whole())}, is_open=True)
 _HELD_OUT_KEY = -1
 """In place of an epoch, of held-out documents: in the key of the permutation that picks them."""
 
 
 def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
                  seed: int, eval_fraction: float = 0.01, eval_data: DataArgument | None = None,
-                 eval_max_sequences: int | None = 64, vocab_size: int | None = None, packed: bool = True) -> "Dataset":
+                 eval_max_sequences: int | None = 64, vocab_size: int | None = None, packed: bool = True,
+                 skipped: SkippedLines | None = None) -> "Dataset":
     """Index the text, hold some of it out, and stand before the first batch.
 
     ``data``: a .txt or .jsonl file, a directory of them, a list of these, or None for the bundled text.
     ``eval_fraction``: share of the documents held out for evaluation, at least one; no more than fill
     ``eval_max_sequences`` (None: no limit). 0, or a single document, holds out none. ``eval_data``: evaluate on this
     instead, and hold out nothing. ``vocab_size``: of the model; ids beyond it are then refused. ``packed``:
-    documents share sequences; else each sequence holds one, for models that cannot keep them apart.
+    documents share sequences; else each sequence holds one, for models that cannot keep them apart. ``skipped``: takes lines that
+    are not as documented; None: they are errors.
     If there are conversations and the tokenizer has no chat template, it is given DEFAULT_CHAT_TEMPLATE.
     Raises RatelError for anything wrong with an option, a file or a line.
     """
@@ -44,11 +56,11 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
     if vocab_size is not None:
         check_vocab(tokenizer, vocab_size)
     text_bytes = max(MIN_TEXT_BYTES, 4 * seq_len)  # About a sequence at four bytes a token.
-    corpus = Corpus(bundled_sources() if data is None else find_sources(data), text_bytes=text_bytes)
+    corpus = Corpus(bundled_sources() if data is None else find_sources(data), text_bytes=text_bytes, skipped=skipped)
     eval_corpus = None
     if eval_data is not None:
-        eval_corpus = Corpus(find_sources(eval_data, field="eval_data"), text_bytes=text_bytes, field="eval_data")
-    if not tokenizer.chat_template and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
+        eval_corpus = Corpus(find_sources(eval_data, field="eval_data"), text_bytes=text_bytes, field="eval_data", skipped=skipped)
+    if not tokenizer.chat_template and not renders_itself(tokenizer) and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
     # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
     form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed)
@@ -71,20 +83,26 @@ class Dataset:
         self._seed = seed
         self._reader = Reader(corpus, form)
         self._eval_corpus = eval_corpus
-        self._held_out: frozenset[int] = frozenset()
+        self.changes = ""
+        """What was done about data that was changed before `load_state_dict`."""
+        numbers: tuple[int, ...] = ()
         max_tokens = None if eval_max_sequences is None else eval_max_sequences * seq_len
         if eval_corpus is not None:
             picked = _pick(Reader(eval_corpus, form), (0, _HELD_OUT_KEY), len(eval_corpus), max_tokens)
         else:
             count = min(len(corpus) - 1, max(1, round(len(corpus) * eval_fraction))) if eval_fraction > 0 else 0
             picked = _pick(self._reader, (seed, _HELD_OUT_KEY), count, max_tokens)
-            self._held_out = frozenset(number for number, _ in picked)
-        self._num_eval_documents = len(picked)
-        self._eval_rows = self._pack_eval(picked)[:eval_max_sequences]
-        self._fingerprint = {"seed": seed, "seq_len": seq_len, "documents": len(corpus), "bytes": corpus.num_bytes,
-                             "held_out": zlib.crc32(repr(sorted(self._held_out)).encode()), "vocabulary": vocabulary, **form.tells}
-        self._check = ConversationCheck([one for one in (corpus, eval_corpus) if one is not None and one.has_chat], form.encode)
+            numbers = tuple(number for number, _ in picked)
+        self._max_eval_rows = eval_max_sequences
+        self._evaluate_on(picked, numbers)
+        self._told = {"seed": seed, "seq_len": seq_len, "vocabulary": vocabulary, **form.tells}
+        self.documents = DocumentList(digests=corpus.digests, held_out=numbers)
+        self._is_picked = True
+        """What is held out follows from the seed; otherwise the data was changed, and a position has to say it."""
+        checked = [one for one in (corpus, eval_corpus) if one is not None and one.has_chat and one.skipped is None]
+        self._check = ConversationCheck(checked, form.encode, seq_len=seq_len)
         self._check.at_once()
+        self._about_conversations = self._check.describe()
         self._position = Position()
         self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
 
@@ -124,28 +142,87 @@ class Dataset:
         return [self._form.collate(self._eval_rows[at:at + size]) for at in range(0, len(self._eval_rows), size)]
 
     def describe(self) -> str:
-        text = self._reader.corpus.describe()
+        said = "; ".join(filter(None, [self._reader.corpus.describe(), self._about_conversations]))
         if self._eval_corpus is not None:
-            return f"{text}; evaluation: {format_count(len(self._eval_rows), 'sequence')} of {self._eval_corpus.describe()}"
+            return f"{said}; evaluation: {format_count(len(self._eval_rows), 'sequence')} of {self._eval_corpus.describe()}"
         if not self._eval_rows:
-            return f"{text}; nothing held out for evaluation"
+            return f"{said}; nothing held out for evaluation"
         documents = format_count(self.num_eval_documents, "document")
-        return f"{text}; {documents} ({format_count(len(self._eval_rows), 'sequence')}) held out for evaluation"
+        return f"{said}; {documents} ({format_count(len(self._eval_rows), 'sequence')}) held out for evaluation"
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was handed out, as JSON values; small, whatever the corpus."""
-        return {"data": dict(self._fingerprint), **self._position.to_dict()}
+        size = len(self._reader)
+        held_out = {} if self._is_picked else {"evaluated": list(self.documents.held_out)}
+        return {"data": self._fingerprint(), **held_out, **self._position.to_dict(size)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], lists: Mapping[str, DocumentList] | None = None) -> None:
         """Go to a position: the next batches are those that would have come there, bit for bit. Another batch_size is
-        allowed, anything else that changes the sequences is a RatelError."""
-        differing = [name for name, value in self._fingerprint.items() if state["data"].get(name) != value]
-        if differing:
-            raise RatelError(f"not what the run was started with; different: {', '.join(differing)}", field="data",
-                             remedy="Resume with the same data, tokenizer, seed and sequence length")
+        allowed. Where the data was changed, ``lists`` has what it was, and the epoch goes on with what it has not had
+        (docs/data.md). Anything else that changes the sequences is a RatelError."""
         self.close()
-        self._position = Position.from_dict(state)
+        try:
+            before = check(dict(state), _STATE, "data")["data"]
+            self._check_told(before)
+            if self._is_same(before):
+                self._evaluate_again(state.get("evaluated"))
+                self._check_held_out(before)
+                self._position = Position.from_dict(state, len(self._reader))
+            else:
+                self._go_on(state, (lists or {}).get(before.get("content")))
+        except SchemaError as error:
+            raise RatelError(f"the state's position in it is damaged: {error}", field="data",
+                             remedy="Resume from an older state") from error
         self._stream(self._position)  # Raises here, not in the thread, if the documents are not there.
+
+    def _fingerprint(self) -> dict[str, Any]:
+        held_out = zlib.crc32(repr(sorted(self.documents.held_out)).encode())
+        return {**self._told, "documents": len(self._reader), "bytes": self._reader.corpus.num_bytes, "content": self.documents.content,
+                "held_out": held_out}
+
+    def _check_told(self, before: Mapping[str, Any]) -> None:
+        differing = [name for name, value in self._told.items() if before.get(name) != value]
+        if differing:
+            raise RatelError(f"not what the run was started with; different: {', '.join(_CALLED.get(name, name) for name in differing)}",
+                             field="data", remedy="Resume with the same tokenizer, seed, sequence length and task")
+
+    def _is_same(self, before: Mapping[str, Any]) -> bool:
+        """States of earlier versions have no digest of the content."""
+        now = self._fingerprint()
+        return all(before.get(name) == now[name] for name in (("content",) if "content" in before else ("documents", "bytes")))
+
+    def _check_held_out(self, before: Mapping[str, Any]) -> None:
+        if before.get("held_out") != self._fingerprint()["held_out"]:
+            raise RatelError("other documents are held out for evaluation than when the run was started", field="data",
+                             remedy="Give --eval-fraction, --eval-sequences and --eval-data as they were")
+
+    def _go_on(self, state: Mapping[str, Any], before: DocumentList | None) -> None:
+        if before is None or len(before.digests) != state["data"]["documents"]:
+            raise RatelError("it was changed since the run was started, and there is no list of the documents before (OUT/documents.json)",
+                             field="data", remedy="Put the data back as it was")
+        if "evaluated" in state:
+            before = replace(before, held_out=tuple(number for number in state["evaluated"] if number < len(before.digests)))
+        going = go_on(before, self.documents.digests, Position.from_dict(state, len(before.digests)), self._seed)
+        if self.changes != going.says:
+            log.warning("%s", going.says)
+        self._position, self.changes = going.position, going.says
+        if before.held_out or self.documents.held_out:
+            self._evaluate_again(list(going.held_out))
+
+    def _evaluate_again(self, numbers: list[int] | None) -> None:
+        """On these documents of the corpus, where they are not those that the seed picks."""
+        if numbers is None:
+            return
+        if any(number >= len(self._reader) for number in numbers) or len(numbers) >= len(self._reader):
+            raise SchemaError("data.evaluated names documents that there are not")
+        loaded = ((number, self._reader.load(number)) for number in numbers)
+        self._evaluate_on([(number, document) for number, document in loaded if document is not None], tuple(numbers))
+        self.documents, self._is_picked = replace(self.documents, held_out=tuple(numbers)), False
+
+    def _evaluate_on(self, picked: list[tuple[int, Any]], held_out: tuple[int, ...]) -> None:
+        self._held_out = frozenset(held_out)
+        self._num_eval_documents = len(picked)
+        self._eval_rows = self._pack_eval(picked)[: self._max_eval_rows]
 
     def close(self) -> None:
         """End the threads. ``batches`` may be called again afterwards."""

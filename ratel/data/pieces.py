@@ -23,7 +23,7 @@ class Pieces:
         if not text:
             return []
         return list(self._tokenizer(text, add_special_tokens=False, return_attention_mask=False,
-                                    return_token_type_ids=False, verbose=False)["input_ids"])
+                                    verbose=False)["input_ids"])
 
     def next(self, text: str) -> list[int]:
         """The tokens of a text that follows another directly: nothing is put before it."""

@@ -2,11 +2,12 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from ratel.data.documents import digest
 from ratel.data.records import RecordError, decode
 from ratel.errors import RatelError
 from ratel.reading import NotRegularError, open_regular
@@ -93,18 +94,29 @@ def _walk(root: Path) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def scan_jsonl(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """``(offset, line number, line)`` of every line that is not blank."""
+def scan_jsonl(file: BinaryIO, skip: Callable[[int, RecordError, int], None] | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """``(offset, line number, line)`` of every line that is not blank. ``skip`` is told of lines that are too long; without it
+    LineError is raised."""
     offset = 0
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
-            raise LineError(number, RecordError(f"the line is longer than {MAX_LINE_BYTES // MIB} MiB",
-                                                "Split the record"))
-        if not line.isspace():
+            error = RecordError(f"the line is longer than {MAX_LINE_BYTES // MIB} MiB", "Split the record")
+            if skip is None:
+                raise LineError(number, error)
+            skip(offset, error, number)
+            while line and not line.endswith(b"\n"):
+                offset += len(line)
+                line = file.readline(MAX_LINE_BYTES)
+        elif not line.isspace():
             yield offset, number, line
         offset += len(line)
+
+
+def text_digest(content: bytes, target_bytes: int) -> int:
+    """Of a document of plain text, as `scan_text` cuts it: of its pieces but blank ones, which may lie after it."""
+    return digest(b"".join(piece for piece in _pieces(io.BytesIO(content), target_bytes) if not piece.isspace()))
 
 
 def scan_text(file: BinaryIO, target_bytes: int, check_until: float) -> Iterator[int]:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ratel.data.corpus import Corpus
+from ratel.data.documents import pack_numbers, unpack_numbers
 from ratel.data.order import Permutation
 from ratel.data.forms import Form
 from ratel.data.packing import Piece
 from ratel.data.records import RecordError
 from ratel.errors import RatelError
+from ratel.schema import SchemaError, check, listing, record, text, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +21,24 @@ class Position:
     epoch: int = 0
     cursor: int = 0
     waiting: tuple[tuple[int, int], ...] = ()
+    learned: frozenset[int] = frozenset()
+    """Of this epoch, documents that came before its cursor was set to 0 again: the data was changed then."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "cursor": self.cursor, "waiting": [list(piece) for piece in self.waiting]}
+    def to_dict(self, size: int) -> dict[str, Any]:
+        """``size``: of the corpus."""
+        learned = {"learned": pack_numbers(self.learned, size)} if self.learned else {}
+        return {"epoch": self.epoch, "cursor": self.cursor, "waiting": [list(piece) for piece in self.waiting], **learned}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> "Position":
+    def from_dict(cls, state: Mapping[str, Any], size: int) -> "Position":
+        """Raises SchemaError."""
+        check(dict(state), record({"epoch": whole(0, 1 << 40), "cursor": whole(0, size),
+                                   "waiting": listing(listing(whole(), least=2, most=2), most=1 << 20)}, {"learned": text()}, is_open=True), "data")
+        if any(number >= size for number, _ in state["waiting"]):
+            raise SchemaError("data.waiting names documents that there are not")
         return cls(epoch=state["epoch"], cursor=state["cursor"],
-                   waiting=tuple((number, start) for number, start in state["waiting"]))
+                   waiting=tuple((number, start) for number, start in state["waiting"]),
+                   learned=unpack_numbers(state["learned"], size) if "learned" in state else frozenset())
 
 
 class Reader:
@@ -39,11 +51,13 @@ class Reader:
         return len(self.corpus)
 
     def load(self, number: int) -> Any:
-        """None for a document that is blank."""
-        record = self.corpus.read(number)
+        """None for a document that is blank, or bad where those are skipped."""
         try:
+            record = self.corpus.record(number)
             return None if record is None else self.form.encode(record)
         except RecordError as error:
+            if self.corpus.skips(number, error):
+                return None
             raise self.corpus.error(number, error) from error
 
 
@@ -55,14 +69,14 @@ class RowStream:
         self._reader = reader
         self._held_out = held_out
         self._seed = seed
-        self._epoch, self._cursor = position.epoch, position.cursor
+        self._epoch, self._cursor, self._learned = position.epoch, position.cursor, position.learned
         self._order = self._permutation()
         self._rows = reader.form.rows(self._draw, [self._piece(number, start) for number, start in position.waiting],
                                       lambda: self._epoch)
 
     @property
     def position(self) -> Position:
-        return Position(epoch=self._epoch, cursor=self._cursor, waiting=tuple(self._rows.waiting))
+        return Position(epoch=self._epoch, cursor=self._cursor, waiting=tuple(self._rows.waiting), learned=self._learned)
 
     def next_row(self) -> Any:
         """The next sequence that has a target; others (all prompt, say) would be computed for nothing."""
@@ -77,14 +91,14 @@ class RowStream:
             row = self._rows.next_row()
 
     def next_number(self) -> int:
-        """The next document of the order, those held out passed over."""
+        """The next document of the order, those held out and those that the epoch has had passed over."""
         while True:
             if self._cursor == len(self._reader):
-                self._epoch, self._cursor = self._epoch + 1, 0
+                self._epoch, self._cursor, self._learned = self._epoch + 1, 0, frozenset()
                 self._order = self._permutation()
             number = self._order[self._cursor]
             self._cursor += 1
-            if number not in self._held_out:
+            if number not in self._held_out and number not in self._learned:
                 return number
 
     def _draw(self) -> tuple[int, Any]:

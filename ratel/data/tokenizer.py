@@ -111,12 +111,19 @@ def check_vocab(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
     markers, say); the encoder refuses a document in which one appears.
     """
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    added = set(tokenizer.get_added_vocab().values()) - used
+    added = set(added_tokens(tokenizer).values()) - used
     largest = max(id_ for id_ in tokenizer.get_vocab().values() if id_ not in added)
     if largest >= vocab_size:
         raise RatelError(f"the tokenizer makes ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}",
                          field="model", remedy=f"Use a model with vocab_size of at least {largest + 1} (the byte-level "
                                                "tokenizer needs 259), or the tokenizer that belongs to the model")
+
+
+def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Tokens beside the vocabulary proper, as markers, with their ids."""
+    if hasattr(tokenizer, "get_added_vocab"):
+        return tokenizer.get_added_vocab()
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))  # of mistral-common
 
 
 def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

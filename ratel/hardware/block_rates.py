@@ -119,7 +119,7 @@ def attached(parts: Parts, block: int, device: torch.device,
 def attached_units(parts: Parts, units: list[UnitSpec], device: torch.device,
                    make: Callable[..., torch.Tensor]) -> Iterator[list[UnitSpec]]:
     for unit in units:
-        parts.attach(unit.index, make(unit.num_elements, dtype=parts.dtype, device=device))
+        parts.attach(unit.index, make(unit.num_elements, dtype=parts.dtype_of(unit), device=device))
     try:
         yield units
     finally:

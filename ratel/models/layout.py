@@ -1,13 +1,15 @@
 """From a trace to units and stages: which parameter lives in which unit, is it trained, does it decay."""
 
 import logging
+from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ratel.models.skeleton import owners
 from ratel.models.trace import Trace
-from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, UnitSpec, lay_out
+from ratel.plan.shape import FP32_SUFFIX, ModelSpec, ParamSpec, StageSpec, UnitSpec, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +28,14 @@ def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
     groups = _group(root, trace, users, stage_names)
     units: dict[str, UnitSpec] = {}
     for key in (*stage_names, "shared"):
-        if groups[key]:
-            units[key] = lay_out(len(units), key, key.split(".")[0], groups[key])
+        for full in (key, key + FP32_SUFFIX):
+            if groups[full]:
+                units[full] = lay_out(len(units), full, key.split(".")[0], groups[full], fp32=full != key)
     sharing = {stage for stages in users if len(stages) > 1 for stage in stages}
     stages = []
     for number, key in enumerate(stage_names):
-        used = [units[u].index for u in (key, "shared") if u in units and (u == key or number in sharing)]
+        used = [units[full].index for u in (key, "shared") for full in (u, u + FP32_SUFFIX)
+                if full in units and (u == key or number in sharing)]
         stages.append(StageSpec(index=number, name=key, kind=key.split(".")[0], units=tuple(used)))
     config = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -55,14 +59,16 @@ def longest_sequence(root: nn.Module) -> int | None:
 def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: list[str]) -> dict[str, list[ParamSpec]]:
     """Parameters by the unit they go to."""
     places = owners(root)
-    groups: dict[str, list[ParamSpec]] = {key: [] for key in (*stage_names, "shared", "unused")}
+    groups: dict[str, list[ParamSpec]] = defaultdict(list)
+    is_mixed = {param.dtype for param in root.parameters()} > {torch.float32}
     cut_off = []
     for index, (param, stages) in enumerate(zip(root.parameters(), users)):
         key = "unused" if not stages else stage_names[stages[0]] if len(stages) == 1 else "shared"
         in_block = any(0 < stage < len(stage_names) - 1 for stage in stages)
         trained = param.requires_grad and bool(stages) and (in_block or index in trace.reached)
         spec = _param_spec(param, places[id(param)], trained)
-        groups[key].append(spec)
+        is_kept = is_mixed and key != "unused" and param.dtype is torch.float32
+        groups[key + FP32_SUFFIX * is_kept].append(spec)
         if stages and param.requires_grad and not trained:
             cut_off.append(spec)
     if groups["unused"]:

@@ -12,6 +12,7 @@ from ratel.errors import RatelError
 from ratel.models import blocks as finder
 from ratel.models.checkpoint import CheckpointSource
 from ratel.models.checkpoints.beside import Origin
+from ratel.models.checkpoints.dtypes import kept_in_fp32
 from ratel.models.checkpoints.refusals import refuse_adapted, refuse_fetched_kernels, refuse_file, refuse_other_heads
 from ratel.models.config import causal_class, read_config, refuse_config
 from ratel.models.layout import longest_sequence
@@ -94,7 +95,9 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
     if source is not None and is_other:
         source = WithFreshHead(source, FreshSource(module, seed), name)
     try:
-        return _assemble(module, name, source, {}, dtype, device, seed, loss_fn, max_seq_len, task, origin)
+        kept = kept_in_fp32(module, dtype)
+        buffer_dtypes = dict.fromkeys(kept & dict(module.named_buffers()).keys(), torch.float32)
+        return _assemble(module, name, source, kept, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len, task, origin)
     except torch.OutOfMemoryError:
         raise
     except RatelError:
@@ -147,12 +150,12 @@ def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, se
     for layer in module.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
             layer.gradient_checkpointing = False  # blocks are recomputed already
-    buffer_dtypes = _buffer_dtypes(module, dtype)
-    return _assemble(module, type(module).__name__, None, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len,
+    kept, buffer_dtypes = _precision(module, dtype)
+    return _assemble(module, type(module).__name__, None, kept, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len,
                      task, origin)
 
 
-def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_dtypes: dict[str, torch.dtype],
+def _assemble(module: nn.Module, name: str, source: WeightSource | None, kept: set[str], buffer_dtypes: dict[str, torch.dtype],
               dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
               max_seq_len: int | None, task: Task | None, origin: Origin) -> Parts:
     finder.refuse_unsupported(module)
@@ -162,7 +165,7 @@ def _assemble(module: nn.Module, name: str, source: WeightSource | None, buffer_
     if source is None:
         source = TensorSource(originals.tensors) if originals.has_weights else FreshSource(module, seed)
     try:
-        strip_parameters(module, dtype, device)
+        strip_parameters(module, dtype, device, kept)
         move_buffers(module, device, buffer_dtypes)
         return _take_apart(module, name, dtype, device, source, originals, loss_fn, task, origin)
     except BaseException:
@@ -191,14 +194,16 @@ def is_causal_lm(module: nn.Module) -> bool:
     return type(module).__name__ in classes or type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _buffer_dtypes(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What the floating buffers become. A plain module's follow ``module.to(dtype)``; a Hugging Face model's are what
-    they would be had it been loaded in that dtype, which keeps rotary frequencies in fp32."""
+def _precision(module: nn.Module, dtype: torch.dtype) -> tuple[set[str], dict[str, torch.dtype]]:
+    """Which parameters compute in fp32 in any case, and what the floating buffers become. A plain module's follow
+    ``module.to(dtype)``; a Hugging Face model's are what they would be had it been loaded in that dtype, which keeps rotary
+    frequencies and routers of experts in fp32."""
     floating = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     if not hasattr(module, "_init_weights"):
-        return dict.fromkeys(floating, dtype)
+        return set(), dict.fromkeys(floating, dtype)
     twin = build(copy.deepcopy(module.config), dtype, None, type(module))
-    return {name: buffer.dtype for name, buffer in twin.named_buffers() if name in floating}
+    kept = kept_in_fp32(twin, dtype)
+    return kept, {name: torch.float32 if name in kept else buffer.dtype for name, buffer in twin.named_buffers() if name in floating}
 
 
 def _refuse_long(module: nn.Module, max_seq_len: int | None) -> None:

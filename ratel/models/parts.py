@@ -214,13 +214,17 @@ class Parts:
             for param, spec, _ in entries:
                 param.requires_grad_(spec.trainable)
 
+    def dtype_of(self, unit: UnitSpec) -> torch.dtype:
+        """In which its parameters compute."""
+        return torch.float32 if unit.fp32 else self.dtype
+
     def attach(self, unit: int, flat: Tensor | None) -> None:
         """Make the unit's parameters views of ``flat`` (1-D, compute dtype, on the device); None: placeholders."""
         if flat is None:
             for (param, _, _), empty in zip(self._params[unit], self._placeholders[unit]):
                 param.data = empty
             return
-        assert flat.dtype is self.dtype and flat.numel() >= self.spec.units[unit].num_elements
+        assert flat.dtype is self.dtype_of(self.spec.units[unit]) and flat.numel() >= self.spec.units[unit].num_elements
         start = flat.storage_offset()
         for param, spec, strides in self._params[unit]:
             param.data = flat.as_strided(spec.shape, strides, start + spec.offset)

@@ -4,7 +4,7 @@ A skeleton is the model's own module with every parameter replaced by a placehol
 parameter's shape. A module of any size then takes no memory, and still runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -102,15 +102,16 @@ class Originals:
             module.training = training
 
 
-def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Turn every parameter into a placeholder.
+def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device, kept: Collection[str] = ()) -> None:
+    """Turn every parameter into a placeholder, of fp32 if one of its names is among ``kept``.
 
     The Parameter objects stay the same where torch allows it, so that whatever else refers to them still does.
     """
     params = {id(p): p for p in root.parameters()}
     for key, places in owners(root).items():
         param = params[key]
-        empty = placeholder(param.shape, dtype, device)
+        is_kept = any(name in kept for _, _, name in places)
+        empty = placeholder(param.shape, torch.float32 if is_kept else dtype, device)
         if torch._has_compatible_shallow_copy_type(param, empty):
             param.grad = None
             param.data = empty

@@ -6,7 +6,7 @@ from ratel.errors import RatelError
 from ratel.plan.activations import BlockProfile
 from ratel.plan.forced_kept import Kept
 from ratel.plan.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first,
-                                  forced_placements, plane_bytes, weight_class, with_planes)
+                                  forced_placements, plane_bytes, weight_class, with_fp32_on_gpu, with_planes)
 from ratel.plan.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.plan.saved import Spill
 from ratel.plan.shape import ModelSpec, forward_order
@@ -115,6 +115,7 @@ def _with_save_pieces(request: Request, plan: Plan) -> Plan:
 
 def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                     checkpoints: tuple[str, ...] | None = None) -> Plan:
+    placements = with_fp32_on_gpu(request.spec, placements, fp32=request.fp32)
     return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
                 early_units=request.early_units, checkpoint_tiers=checkpoints or _checkpoint_tiers(request),
                 work=request.work, buffers=request.buffers,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ratel.plan.choose import Request
 from ratel.plan.plan import Buffers
 from ratel.plan.search import FEWEST, candidates
-from ratel.plan.shape import ModelSpec, StageSpec
+from ratel.plan.shape import FP32_SUFFIX, ModelSpec, StageSpec
 
 MOST = 1 << 24
 """Beyond it nothing is asked: tokens, rows or layers that no machine holds."""
@@ -56,7 +56,8 @@ def with_depth(spec: ModelSpec, depth: int) -> ModelSpec:
 
     def add(stage: StageSpec, name: str) -> None:
         # A shared unit is one; a block's own unit is a new one in every copy.
-        used = tuple(unit_index(name if spec.units[u].kind == "block" else spec.units[u].name, u) for u in stage.units)
+        used = tuple(unit_index(name + FP32_SUFFIX * spec.units[u].fp32 if spec.units[u].kind == "block" else spec.units[u].name, u)
+                     for u in stage.units)
         stages.append(StageSpec(index=len(stages), name=name, kind=stage.kind, units=used))
 
     for stage in spec.stages:

@@ -43,16 +43,26 @@ def with_planes(place: UnitPlacement, planes: tuple[str, ...], tier: str) -> Uni
     return replace(place, **dict.fromkeys(planes, tier))
 
 
+_ON_GPU = UnitPlacement.all_on(GPU)
+
+
+def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], *, fp32: bool) -> tuple[UnitPlacement, ...]:
+    """Units that compute in fp32 among others in bf16 do not travel: routers of experts and the like, thousandths of a model."""
+    if fp32 or not spec.has_fp32_units:
+        return placements
+    return tuple(_ON_GPU if unit.fp32 else place for unit, place in zip(spec.units, placements, strict=True))
+
+
 def plane_elements(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
     """Elements of a plane. With fp32 compute the forward pass needs `lo` too, frozen parameters included."""
-    if plane == "hi" or (plane == "lo" and fp32):
+    if plane == "hi" or (plane == "lo" and (fp32 or unit.fp32)):
         return unit.num_elements
     return unit.num_trainable
 
 
 def plane_bytes(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
     if plane == "g":
-        return unit.num_trainable * (4 if fp32 else 2)
+        return unit.num_trainable * (4 if fp32 or unit.fp32 else 2)
     return plane_elements(unit, plane, fp32=fp32) * ELEMENT_BYTES[plane]
 
 

@@ -320,6 +320,7 @@ class Plan:
                 items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
         if self.fp32:
             items["merge staging"] = max((u.num_elements * 4 for u, _ in self._alike), default=0)
+        if self.fp32 or self.spec.has_fp32_units:
             items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
         items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
         items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
@@ -407,7 +408,7 @@ class Plan:
     def _merged_bytes(self, stage: StageSpec) -> int:
         """The fp32 compute copies, made while the stage runs, of units whose halves are on the GPU."""
         units = [self.spec.units[index] for index in stage.units]
-        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu)
+        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu and (self.fp32 or u.fp32))
 
     def _resident_bytes(self, tier: str) -> int:
         planes = (*PLANES, "g") if self.deferred or tier == GPU else PLANES

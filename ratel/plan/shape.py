@@ -17,6 +17,9 @@ PARAM_ALIGN = 128
 UNIT_ALIGN = 2048
 """Elements. A bf16 plane is then a multiple of 4 KiB, the block of O_DIRECT."""
 
+FP32_SUFFIX = ".fp32"
+"""Of the name of a unit with what a stage computes in fp32 among others in bf16."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
@@ -54,6 +57,9 @@ class UnitSpec:
     num_decay: int
     num_trainable: int
     num_elements: int
+    fp32: bool = False
+    """Its compute copy and its gradient are fp32, whatever the others' are: both halves of the master are needed where it computes.
+    In a bf16 run such units are small, and their states are on the GPU."""
 
     @property
     def num_params(self) -> int:
@@ -98,8 +104,12 @@ class ModelSpec:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """By unit: a number that units of one kind and size have in common."""
-        numbers: dict[tuple[str, int, int], int] = {}
-        return tuple(numbers.setdefault((u.kind, u.num_elements, u.num_trainable), len(numbers)) for u in self.units)
+        numbers: dict[tuple[str, int, int, bool], int] = {}
+        return tuple(numbers.setdefault((u.kind, u.num_elements, u.num_trainable, u.fp32), len(numbers)) for u in self.units)
+
+    @cached_property
+    def has_fp32_units(self) -> bool:
+        return any(unit.fp32 for unit in self.units)
 
     @cached_property
     def closing_order(self) -> tuple[UnitSpec, ...]:
@@ -129,7 +139,7 @@ def forward_order(units: Iterable[UnitSpec]) -> list[UnitSpec]:
     return sorted(units, key=lambda unit: (unit.kind != "shared", unit.index))
 
 
-def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec]) -> UnitSpec:
+def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec], *, fp32: bool = False) -> UnitSpec:
     """Order parameters (decayed, not decayed, frozen), give each its offset, and close the unit."""
     params = list(params)
     groups = (
@@ -153,4 +163,4 @@ def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec]) -> Un
         placed[first:] = [replace(p, offset=p.offset + shift) for p in placed[first:]]
         ends[2] += shift
     return UnitSpec(index=index, name=name, kind=kind, params=tuple(placed), num_decay=ends[0],
-                    num_trainable=num_trainable, num_elements=max(align_up(ends[2], UNIT_ALIGN), num_trainable))
+                    num_trainable=num_trainable, num_elements=max(align_up(ends[2], UNIT_ALIGN), num_trainable), fp32=fp32)

@@ -109,7 +109,7 @@ class Gradients:
     def _total(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
         """Where passes are summed: the fp32 accumulator of the unit's class, or the gradient itself."""
         acc = self._acc.get(weight_class(unit))
-        return grad if acc is None else acc[: grad.numel()]
+        return grad if acc is None or unit.fp32 else acc[: grad.numel()]
 
     def _measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
         """Norms of the unit's parameters into their places; returns the unit's own."""

@@ -80,7 +80,12 @@ class Commit:
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
     """The part of a model's shape that a state depends on."""
-    return {"name": spec.name, "units": [json.loads(json.dumps(asdict(unit))) for unit in spec.units]}
+    return {"name": spec.name, "units": [json.loads(json.dumps(_without_default(asdict(unit)))) for unit in spec.units]}
+
+
+def _without_default(unit: dict[str, Any]) -> dict[str, Any]:
+    """As before there were units that compute in fp32 among others."""
+    return {key: value for key, value in unit.items() if key != "fp32" or value}
 
 
 def describe_planes(spec: ModelSpec, layout: SlotLayout) -> list[dict[str, Any]]:

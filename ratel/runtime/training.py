@@ -137,7 +137,7 @@ class Training:
             adamw_(*planes, **scalars)
         else:
             self._m.pool.adamw(*(p.data_ptr() for p in planes), count,
-                                       grad_dtype="fp32" if self._plan.fp32 else "bf16", **scalars)
+                                       grad_dtype="fp32" if self._plan.fp32 or unit.fp32 else "bf16", **scalars)
 
 
 def hand_over(plan: Plan, machinery: Machinery, unit: UnitSpec, grad: torch.Tensor) -> None:

@@ -262,6 +262,6 @@ def _detach(parts: Parts, units: list[UnitSpec]) -> None:
 
 def _attach(parts: Parts, unit: UnitSpec, device: torch.device) -> int:
     """Zeros in place of the real weights; returns their bytes."""
-    flat = torch.zeros(unit.num_elements, dtype=parts.dtype, device=device)
+    flat = torch.zeros(unit.num_elements, dtype=parts.dtype_of(unit), device=device)
     parts.attach(unit.index, flat)
     return flat.numel() * flat.element_size()

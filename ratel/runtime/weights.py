@@ -65,7 +65,7 @@ class WeightSource:
     def resident(self, unit: int) -> torch.Tensor:
         """The compute copy of a unit whose planes are on the GPU; merged for every use in fp32."""
         hi = self._store.plane(unit, "hi").tensor
-        if not self._plan.fp32:
+        if not (self._plan.fp32 or self._plan.spec.units[unit].fp32):
             return hi
         merged = torch.empty(hi.numel(), dtype=torch.float32, device=hi.device)
         merge(hi, self._store.plane(unit, "lo").tensor, merged, None)

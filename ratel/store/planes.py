@@ -100,7 +100,7 @@ class Store:
         names = (*PLANES, "g") if self.plan.deferred or place.on_gpu else PLANES
         planes = {}
         for name in names:
-            dtype = self.grad_dtype if name == "g" else DTYPES[name]
+            dtype = DTYPES[name] if name != "g" else torch.float32 if unit.fp32 else self.grad_dtype
             count = unit.num_trainable if name == "g" else plane_elements(unit, name, fp32=self.plan.fp32)
             if count:
                 planes[name] = Plane(name, place.tier(name), count, dtype, self._reserve(place.tier(name), count, dtype))

@@ -70,9 +70,18 @@ class Attempt:
         if self.earlier:
             # A kill may have left parts of others. What was best is known once the metrics are read.
             self.out.states.prune(sys.maxsize)
+        if self.config.save_every and self.inputs.lists is not None:
+            self.out.write_json("documents", self.inputs.lists())
+        self._write_skipped()
         self.out.write_json("config", {**self.config.to_json(), "out": str(self.out.path), "resume": False})
         if self.is_planned:
             self._write_plan()
+
+    def _write_skipped(self) -> None:
+        """A list is a help: a disk that has no room for it does not end the run."""
+        with suppress(OSError):
+            if self.inputs.skipped:
+                self.out.write_json("skipped", self.inputs.skipped.to_json())
 
     def _prepare_session(self) -> None:
         has_known_shape = self.session.parts.probed and self.inputs.tokenizer is not None
@@ -170,6 +179,7 @@ class Attempt:
 
     def _save(self, progress: Progress, *, copies: bool) -> None:
         """In the background: commit in place if the plan says so, or copy everything out."""
+        self._write_skipped()
         extra = {"step": progress.steps, "data": self.inputs.position(),
                  "micro_batch": self.session.plan.work.micro_rows,
                  "chat_template": getattr(self.inputs.tokenizer, "chat_template", None),
@@ -218,6 +228,7 @@ class Attempt:
     def _finish(self, progress: Progress) -> None:
         """Complete the updates that still wait, and write what only then is final."""
         self.session.flush()
+        self._write_skipped()
         if self.config.save_every:
             self._prune(progress)
         if not self.is_planned:

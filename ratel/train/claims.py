@@ -14,7 +14,7 @@ from ratel.runtime.export import export_target
 from ratel.train.states import StateDirectory
 
 JSON_FILES: dict[str, set[str]] = {
-    "startup.json": {"phases"}, "plan.json": {"model", "parameters", "units"}, "hardware.json": {"host", "cuda"},
+    "documents.json": {"lists"}, "skipped.json": {"skipped", "lines"}, "startup.json": {"phases"}, "plan.json": {"model", "parameters", "units"}, "hardware.json": {"host", "cuda"},
     "config.json": {"model", "data", "steps", "batch_size", "seq_len"}}
 """By name, what is in one that a run has written; config.json is the last to go: it says that the others are a run's."""
 METRICS = "metrics.jsonl"

@@ -13,6 +13,8 @@ from ratel.config import TrainConfig
 from ratel.errors import RatelError
 
 if TYPE_CHECKING:
+    from ratel.data.documents import DocumentList
+    from ratel.data.skipping import SkippedLines
     from ratel.models import Parts
     from ratel.train.task_inputs import TaskInputs
 
@@ -34,6 +36,9 @@ class Inputs:
     evaluates_own: bool = False
     own_tokenizer: Any = None
     """The model directory's, if that is where the tokenizer comes from."""
+    lists: Callable[[], dict[str, Any]] | None = None
+    """For OUT/documents.json: which documents there are, and were where the state that is resumed was saved."""
+    skipped: "SkippedLines | None" = None
 
     def write_tokenizer(self, directory: Path) -> None:
         """Into an exported model."""
@@ -53,9 +58,9 @@ def is_text(data: Any) -> bool:
 @contextmanager
 def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tokenizer: Any,
                 vocab_size: int | None, position: dict[str, Any] | None = None,
-                task: "TaskInputs | None" = None, parts: "Parts | None" = None) -> Iterator[Inputs]:
+                task: "TaskInputs | None" = None, parts: "Parts | None" = None, listed: Path | None = None) -> Iterator[Inputs]:
     """``position``: of the run to be continued; None: from the beginning. ``task``: what has been opened of one already; with
-    the ``parts`` of its model it makes the batches."""
+    the ``parts`` of its model it makes the batches. ``listed``: a file with lists of the documents that there were."""
     if position is not None and ("batches" in position) == is_text(data):
         raise RatelError("was batches in the run to be continued, and is text now" if is_text(data) else
                          "was text in the run to be continued, and is batches now", field="data")
@@ -63,6 +68,8 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         yield _from_batches(data, eval_data, None if position is None else position["batches"])
         return
     from ratel.data import load_tokenizer, open_dataset, tokenizer_source
+    from ratel.data.documents import read_lists
+    from ratel.data.skipping import SkippedLines
     from ratel.data.tokenizer import own_tokenizer
 
     if config.micro_batch != "auto" and config.batch_size % config.micro_batch:
@@ -77,20 +84,33 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         own = own_tokenizer(source, tokenizer) if is_own else None
     eval_text, eval_batches = (eval_data, None) if is_text(eval_data) else (None, eval_data)
     share = 0.0 if eval_batches is not None else config.eval_fraction
+    skipped = task.corpus.skipped if task is not None else SkippedLines() if config.skip_bad_lines else None
     opened = task.open(config, parts, share) if task is not None else open_dataset(
         data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, eval_fraction=share,
-        eval_data=eval_text, eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size,
+        eval_data=eval_text, eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size, skipped=skipped,
         packed=parts is None or not parts.is_causal_lm or parts.isolates_documents)
     with opened as dataset:
         sample = None
+        before = {}
         if position is not None:
-            dataset.load_state_dict(position)
+            before = read_lists(listed) if listed is not None else {}
+            dataset.load_state_dict(position, before)
             sample = next(dataset.batches())
-            dataset.load_state_dict(position)
+            dataset.load_state_dict(position, before)
         evaluation = (lambda: eval_batches) if eval_batches is not None else dataset.eval_batches
         yield Inputs(batches=dataset.batches(), position=dataset.state_dict, description=dataset.describe(),
                      tokenizer=tokenizer, own_tokenizer=own, sample=sample, evaluates_own=eval_batches is not None,
+                     lists=lambda: _lists(dataset.documents, before, position), skipped=skipped,
                      evaluation=evaluation if eval_batches is not None or dataset.eval_batches() else None)
+
+
+def _lists(now: "DocumentList", before: "dict[str, DocumentList]", position: dict[str, Any] | None) -> dict[str, Any]:
+    """That of the state which is resumed stays, until a newer state is there."""
+    from ratel.data.documents import MOST_LISTED
+
+    content = position["data"].get("content") if position is not None else None
+    kept = [before[content]] if content in before and content != now.content else []
+    return {"lists": [one.to_json() for one in [*kept, now] if len(one.digests) <= MOST_LISTED]}
 
 
 def _from_batches(data: Any, eval_data: Any, taken: int | None) -> Inputs:

@@ -94,7 +94,7 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
             begun_s = startup.age_s()
             with open_inputs(config, model=model, **given, vocab_size=vocab_size,
                              position=earlier.extra["data"] if earlier else None,
-                             task=task, parts=session.parts) as inputs:
+                             task=task, parts=session.parts, listed=out.path / "documents.json") as inputs:
                 startup.note("data", begun_s)
                 attempt = Attempt(config, session, inputs, out, display, earlier)
                 attempt.prepare()

@@ -14,6 +14,7 @@ from ratel.data.corpus import Corpus
 from ratel.data.dataset import Dataset, check_options
 from ratel.data.examples import Examples
 from ratel.data.labelled import Labels, parse_text
+from ratel.data.skipping import SkippedLines
 from ratel.data.sources import Source, find_sources
 from ratel.data.tokenizer import OwnTokenizer, check_vocab, load_tokenizer, own_tokenizer, pad_id, tokenizer_source
 from ratel.errors import RatelError
@@ -69,10 +70,11 @@ def open_task(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tok
         raise RatelError("the tokenizer has no mask token, which stands for the tokens that are hidden", field="tokenizer",
                          value=type(tokenizer).__name__, remedy='Set "mask_token" in its tokenizer_config.json')
     labels = None if config.task == MASKED_LM else _labels(plain, settings, is_module=isinstance(model, Module))
-    corpus = _corpus(config, data, labels, "data")
+    skipped = SkippedLines() if config.skip_bad_lines else None
+    corpus = _corpus(config, data, labels, "data", skipped)
     if labels is not None:
         labels.settle("data")
-    eval_corpus = None if eval_data is None or not is_text(eval_data) else _corpus(config, eval_data, labels, "eval_data")
+    eval_corpus = None if eval_data is None or not is_text(eval_data) else _corpus(config, eval_data, labels, "eval_data", skipped)
     return TaskInputs(task=_task(plain, settings, labels, pad_id(tokenizer)), tokenizer=tokenizer, own_tokenizer=own,
                       labels=labels, corpus=corpus, eval_corpus=eval_corpus)
 
@@ -119,16 +121,17 @@ def _task(plain: Task, settings: Any, labels: Labels | None, pad: int) -> Task:
     return replace(plain, labels=labels.names, pad_id=pad, problem=labels.problem)
 
 
-def _corpus(config: TrainConfig, data: Any, labels: Labels | None, field: str) -> Corpus:
+def _corpus(config: TrainConfig, data: Any, labels: Labels | None, field: str, skipped: SkippedLines | None) -> Corpus:
     if labels is None:
         sources = bundled_sources() if data is None else find_sources(data, field=field)
-        return Corpus(sources, text_bytes=max(4 * config.seq_len, 2048), field=field, parse=parse_text)
+        return Corpus(sources, text_bytes=max(4 * config.seq_len, 2048), field=field, parse=parse_text,
+                      skipped=skipped)
     if data is None:
         raise RatelError(f"is missing: --task {config.task} needs texts with labels", field="--data",
                          remedy="Give a .jsonl file; docs/data.md shows its lines")
     sources = find_sources(data, field=field)
     _refuse_text(sources, config.task, field)
-    return Corpus(sources, field=field, parse=labels.parse, checked_bytes=float("inf"))
+    return Corpus(sources, field=field, parse=labels.parse, checked_bytes=float("inf"), skipped=skipped)
 
 
 def _refuse_text(sources: tuple[Source, ...], task: str, field: str) -> None:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ratel.data.chat.own_tokens import renders_itself, token_rows
 from ratel.data.chat.shapes import Shape, in_shape, shapes_of
 from ratel.data.chat.template import Template
 from ratel.data.chat.turns import Row, Turns
 from ratel.data.pieces import Pieces
 from ratel.data.records import Chat, RecordError, is_learned
-from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE
+from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,8 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._pieces = Pieces(tokenizer)
         self._templates: dict[str, Template] = {}
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._renders_itself = renders_itself(tokenizer)
+        added = sorted(added_tokens(tokenizer), key=len, reverse=True)
         self._marker = re.compile("|".join(map(re.escape, added)) or r"(?!)")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,6 +47,8 @@ class ChatEncoder:
 
     def sequences(self, chat: Chat) -> list[Sequence]:
         """One, or several where the template rewrites what was said before (see ``turns``)."""
+        if self._renders_itself:
+            return [Sequence(ids=ids, targets=targets, is_ended=True) for ids, targets in token_rows(self._tokenizer, chat)]
         return [self._tokenize(row) for row in self.rows(chat)]
 
     def rows(self, chat: Chat) -> list[Row]:
@@ -61,17 +65,21 @@ class ChatEncoder:
         raise refusal
 
     def _rows_in(self, chat: Chat, source: str, shape: Shape) -> list[Row]:
-        shaped = in_shape(chat.messages, chat.tools, shape)
         learned = [turn for turn, message in enumerate(chat.messages) if is_learned(message)]
         try:
+            shaped = in_shape(chat.messages, chat.tools, shape)
             turns = Turns(self._template(source), shaped, learned, self._marker_at)
             theirs = self._tokenizer.apply_chat_template(
                 list(shaped.plain), tools=None if shaped.tools is None else list(shaped.tools), chat_template=source,
                 tokenize=False)
+            theirs.encode("utf-8")
             if theirs == turns.whole.rendering.text:
                 return turns.rows()
         except RecordError:
             raise
+        except UnicodeEncodeError:
+            raise RecordError("the conversation holds half of a surrogate pair (\\ud800 to \\udfff), which is no character",
+                              "Write the whole character") from None
         except Exception as error:  # whatever a template's Jinja raises, its own raise_exception() included
             raise RecordError(f"the tokenizer's chat template refuses these messages: {error}",
                               "Change the messages to what the template allows, or the template") from error

@@ -16,9 +16,11 @@ import numpy as np
 
 from ratel.data.chat.shapes import TOOLS, Field, Shaped, field_finder
 from ratel.data.chat.template import Rendering, Template
+from ratel.data.chat.traced import Traced
 from ratel.data.records import RecordError
 
-_STRANGER = "\uf8ff"
+_STRANGER = chr(2)
+"""The origin of a content that stands in for another."""
 Span = tuple[int, int]
 
 
@@ -160,14 +162,15 @@ class Turns:
     def _header_of(self, turn: int) -> str | None:
         """What the template writes before the content of an answer that has nothing but a content."""
         kept = {key: value for key, value in self._shaped.plain[turn].items() if key in ("role", "name")}
+        word: Any = Traced("x", _STRANGER)
         in_parts = any(isinstance(message.get("content"), list) for message in self._shaped.plain)
-        content = [{"type": "text", "text": _STRANGER}] if in_parts else _STRANGER
+        content = [{"type": "text", "text": word}] if in_parts else word
         try:
-            text = self._template.text((*self._shaped.plain[:turn], {**kept, "content": content}), self._shaped.tools)
+            found = self._template.trace((*self._shaped.plain[:turn], {**kept, "content": content}), self._shaped.tools)
         except Exception:  # whatever a template's Jinja raises about a conversation that is cut here
             return None
-        before, found, _ = text.partition(_STRANGER)
-        return before if found else None
+        at = found.origins.find(_STRANGER)
+        return found.text[:at] if at >= 0 else None
 
     def _marked(self, row: Row, turn: int, start: int, end: int, said: int) -> list[Span]:
         """By the template's own marks where it has some: what they leave out of its own writing is not learned."""

@@ -12,8 +12,9 @@ from typing import Any
 from ratel import interrupt
 from ratel.data.corpus import Corpus
 from ratel.data.records import Chat
-from ratel.data.review.survey import Entry, survey
+from ratel.data.review.survey import Entry, Totals, survey
 from ratel.errors import RatelError
+from ratel.units import format_count
 
 AT_ONCE_S = 2.0
 _SHARE = 0.25
@@ -21,15 +22,16 @@ _JOIN_S = 2.0
 
 
 class ConversationCheck:
-    """``encode`` raises RecordError."""
+    """``encode`` makes documents and raises RecordError. ``seen``: of the conversations so far."""
 
-    def __init__(self, corpora: list[Corpus], encode: Callable[[Any], Any]) -> None:
-        self._encode = encode
+    def __init__(self, corpora: list[Corpus], encode: Callable[[Any], Any], *, seq_len: int) -> None:
+        self._encode, self._seq_len = encode, seq_len
         self._found: RatelError | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._entries = _entries(corpora, lambda record: self._encode(record))
         self.is_done = False
+        self.seen = Totals()
 
     def at_once(self, seconds: float | None = None) -> None:
         """In the caller's thread; raises what it finds."""
@@ -46,6 +48,16 @@ class ConversationCheck:
             self._stopped.clear()
             self._thread = threading.Thread(target=self._run, name="ratel-check", daemon=True)
             self._thread.start()
+
+    def describe(self) -> str:
+        """What is worth a line about the conversations seen: nothing, if all is as one would think."""
+        parts = []
+        if self.seen.rewritten:
+            parts.append(f"{self.seen.rewritten} are learned in {self.seen.texts - self.seen.records + self.seen.rewritten} texts, because "
+                         "the template rewrites what was said before")
+        if self.seen.cut:
+            parts.append(f"{self.seen.cut} texts are longer than a sequence and cut")
+        return f"of the first {format_count(self.seen.records, 'conversation')} " + " and ".join(parts) if parts else ""
 
     def raise_found(self) -> None:
         if self._found is not None:
@@ -73,6 +85,8 @@ class ConversationCheck:
         except Exception:  # a file that is gone, say: whoever makes the batches meets it, too, and says so
             self.is_done = True
         else:
+            if isinstance(entry.record, Chat):
+                self.seen.add(entry, self._seq_len)
             if entry.error is not None:
                 self._found = corpus.line_error(entry.source, entry.error_line, entry.error)
                 self.is_done = True
