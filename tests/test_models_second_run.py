@@ -20,6 +20,7 @@ pytestmark = pytest.mark.numerics
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)
 WIDTH = 16
+NOT_GIVEN = "uses something computed before it that is not among its arguments"
 
 
 def ids(rows: int = 4) -> Tensor:
@@ -67,7 +68,8 @@ def test_a_decoder_with_a_loss_of_ones_own_makes_no_cache() -> None:
 def test_a_cache_that_hides_in_further_arguments_is_off(name: str, tmp_path: Path) -> None:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**SIZES, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16)
+    config = getattr(transformers, f"{name}Config")(**SIZES, num_local_experts=4, num_experts_per_tok=2,
+                                                    shared_intermediate_size=16)
     torch.manual_seed(0)
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.save_pretrained(tmp_path)
@@ -252,7 +254,7 @@ def reads_the_block_before(block: Block, x: Tensor, _: Any) -> Tensor:
 
 
 def test_numbers_handed_on_beside_the_hidden_states_are_refused(shared: dict) -> None:
-    refused("uses something computed before it that is not among its arguments", Body(reads_the_block_before), loss_fn, batch())
+    refused(NOT_GIVEN, Body(reads_the_block_before), loss_fn, batch())
 
 
 def left_by_the_model(x: Tensor) -> None:
@@ -264,7 +266,7 @@ def finds_a_mask(block: Block, x: Tensor, _: Any) -> Tensor:
 
 
 def test_a_mask_that_blocks_find_somewhere_is_refused(shared: dict) -> None:
-    refused("uses something computed before it that is not among its arguments", Body(finds_a_mask, left_by_the_model), loss_fn, batch())
+    refused(NOT_GIVEN, Body(finds_a_mask, left_by_the_model), loss_fn, batch())
 
 
 def uses_a_table(block: Block, x: Tensor, _: Any) -> Tensor:
@@ -308,6 +310,32 @@ def test_the_first_step_compares_both_runs(shared: dict) -> None:
         shared["limit"] = shared["runs"] + 4  # three blocks run in forward
         with pytest.raises(RatelError, match="block 2 did something else when it was run again"):
             session.step(batch())
+
+
+class Counts(Body):
+    """Before the blocks, so that no block shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x * (1 if self.calls < 1000 else 2))
+
+
+def test_a_model_that_counts_its_calls_is_refused() -> None:
+    assert refused("its forward changes it every time", Counts(None), loss_fn, batch()).value == "calls of Counts"
+
+
+class Scales(Body):
+    """Leaves a number of the batch's in its blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer.scale = float(x.abs().max())
+        return super().forward(x)
+
+
+def test_numbers_of_one_batch_that_are_left_in_blocks_are_refused() -> None:
+    error = refused("leaves in them a number", Scales(lambda block, x, _: x * block.scale), loss_fn, batch(), micro_batch=2)
+    assert error.value == "blocks 0.scale"
 
 
 def test_dropout_is_the_same_in_both_runs() -> None:

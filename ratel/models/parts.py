@@ -14,6 +14,7 @@ from ratel.models import blocks as finder
 from ratel.models.checkpoint import EXTRA_STATE
 from ratel.models.caches import Caches
 from ratel.models.checks.family import family_of
+from ratel.models.checks.given import outline_of, refuse_changing, state_of
 from ratel.models.checkpoints.beside import Origin, write_beside
 from ratel.models.checkpoints.export_layout import ExportLayout
 from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
@@ -172,10 +173,17 @@ class Parts:
             self.routing = Routing(found)
 
     def _rehearse(self, batch: Any) -> None:
-        """Run head and tail once in outline: a model that looks at more of a block's output fails here, not later."""
+        """Run head and tail in outline: a model that looks at more of a block's output fails here, not later. Twice, as a step
+        does: they must leave nothing behind that changes every time."""
+        states = []
         try:
-            hidden = self._run_head(batch, self.num_blocks - 1).hidden
-            self.tail_logits(hidden) if self.is_causal_lm else self.tail_loss(hidden, batch)
+            for _ in range(2):
+                hidden = self._run_head(batch, self.num_blocks - 1).hidden
+                self.tail_logits(hidden) if self.is_causal_lm else self.tail_loss(hidden, batch)
+                states.append(state_of(self.module, outline_of, without=self.blocks))
+            refuse_changing(*states, self.module, "its forward changes it every time")
+        except RatelError:
+            raise
         except TRIAL_ERRORS as error:
             raise RatelError(f"cannot be run one block at a time: with its blocks replaced, its forward fails "
                              f"({type(error).__name__}: {error})", field="model", value=self.name) from error

@@ -93,6 +93,8 @@ class VerticalStep:
                 for micro in micros:
                     with self._computing(self._stages[0], micro, step, "forward"):
                         micro.hidden, micro.inputs = self._parts.head(micro.batch)
+                    if save and self._first is not None:
+                        self._first.note_head(self._parts.blocks)
             for stage in self._stages[1:-1]:
                 with self._using(stage):
                     for micro in micros:

@@ -7,6 +7,9 @@ import copy
 import hashlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +51,8 @@ def family_of(module: nn.Module) -> Family:
     attention = str(getattr(config, "_attn_implementation", None) or "eager")
     attention = "sdpa" if "flash" in attention else attention  # a copy is on the CPU
     try:
-        small = shrunken(config)
+        with _quietly():
+            small = shrunken(config)
         key = _key(type(module), small, attention)
         known = _KNOWN.get(json.dumps(key, sort_keys=True)) or probe_cache.load(key, lambda content: Family(**content))
         if known is None:
@@ -72,13 +76,28 @@ def _untried(error: Exception) -> Family:
 
 def _try(model_class: type[nn.Module], config: Any, attention: str) -> Family:
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        with _quietly(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             torch.manual_seed(0)
             copy_of_it = model_class._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
             Caches(copy_of_it)
             return judge(random_parameters(copy_of_it).eval())
     except Exception as error:
         return _untried(error)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What transformers has to say about a small configuration concerns nobody."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,23 +70,39 @@ def _refuse_cache(name: str, value: Any) -> None:
                          remedy="Call the model with use_cache=False and without past keys and values")
 
 
-def state_of(module: nn.Module, leave_out: frozenset[int] = frozenset()) -> dict[str, Any]:
+def state_of(module: nn.Module, of_tensor: TensorPicture | None = None, without: Iterable[nn.Module] = ()) -> dict[str, Any]:
     """What a module and those inside have besides parameters: a picture of every attribute and buffer, by name.
 
-    ``leave_out``: ids of modules inside that do not count.
+    ``without``: modules that do not count, nor those inside them.
     """
     found: dict[str, Any] = {}
+    painter = _Painter(of_tensor or content_of)
+    left_out = {id(inner) for outer in without for inner in outer.modules()}
     for path, child in module.named_modules():
-        if id(child) in leave_out:
+        if id(child) in left_out:
             continue
         attributes = {name: value for name, value in vars(child).items() if name not in _OF_EVERY_MODULE}
         for name, value in (*attributes.items(), *child._buffers.items()):
-            found[f"{path}.{name}" if path else name] = picture(value, content_of)
+            found[f"{path}.{name}" if path else name] = painter.picture(value)
     return found
 
 
 def changed_names(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [name for name in after if name not in before or before[name] != after[name]]
+
+
+def refuse_changing(before: dict[str, Any], after: dict[str, Any], module: nn.Module, what: str) -> None:
+    changed = changed_names(before, after)
+    if changed:
+        raise RatelError(f"{what}, and it runs twice in a step (again in backward)", field="model",
+                         value=f"{changed[0]} of {type(module).__name__}",
+                         remedy="Keep running values outside the model, or let them depend on the arguments alone")
+
+
+def outline_of(tensor: Tensor) -> Any:
+    """Of what is run in outline, where large tensors have no values."""
+    has_values = tensor.numel() == 1 and not tensor.is_floating_point() and tensor.device.type != "meta"
+    return tensor.shape, tensor.dtype, int(tensor) if has_values else None
 
 
 def content_of(tensor: Tensor) -> Any:
@@ -109,7 +125,7 @@ def bit_sum(tensor: Tensor) -> tuple[int, ...]:
 
 def picture(value: Any, of_tensor: TensorPicture) -> Any:
     """Compares equal to a later picture if nothing that can be reached from the value has changed, as far as can be seen."""
-    return _Painter(of_tensor).paint(value, _DEPTH)
+    return _Painter(of_tensor).picture(value)
 
 
 class _Same:
@@ -125,8 +141,14 @@ class _Same:
 class _Painter:
     def __init__(self, of_tensor: TensorPicture) -> None:
         self._of_tensor = of_tensor
-        self._seen: set[int] = set()
+        self._seen: dict[int, Any] = {}
+        """Kept alive, so that no other object gets the number of one of them."""
         self._nodes = 0
+
+    def picture(self, value: Any) -> Any:
+        """What an earlier picture of this painter has is only named."""
+        self._nodes = 0
+        return self.paint(value, _DEPTH)
 
     def paint(self, value: Any, depth: int) -> Any:
         self._nodes += 1
@@ -138,7 +160,7 @@ class _Painter:
             return repr(value)  # a NaN is not equal to itself
         if depth == 0 or self._nodes > _NODES or id(value) in self._seen or isinstance(value, (nn.Module, type)):
             return type(value).__name__
-        self._seen.add(id(value))
+        self._seen[id(value)] = value
         return type(value).__name__, self._paint_inside(value, depth - 1)
 
     def _paint_inside(self, value: Any, depth: int) -> Any:

@@ -1,13 +1,15 @@
 """Is a second run of a block what the first was? Tried on random values before planning, and on real ones in the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ratel.errors import RatelError
-from ratel.models.checks.given import changed_argument, changed_names, content_of, named_arguments, picture, state_of
+from ratel.models.checks.given import (changed_argument, changed_names, content_of, named_arguments, picture, refuse_changing,
+                                       state_of)
 from ratel.models.inputs import BlockInputs
 from ratel.models.parts import Parts
 
@@ -30,11 +32,7 @@ def refuse_unlike_runs(parts: Parts, block: int, hidden: Tensor, inputs: BlockIn
     for name, value in arguments.items():
         if picture(value, content_of) != before[name]:
             raise changed_argument(module, name, value)
-    changed = changed_names(states[0], states[1])
-    if changed:
-        raise RatelError("a block changes it every time that it runs, and it runs twice in a step (again in backward)",
-                         field="model", value=f"{changed[0]} of {type(module).__name__}",
-                         remedy="Keep running values outside the blocks, or let them depend on the arguments alone")
+    refuse_changing(states[0], states[1], module, "a block changes it every time that it runs")
     for output in outputs[1:]:
         if are_unlike(outputs[0], output):
             raise unlike_runs(block, module)
@@ -75,6 +73,20 @@ class FirstStep:
 
     def __init__(self) -> None:
         self._made: dict[int, Tensor] = {}
+        self._numbers: dict[str, Any] | None = None
+
+    def note_head(self, blocks: Sequence[nn.Module]) -> None:
+        """After the stage before the blocks, of each micro-batch. Raises RatelError if it leaves another number in them for each:
+        all blocks run after the last."""
+        numbers = {".".join(part for part in (str(number), path, name) if part): value
+                   for number, block in enumerate(blocks) for path, child in block.named_modules()
+                   for name, value in vars(child).items() if isinstance(value, (int, float, str))}
+        changed = changed_names(self._numbers, numbers) if self._numbers is not None else []
+        if changed:
+            raise RatelError("what comes before the blocks leaves in them a number that depends on the batch, and micro-batches "
+                             "pass a block one after the other", field="model", value=f"blocks {changed[0]}",
+                             remedy="Hand it to the blocks as an argument")
+        self._numbers = numbers
 
     def note(self, block: int, output: Tensor) -> None:
         self._made[block] = _sample(output)
