@@ -1,5 +1,6 @@
 """Every event that the runtime has to wait for is waited for: seen on a CPU, with copies that run late (`late_lanes`)."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from families_common import batches, build
 from late_lanes import LateLanes, late_lanes
+from ratel.errors import RatelError
 from ratel.plan.saved import Spill
 from ratel.runtime.session import Session
 from ratel.runtime.spiller import Spiller
@@ -59,7 +61,8 @@ def test_copies_that_run_late_change_nothing(variant: str, dtype: str, expected:
 @pytest.mark.parametrize("deaf", ["compute", "h2d", "d2h"])
 def test_a_lane_that_does_not_wait_is_noticed(deaf: str, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with late_lanes(monkeypatch, deaf=deaf) as made:
-        run(ssd_dir, **VARIANTS["ssd, one of each buffer"])
+        with suppress(RatelError):  # what arrives too late may be noticed by the check of a block's second run, too
+            run(ssd_dir, **VARIANTS["ssd, one of each buffer"])
     assert any(line.startswith(deaf) for line in made[0].violations)
 
 

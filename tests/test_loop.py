@@ -48,7 +48,7 @@ class FakeSession:
         self.calls: list[str] = []
         self.rates: list[float] = []
         self.hardware = {"device": "fake"}
-        self.parts = SimpleNamespace(spec=SimpleNamespace(vocab_size=None), is_causal_lm=True, probed=True, task=None)
+        self.parts = SimpleNamespace(spec=SimpleNamespace(vocab_size=None), module=object(), is_causal_lm=True, probed=True, task=None)
         self.accuracy = None
         self.plan = SimpleNamespace(to_json=lambda: {"plan": 1}, describe=lambda: "the plan")
 
