@@ -224,6 +224,8 @@ def test_what_a_template_leaves_out_is_refused() -> None:
     refused(drops, messages(("system", "Be brief."), *TALK), 'leaves out what is said: "content" of message 1')
     refused(CLOSED, messages(*TALK), '"tools"', tools=[{"type": "function", "function": {"name": "look"}}])
     refused(CLOSED, [{**messages(TALK[0])[0], "name": "Ann"}, *messages(TALK[1])], '"name" of message 1')
+    adds = CLOSED.replace("{{ m.content }}", "{{ '' + m.content }}")
+    refused(adds, [*messages(TALK[0]), CALL], 'leaves out what message 2 says.* "tool_calls"')  # not what Jinja makes of no content
     refused(CLOSED, [*messages(TALK[0]), CALL], 'leaves out what message 2 says.* "tool_calls"')
     named = CLOSED.replace("{{ m.content }}", "{{ m.name }}:{{ m.content }}")
     talk = [{**message, "name": "Ann"} for message in messages(*TALK)]
@@ -270,7 +272,8 @@ def test_marks_that_lie_wrong_are_refused() -> None:
 @pytest.mark.parametrize("how", [
     "m.content | trim", "m['content'].strip()", "m.content | upper | lower | replace('HELLO', 'x') | capitalize", "m.content | tojson",
     "m.content.split('l') | join('l')", "m.content[:1] ~ m.content[1:]", "' ' ~ m.content", "m.content | string | trim",
-    "m.content.replace('zz', 'y')", "(m.content | list) | join", "'%s' % m.content", "m.content.rpartition('.') | join('')",
+    "m.content.replace('zz', 'y')", "(m.content | list) | join", "'%s' % m.content", "'%s%s!' % ('', m.content)", "'[%s]' | format(m.content)",
+"m.content.rpartition('.') | join('')",
 ])
 def test_whatever_a_template_does_to_a_content(how: str) -> None:
     template = CLOSED.replace("{{ m.content }}", "{{ " + how + " }}")
@@ -307,3 +310,14 @@ def test_a_record_gives_the_same_tokens_whatever_came_before_it() -> None:
         messages(*TALK), [{"role": "user", "content": [{"type": "text", "text": "x"}]}, *messages(TALK[1])])]
     alone = [Encoder(tokenizer).encode(parse_line(line)).ids.tolist() for line in lines]
     assert [encoder.encode(parse_line(line)).ids.tolist() for line in (*lines, *lines[::-1])] == [*alone, *alone[::-1]]
+
+
+def test_half_a_character_in_a_call_is_refused() -> None:
+    template = CLOSED.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}")
+    half = {**CALL, "tool_calls": [{"function": {"name": "look", "arguments": {"city": "\ud800"}}}]}
+    refused(template, [*messages(TALK[0]), half], "half of a surrogate pair")
+
+
+def test_a_stand_in_content_is_not_looked_for_in_the_text() -> None:
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
+    assert said(bare, messages(("user", "\uf8ff x \x02"), ("assistant", "Hello."))) == [" Hello.|<|eos|>"]

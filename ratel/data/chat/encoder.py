@@ -60,7 +60,9 @@ class ChatEncoder:
             try:
                 return self._rows_in(chat, source, shape)
             except RecordError as error:
-                refusal = refusal or error
+                # What is wrong with them as they are written; rather that something is left out than Jinja's words.
+                if refusal is None or shape.content is None and refusal.__cause__ and not error.__cause__:
+                    refusal = error
         assert refusal is not None
         raise refusal
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ratel.data.chat.traced import Traced, joined, marked, origins_of, to_json
+from ratel.data.chat.traced import Traced, formatted, joined, marked, origins_of, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,6 +117,10 @@ def _environment() -> Any:
 
     class Environment(ImmutableSandboxedEnvironment):
         concat = staticmethod(joined)
+        intercepted_binops = frozenset(["%"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            return formatted(left, right) if isinstance(left, str) else left % right
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -125,6 +129,7 @@ def _environment() -> Any:
                               extensions=[_generation_tag(), "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
     environment.filters["join"] = _join
+    environment.filters["format"] = lambda text, *args, **named: formatted(str(text), named or args)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

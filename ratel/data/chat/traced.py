@@ -130,6 +130,17 @@ def origins_of(text: str) -> str:
     return text.origins if isinstance(text, Traced) else LITERAL * len(text)
 
 
+def formatted(text: str, values: Any) -> str:
+    """``text % values`` that keeps origins where all that is filled in is ``%s``."""
+    plain = str.__mod__(text, values)
+    pieces = (text if isinstance(text, Traced) else Traced(text, LITERAL * len(text))).split("%s")
+    filled = values if isinstance(values, tuple) else (values,)
+    if len(pieces) != len(filled) + 1:
+        return plain
+    traced = joined(part for pair in zip(pieces, (*map(str, filled), "")) for part in pair)
+    return traced if traced == plain else plain
+
+
 class _Marked(dict[int, int]):
     def __missing__(self, code: int) -> int:
         return code | 1
