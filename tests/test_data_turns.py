@@ -321,3 +321,10 @@ def test_half_a_character_in_a_call_is_refused() -> None:
 def test_a_stand_in_content_is_not_looked_for_in_the_text() -> None:
     bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
     assert said(bare, messages(("user", "\uf8ff x \x02"), ("assistant", "Hello."))) == [" Hello.|<|eos|>"]
+
+
+def test_a_turn_that_only_the_end_of_all_messages_ends_is_learned_with_that_end() -> None:
+    ends_once = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+                 "{% else %}{{ eos_token }}{% endif %}")
+    assert said(ends_once, messages(*TALK)) == ["Hello.\n<|eos|>", "four\n<|eos|>"]
+    assert len(texts(ends_once, messages(*TALK))) == 2
