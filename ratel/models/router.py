@@ -8,6 +8,7 @@ step are cut into micro-batches changes nothing.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
+
+log = logging.getLogger(__name__)
 
 _FUNCTION = "load_balancing_loss_func"
 """What transformers' classes call with the logits of all routers."""
@@ -116,15 +119,19 @@ def find_router_loss(module: nn.Module, batch: dict[str, Tensor], asked: "float 
             return None
         raise _nothing_to_add(module, asked)
     watch = _Watch(module)
+    more = {} if asked == "auto" else {"output_router_logits": True}  # unasked, as the class reads its configuration
     original = forward_globals[_FUNCTION]
     forward_globals[_FUNCTION] = watch
     try:
         with torch.enable_grad(), watch.outputs():
-            loss = module(**batch, labels=batch["input_ids"], output_router_logits=True).loss
+            loss = module(**batch, labels=batch["input_ids"], **more).loss
     finally:
         forward_globals[_FUNCTION] = original
     if watch.result is None or loss is None:
-        raise _nothing_to_add(module, asked)
+        if asked != "auto":
+            raise _nothing_to_add(module, asked)
+        log.warning("config.json asks for the loss of routers, but %s of this transformers adds none", type(module).__name__)
+        return None
     own = torch.autograd.grad(loss, watch.result)[0]
     return watch.describe(float(own) if asked == "auto" else float(asked))
 
@@ -150,6 +157,8 @@ class _Watch:
         self.result: Tensor | None = None
 
     def __call__(self, gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Tensor:
+        if not isinstance(gate_logits, (tuple, list)):  # transformers' function gives 0 then
+            return torch.zeros(())
         self._logits, self._num_experts, self._top_k = tuple(gate_logits), int(num_experts), int(top_k)
         self.result = torch.zeros((), requires_grad=True, device=self._logits[0].device)
         return self.result
