@@ -167,3 +167,16 @@ def test_batches_of_ones_own_have_a_task_too(tmp_path: Path) -> None:
     result = ratel.train(str(path), given, eval_data=given[:1], task="classify", steps=4, out=str(tmp_path / "out"), device="cpu",
                          dtype="fp32", quiet=True)
     assert result.eval_losses and result.tokens == 4 * 32
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_what_batches_show_a_classifier_to_be_is_exported(is_module: bool, tmp_path: Path) -> None:
+    """Servers choose between softmax and sigmoid by it."""
+    path, module = started("bert", "classify", tmp_path)
+    given = batch("classify", 0)
+    given["labels"] = torch.eye(4, 3)
+    with ratel.Session(module if is_module else str(path), task="classify", device="cpu", dtype="fp32") as session:
+        session.step(given)
+        session.export(tmp_path / "out" / "model")
+    assert json.loads((path / "config.json").read_text()).get("problem_type") is None
+    assert exported(tmp_path / "out", "classify").config.problem_type == "multi_label_classification"

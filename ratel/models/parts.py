@@ -421,8 +421,10 @@ class Parts:
 
     def write_beside(self, directory: Path, dtype: torch.dtype) -> None:
         """Write what an export has beside its weights: config.json, and the files that lay beside the weights it began with."""
+        found = self.task_runner.found_problem if self.task is not None else None
+        origin = self._origin if found is None else self._origin.with_change("problem_type", found)
         with self._caches.as_given():
-            write_beside(self._origin, self.module, directory, dtype)
+            write_beside(origin, self.module, directory, dtype)
 
     def close(self) -> None:
         """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the

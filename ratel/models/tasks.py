@@ -3,7 +3,7 @@ its loss."""
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,8 @@ class TaskRunner(LossRunner):
         accepted = inspect.signature(module.forward).parameters
         self._fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         self._takes = tuple(name for name in _INPUTS if name in accepted)
+        self.found_problem: str | None = None
+        """What the first batch has shown `classify` to be, where nothing else said it."""
         self._counts: Tensor | None = None
         """Of evaluations: targets whose most likely label is right, and targets."""
 
@@ -110,6 +112,11 @@ class TaskRunner(LossRunner):
     def takes_types(self) -> bool:
         """Whether the model tells a pair's two texts apart by ``token_type_ids``."""
         return "token_type_ids" in self._takes and (getattr(self._config, "type_vocab_size", 0) or 0) > 1
+
+    @property
+    def known_task(self) -> Task:
+        """The task, with what the first batch has shown of it."""
+        return self._task if self.found_problem is None else replace(self._task, problem=self.found_problem)
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -163,7 +170,7 @@ class TaskRunner(LossRunner):
             number = vocab_size if self._task.name == MASKED_LM else number
         else:
             if self._config.problem_type is None:
-                self._config.problem_type = _problem_of(labels, number)
+                self._config.problem_type = self.found_problem = _problem_of(labels, number)
             is_number = self._config.problem_type != SINGLE
             shape = (rows, number) if self._config.problem_type == MULTI or number > 1 and is_number else (rows,)
         if labels.shape != shape and not (is_number and number == 1 and labels.shape == (rows, 1)):

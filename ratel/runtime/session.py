@@ -357,7 +357,7 @@ class Session:
                     "micro_batches": {"rows": self.plan.work.rows, "rows_of_one": self.plan.work.micro_rows},
                     **({"buffers": other.describe()} if other else {})}
         if self.parts.task is not None:
-            training["task"] = self.parts.task.to_json()
+            training["task"] = self.parts.task_runner.known_task.to_json()
         self.wait_saved()
         with self._protected():  # an interrupt between holding updates back and asking the saver would hold them for ever
             self._machinery.saver.request(target, training)

@@ -163,7 +163,7 @@ class Attempt:
                         save_best=partial(save, copies=True) if config.keep_best else None,
                         traced=self._write_trace if config.trace is not None else None)
             if loop.evaluate_late(progress):  # nothing is written yet: the writer opens the file with its first record
-                amend_last(self.out.metrics, {"eval_loss": progress.eval_losses[progress.steps]})
+                amend_last(self.out.metrics, loop.evaluated(progress.eval_losses[progress.steps]))
             loop.run(self.inputs.batches, progress)
         with suppress(OSError):
             sync_file(self.out.metrics)

@@ -146,9 +146,13 @@ class Loop:
     def _evaluate(self, number: int, record: dict[str, Any], progress: Progress) -> None:
         loss = self.session.evaluate(self._until_stopped(self.evaluation()))
         if not self.stop.requested:  # a mean over a part of the batches is not comparable
-            record["eval_loss"] = progress.eval_losses[number] = loss
-            if self.session.accuracy is not None:
-                record["eval_accuracy"] = self.session.accuracy
+            progress.eval_losses[number] = loss
+            record.update(self.evaluated(loss))
+
+    def evaluated(self, loss: float) -> dict[str, float]:
+        """What metrics.jsonl says of the last evaluation."""
+        accuracy = self.session.accuracy
+        return {"eval_loss": loss} if accuracy is None else {"eval_loss": loss, "eval_accuracy": accuracy}
 
     def _try_evaluation(self, progress: Progress) -> None:
         if self.evaluation is not None and progress.steps not in progress.eval_losses and not self.stop.requested:

@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ class Origin:
     """What the directory's config.json says."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What a task says otherwise (labels and the like)."""
+
+    def with_change(self, name: str, value: Any) -> "Origin":
+        """With a setting that came to be known in training."""
+        config = copy.deepcopy(self.config)
+        if config is not None:
+            setattr(config, name, value)
+        return replace(self, config=config, changes={**self.changes, name: value})
 
     @classmethod
     def of_directory(cls, directory: Path, changes: dict[str, Any]) -> "Origin":
