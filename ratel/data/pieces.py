@@ -29,6 +29,15 @@ class Pieces:
         """The tokens of a text that follows another directly: nothing is put before it."""
         return self._anchored(text) if text and self._adds_something else self.first(text)
 
+    def after(self, before: str, text: str) -> list[int]:
+        """The tokens of a text as they are when it is tokenised together with what stands before it, whose tokens stay as
+        they are; else as ``next``. Some tokenizers put a space after every special token, too."""
+        if text and self._adds_something:
+            alone, both = self.next(before), self.next(before + text)
+            if both[:len(alone)] == alone:
+                return both[len(alone):]
+        return self.next(text)
+
     @cached_property
     def _adds_something(self) -> bool:
         return any(self._anchored(probe) != self.first(probe) for probe in _PROBES)

@@ -113,12 +113,12 @@ class ChatEncoder:
     def _tokenize(self, row: Row) -> Sequence:
         """Part by part, cut where turns begin and end: at inference, too, the last token of what a model is given ends
         where the generation prompt does."""
-        text, ids, targets, cursor = row.rendering.text, list[int](), list[bool](), 0
+        text, ids, targets, cursor, answer = row.rendering.text, list[int](), list[bool](), 0, ""
         for start, end in [*row.spans, (len(text), len(text))]:
-            for part, is_said in ((text[cursor:start], False), (text[start:end], True)):
-                part_ids = self._pieces.next(part) if ids else self._pieces.first(part)
-                ids += part_ids
-                targets += [is_said] * len(part_ids)
-            cursor = end
+            context = self._pieces.after(answer, text[cursor:start]) if ids else self._pieces.first(text[cursor:start])
+            cursor, answer = end, text[start:end]
+            said = self._pieces.next(answer) if ids or context else self._pieces.first(answer)
+            ids += context + said
+            targets += [False] * len(context) + [True] * len(said)
         ended = not targets[-1] or bool(self._marker_at(self._tokenizer.decode(ids[-1:])))
         return Sequence(ids=np.array(ids, dtype=np.int32), targets=np.array(targets, dtype=bool), is_ended=ended)
