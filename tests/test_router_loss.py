@@ -1,6 +1,8 @@
 """The auxiliary loss of routers against transformers' own total loss and autograd."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 import ratel
 from ratel.errors import RatelError
-from ratel.models.router import _Watch
+from ratel.models.router import Balance, _Watch
 from tasks_common import batch as task_batch
 from tasks_common import gradients, model, session_gradients
 
@@ -216,3 +218,23 @@ def test_the_module_is_given_back_without_hooks_of_ours() -> None:
         assert one.parts.routing is not None
         during = [len(gate._forward_hooks) for gate in gates]
     assert len(gates) == 3 and [n - 1 for n in during] == [len(gate._forward_hooks) for gate in gates] >= before
+
+
+def test_padding_of_sequences_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches made of text say where it is: the loss is that of transformers, given the mask."""
+    module = made("mixtral", vocab_size=264)
+    module.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": "ab" * n, "completion": "cd" * n}) + "\n" for n in (7, 8, 9)))
+    seen: list[Any] = []
+    step = ratel.Session.step
+    monkeypatch.setattr(ratel.Session, "step", lambda self, given, **more: (seen.append(given), step(self, given, **more))[1])
+    result = ratel.train(str(tmp_path / "model"), str(tmp_path / "data.jsonl"), out=str(tmp_path / "out"), steps=1, batch_size=2,
+                         seq_len=40, eval_fraction=0, device="cpu", dtype="fp32", quiet=True, export=False, unchecked=True)
+    given = seen[-1]
+    assert 0 < (given["attention_mask"] == 0).sum() and (given["labels"][given["attention_mask"] == 0] == -100).all()
+    counted = []
+    original = Balance.add
+    monkeypatch.setattr(Balance, "add", lambda self, probs, shown: (counted.append(int(shown.sum())), original(self, probs, shown))[1])
+    with session(module) as one:
+        assert one.step(given).loss == pytest.approx(result.losses[0], rel=1e-6)
+    assert set(counted) == {int(given["attention_mask"].sum())}

@@ -40,14 +40,15 @@ _HELD_OUT_KEY = -1
 def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
                  seed: int, eval_fraction: float = 0.01, eval_data: DataArgument | None = None,
                  eval_max_sequences: int | None = 64, vocab_size: int | None = None, packed: bool = True,
-                 skipped: SkippedLines | None = None) -> "Dataset":
+                 marks_padding: bool = False, skipped: SkippedLines | None = None) -> "Dataset":
     """Index the text, hold some of it out, and stand before the first batch.
 
     ``data``: a .txt or .jsonl file, a directory of them, a list of these, or None for the bundled text.
     ``eval_fraction``: share of the documents held out for evaluation, at least one; no more than fill
     ``eval_max_sequences`` (None: no limit). 0, or a single document, holds out none. ``eval_data``: evaluate on this
     instead, and hold out nothing. ``vocab_size``: of the model; ids beyond it are then refused. ``packed``:
-    documents share sequences; else each sequence holds one, for models that cannot keep them apart. ``skipped``: takes lines that
+    documents share sequences; else each sequence holds one, for models that cannot keep them apart. ``marks_padding``: batches have an
+    ``attention_mask``, 0 in the padding of sequences. ``skipped``: takes lines that
     are not as documented; None: they are errors.
     If there are conversations and the tokenizer has no chat template, it is given DEFAULT_CHAT_TEMPLATE.
     Raises RatelError for anything wrong with an option, a file or a line.
@@ -63,7 +64,8 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
     if not tokenizer.chat_template and not renders_itself(tokenizer) and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
     # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
-    form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed)
+    form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed,
+                  marks_padding=marks_padding)
     return Dataset(corpus, form, seq_len=seq_len, batch_size=batch_size, seed=seed, vocabulary=len(tokenizer),
                    eval_fraction=eval_fraction, eval_corpus=eval_corpus, eval_max_sequences=eval_max_sequences)
 

@@ -50,8 +50,11 @@ class Form(Protocol):
 class Packed:
     """For the next token: documents share sequences of one length, or are alone in them."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, vocab_size: int | None, alone: bool = False) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, vocab_size: int | None, alone: bool = False,
+                 marks_padding: bool = False) -> None:
+        """``marks_padding``: batches say where it is, for whoever counts tokens."""
         self._alone = alone
+        self._keys = ("input_ids", "labels", "position_ids", *(["attention_mask"] if marks_padding else []))
         self.tells: dict[str, Any] = {"one_document": True} if alone else {}
         self._encoder = Encoder(tokenizer, vocab_size=vocab_size)
         self._seq_len, self._pad_id = seq_len, pad_id(tokenizer)
@@ -67,4 +70,4 @@ class Packed:
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-                for name in ("input_ids", "labels", "position_ids")}
+                for name in self._keys}

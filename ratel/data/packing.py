@@ -44,6 +44,8 @@ class Row:
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
+    attention_mask: np.ndarray
+    """0 in the padding behind the last document."""
 
     @property
     def num_targets(self) -> int:
@@ -73,7 +75,8 @@ class Packer:
             return None
         row = Row(input_ids=np.full(self._seq_len, self._pad_id, dtype=np.int64),
                   labels=np.full(self._seq_len, NO_LOSS, dtype=np.int64),
-                  position_ids=np.zeros(self._seq_len, dtype=np.int64))
+                  position_ids=np.zeros(self._seq_len, dtype=np.int64),
+                  attention_mask=np.zeros(self._seq_len, dtype=np.int64))
         used = self._place(self._pool.pop(0), row, 0)
         if self._alone:
             row.position_ids[:] = np.arange(self._seq_len)  # padding is no document of its own
@@ -102,6 +105,7 @@ class Packer:
         row.labels[span] = np.where(targets, ids, NO_LOSS)
         row.labels[used] = NO_LOSS  # What would predict it belongs to another document, or another sequence.
         row.position_ids[span] = np.arange(length)
+        row.attention_mask[span] = 1
         if length < len(piece):
             self._pool.insert(0, Piece(number=piece.number, start=piece.start + length, document=piece.document))
         return used + length

@@ -88,7 +88,8 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     opened = task.open(config, parts, share) if task is not None else open_dataset(
         data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, eval_fraction=share,
         eval_data=eval_text, eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size, skipped=skipped,
-        packed=parts is None or not parts.is_causal_lm or parts.isolates_documents)
+        packed=parts is None or not parts.is_causal_lm or parts.isolates_documents,
+        marks_padding=parts is not None and parts.routing is not None)
     with opened as dataset:
         sample = None
         before = {}
