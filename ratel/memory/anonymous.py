@@ -13,6 +13,9 @@ HUGE_PAGE_BYTES = 2 * MIB
 TOUCHED_BYTES = 256 * MIB
 """Between two looks at whether the memory is still wanted: 60 ms on a machine with 16 cores."""
 
+MOST_PINNED_BYTES = 64 << 30
+"""In one call, which takes seconds; the number of calls costs nothing beside that."""
+
 
 def anonymous_map(num_bytes: int) -> mmap.mmap:
     """Raises RatelError where the system does not give it."""

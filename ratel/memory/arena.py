@@ -1,19 +1,23 @@
 """One pinned region of host memory, reserved up front and laid out once.
 
 Anonymous memory (transparent huge pages where the kernel gives them), touched by several threads, then registered with
-CUDA in one call. The kernel clears 4 to 5 GB/s, so a thread of the arena's own does both while its parts are handed out
+CUDA. The kernel clears 4 to 5 GB/s, so a thread of the arena's own does both while its parts are handed out
 and filled: fresh memory is zero, and whoever writes to a page first maps it. Registering own memory is exact to the page,
 where a caching pinned allocator rounds each request up to a power of two, and several times faster than asking CUDA for
 pinned memory.
+
+Some drivers register no region of 512 GiB or more, so it is done in pieces of 64 GiB at most. A copy's host memory must lie in
+one registered region: pieces end where parts do, and no copy is of more than a part.
 """
 
 import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ratel import native, startup
 from ratel.errors import RatelError
-from ratel.memory.anonymous import PAGE_BYTES, TOUCHED_BYTES, anonymous_map, arena_in, region_bytes
+from ratel.memory.anonymous import MOST_PINNED_BYTES, PAGE_BYTES, TOUCHED_BYTES, anonymous_map, arena_in, region_bytes
 from ratel.memory.early import Taken
 from ratel.memory.jobs import in_thread
 from ratel.units import align_up, format_bytes
@@ -32,10 +36,21 @@ class Arena:
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         skip = arena_in(self._map)[0] - whole.data_ptr()
         self._bytes = whole[skip : skip + self.num_bytes]
-        self._cursor = 0
-        self.pinned = memory is not None and memory.is_pinned
+        self._ends: list[int] = []
+        """Of the parts handed out."""
+        self._is_laid_out = threading.Event()
+        self._pinned_at: list[int] = [self.address] if memory is not None and memory.is_pinned else []
         self._given_up = threading.Event()
         self._made = in_thread("ratel-arena", self._make, pool, torch.cuda.current_device() if pin else None)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether all of it is, or will be undone."""
+        return bool(self._pinned_at)
+
+    @property
+    def _cursor(self) -> int:
+        return self._ends[-1] if self._ends else 0
 
     @property
     def address(self) -> int:
@@ -50,7 +65,9 @@ class Arena:
         size = align_up(num_bytes, PAGE_BYTES)
         assert size <= self.free_bytes, f"the arena was laid out for {self.num_bytes} bytes, {size} more asked"
         part = self._bytes[self._cursor : self._cursor + num_bytes]
-        self._cursor += size
+        self._ends.append(self._cursor + size)
+        if not self.free_bytes:
+            self._is_laid_out.set()
         return part
 
     def take_as(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -69,10 +86,25 @@ class Arena:
             pool.touch(self.address + begin, min(TOUCHED_BYTES, self.num_bytes - begin))
         if device is not None:
             torch.cuda.set_device(device)  # each thread has its own
-            begin_s = startup.age_s()
-            _register(self._bytes)
-            self.pinned = True
-            startup.note("pinning memory", begin_s, bytes=self.num_bytes)
+            if self.num_bytes > MOST_PINNED_BYTES:
+                self._is_laid_out.wait()
+            if not self._given_up.is_set():
+                begin_s = startup.age_s()
+                self._pin(list(pinned_pieces(self._ends, self.num_bytes)))
+                startup.note("pinning memory", begin_s, bytes=self.num_bytes)
+
+    def _pin(self, pieces: list[tuple[int, int]]) -> None:
+        """All of them, or none."""
+        pinned: list[int] = []
+        try:
+            for begin, end in pieces:
+                _register(self.address + begin, end - begin)
+                pinned.append(self.address + begin)
+        except BaseException:
+            for address in reversed(pinned):
+                _unregister(address)
+            raise
+        self._pinned_at = pinned
 
     def abandon(self) -> None:
         """Instead of ``close``, where transfers are not known to be over: the memory stays as it is."""
@@ -82,13 +114,13 @@ class Arena:
     def close(self) -> None:
         """Unregister. The memory itself goes when the last tensor over it does."""
         self._give_up()
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
-            self.pinned = False
+        while self._pinned_at:
+            _unregister(self._pinned_at.pop())
         self._bytes = self._bytes[:0]
 
     def _give_up(self) -> None:
         self._given_up.set()
+        self._is_laid_out.set()
         self._made.wait()
 
 
@@ -100,8 +132,24 @@ def keep_mapped(memory: object) -> None:
 _never_freed: list[object] = []
 
 
-def _register(part: torch.Tensor) -> None:
-    result = torch.cuda.cudart().cudaHostRegister(part.data_ptr(), part.numel(), 0)
+def pinned_pieces(ends: Sequence[int], num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of what is pinned together: as many parts, which end at ``ends``, as may be; a larger one by itself."""
+    begin = last = 0
+    if num_bytes > MOST_PINNED_BYTES:
+        for end in ends:
+            if end - begin > MOST_PINNED_BYTES and last > begin:
+                yield begin, last
+                begin = last
+            last = end
+    yield begin, num_bytes
+
+
+def _register(address: int, num_bytes: int) -> None:
+    result = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
     if int(result) != 0:
-        raise RatelError(f"CUDA could not pin {format_bytes(part.numel())} of host memory (error {int(result)})",
+        raise RatelError(f"CUDA could not pin {format_bytes(num_bytes)} of host memory (error {int(result)})",
                          field="dram", remedy="Give a smaller --dram, or raise the limit on locked memory")
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ratel import native, startup
 from ratel.memory import early_context
-from ratel.memory.anonymous import TOUCHED_BYTES, anonymous_map, arena_in, touch
+from ratel.memory.anonymous import MOST_PINNED_BYTES, TOUCHED_BYTES, anonymous_map, arena_in, touch
 from ratel.units import align_up
 
 _current: "_Early | None" = None
@@ -33,7 +33,7 @@ class _Early:
     def __init__(self, num_bytes: int, threads: int, pins: bool) -> None:
         self.map = anonymous_map(align_up(num_bytes, mmap.PAGESIZE))
         self.touched_bytes = 0
-        self.is_pinned, self._pins = False, pins
+        self.is_pinned, self._pins = False, pins and num_bytes <= MOST_PINNED_BYTES  # more is pinned in pieces, which an arena's layout gives
         self.lock = threading.Lock()
         """Held while a piece is being mapped, and by whoever wants it quiet."""
         self._ended = threading.Event()

@@ -98,8 +98,9 @@ def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | 
     arena = Arena(spill.region_bytes, pin=device.type == "cuda", pool=pool,
                   memory=early.take(region_bytes(spill.region_bytes)))
     try:
+        region = arena.take(spill.region_bytes)
         arena.settle()
-        blocks.spill_to(Spiller(Lanes(device), arena.take(spill.region_bytes), spill))
+        blocks.spill_to(Spiller(Lanes(device), region, spill))
         yield spill
     finally:
         blocks.spill_to(None)
