@@ -41,6 +41,9 @@ class NoSpaceError(OSError):
     """A directory cannot hold its share of a volume. Raised when the volume is created, before anything is written."""
 
     def __init__(self, errno: int, directory: str, *, needed_bytes: int, free_bytes: int) -> None:
-        text = f"{needed_bytes} bytes are needed and {free_bytes} are free. Free some space or give another directory"
+        if errno == errno_module.EFBIG:
+            text = f"a file of {needed_bytes} bytes is more than the file system, or the limit of this process (ulimit -f), takes"
+        else:
+            text = f"{needed_bytes} bytes are needed and {free_bytes} are free. Free some space or give another directory"
         super().__init__(errno, text, directory)
         self.directory, self.needed_bytes, self.free_bytes = directory, needed_bytes, free_bytes

@@ -30,8 +30,19 @@ class Option:
     is_switch: bool = False
 
 
-def number_reader(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Reader:
+MOST_COUNTED = 10**12
+"""Of anything that a run counts: a larger number is a slip of the hand."""
+MOST_AT_ONCE = 2**31 - 1
+"""Rows, positions: an index of 32 bits is what libraries use for them."""
+MOST_TOKENS = 2**36
+"""Of one step. A batch is in memory as a whole, with 24 bytes a token: 1.5 TiB."""
+MOST_THREADS = 4096
+MOST_FP32 = 3e38
+
+
+def number_reader(kind: type, low: float, high: float | None = None, *, above: bool = False, below: bool = False) -> Reader:
     """A reader of an int or float in ``[low, high]``; ``above``/``below`` exclude that end."""
+    high = high if high is not None else MOST_COUNTED if kind is int else MOST_FP32
 
     def read(value: Any, flag: str) -> Any:
         try:
@@ -43,7 +54,7 @@ def number_reader(kind: type, low: float, high: float = math.inf, *, above: bool
         if number < low or (above and number == low):
             raise RatelError(f"must be {'above' if above else 'at least'} {low:g}", field=flag, value=number)
         if number > high or (below and number == high):
-            raise RatelError(f"must be {'below' if below else 'at most'} {high:g}", field=flag, value=number)
+            raise RatelError(f"must be {'below' if below else 'at most'} {high:{',' if kind is int else 'g'}}", field=flag, value=number)
         return number
 
     return read
@@ -69,7 +80,18 @@ def _optional(reader: Reader) -> Reader:
 def _read_text(value: Any, flag: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not str(value):
         raise RatelError("must be a name or a path", field=flag, value=repr(value))
+    check_name(value, flag)
     return os.fspath(value)
+
+
+def check_name(path: str | os.PathLike[str], flag: str) -> None:
+    """Libraries that a run writes files with at its end, and JSON, know no other names."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise RatelError("has a name that is not UTF-8", field=flag, value=shown,
+                         remedy="Rename it, or go there by a link whose name is") from None
 
 
 def _read_switch(value: Any, flag: str) -> bool:
@@ -133,6 +155,7 @@ def _option(default: Any, read: Reader, group: str, metavar: str | None, text: s
 
 
 _COUNT, _AMOUNT = number_reader(int, 1), number_reader(int, 0)
+_ROWS, _SEED, _THREADS = number_reader(int, 1, MOST_AT_ONCE), number_reader(int, 0, 2**63 - 1), number_reader(int, 1, MOST_THREADS)
 _SHARE = number_reader(float, 0, 1, below=True)
 
 
@@ -160,12 +183,12 @@ class TrainConfig:
                                    "without --eval-data, hold out this share of the documents (0: none)")
     eval_every: int = _option(0, _AMOUNT, MODEL, "N", "evaluate every N steps (0: at the end only)")
     eval_sequences: int = _option(64, _AMOUNT, MODEL, "N", "sequences of one evaluation at most (0: no limit)")
-    seed: int = _option(0, _AMOUNT, MODEL, "N", "seed of initialisation, shuffling and dropout")
+    seed: int = _option(0, _SEED, MODEL, "N", "seed of initialisation, shuffling and dropout")
 
     steps: int = _option(100, _COUNT, TRAINING, "N", "optimizer steps")
-    batch_size: int = _option(32, _COUNT, TRAINING, "N", "sequences per step")
-    micro_batch: int | str = _option("auto", _auto_or(_COUNT), TRAINING, "auto|N", "sequences in a block at once")
-    seq_len: int = _option(1024, number_reader(int, 2), TRAINING, "N", "tokens per sequence")
+    batch_size: int = _option(32, _ROWS, TRAINING, "N", "sequences per step")
+    micro_batch: int | str = _option("auto", _auto_or(_ROWS), TRAINING, "auto|N", "sequences in a block at once")
+    seq_len: int = _option(1024, number_reader(int, 2, MOST_AT_ONCE), TRAINING, "N", "tokens per sequence")
     lr: float = _option(1e-5, number_reader(float, 0, above=True), TRAINING, "X", "peak learning rate")
     min_lr: float = _option(0.0, number_reader(float, 0), TRAINING, "X", "learning rate at the end of a decaying schedule")
     schedule: str = _option("cosine", _choice("constant", "linear", "cosine"), TRAINING, "constant|linear|cosine",
@@ -215,7 +238,7 @@ class TrainConfig:
     direct: str = _option("auto", _choice("auto", "on", "off"), MEMORY, "auto|on|off", "bypass the page cache")
     checksums: str = _option("on", _choice("on", "off"), MEMORY, "on|off",
                              "check every byte that comes back from an SSD against what was written")
-    optimizer_threads: int | str = _option("auto", _auto_or(_COUNT), MEMORY, "auto|N", "threads of the CPU optimizer")
+    optimizer_threads: int | str = _option("auto", _auto_or(_THREADS), MEMORY, "auto|N", "threads of the CPU optimizer")
 
     out: str | None = _option(None, _optional(_read_text), REPORT, "DIR",
                               "where results go (default: a new directory runs/MODEL or runs/MODEL-2, ...)")
@@ -245,6 +268,9 @@ class TrainConfig:
         self._check_resuming()
 
     def _check_training(self) -> None:
+        if self.batch_size * self.seq_len > MOST_TOKENS:
+            raise RatelError(f"with --seq-len {self.seq_len} makes steps of more than {MOST_TOKENS:,} tokens", field="--batch-size",
+                             value=self.batch_size, remedy="Give fewer sequences")
         if self.min_lr > self.lr:
             raise RatelError(f"is above --lr {self.lr:g}", field="--min-lr", value=self.min_lr)
         if self.warmup_steps != "auto" and self.warmup_steps > self.steps:
@@ -258,6 +284,8 @@ class TrainConfig:
                            ("--activations", self.activations)):
             if tier == "ssd" and not self.ssd:
                 raise RatelError("needs a directory", field=flag, value=tier, remedy="Give --ssd DIR as well")
+        for path in self.ssd:
+            check_name(os.path.realpath(path), "--ssd")  # records of a run name its files from the root on
         check_can_write(self.trace, "--trace")
 
     def _check_saving(self) -> None:

@@ -1,5 +1,7 @@
 """The errors a user can cause, each naming the field, the value and the remedy."""
 
+import errno
+
 
 class RatelError(ValueError):
     """A mistake in what the user gave: which field, which value, and what to do about it.
@@ -16,6 +18,30 @@ class RatelError(ValueError):
         if remedy:
             text += f". {remedy}"
         super().__init__(text)
+
+
+def remedy_for(error: OSError, otherwise: str) -> str:
+    """What helps where something could not be written: against a limit on the size of files room does not."""
+    if error.errno == errno.EFBIG:
+        return "Raise the limit on the size of a file (`ulimit -f`), or give a directory whose file system takes one that large"
+    return otherwise
+
+
+_SHOWN = 200
+"""Characters of a library's own message, which may be a page."""
+
+
+def out_of(error: BaseException) -> str | None:
+    """What the system has refused this process, where that is what the error tells of; None where it is another."""
+    whole = " ".join(f"{type(error).__name__}: {error}".split())
+    text = whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]} ..."
+    if isinstance(error, MemoryError) or any(words in whole for words in ("failed to map segment", "allocate memory", "Cannot allocate")):
+        return f"the system gives this process no more memory ({text}). Raise its limit (`ulimit -v`, a container's), or free memory"
+    if "can't start new thread" in whole or (isinstance(error, OSError) and error.errno == errno.EAGAIN):
+        return f"the system gives this process no more threads ({text}). Raise its limit (`ulimit -u`, a container's)"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"the system opens no more files for this process ({text}). Raise its limit (`ulimit -n`)"
+    return None
 
 
 class NonFiniteError(RuntimeError):

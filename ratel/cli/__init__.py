@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ratel import interrupt, process
 from ratel.cli import bench, check, data, doctor, export, plan, train
 from ratel.cli.parser import Parser
-from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError
+from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError, out_of
 
 COMMANDS = (train, plan, data, check, export, doctor, bench)
 EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, process.EXIT_INTERRUPTED
@@ -54,6 +54,9 @@ def _main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         return _fail(f"ratel: {str(error) or 'interrupted'}", EXIT_INTERRUPTED)
     except Exception as error:
+        refused = out_of(error)
+        if refused is not None:
+            return _fail(f"ratel: {refused}", EXIT_FAILED)
         if isinstance(error, OSError) and error.filename:
             return _fail(f"ratel: {error}", EXIT_FAILED)  # a drive or a file: which one is all there is to know
         traceback.print_exc()

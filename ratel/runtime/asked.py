@@ -6,6 +6,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ratel.config import check_name
 from ratel.errors import RatelError
 from ratel.plan.forced_kept import Activations
 from ratel.runtime.durable_files import check_state_target, make_directory
@@ -20,6 +21,7 @@ def directories_of(ssd: "str | os.PathLike | list | tuple | None") -> tuple[str,
         return ()
     names = ssd.split(",") if isinstance(ssd, str) else [ssd] if isinstance(ssd, os.PathLike) else list(ssd)
     for name in names:
+        check_name(os.path.realpath(name), "ssd")
         try:
             make_directory(Path(name))
         except OSError as error:

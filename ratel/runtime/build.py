@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ratel import interrupt, native, readahead, startup
+from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.ownership.stamps import belongs_to
@@ -20,7 +21,7 @@ from ratel.runtime.state import SavedState
 def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: IoOptions, commits: Path | None,
           saved: SavedState | None, moments: MomentFiles | None) -> Machinery:
     """Complete, or not at all: what was imported in part must never be given back as trained."""
-    pool = native.op_ds.Pool(threads)
+    pool = _threads(threads)
     machinery = None
     try:
         if saved is not None:
@@ -42,6 +43,14 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
     finally:
         readahead.end()
     return machinery
+
+
+def _threads(count: int) -> "native.op_ds.Pool":
+    try:
+        return native.op_ds.Pool(count)
+    except OSError as error:
+        raise RatelError(f"the system starts no {count} threads for this process ({error.strerror})", field="optimizer_threads",
+                         value=count, remedy="Give fewer, or raise the limit (`ulimit -u`, a container's)") from error
 
 
 def _fill(machinery: Machinery, saved: SavedState | None, moments: MomentFiles | None, *, goes_on: bool) -> None:

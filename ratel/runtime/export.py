@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ratel.errors import RatelError
+from ratel.errors import RatelError, remedy_for
 from ratel.models import Parts
 from ratel.models.checkpoints.export_layout import ExportLayout, UnitToExport
 from ratel.models.shards import SHARD_BYTES, Piece, write_shards
@@ -50,11 +50,12 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
         # Not beside it as NAME.old: that is what people call the model that they want to keep.
         replace_directory(unfinished, path, partial(_discard, into=path), suffix=_REPLACED)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # reading may have failed as well
         exports.remove_export(unfinished)
         raise RatelError(f"the model cannot be written: {error}", field="export", value=path,
-                         remedy="Make room there, or give another directory") from error
+                         remedy="Make room there, or give another directory" if not isinstance(error, OSError) else
+                         remedy_for(error, "Make room there, or give another directory")) from error
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ratel import interrupt, native
-from ratel.errors import RatelError
+from ratel.errors import RatelError, remedy_for
 from ratel.memory import early
 from ratel.memory.anonymous import region_bytes
 from ratel.memory.arena import Arena
@@ -202,7 +202,7 @@ class Machinery:
                                  remedy="Wait for that run, or give other directories") from error
             raise RatelError(f"no place for {num_bytes} bytes of {name}: {error}", field="ssd",
                              value=",".join(map(os.fspath, io.directories)),
-                             remedy="Give directories on a drive with enough free space that you may write to"
+                             remedy=remedy_for(error, "Give directories on a drive with enough free space that you may write to")
                              ) from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ratel import native
-from ratel.errors import DamagedError, RatelError
+from ratel.errors import DamagedError, RatelError, remedy_for
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
@@ -250,5 +250,6 @@ def raise_failure(save: Save | None) -> None:
     if isinstance(save.error, OSError):
         reason = getattr(save.error, "strerror", None) or save.error
         raise RatelError(f"the state could not be written: {reason}", field="state", value=getattr(save.target, "path", None),
-                         remedy="Free space or give another directory; an earlier state there is untouched") from save.error
+                         remedy=remedy_for(save.error, "Free space or give another directory; an earlier state there is untouched")
+                         ) from save.error
     raise save.error

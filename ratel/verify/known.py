@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ratel import probe_cache, startup
@@ -59,8 +60,11 @@ def quick_verdict(module: nn.Module, task: str, note: Any) -> Verdict | None:
     known = probe_cache.load(key, Verdict.from_json)
     if known is None:
         note(f"{model_class.__name__} is new here: a small copy of it is checked once")
-        with startup.as_one("check of the family"), early.put_aside():
-            known = check_class(model_class, config, task, is_quick=True)
+        try:
+            with startup.as_one("check of the family"), early.put_aside():
+                known = check_class(model_class, config, task, is_quick=True)
+        except (OSError, SafetensorError) as error:  # no room among the temporary files: not kept, since there may be some later
+            return Verdict(name=model_class.__name__, task=task, refused=f"no small copy was written: {one_line(error, 160)}")
         probe_cache.store(key, known.to_json())
     return known
 
