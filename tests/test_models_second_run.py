@@ -303,6 +303,17 @@ def fifth_run(block: Block, x: Tensor, _: Any) -> Tensor:
     return x if SHARED["runs"] < SHARED["limit"] else 2 * x
 
 
+def test_a_second_run_that_differs_is_refused_before_the_plan(shared: dict) -> None:
+    shared["limit"] = 10**9
+    parts = load(Body(fifth_run), dtype=torch.float32, device=CPU, loss_fn=loss_fn)
+    parts.probe(batch())
+    parts.close()
+    shared["limit"] = 2 * shared["runs"] + 2  # the same trace again, and one run of the first block
+    with ratel.Session(Body(fifth_run), loss_fn=loss_fn, dtype="fp32", device="cpu") as session:
+        with pytest.raises(RatelError, match="block 0 did something else when it was run again"):
+            session._ready(batch())
+
+
 def test_the_first_step_compares_both_runs(shared: dict) -> None:
     shared["limit"] = 10**9
     with ratel.Session(Body(fifth_run), loss_fn=loss_fn, dtype="fp32", device="cpu") as session:
