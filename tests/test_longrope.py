@@ -63,6 +63,12 @@ def test_the_longest_document_of_the_batch_decides_not_that_of_a_micro_batch(mic
             assert session.evaluate([masked]) == pytest.approx(expected.item(), abs=2e-6)
 
 
+def test_documents_that_share_a_row_are_kept_apart(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+    parts = load(tmp_path, dtype=torch.float32, device=CPU)
+    assert parts.isolates_documents
+    parts.close()
+
+
 def test_the_two_sets_of_frequencies_make_a_difference(model: transformers.PreTrainedModel) -> None:
     given = batch([12, 12], [20, 4])
     logits = [model(input_ids=given["input_ids"][:1], position_ids=given["position_ids"][:1], use_cache=False).logits,

@@ -72,6 +72,17 @@ def test_quantized_directories(method: str, tmp_path: Path) -> None:
     refused(tmp_path, f"({method})", "unquantized")
 
 
+@pytest.mark.parametrize("name", ["special.safetensors", "shard-00000-model-00001-of-00001.safetensors"])
+def test_weights_that_transformers_would_take_instead(name: str, tmp_path: Path) -> None:
+    write(configs()["llama"], tmp_path)
+    if name.startswith("shard"):
+        (tmp_path / name).write_bytes(b"")
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    refused(tmp_path, name, "save_pretrained")
+
+
 @pytest.mark.parametrize("head, words", [
     ("LlamaForSequenceClassification", ("classifier", "--task classify")), ("LlamaForTokenClassification", ("classifier", "--task tokens")),
     ("LlamaForQuestionAnswering", ("no causal language model", "loss_fn"))])

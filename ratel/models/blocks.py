@@ -23,10 +23,11 @@ def find_blocks(root: nn.Module) -> list[nn.Module]:
     """The children of the outermost list that holds the most parameters, each object once, in list order; where no list has
     two, the only child of one (ALBERT calls one layer again and again). Of a model for images and text it is a list of the text's
     part, however large the other is."""
-    root = _text_part(root)
+    root, num_layers = _text_part(root), _num_text_layers(root)
     total = count_elements(root)
     found = ([s for s in _stacks(root, least) if total and _elements(s) >= MIN_BLOCK_SHARE * total] for least in (2, 1))
     stacks = next((stacks for stacks in found if stacks), [])
+    stacks = [s for s in stacks if len(s) == num_layers] or stacks
     if not stacks:
         raise RatelError(
             "no repeated blocks found: no nn.ModuleList or nn.Sequential of two or more like layers holds "
@@ -41,6 +42,12 @@ def _text_part(root: nn.Module) -> nn.Module:
         return root
     decoder = root.get_decoder()
     return decoder if isinstance(decoder, nn.Module) and count_elements(decoder) else root
+
+
+def _num_text_layers(root: nn.Module) -> int | None:
+    """Of a model whose configuration has parts, and so perhaps other stacks among the text's own modules."""
+    config = getattr(root, "config", None)
+    return getattr(config.get_text_config(), "num_hidden_layers", None) if getattr(config, "sub_configs", None) else None
 
 
 def _stacks(root: nn.Module, least: int) -> list[list[nn.Module]]:

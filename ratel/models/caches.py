@@ -17,6 +17,9 @@ class Caches:
         for child in module.modules():
             for holder in (child, getattr(child, "config", None), getattr(child, "generation_config", None)):
                 self._find(holder, seen)
+        # Gemma 4 keeps the keys of some layers for others and for an assistant; where no layer takes them, nobody is to.
+        are_shared = any(getattr(child, "is_kv_shared_layer", False) for child in module.modules())
+        self._keepers = [] if are_shared else [c for c in module.modules() if getattr(c, "store_full_length_kv", None) is True]
         self._switch_off()
 
     def _find(self, holder: Any, seen: set[int]) -> None:
@@ -35,10 +38,14 @@ class Caches:
     def _switch_off(self) -> None:
         for holder, _ in self._holders:
             _set(holder, False)
+        for keeper in self._keepers:
+            keeper.store_full_length_kv = False
 
     def put_back(self) -> None:
         for holder, value in self._holders:
             _set(holder, value)
+        for keeper in self._keepers:
+            keeper.store_full_length_kv = True
 
     @contextmanager
     def as_given(self) -> Iterator[None]:

@@ -13,7 +13,8 @@ from ratel.models import blocks as finder
 from ratel.models.checkpoint import CheckpointSource
 from ratel.models.checkpoints.beside import Origin
 from ratel.models.checkpoints.dtypes import kept_in_fp32
-from ratel.models.checkpoints.refusals import refuse_adapted, refuse_fetched_kernels, refuse_file, refuse_other_heads
+from ratel.models.checkpoints.refusals import (refuse_adapted, refuse_fetched_kernels, refuse_file, refuse_other_heads,
+                                               refuse_other_weights)
 from ratel.models.config import causal_class, read_config, refuse_config
 from ratel.models.layout import longest_sequence
 from ratel.models.parts import TRIAL_ERRORS, Parts
@@ -117,6 +118,7 @@ def _origin_of(config: Any, given: Any, directory: Path | None) -> Origin:
 
 def _open_checkpoint(directory: Path, module: nn.Module, dtype: torch.dtype, *, is_whole: bool) -> CheckpointSource:
     """``is_whole``: the model has a place for all that is in it, as far as is known."""
+    refuse_other_weights(directory, module.config)
     source = CheckpointSource(directory, module, dtype, tells_of_unused=is_whole)
     source.untie()
     source.load_buffers()

@@ -301,12 +301,14 @@ class Parts:
                                                      "_backward_pre_hooks"))
 
     def tail_logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., vocab]`` of the last block's output ``[..., hidden_size]``, any number of tokens."""
+        """Logits ``[..., vocab]`` of the last block's output ``[..., hidden_size]``, any number of tokens; or of
+        ``[rows, tokens, streams, hidden_size]``, where blocks hand on several streams of each token."""
         assert self.is_causal_lm
         # One token per row: whatever the model prepares for attention (masks) is then of one element.
-        rows = hidden.reshape(-1, 1, hidden.shape[-1])
+        tokens = hidden.shape[: min(hidden.ndim - 1, 2)]
+        rows = hidden.reshape(-1, 1, *hidden.shape[len(tokens) :])
         logits = self._run_tail(rows, lambda: self._runner.run_on_nothing(rows.shape[0]))
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+        return logits.reshape(*tokens, logits.shape[-1])
 
     def tail_loss(self, hidden: Tensor, batch: Any) -> Tensor:
         """What ``loss_fn`` or the task makes of the last block's output."""

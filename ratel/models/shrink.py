@@ -28,6 +28,7 @@ _RULES: tuple[tuple[str, Callable[[int, "_Sizes"], int]], ...] = (
     (r"sliding_window(_size)?$|attention_window_size|^window_size|^local_attention|keep_window_size|attention_chunk_size"
      r"|index_topk$|attn_chunk_length", lambda v, s: min(v, WINDOW)),
     (r"^(mamba_)?chunk_size$|^block_size$|^index_block_size$", lambda v, s: min(v, WINDOW)),
+    (r"^original_max_position", lambda v, s: POSITIONS // 2),
     (r"max_position|n_positions|^n_ctx$|max_seq_len|context_length|model_max_length|max_target_pos|max_source_pos",
      lambda v, s: min(v, POSITIONS)),
     (r"vocab", lambda v, s: min(v, VOCAB)),

@@ -45,6 +45,17 @@ _FOREIGN = (
 )
 
 
+def refuse_other_weights(directory: Path, config: Any) -> None:
+    """Weights that `from_pretrained` takes in the place of, or beside, those in model*.safetensors."""
+    named = getattr(config, "transformers_weights", None)
+    shard = next((path.name for path in sorted(directory.glob("shard-*-model-*.safetensors"))), None)
+    beside = next((name for name in getattr(type(config), "extra_files", None) or () if (directory / name).exists()), None)
+    for found, why in ((named, "config.json names another file of weights"), (shard, "holds a distributed checkpoint"),
+                       (beside, "holds weights in a file of its own")):
+        if found is not None:
+            raise RatelError(f"{why} ({found})", field="model", value=directory, remedy=CONVERT)
+
+
 def no_weights(directory: Path) -> RatelError:
     """Beside a config.json."""
     for names, what, remedy in (*_FOREIGN, (("*.bin", "*.pt", "*.pth"), "pickled weights, which can run code when loaded", CONVERT)):
