@@ -1,5 +1,6 @@
 """Text training of models for images and text: the text's part is trained, gradients are autograd's, the rest is carried along."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from ratel.models import load
 from ratel.models.checkpoints.compare import compare_loading
 from ratel.models.config import causal_class
+from ratel.models.shrink import random_parameters, shrunken
 from ratel.runtime.session import Session
 from tests.test_loading import SIZES
 from tests.test_models_common import CPU, attach_all, named, next_token_loss, vertical_pass
@@ -88,3 +90,23 @@ def test_the_class_is_the_one_that_the_directory_names() -> None:
     assert causal_class(config, "x") is t.Llama4ForConditionalGeneration
     assert causal_class(t.Llama4Config(architectures=["Llama4ForCausalLM"]), "x") is None
     assert causal_class(t.LlamaConfig(architectures=["LlamaForCausalLM"]), "x") is None
+
+
+@pytest.mark.parametrize("config", ["DeepseekV4Config", "Gemma4TextConfig", "KimiLinearConfig"])
+def test_models_that_need_more_than_hidden_states_of_three_dimensions(config: str) -> None:
+    """Streams of each token, keys kept for others, recurrent layers beside attention."""
+    if not hasattr(t, config):
+        pytest.skip(f"transformers {t.__version__} has no {config}")
+    torch.manual_seed(0)
+    model = random_parameters(t.AutoModelForCausalLM.from_config(shrunken(getattr(t, config)()), dtype=torch.float32)).train()
+    plain = copy.deepcopy(model)
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
+    loss = next_token_loss(plain(input_ids=ids, use_cache=False).logits, ids)
+    loss.backward()
+    parts = load(model, dtype=torch.float32, device=CPU)
+    _, grads = attach_all(parts)
+    assert torch.equal(vertical_pass(parts, {"input_ids": ids, "labels": ids}), loss)
+    for name, grad in named(parts, grads, trained_only=True).items():
+        expected = plain.get_parameter(name).grad
+        assert torch.equal(grad, torch.zeros_like(grad) if expected is None else expected), name
+    parts.close()
