@@ -41,7 +41,9 @@ def load_tokenizer(model: object = None, **options: Any) -> "PreTrainedTokenizer
     from transformers import AutoTokenizer
     try:
         refuse_odd_entries(directory)
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **options)
+        affixes(tokenizer)  # what is wrong with an option shows when it is used
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever broken files make many parsers raise; panics of Rust are no Exceptions

@@ -71,11 +71,12 @@ class ChatEncoder:
         try:
             shaped = in_shape(chat.messages, chat.tools, shape)
             turns = Turns(self._template(source), shaped, learned, self._marker_at)
+            ours = turns.whole.rendering.text  # first, since only here a template that does not end is stopped
             theirs = self._tokenizer.apply_chat_template(
                 list(shaped.plain), tools=None if shaped.tools is None else list(shaped.tools), chat_template=source,
                 tokenize=False)
             theirs.encode("utf-8")
-            if theirs == turns.whole.rendering.text:
+            if theirs == ours:
                 return turns.rows()
         except RecordError:
             raise

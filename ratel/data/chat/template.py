@@ -7,6 +7,7 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from ratel.data.chat import limits
 from ratel.data.chat.traced import Traced, formatted, joined, marked, origins_of, to_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Template:
     def _chunks(self, messages: Messages, tools: Sequence[Any] | None, **options: bool) -> list[str]:
         given = {**self._special, "messages": list(messages), "tools": None if tools is None else list(tools),
                  "documents": None, "add_generation_prompt": False, _AFTER_LOOP: _AfterLoop(), **options}
-        return list(self._compiled.root_render_func(self._compiled.new_context(given)))
+        limits.begin()
+        return list(map(limits.written, self._compiled.root_render_func(self._compiled.new_context(given))))
 
 
 class _AfterLoop(str):
@@ -104,6 +106,7 @@ class _AfterLoop(str):
 def _compile(source: str) -> Any:
     environment = _environment()
     tree = environment.parse(source)
+    limits.count_turns(tree)
     _mark_ends_of_loops(tree)
     template = environment.from_string(tree)
     template.root_render_func.__globals__["str_join"] = lambda parts: joined(map(str, parts))
@@ -113,14 +116,13 @@ def _compile(source: str) -> Any:
 def _environment() -> Any:
     """What transformers gives a template, and filters that keep origins."""
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Environment(ImmutableSandboxedEnvironment):
+    class Environment(limits.LimitedEnvironment):
         concat = staticmethod(joined)
-        intercepted_binops = frozenset(["%"])
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            return formatted(left, right) if isinstance(left, str) else left % right
+        def operate(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            is_format = operator == "%" and isinstance(left, str)
+            return formatted(left, right) if is_format else super().operate(context, operator, left, right)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -130,6 +132,7 @@ def _environment() -> Any:
     environment.filters["tojson"] = to_json
     environment.filters["join"] = _join
     environment.filters["format"] = lambda text, *args, **named: formatted(str(text), named or args)
+    environment.limit_filters()
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
