@@ -73,7 +73,7 @@ class Site:
     def folder(self, name: str) -> Path:
         return self.path / "ssd" / name
 
-    def train(self, out: Path, setting: Setting, tell: Tell) -> None:
+    def train(self, out: Path, setting: Setting, tell: Tell, *, steps: int = STEPS) -> None:
         """Start the run, or take it up."""
         from ratel.plan.plan import Buffers
         from ratel.runtime import training
@@ -87,7 +87,7 @@ class Site:
         if setting.speculates:
             optimizer, training.expects_no_scaling = "speculative", lambda before: True
         has_state = StateDirectory(out / "state").newest() is not None
-        train(self.model, self.text, out, steps=STEPS, save_every=setting.save_every, durable=setting.durable,
+        train(self.model, self.text, out, steps=steps, save_every=setting.save_every, durable=setting.durable,
               optimizer=optimizer, max_grad_norm=CLIPS[setting.optimizer], resume=has_state, export=True,
               overwrite=not has_state, ssd=[self.folder(name) for name in setting.folders],
               checkpoint_tier=setting.checkpoint_tier)
@@ -245,11 +245,11 @@ def check_same(out: Path, whole: Path, folders: Collection[Path] = ()) -> None:
             (unit, plane)
 
 
-def check_clean(site: Site, out: Path, setting: Setting, *, but: Collection[str] = ()) -> None:
-    """Of all starts one state is left, and on SSD what it needs, and files of these names."""
+def check_clean(site: Site, out: Path, setting: Setting, *, but: Collection[str] = (), folders: Collection[Path] = ()) -> None:
+    """Of all starts one state is left, and on SSD what it needs, and files of these names. ``folders``: where drives may be now."""
     from ratel.runtime.commit_files import committed_files
 
     left = sorted(entry.name for entry in (out / "state").iterdir())
     assert left in (["commits"], [f"step-{STEPS:08d}"]), left  # the last start may have found the run at its end
     on_ssd = {os.fspath(path.resolve()) for name in setting.folders for path in site.folder(name).iterdir() if path.name not in but}
-    assert on_ssd <= committed_files(out / "state" / "commits"), on_ssd
+    assert on_ssd <= committed_files(out / "state" / "commits", list(folders)), on_ssd

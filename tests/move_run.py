@@ -61,7 +61,7 @@ class Moving(Killing):
 
     def _check_end(self, out: Path, setting: Setting) -> None:
         check_same(out, self._wholes[setting.optimizer], self._folders())
-        check_clean(self._site, out, setting, but=self._nobodys)
+        check_clean(self._site, out, setting, but=self._nobodys, folders=self._folders())
 
     def _new(self, name: str) -> Path:
         self._number += 1

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PACKAGES = ("op_ds", "nvme_ds")
 LAYERS = {
     0: ("ratel.errors", "ratel.units", "ratel.config", "ratel.startup", "ratel.readahead", "ratel.reading", "ratel.schema",
-        "ratel.interrupt", "ratel.process", "ratel.synced", "ratel.probe_cache"),
+        "ratel.interrupt", "ratel.process", "ratel.synced", "ratel.ownership", "ratel.probe_cache"),
     1: NATIVE_PACKAGES,
     2: ("ratel.plan",),
     3: ("ratel.native", "ratel.memory", "ratel.store", "ratel.data", "ratel.monitor", "ratel.hardware", "ratel.models",
-        "ratel.optimizer_state", "ratel.ownership", "ratel.lora", "ratel.sparse", "ratel.dist"),
+        "ratel.optimizer_state", "ratel.lora", "ratel.sparse", "ratel.dist"),
     4: ("ratel.runtime",),
     5: ("ratel.train", "ratel.verify"),
     6: ("ratel.cli", "ratel.__main__", "ratel"),

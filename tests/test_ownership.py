@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from families_common import batches, build
+from ratel.cli import main
 from ratel.errors import RatelError
 from ratel.ownership import stamps
 from ratel.ownership.stamps import STAMP_BYTES, Stamp, belongs_to, mark_of, new_volume_name, read_stamp, write_stamp
@@ -98,6 +99,9 @@ def test_a_moved_run_goes_on_in_the_same_files(inputs: tuple, ssd_dir: Path, tmp
     with pytest.raises(RatelError, match="is not there.*mounted elsewhere.*--ssd"):
         committed(inputs, out, [ssd_dir / "a", ssd_dir / "b"], steps=5, resume=True)
     assert sorted(path.name for path in ssd_dir.iterdir()) == ["c", "d"]  # nothing was made in their place
+    folders = f"{ssd_dir / 'c'},{ssd_dir / 'd'}"
+    assert main(["check", str(out)]) == 2 and main(["check", str(out), "--ssd", folders]) == 0
+    assert main(["export", "--state", str(out), "--out", str(tmp_path / "exported"), "--ssd", folders]) == 0
     committed(inputs, out, [ssd_dir / "c", ssd_dir / "d"], steps=5, resume=True)
     saved = newest(out)
     assert [path.stat().st_ino for path in saved.files] == inodes and saved.verify() > 0 and not saved.is_foreign
@@ -307,6 +311,24 @@ def test_what_a_killed_run_leaves_goes_with_the_next(inputs: tuple, ssd_dir: Pat
     assert os.listdir(ssd_dir) == ["ratel-activations.0"]
 
 
+def test_the_doctor_says_what_lies_there(inputs: tuple, ssd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose it is, and how to be rid of what nobody needs: files of a killed run, and those of commits that are gone."""
+    out, gone = committed(inputs, tmp_path / "out", ssd_dir), committed(inputs, tmp_path / "gone", ssd_dir)
+    of_gone = newest(gone).files[0]
+    shutil.rmtree(gone)
+    (ssd_dir / "ratel-states.0").write_bytes(bytes(STAMP_BYTES) + Stamp(volume="ratel-states", index=0).pack())
+    (ssd_dir / "mine.0").write_text("mine")
+    before = everything(ssd_dir)
+    assert main(["doctor", "--no-measure", "--json", "--ssd", str(ssd_dir)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {Path(file["path"]): file["of"] for file in report["ssd"][0]["files"]} == {
+        ssd_dir / "ratel-states.0": "left over", newest(out).files[0]: "kept", of_gone: "without commits"}
+    advice = [line for line in report["advice"] if "`rm " in line]
+    assert len(advice) == 2 and any(f"`rm {of_gone}`" in line and str(gone) in line for line in advice)
+    assert main(["doctor", "--no-measure", "--ssd", str(ssd_dir)]) == 0
+    assert f"{of_gone}" in capsys.readouterr().out and everything(ssd_dir) == before
+
+
 def test_files_that_vanish_under_a_run_are_noticed(ssd_dir: Path, tmp_path: Path) -> None:
     """Before a commit says that it lasts."""
     for number, harm in enumerate((os.unlink, lambda path: os.truncate(path, 8192), lambda path: os.replace(path, f"{path}.mine"))):
@@ -357,3 +379,21 @@ def test_a_state_that_was_kept_beside_stays(ssd_dir: Path, tmp_path: Path) -> No
             session.save(tmp_path / "state")
     assert SavedState(tmp_path / "state.old").training["steps"] == 1 and SavedState(tmp_path / "state").training["steps"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "state.old"]
+
+
+def test_moments_replace_moments_only(tmp_path: Path) -> None:
+    """Of another program's file of that name nothing is known, so it stays."""
+    import ratel
+
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    for _ in range(2):
+        ratel.save_adamw_state(tmp_path, module, optimizer)
+    assert os.listdir(tmp_path) == ["optimizer.safetensors"]
+    save_file({"weight": torch.zeros(2)}, tmp_path / "optimizer.safetensors")
+    before = everything(tmp_path)
+    with pytest.raises(RatelError, match="holds no moments that Ratel has written"):
+        ratel.save_adamw_state(tmp_path, module, optimizer)
+    assert everything(tmp_path) == before

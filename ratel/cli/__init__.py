@@ -49,7 +49,8 @@ def _main(argv: Sequence[str]) -> int:
     except RatelError as error:
         return _fail(f"ratel: {error}", EXIT_MISUSED)
     except (NonFiniteError, WorkerError, DamagedError) as error:
-        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        is_said = error.__cause__ is None or str(error.__cause__) in str(error)
+        cause = "" if is_said else f" ({type(error.__cause__).__name__}: {error.__cause__})"
         return _fail(f"ratel: {error}{cause}", EXIT_FAILED)
     except KeyboardInterrupt as error:
         return _fail(f"ratel: {str(error) or 'interrupted'}", EXIT_INTERRUPTED)

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ratel.cli.parser import add_command
+from ratel.cli.parser import add_command, directories
 from ratel.config import TASKS
 from ratel.errors import RatelError
 from ratel.units import format_bytes, format_seconds
@@ -25,6 +25,8 @@ def add(commands: Any) -> None:
                                                                 "state/, or one state in it")
     parser.add_argument("--model", metavar="DIR|PRESET", help="check a small copy of this model instead, beside plain PyTorch")
     parser.add_argument("--task", choices=TASKS, help="what it is to learn (default: what its class is for)")
+    parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[],
+                        help="where the run's SSD files are, if their drives are mounted elsewhere now")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -67,7 +69,9 @@ def _check_state(args: argparse.Namespace) -> None:
     begun = perf_counter()  # imports come before
     try:
         with beside_a_run(path, "DIR"):
-            checked = _check(SavedState(path), begun)
+            saved = SavedState(path, args.ssd)
+            saved.check_files()
+            checked = _check(saved, begun)
     except RatelError as error:
         if args.json:
             print(json.dumps({"state": str(path), "ok": False, "problem": str(error)}, indent=2))

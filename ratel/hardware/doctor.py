@@ -7,6 +7,7 @@ from typing import Any
 from ratel.errors import RatelError
 from ratel.hardware.host import describe_host, usable_cores
 from ratel.hardware.storage import describe_directory
+from ratel.ownership.found import advise_on
 from ratel.units import MIB, format_bytes
 
 _MIN_MEMLOCK_BYTES = 64 * MIB
@@ -97,6 +98,7 @@ def advise(report: dict[str, Any]) -> Iterable[str]:
     for entry in report["ssd"]:
         if not entry["direct"]:
             yield f"{entry['path']} ({entry['file_system']}) has no O_DIRECT: the page cache takes DRAM and time"
+        yield from advise_on(entry.get("files", []))
 
 
 def render(report: dict[str, Any]) -> str:
@@ -148,6 +150,9 @@ def _ssd_rows(entry: dict[str, Any]) -> Iterable[tuple[str, str]]:
     direct = "O_DIRECT works" if entry["direct"] else "no O_DIRECT"
     yield "SSD", (f"{entry['path']} ({entry['device']}, {entry['file_system']}), "
                   f"{format_bytes(entry['free_bytes'])} free, {direct}")
+    for file in entry.get("files", []):
+        where = f" {file['commits']}" if file["commits"] else ""
+        yield "  holds", f"{file['path']} ({format_bytes(file['num_bytes'])}), {file['of']}{where}"
     if "rates" in entry:
         rates = entry["rates"]
         yield "  measured", (f"read {rates['read_bps'] / 1e9:.2f} GB/s, write {rates['write_bps'] / 1e9:.2f} GB/s "

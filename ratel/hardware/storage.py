@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.ownership.found import files_in
 
 _BLOCK_BYTES = 4096
 
@@ -25,6 +26,7 @@ def describe_directory(path: str) -> dict[str, Any]:
         "total_bytes": usage.total,
         "free_bytes": usage.free,
         "direct": supports_direct(directory),
+        "files": files_in(directory),
     }
 
 

@@ -61,6 +61,14 @@ def others_in_the_way(directory: Path) -> list[str]:
                   if _is_weights(name) or name in _PLAIN or name in listed)
 
 
+def holds_moments(path: Path) -> bool:
+    """Whether it is a file of moments, or an index of such files only."""
+    if path.name.endswith(INDEX_SUFFIX):
+        names = os.listdir(path.parent)
+        return _is_own_index(path, {name for name in names if name.endswith(SUFFIX) and holds_moments(path.parent / name)}, names)
+    return (_metadata(path) or {}).get(_MOMENTS[0]) == _MOMENTS[1]
+
+
 def begin(directory: Path) -> None:
     (directory / UNFINISHED).touch()
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ratel.synced import sync_file
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
@@ -55,6 +57,7 @@ def write_trace(path: str | Path, spans: Iterable[Span], *, about: dict[str, Any
     into the file beside them."""
     content = trace(spans)
     Path(path).write_text(json.dumps({**content, "otherData": about} if about else content), encoding="utf-8")
+    sync_file(path)
 
 
 def trace(spans: Iterable[Span]) -> dict:

@@ -165,9 +165,6 @@ class Attempt:
             if loop.evaluate_late(progress):  # nothing is written yet: the writer opens the file with its first record
                 amend_last(self.out.metrics, loop.evaluated(progress.eval_losses[progress.steps]))
             loop.run(self.inputs.batches, progress)
-        with suppress(OSError):
-            sync_file(self.out.metrics)
-
     def _write_trace(self, timeline: Timeline) -> None:
         """A run is worth more than its trace: one that cannot be written does not end it."""
         try:
@@ -233,6 +230,8 @@ class Attempt:
             self._prune(progress)
         if not self.is_planned:
             self._write_plan()  # batches of the user's own had no shape before the first one was seen
+        with suppress(OSError):  # where they cannot be written that has been said
+            sync_file(self.out.metrics)
         if self.config.export:
             beside = {} if self.inputs.tokenizer is None else {"beside": self.inputs.write_tokenizer}
             self.session.export(self.out.model, dtype=self.config.dtype, **beside)

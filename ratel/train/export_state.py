@@ -1,6 +1,7 @@
 """A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a time."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,23 @@ from ratel.train.states import find_state
 
 
 def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None,
-                 optimizer: bool = False) -> Path:
+                 optimizer: bool = False, ssd: Sequence[str] = ()) -> Path:
     """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model. Returns it.
 
     ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with the moments, for
-    PyTorch. Every chunk that is read is verified.
+    PyTorch. ``ssd``: where the run's SSD files are, if they are not where they were. Every chunk that is read is verified.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
     path = find_state(state, "--state")
     with beside_a_run(path, "--state"):
-        return _export_state(path, out, model, dtype, optimizer)
+        saved = SavedState(path, ssd)
+        saved.check_files()
+        return _export_state(path, saved, out, model, dtype, optimizer)
 
 
-def _export_state(path: Path, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
-    saved, options = SavedState(path), read_run(path.parent.parent)
+def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
+    options = read_run(path.parent.parent)
     source = model if model is not None else _model_of_run(options, path)
     parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
                         seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)))
