@@ -62,6 +62,19 @@ def test_a_link_of_a_hubs_cache_becomes_a_file(tmp_path: Path) -> None:
     assert not (out / "LICENSE").is_symlink() and (out / "LICENSE").read_bytes() == BESIDE["LICENSE"]
 
 
+def test_a_file_that_is_gone_does_not_cost_the_trained_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = directory(tmp_path)
+    with Session(path, dtype="fp32", device="cpu", lr=1e-3) as session:
+        session.step({"input_ids": torch.randint(3, 96, (2, 16))})
+        (path / "LICENSE").unlink()
+        (path / "config.json").unlink()
+        (path / "late.txt").write_text("not there when the model was loaded")
+        out = session.export(tmp_path / "out", dtype="fp32")
+    assert {p.name for p in out.iterdir()} == {*BESIDE, "config.json", "model.safetensors", "additional_chat_templates"} - {"LICENSE"}
+    assert "LICENSE cannot be read any more" in caplog.text
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_config_json_keeps_every_key(tmp_path: Path) -> None:
     mine = {"use_cache": True, "my_key": [1, {"x": None}], "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"},
             "transformers_version": "4.30.0", "torch_dtype": "float16", "_name_or_path": "someone/else"}

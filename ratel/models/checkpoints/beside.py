@@ -3,8 +3,10 @@ it, and every other file byte for byte."""
 
 import copy
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from torch import nn
 
 from ratel.reading import open_regular, read_json
+
+log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl",
                    ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz", ".nemo")
@@ -33,6 +37,8 @@ class Origin:
     directory: Path | None = None
     settings: dict[str, Any] | None = None
     """What the directory's config.json says."""
+    files: tuple[str, ...] = ()
+    """Names, in the directory, of what goes along."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What a task says otherwise (labels and the like)."""
 
@@ -45,7 +51,8 @@ class Origin:
 
     @classmethod
     def of_directory(cls, directory: Path, changes: dict[str, Any]) -> "Origin":
-        return cls(directory=directory, settings=read_json(directory / CONFIG, allow_infinity=True), changes=changes)
+        return cls(directory=directory, settings=read_json(directory / CONFIG, allow_infinity=True), changes=changes,
+                   files=tuple(_files_beside(directory)))
 
     @classmethod
     def of_module(cls, module: nn.Module) -> "Origin":
@@ -59,11 +66,11 @@ def write_beside(origin: Origin, module: nn.Module, directory: Path, dtype: torc
         if origin.config is not None:
             _write_made(origin, module, directory, dtype)
         return
-    for path in sorted(origin.directory.iterdir()):
-        if path.is_file() and is_carried(path.name):
-            _copy(path, directory / path.name)
-        elif path.is_dir() and path.name in FOLDERS:
-            _copy_folder(path, directory / path.name)
+    for name in origin.files:
+        _copy(origin.directory / name, directory / name)
+    for folder in {(directory / name).parent for name in origin.files} - {directory}:
+        if folder.is_dir():
+            _sync(folder)
     _write_json(directory / CONFIG, _changed({**origin.settings, **origin.changes}, module, dtype))
 
 
@@ -112,17 +119,24 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     _sync(path)
 
 
-def _copy_folder(folder: Path, to: Path) -> None:
-    to.mkdir(exist_ok=True)
-    for path in sorted(folder.iterdir()):
+def _files_beside(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.iterdir()):
         if path.is_file() and is_carried(path.name):
-            _copy(path, to / path.name)
-    _sync(to)
+            yield path.name
+        elif path.is_dir() and path.name in FOLDERS:
+            yield from (f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if file.is_file() and is_carried(file.name))
 
 
 def _copy(path: Path, to: Path) -> None:
-    """Its content: a link (as a cache of a hub has) becomes a file, and permissions are those of new files."""
-    with open_regular(path) as source, to.open("wb") as target:
+    """Its content: a link (as a cache of a hub has) becomes a file, and permissions are those of new files. One that is gone by now
+    is no reason to lose what was trained."""
+    try:
+        source = open_regular(path)
+    except OSError as error:
+        log.warning("%s cannot be read any more (%s), and is not in the export", path, error.strerror)
+        return
+    to.parent.mkdir(exist_ok=True)
+    with source, to.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
         target.flush()
         os.fsync(target.fileno())
