@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ratel.data import byte_level_tokenizer
 from ratel.data.chat import ChatEncoder
@@ -135,7 +136,9 @@ def runs(mask: Any) -> list[tuple[int, int]]:
 def render(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> tuple[list[str], str] | None:
     """What transformers says that a template marks, and the whole text; None where the template refuses the talk. Contents
     are given as they are, then joined, then in parts, until all of the talk is in the text."""
-    talk = TALKS[name]
+    # Older transformers give a thought by the one name that it was written under.
+    talk = [{"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
+            for message in TALKS[name]]
     joined = [{**message, "content": "".join(part["text"] for part in message["content"])}
               if isinstance(message.get("content"), list) else message for message in talk]
     parted = [{**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -143,16 +146,23 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> tupl
     first: tuple[list[str], str] | None = None
     for shape in (talk, joined, parted):
         try:
-            out = tokenizer.apply_chat_template(shape, tools=TOOLS if name.startswith("tools") else None, chat_template=template,
-                                                return_dict=True, return_assistant_tokens_mask=True)
+            [text], [marks] = render_jinja_template([shape], TOOLS if name.startswith("tools") else None, chat_template=template,
+                                                    return_assistant_tokens_mask=True, **tokenizer.special_tokens_map)
         except Exception:  # whatever a template's Jinja raises
             continue
-        text = tokenizer.decode(out["input_ids"])
-        marks = [tokenizer.decode(out["input_ids"][start:end]) for start, end in runs(out["assistant_masks"])]
+        found = _stretches(text, marks), text
         if not lost(name, text) and "{'type'" not in text:
-            return marks, text
-        first = first or (marks, text)
+            return found
+        first = first or found
     return first
+
+
+def _stretches(text: str, marks: list[tuple[int, int]]) -> list[str]:
+    """Marks that meet are one."""
+    is_marked = [False] * len(text)
+    for start, end in marks:
+        is_marked[start:end] = [True] * (end - start)
+    return [text[start:end] for start, end in runs(is_marked)]
 
 
 def lost(name: str, text: str) -> list[str]:
