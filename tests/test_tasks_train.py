@@ -180,3 +180,25 @@ def test_what_batches_show_a_classifier_to_be_is_exported(is_module: bool, tmp_p
         session.export(tmp_path / "out" / "model")
     assert json.loads((path / "config.json").read_text()).get("problem_type") is None
     assert exported(tmp_path / "out", "classify").config.problem_type == "multi_label_classification"
+
+
+def test_words_keep_the_space_before_them(tmp_path: Path) -> None:
+    """Byte-level tokenizers join a space to the word after it; words that come one by one have none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, RobertaTokenizer
+
+    path, words = directory(tmp_path / "model", "roberta", None, vocab_size=320), ["good", "film"]
+    (path / "tokenizer.json").unlink()
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.train_from_iterator(["good film, good film"], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trained = json.loads(bare.to_str())["model"]
+    own = RobertaTokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
+    own.save_pretrained(path)
+    result = train(path, "tokens", tmp_path, "out", save_every=STEPS)
+    main(["export", "--state", str(result.out), "--out", str(tmp_path / "again"), "--model", str(path)])
+    for made in (result.out / "model", tmp_path / "again"):
+        found = AutoTokenizer.from_pretrained(made)
+        assert found(words, is_split_into_words=True)["input_ids"] == own(" good film")["input_ids"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ratel.config import TOKENS
 from ratel.errors import RatelError
 from ratel.reading import NotRegularError, refuse_odd_entries
 
@@ -50,6 +51,15 @@ def load_tokenizer(model: object = None, **options: Any) -> "PreTrainedTokenizer
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, NotRegularError) else f"{type(error).__name__}: {error}"
         raise RatelError(f"its tokenizer cannot be loaded ({reason[:400]})", field="model", value=directory,
                          remedy="Repair the tokenizer's files, or remove them to train on plain bytes") from error
+
+
+def load_for(task: str, source: object) -> "tuple[PreTrainedTokenizerBase, OwnTokenizer | None]":
+    """As `load_tokenizer`, and `own_tokenizer`. For words that come one by one the space before each, which is a part of a
+    word's first token, is put back where the tokenizer has it as an option; it is not as in the directory then."""
+    tokenizer = load_tokenizer(source)
+    if task == TOKENS and getattr(tokenizer, "add_prefix_space", None) is False:
+        return load_tokenizer(source, add_prefix_space=True), None
+    return tokenizer, own_tokenizer(source, tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ratel import models
 from ratel.config import NEXT_TOKEN
-from ratel.data import load_tokenizer
-from ratel.data.tokenizer import own_tokenizer, write_tokenizer
+from ratel.data.tokenizer import OwnTokenizer, load_for, write_tokenizer
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.tasks import Task
@@ -61,8 +60,7 @@ def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, d
 def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any],
             optimizer: bool) -> None:
     extra = saved.training["extra"]
-    tokenizer = _tokenizer(source, options) if extra.get("has_tokenizer") else None  # before the long work
-    own = own_tokenizer(source, tokenizer) if tokenizer is not None and not options.get("tokenizer") else None
+    tokenizer, own = _tokenizer(source, options) if extra.get("has_tokenizer") else (None, None)  # before the long work
     if tokenizer is not None:
         tokenizer.chat_template = extra["chat_template"]
 
@@ -95,10 +93,11 @@ def _model_of_run(options: dict[str, Any], state: Path) -> str:
     return model
 
 
-def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+def _tokenizer(source: str, options: dict[str, Any]) -> tuple[Any, OwnTokenizer | None]:
     """As `ratel train` finds it. One that was given as an object has left only the name of its type."""
     named = options.get("tokenizer")
     if named is not None and not os.path.isdir(named):
         raise RatelError("the run's tokenizer is not a directory here", field="tokenizer", value=named,
                          remedy="Export from the run's Python program with Session.load and Session.export")
-    return load_tokenizer(named if named is not None else source)
+    tokenizer, own = load_for(options.get("task", NEXT_TOKEN), named if named is not None else source)
+    return tokenizer, own if named is None else None

@@ -16,7 +16,7 @@ from ratel.data.examples import Examples
 from ratel.data.labelled import Labels, parse_text
 from ratel.data.skipping import SkippedLines
 from ratel.data.sources import Source, find_sources
-from ratel.data.tokenizer import OwnTokenizer, check_vocab, load_tokenizer, own_tokenizer, pad_id, tokenizer_source
+from ratel.data.tokenizer import OwnTokenizer, check_vocab, load_for, pad_id, tokenizer_source
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.config import read_config
@@ -62,7 +62,9 @@ def open_task(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tok
         plain.class_for(settings, str(config.model))
     own = None
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer, own = _load_tokenizer(config.task, tokenizer, model)
+        named = tokenizer
+        tokenizer, own = load_for(config.task, tokenizer_source(named, model))
+        own = own if named is None else None  # the model's own files go along otherwise
     if config.task == TOKENS and not tokenizer.is_fast:
         raise RatelError("does not say which word a token is of", field="tokenizer", value=type(tokenizer).__name__,
                          remedy="Give a tokenizer with a tokenizer.json")
@@ -87,16 +89,6 @@ def _settings_of(model: Any) -> Any:
         directory = Path(model).expanduser()
         return read_config(directory) if directory.is_dir() else preset_config(str(model))
     return model
-
-
-def _load_tokenizer(task: str, named: Any, model: Any) -> tuple[Any, OwnTokenizer | None]:
-    """Of the directory that is named, or the model's."""
-    source = tokenizer_source(named, model)
-    tokenizer = load_tokenizer(source)
-    if task == TOKENS and getattr(tokenizer, "add_prefix_space", None) is False:
-        # Words come one by one: the space before each, which is a part of a word's first token, is put back.
-        return load_tokenizer(source, add_prefix_space=True), None
-    return tokenizer, own_tokenizer(source, tokenizer) if named is None else None
 
 
 def _labels(task: Task, settings: Any, *, is_module: bool) -> Labels:
