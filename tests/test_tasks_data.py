@@ -98,6 +98,10 @@ REFUSED = {
     "no text": ("classify", [*texts("a"), {"label": "a"}], 'line 2: "text" is missing'),
     "empty text": ("classify", [*texts("a"), {"text": " ", "label": "a"}], 'line 2: "text" is empty'),
     "null": ("classify", texts("a", None), "line 2: a label cannot be null"),
+    "an empty label": ("classify", texts("a", ""), "line 2: a label cannot be an empty string"),
+    "text that is none": ("classify", [{"text": 1, "label": "a"}], 'line 1: "text" must be a string, not a number. Write one JSON '
+                          'object per line, {"text": ..., "label": ...}'),
+    "no object": ("tokens", [["a"]], 'line 1: a JSON object is expected, not a list. Write one JSON object per line, {"tokens"'),
     "a boolean": ("classify", texts(True), "line 1: a label cannot be a boolean"),
     "not finite": ("classify", texts(1.0, float("nan")), "line 2: a label cannot be nan"),
     "mixed": ("classify", texts("a", 1), "line 2: the label 1 is a whole number, and one before was a string"),

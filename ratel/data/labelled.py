@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ratel.config import CLASSIFY
-from ratel.data.records import RecordError, Text, parse_line, read_object, string_of, type_name
+from ratel.data.records import EXPECTED, RecordError, Text, parse_line, read_object, string_of, type_name
 from ratel.errors import RatelError
 from ratel.models.tasks import MULTI, REGRESSION, SINGLE
 
@@ -59,8 +59,14 @@ class Labels:
 
     def parse(self, line: bytes) -> "LabelledText | LabelledWords":
         """The record on a line. Raises RecordError."""
-        fields = read_object(line)
-        return self._text(fields) if self._task == CLASSIFY else self._words(fields)
+        is_text = self._task == CLASSIFY
+        try:
+            fields = read_object(line)
+            return self._text(fields) if is_text else self._words(fields)
+        except RecordError as error:
+            if error.expected is not EXPECTED:
+                raise
+            raise RecordError(str(error), _EXPECTED_TEXT if is_text else _EXPECTED_WORDS, line=error.line) from None
 
     def _text(self, fields: dict[str, Any]) -> LabelledText:
         _need(fields, "text", _EXPECTED_TEXT)
@@ -103,6 +109,7 @@ class Labels:
         kind = _kind_of(label)
         if kind is None or kind == _NUMBER and (self._is_list or self._task != CLASSIFY):
             what = repr(label) if isinstance(label, (int, float)) and not isinstance(label, bool) else type_name(label)
+            what = "an empty string" if label == "" else what
             raise RecordError(f"a label cannot be {what}", "Write a string or a whole number")
         if kind == _NUMBER and self.problem not in (None, REGRESSION):
             raise RecordError(f"the label {label!r} is not a whole number, and the model is one for {self.problem}", _EXPECTED_TEXT)
