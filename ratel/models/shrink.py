@@ -151,8 +151,21 @@ def _dict(name: str, values: dict[Any, Any], sizes: _Sizes) -> dict[Any, Any]:
     if name.startswith("rope_"):
         return _rope(values, sizes)
     if "per_layer" in name:
-        return {layer: value for layer, value in values.items() if int(layer) < sizes.layers}
+        return {layer: _of_layer(value, sizes) if isinstance(value, dict) else value
+                for layer, value in values.items() if int(layer) < sizes.layers}
     return _shrink(values) if name.endswith("_config") or "model_type" in values else values
+
+
+def _of_layer(values: dict[str, Any], sizes: _Sizes) -> dict[str, Any]:
+    """Settings of one layer that differ from the others'. A head that is wider there stays so."""
+    whole = {**sizes.settings, **values}
+    own = _Sizes(whole)
+    small = {name: _value(name, value, own, lambda number: number) for name, value in values.items()}
+    if isinstance(values.get("head_dim"), int):
+        is_joined = values["head_dim"] == whole.get("qk_nope_head_dim", 0) + whole.get("qk_rope_head_dim", 0)
+        is_wider = values["head_dim"] > (sizes.settings.get("head_dim") or values["head_dim"])
+        small["head_dim"] = HEAD_DIM + ROPE_DIM if is_joined else 2 * HEAD_DIM if is_wider else HEAD_DIM
+    return small
 
 
 def _list(name: str, values: list[Any], sizes: _Sizes, token: Callable[[int], int]) -> Iterable[Any]:
@@ -178,6 +191,8 @@ def _rope(settings: dict[str, Any], sizes: _Sizes) -> dict[str, Any]:
             small[name] = (list(settings[name]) * turned)[:turned // 2]
     if settings.get("mrope_section"):
         small["mrope_section"] = _shares(list(settings["mrope_section"]), turned // 2)
+    if 0 < settings.get("partial_rotary_factor", 1.0) < 1 and "qk_rope_head_dim" in sizes.settings:
+        small["partial_rotary_factor"] = ROPE_DIM / sizes.head_dim(sizes.settings.get("head_dim") or 0)
     if settings.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = POSITIONS // 2
     return small

@@ -17,7 +17,34 @@ LIMIT_S = 180.0
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     # What a configuration class has no default for, or none that its own model can be built with.
-    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}, "n_heads": 16},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "nemotron": {"num_key_value_heads": 8},
+    "ministral": {"head_dim": 128, "layer_types": ["sliding_attention", "full_attention"] * 16},
+}
+
+CHANGES: dict[str, dict[str, Any]] = {
+    # What sizes that were made small each on its own must be for the others' sake.
+    "blt": {"global_config": {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
+    "lilt": {"hidden_size": 96},
+}
+
+SMALL: dict[str, dict[str, Any]] = {
+    # Configurations that cannot be made small from what they write, because they write something else than they read.
+    "dory": dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, n_input_layers=1, n_recurrent_layers=2,
+                 n_output_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=16, sliding_window=8,
+                 max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "mobilebert": dict(vocab_size=128, hidden_size=64, embedding_size=16, intra_bottleneck_size=16, intermediate_size=64,
+                       num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=128, hidden_dropout_prob=0.0,
+                       attention_probs_dropout_prob=0.0),
 }
 
 
@@ -60,10 +87,18 @@ def small_config(model_class: Any, task: str) -> Any:
     from ratel.models.shrink import shrunken
 
     config_class = model_class.config_class
-    config = shrunken(config_class(**DEFAULTS.get(config_class.model_type, {})))
+    kind = config_class.model_type
+    config = config_class(**SMALL[kind]) if kind in SMALL else shrunken(config_class(**DEFAULTS.get(kind, {})))
+    if kind in CHANGES:
+        config = config_class.from_dict(_changed(config.to_dict(), CHANGES[kind]))
     if task == "next-token" and getattr(config, "is_decoder", True) is False:
         config.is_decoder = True
     return config
+
+
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: _changed(settings[key], value) if isinstance(value, dict) else value for key, value in changes.items()}
+    return {**settings, **inner}
 
 
 def _reason(error: Exception) -> str:
