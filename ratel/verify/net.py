@@ -22,7 +22,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -33,6 +33,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 CHANGES: dict[str, dict[str, Any]] = {
     # What sizes that were made small each on its own must be for the others' sake.
     "blt": {"global_config": {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}},
+    "dots3_note_text": {"head_dim": 24, "rope_parameters": {kind: {"partial_rotary_factor": 1 / 3}
+                                                            for kind in ("indexed_attention", "sliding_attention")}},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lilt": {"hidden_size": 96},
 }
