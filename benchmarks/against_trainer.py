@@ -5,7 +5,8 @@
 
 Text, completions and conversations are made into batches by `ratel.data` once, and both are given these. Compared are every step's loss
 and gradient norm, and what the two exported models generate, greedily, from a few prompts. The status is 1 if losses or norms differ by
-more than 1e-6 (relative), or one generated token does.
+more than 1e-6 (relative), or one generated token does. Trainer's norm is taken from its gradients in fp64: the one that it logs is a sum in
+fp32, which is noted beside.
 """
 
 import argparse
@@ -30,16 +31,18 @@ BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """``losses`` and ``norms`` (before clipping) by step, and the directory of the trained model."""
+    """``losses`` and ``norms`` (before clipping) by step, and the directory of the trained model. ``logged``: norms as Trainer logs
+    them."""
 
     losses: list[float]
     norms: list[float]
     model: Path
+    logged: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """``loss_error`` and ``norm_error``: the largest of any step, relative."""
+    """``loss_error``, ``norm_error``, and how far Trainer's logged norm is from its own gradients': the largest of any step, relative."""
 
     kind: str
     steps: int
@@ -48,6 +51,7 @@ class Outcome:
     last_loss: float
     loss_error: float
     norm_error: float
+    logged_norm_error: float
     generates_the_same: bool
 
     @property
@@ -99,6 +103,7 @@ def train_with_trainer(model: Path, batches: list[Batch], lr: float, out: Path) 
 
     losses: list[float] = []
     norms: list[float] = []
+    logged: list[float] = []
 
     class Recording(Trainer):
         def get_train_dataloader(self) -> Iterable[Batch]:
@@ -107,12 +112,13 @@ def train_with_trainer(model: Path, batches: list[Batch], lr: float, out: Path) 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
             losses.append(loss.item())
+            norms.append(sum(p.grad.double().square().sum().item() for p in self.model.parameters() if p.grad is not None) ** 0.5)
             return loss
 
     class Norms(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
             if "grad_norm" in logs:
-                norms.append(float(logs["grad_norm"]))
+                logged.append(float(logs["grad_norm"]))
 
     arguments = TrainingArguments(output_dir=str(out / "checkpoints"), max_steps=len(batches), learning_rate=lr, optim="adamw_torch",
                                   lr_scheduler_type="constant", warmup_steps=0, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS,
@@ -122,7 +128,7 @@ def train_with_trainer(model: Path, batches: list[Batch], lr: float, out: Path) 
     trainer = Recording(model=module, args=arguments, train_dataset=batches, callbacks=[Norms()])
     trainer.train()
     trainer.save_model(str(out / "model"))
-    return Trained(losses=losses, norms=norms, model=out / "model")
+    return Trained(losses=losses, norms=norms, model=out / "model", logged=tuple(logged))
 
 
 def generated(model: Path, tokenizer_of: Path) -> list[list[int]]:
@@ -149,7 +155,8 @@ def compare(model: Path, kind: str, *, steps: int, rows: int, seq_len: int, lr: 
         same = generated(ours.model, model) == generated(theirs.model, model)
     return Outcome(kind=kind, steps=steps, targets=sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches),
                    first_loss=ours.losses[0], last_loss=ours.losses[-1], loss_error=_error(ours.losses, theirs.losses),
-                   norm_error=_error(ours.norms, theirs.norms), generates_the_same=same)
+                   norm_error=_error(ours.norms, theirs.norms), logged_norm_error=_error(list(theirs.logged), theirs.norms),
+                   generates_the_same=same)
 
 
 def _error(ours: list[float], theirs: list[float]) -> float:
