@@ -9,7 +9,8 @@ from ratel.runtime.optimizer import OptimizerPipeline
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Of one step. ``bound_s`` is the busy time of the busiest resource: what the step would take were all else hidden."""
+    """Of one step. ``bound_s`` is the busy time of the busiest resource: what the step would take were all else hidden. Bytes
+    are all since the last step; busy seconds are of the step itself, beside whose length they are put."""
 
     busy_s: dict[str, float]
     ssd_read_bytes: int
@@ -28,13 +29,26 @@ class Usage:
 
 
 class Meter:
-    """Reads counters at the end of each step and reports the difference."""
+    """Reads counters at the end of each step and reports the difference.
+
+    Updates go on after a step, while the next batch is waited for or a state is saved. Their seconds are in neither step:
+    counted for the next one, a drive was busy for ten times as long as that took.
+    """
 
     def __init__(self, lanes: Lanes, updates: OptimizerPipeline, engine: "native.nvme_ds.Engine | None") -> None:
         self._lanes, self._updates, self._engine = lanes, updates, engine
         self._cpu_s = 0.0
         self._disk: dict[str, dict] = {}
         self.read()
+
+    def begin(self) -> None:
+        """A step begins: what was busy until now was not for it."""
+        self._cpu_s = self._updates.busy_s
+        for path, now in self._disks().items():
+            self._disk[path]["busy_s"] = now["busy_s"]
+
+    def _disks(self) -> dict[str, dict]:
+        return self._engine.stats()["directories"] if self._engine is not None else {}
 
     def read(self) -> Usage:
         busy, moved = dict.fromkeys(LANES, 0.0), dict.fromkeys(LANES, 0)
@@ -43,7 +57,7 @@ class Meter:
             moved[span.lane] += span.num_bytes
         cpu_s, self._cpu_s = self._updates.busy_s - self._cpu_s, self._updates.busy_s
         busy["cpu optimizer"] = cpu_s
-        disks = self._engine.stats()["directories"] if self._engine is not None else {}
+        disks = self._disks()
         deltas = [{key: now[key] - self._disk.get(path, {}).get(key, 0) for key in ("busy_s", "bytes_read", "bytes_written")}
                   for path, now in disks.items()]
         self._disk = {path: dict(now) for path, now in disks.items()}

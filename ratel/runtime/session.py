@@ -252,6 +252,7 @@ class Session:
         micros = self._split(batch, targets)
         hyper = Hyper(lr=lr, step=self._updates_made + 1, **self._hyper)
         recording = Recording(self._machinery) if trace else None  # last: what is refused must not leave it on
+        self._meter.begin()
         with self._protected():
             done = self._training.step(micros, targets=targets, attempt=self._attempts, hyper=hyper)
             self._attempts += 1  # here, since an interrupt between a step and its counting must end the session, too
