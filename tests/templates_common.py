@@ -183,7 +183,7 @@ def compare(name: str, learned: Learned, twin: tuple[list[str], str] | None, pla
     """A word for how the mask of a template differs from that of its twin; "unexplained" is none. ``plain``: the talk as
     transformers renders it with the template."""
     if learned.refused is not None:
-        return "refused" if lost(name, plain) else "unexplained"
+        return "refused" if lost(name, plain) or "another </think>" in learned.refused else "unexplained"
     if twin is None:
         return "twin fails"
     if len(learned.texts) > 1 or lost(name, plain) and not lost(name, learned.texts[0]):

@@ -219,6 +219,15 @@ def test_a_thought_has_many_names_and_is_not_lost() -> None:
     refused(splits, messages(("user", "Hi"), ("assistant", "<think>greet</think>Hello.")), 'message 2 .* its "content"')
 
 
+def test_a_thought_that_is_only_ended_is_not_ended_twice() -> None:
+    adds = CLOSED.replace("{{ m.content }}", "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}"
+                          "{{ m.content }}")
+    refused(adds, messages(("user", "Hi"), ("assistant", "greet</think>Hello.")), "writes another </think> before that of message 2")
+    talk = messages(("user", "Hi"), ("assistant", "<think>greet</think>Hello."))
+    assert said(adds, talk) == ["<think>greet</think>Hello.<|end|>"]
+    assert said(adds, messages(*TALK)) == ["<think></think>Hello.<|end|>", "<think></think>four<|end|>"]
+
+
 def test_what_a_template_leaves_out_is_refused() -> None:
     drops = CLOSED.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     refused(drops, messages(("system", "Be brief."), *TALK), 'leaves out what is said: "content" of message 1')

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ratel.data.chat.shapes import TOOLS, Field, Shaped, field_finder
+from ratel.data.chat.shapes import THOUGHTS, TOOLS, Field, Shaped, field_finder
 from ratel.data.chat.template import Rendering, Template
 from ratel.data.chat.traced import Traced
 from ratel.data.records import RecordError
 
 _STRANGER = chr(2)
 """The origin of a content that stands in for another."""
+_THOUGHT_END = "</think>"
 Span = tuple[int, int]
 
 
@@ -122,6 +123,7 @@ class Turns:
             raise RecordError(f"the chat template writes other messages inside message {turn + 1}, so what the "
                               "assistant said cannot be told from them", "Use a template that keeps turns apart")
         self._check_said(row, turn, text[:end])
+        self._check_thought(turn, text[start:end])
         return self._marked(row, turn, start, end, said)
 
     def _start(self, row: Row, turn: int, end: int, prompt: str | None) -> int:
@@ -196,6 +198,15 @@ class Turns:
                 raise RecordError(f'the chat template leaves out what message {turn + 1} says, or a part of it: its '
                                   f'"{item.name}" ({_shortened(item.text)})', "Use a template that renders all of every answer, "
                                   "or remove the part from the data")
+
+    def _check_thought(self, turn: int, text: str) -> None:
+        """A thought in a content may be taken for no thought, and an empty one be written before it (Qwen3.8; others where a
+        content only ends it)."""
+        own = [item for item in self._shaped.fields if item.message == turn and item.is_required]
+        ends = sum(item.text.count(_THOUGHT_END) for item in own)
+        if ends and text.count(_THOUGHT_END) > ends + any(item.name in THOUGHTS for item in own):
+            raise RecordError(f"the chat template writes another {_THOUGHT_END} before that of message {turn + 1}",
+                              'Write the thought as "reasoning_content"')
 
     def _check_context(self, row: Row) -> None:
         origins = set(row.rendering.origins)
