@@ -370,6 +370,41 @@ def test_a_session_writes_over_no_model_and_no_state_of_others(ssd_dir: Path, tm
     assert everything(tmp_path) == before
 
 
+def test_a_session_replaces_nothing_that_it_uses(inputs: tuple, ssd_dir: Path, tmp_path: Path) -> None:
+    """A state's or a model's directory goes as a whole when it is replaced."""
+    with pytest.raises(RatelError, match="^commits: ssd .* is in it"):
+        Session(build("llama"), device="cpu", ssd=[tmp_path / "commits" / "ssd"], durable="step", commits=tmp_path / "commits")
+    model = tmp_path / "model"
+    shutil.copytree(inputs[0], model)
+    before = everything(model)
+    with Session(model, device="cpu", ssd=[ssd_dir], tier="ssd", micro_batch=2) as session:
+        session.step({"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+        for act in (session.save, session.export):
+            for path, name in ((model, "model"), (ssd_dir, "ssd"), (tmp_path / "link", "model")):
+                (tmp_path / "link").symlink_to(model) if not (tmp_path / "link").exists() else None
+                with pytest.raises(RatelError, match=f"{name} .* is in it, which the session uses"):
+                    act(path)
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("name", ["commits/manifest.json", "step-00000001/manifest.json", "step-00000001/planes.0", "commits.old/notes"])
+def test_overwriting_removes_no_state_that_is_none(name: str, inputs: tuple, tmp_path: Path) -> None:
+    """Where the new run keeps no states, what has their names is in nobody's way."""
+    out = tmp_path / "out"
+    start(*inputs, out, steps=1)
+    fill(out / "state" / name, "mine")
+    start(*inputs, out, steps=1, overwrite=True)
+    assert (out / "state" / name).read_text() == "mine"
+
+
+def test_a_mark_of_an_unfinished_export_in_a_users_model(inputs: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out / "model" / "net.py", "mine")
+    fill(out / "model" / ".ratel-unfinished", "")
+    start(*inputs, out, steps=1, overwrite=True, export=False)
+    assert (out / "model" / "net.py").read_text() == "mine"
+
+
 def test_a_state_that_was_kept_beside_stays(ssd_dir: Path, tmp_path: Path) -> None:
     with Session(build("llama"), device="cpu", ssd=[ssd_dir], tier="ssd", micro_batch=2) as session:
         for _ in range(2):

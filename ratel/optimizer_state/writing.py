@@ -29,7 +29,7 @@ def replace_moments(directory: Path, pieces: Sequence[Piece], *, step: int, shar
     unfinished = directory / f"{stem}.partial"
     older = _older(directory, stem)
     try:
-        exports.remove_export(unfinished) if exports.is_unfinished(unfinished) else None
+        exports.remove_unfinished(unfinished)
         unfinished.mkdir(parents=True)
         exports.begin(unfinished)
         write_moments(unfinished, pieces, step=step, stem=stem, shard_bytes=shard_bytes)
@@ -38,8 +38,7 @@ def replace_moments(directory: Path, pieces: Sequence[Piece], *, step: int, shar
     except OSError as error:
         raise RatelError(f"cannot be written: {error.strerror or error}", field="path", value=directory) from error
     finally:
-        if exports.is_unfinished(unfinished):
-            exports.remove_export(unfinished)
+        exports.remove_unfinished(unfinished)
 
 
 def _put_in_place(unfinished: Path, directory: Path, older: list[Path]) -> None:

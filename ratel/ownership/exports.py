@@ -94,17 +94,21 @@ def settle(path: Path, replaced: Path) -> None:
         os.rename(replaced, path)
 
 
-def remove_export(directory: Path) -> bool:
-    """All that is Ratel's in it, and the directory if nothing else is left. Whether it is gone."""
+def remove_unfinished(directory: Path) -> None:
+    """One in the making: whole, as long as it says that it is one."""
     if is_unfinished(directory):
         rmtree(directory)
-        return True
+    else:
+        remove_export(directory)
+
+
+def remove_export(directory: Path) -> None:
+    """All that is Ratel's in it, and the directory if nothing else is left."""
     for name in own_files(directory):
         path = directory / name
         rmtree(path) if path.is_dir() else os.unlink(path)
     with suppress(OSError):  # something else is in it, or it is a link
         os.rmdir(directory)
-    return not os.path.lexists(directory)
 
 
 def _is_weights(name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.ownership.stamps import belongs_to, is_ssd_file, read_stamp, remove_if_free, volume_of
-from ratel.runtime.durable_files import remove_state
+from ratel.runtime.durable_files import is_state, remove_state
 from ratel.runtime.state_format import read_manifest
 
 Folders = Sequence["str | os.PathLike[str]"]
@@ -74,7 +74,7 @@ def discard_commits(commits: Path, *, but: Iterable[str] = (), folders: Folders 
     name = commits.with_name(commits.name.removesuffix(".old").removesuffix(".removed"))
     given_up = name.with_name(name.name + ".removed")
     _clear(given_up, name, but, folders)
-    if commits != given_up and commits.exists():
+    if commits != given_up and is_state(commits):
         os.rename(commits, given_up)
         _clear(given_up, name, but, folders)
 

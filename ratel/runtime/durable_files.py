@@ -1,6 +1,7 @@
 """Files and directories that are there, whole, after a power failure."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain, count
@@ -94,7 +95,7 @@ def is_state(path: Path) -> bool:
 
 def remove_state(state: Path, name: Path | None = None) -> None:
     """Remove a directory with a state. Where it holds something else that stays, in a directory called ``name``."""
-    if not state.is_dir() or state.is_symlink():
+    if not state.is_dir() or state.is_symlink() or not (is_state(state) or _is_part(state)):
         return
     for name_there in filter(is_state_file, os.listdir(state)):
         with suppress(IsADirectoryError, PermissionError):
@@ -104,6 +105,14 @@ def remove_state(state: Path, name: Path | None = None) -> None:
     except OSError:
         if name is not None and not os.path.lexists(name):
             os.rename(state, name)
+
+
+def _is_part(state: Path) -> bool:
+    """What a kill may have left: in the making, or being removed. There is nothing else in it."""
+    return _PART.fullmatch(state.name) is not None and all(map(is_state_file, os.listdir(state)))
+
+
+_PART = re.compile(r".+\.(partial|removed|old(-\d+)?)")
 
 
 def check_state_target(path: Path, field: str, *beside: str) -> None:

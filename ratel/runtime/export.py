@@ -52,7 +52,7 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # reading may have failed as well
-        exports.remove_export(unfinished)
+        exports.remove_unfinished(unfinished)
         raise RatelError(f"the model cannot be written: {error}", field="export", value=path,
                          remedy="Make room there, or give another directory" if not isinstance(error, OSError) else
                          remedy_for(error, "Make room there, or give another directory")) from error
@@ -85,7 +85,7 @@ def _unfinished(path: Path) -> Path:
     unfinished = _unfinished_of(path)
     try:
         if os.path.lexists(unfinished):
-            exports.remove_export(unfinished)
+            exports.remove_unfinished(unfinished)
         make_directory(path.parent)
         unfinished.mkdir()
         exports.begin(unfinished)

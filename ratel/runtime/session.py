@@ -19,6 +19,7 @@ from ratel.hardware.known import hardware_for
 from ratel.memory.exchange import Exchange
 from ratel.models.checkpoints.other_state import pack, refuse_unreadable
 from ratel.models.tasks import Task
+from ratel.ownership.apart import contains
 from ratel.plan.cost import Prediction
 from ratel.plan.forced_kept import Activations
 from ratel.plan.hardware import Hardware
@@ -29,6 +30,7 @@ from ratel.plan.stripes import Weights
 from ratel.runtime.asked import bytes_or_none, directories_of, durability_of, is_compiled, learning_rate, optimizer_of
 from ratel.runtime.block_runs import BlockRuns
 from ratel.runtime.build import build, own_files, own_stripes
+from ratel.runtime.commit_files import remove_leftovers
 from ratel.runtime.compiled import CompiledBlocks
 from ratel.runtime.durable_files import check_state_target, replaceable
 from ratel.runtime.entrance import Entrance, entered
@@ -98,7 +100,11 @@ class Session:
         self.device = require_device(device)
         self._io = IoOptions(directories=directories_of(ssd), backend=io_backend, direct=direct,
                              bandwidth_bps=given["ssd_bandwidth"], checksums=checksums == "on")
+        self._reads = [(name, used) for name, used in (("model", model), ("optimizer_state", optimizer_state))
+                       if isinstance(used, (str, os.PathLike)) and os.path.exists(used)]
         durable, self._commits = durability_of(durable, commits, self._io)
+        if durable in ("auto", "step"):
+            self._apart(self._commits, "commits")
         self._clip = given["max_grad_norm"]
         self._wishes = Wishes(
             fp32=dtype == "fp32", optimizer=optimizer_of(optimizer, self._clip), directories=self._io.directories,
@@ -206,6 +212,7 @@ class Session:
             check_moments(self._moments, self.parts)
         self._check_length(self._shape.positions)
         blocks = self._block_runs()
+        remove_leftovers(self._commits, self._io.directories)  # before it is asked how much space there is
         planned = self._make_plan(blocks, batch)
         plan, self.prediction = planned.plan, planned.prediction
         self._machinery = build(self.parts, plan, self.device, threads=self._threads, io=self._io, commits=self._commits,
@@ -331,7 +338,7 @@ class Session:
         if self._machinery is None:
             raise RatelError("there is nothing to save before the first step", field="save")
         other = self._other_state()
-        target = replaceable(Path(path), "save")
+        target = self._apart(replaceable(Path(path), "save"), "save")
         check_state_target(target, "save")
         self._save(DirectoryTarget(target, self.plan, self._machinery.engine, other), other, extra, wait)
         return Path(path)
@@ -429,7 +436,16 @@ class Session:
                 beside(directory)
 
         self.flush()
-        return export_model(self.parts, self._machinery.transfer.weight_pieces, Path(path), _dtype_of(dtype), further)
+        target = self._apart(replaceable(Path(path), "export"), "export")
+        return export_model(self.parts, self._machinery.transfer.weight_pieces, target, _dtype_of(dtype), further)
+
+    def _apart(self, path: Path, field: str) -> Path:
+        """A directory that is replaced may not hold what the session reads or works on."""
+        for name, used in (*(("ssd", folder) for folder in self._io.directories), *self._reads):
+            if contains(path, Path(used)):
+                raise RatelError(f"{name} ({used}) is in it, which the session uses", field=field, value=path,
+                                 remedy="Give another directory")
+        return path
 
     # --- the end ------------------------------------------------------------------------------------------------
 

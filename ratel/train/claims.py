@@ -9,6 +9,7 @@ from typing import Any
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
 from ratel.ownership import exports
+from ratel.ownership.apart import contains
 from ratel.ownership.regular import begins_with, is_plain, opened
 from ratel.runtime.export import export_target
 from ratel.train.states import StateDirectory
@@ -74,7 +75,7 @@ def check_inputs(out: Path, config: TrainConfig) -> None:
     for flag, path in inputs_of(config):
         check_input(out, flag, path)
     for flag, path in inputs_of(config):
-        if flag in ("--data", "--eval-data") and _contains(path, out):
+        if flag in ("--data", "--eval-data") and contains(path, out):
             raise RatelError(f"lies in {path}, of which every file is read for {flag}", field="--out", value=out,
                              remedy="Give a directory outside it")
     if config.trace is not None:
@@ -92,7 +93,7 @@ def inputs_of(config: TrainConfig) -> Iterator[tuple[str, Path]]:
 
 def check_input(out: Path, flag: str, path: Path) -> None:
     for name in REPLACED:
-        if _contains(out / name, path):
+        if contains(out / name, path):
             raise RatelError(f"lies in {out / name}, which the run replaces", field=flag, value=path,
                              remedy="Give another --out, or move it out of there")
     for name in (*JSON_FILES, METRICS):
@@ -109,19 +110,6 @@ def _check_trace(trace: Path, config: TrainConfig) -> None:
             raise RatelError(f"is what {flag} names", field="--trace", value=trace, remedy="Give a new file")
     if not (is_plain(found) and (found.st_size == 0 or begins_with(trace, b'{"displayTimeUnit"'))):
         raise RatelError("is a file that is not a trace", field="--trace", value=trace, remedy="Give a new file")
-
-
-def _contains(tree: Path, path: Path) -> bool:
-    """By their names, links followed; or one of the directories above is the same, under another name (a second mount)."""
-    real, inside = os.path.realpath(tree), os.path.realpath(path)
-    if inside == real or inside.startswith(os.path.join(real, "")):
-        return True
-    try:
-        found = os.stat(real)
-    except OSError:
-        return False
-    above = (Path(inside), *Path(inside).parents)
-    return any(os.path.samestat(found, os.stat(folder)) for folder in above if os.path.exists(folder))
 
 
 def _json_of(path: Path) -> Any:

@@ -62,7 +62,7 @@ class StateDirectory:
     def prune(self, keep: int, *, eval_losses: Mapping[int, float] | None = None) -> None:
         """Remove all but the ``keep`` newest copies and, given ``eval_losses`` by step, the best; and what killed runs left
         half written or half removed. No save may be under way."""
-        steps = self.steps()
+        steps = [step for step in self.steps() if is_state(self.path_of(step))]
         rated = [step for step in steps if step in (eval_losses or {})]
         kept = {*steps[max(0, len(steps) - keep) :], *([min(rated, key=eval_losses.get)] if rated else [])}
         for step in set(steps) - kept:
