@@ -27,7 +27,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ratel import startup
+    from ratel import interrupt, startup
     from ratel.train.ahead import begin_ahead, begin_kernels
 
     config = train_config(args)
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
     startup.note("interpreter and options", 0.0)
     begin_ahead(config)  # before PyTorch is imported: disk and memory have nothing else to do in these seconds
-    with _nothing_collected():
+    with _nothing_collected(), interrupt.outside():  # of others' code, for seconds; and nothing is there yet to be put in order
         with startup.phase("imports"):
             from ratel.train import run as training
         begin_kernels(config)
