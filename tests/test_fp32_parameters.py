@@ -65,12 +65,13 @@ def test_the_router_is_not_rounded_between_steps(directory: Path) -> None:
     assert not torch.equal(master[: stored.numel()].view_as(stored), stored)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("options", [dict(tier="ssd"), dict(tier="dram"), dict(placement={"*": "ssd", "block.*": "dram"}),
                                      dict(tier="gpu"), dict(optimizer="eager"), dict(optimizer="speculative", tier="ssd")], ids=str)
-def test_placement_changes_no_bit(options: dict, directory: Path, ssd_dir: Path) -> None:
+def test_placement_changes_no_bit(options: dict, device: str, directory: Path, ssd_dir: Path) -> None:
     found = []
     for chosen in ({}, options):
-        with opened(directory, ssd=[ssd_dir], **chosen) as session:
+        with opened(directory, ssd=[ssd_dir], device=device, gpu_memory="4GiB" if device == "cuda" else None, **chosen) as session:
             losses = [session.step(BATCH).loss for _ in range(3)]
             assert all(session.plan.placement(u).on_gpu for u in session.plan.spec.units if u.fp32)
             found.append((losses, session.state_dict()))
