@@ -70,7 +70,7 @@ def _merged(path: Path, verdicts: list[Verdict], is_whole: bool) -> dict[str, An
     now = commit()
     kept = {} if is_whole else {(v["name"], v["task"]): v for v in before.get("verdicts", [])}
     kept |= {(v.name, v.task): {**v.to_json(), "commit": now} for v in verdicts}
-    facts = _facts() if verdicts else {key: before.get(key) for key in ("benchmark", "versions", "host")}
+    facts = _facts() if verdicts else {key: before.get(key) for key in ("benchmark", "registered", "versions", "host")}
     return {**facts, "verdicts": [kept[key] for key in sorted(kept)]}
 
 
@@ -79,7 +79,7 @@ def _facts() -> dict[str, Any]:
     import transformers
 
     host = describe_host()
-    return {"benchmark": "families", "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
+    return {"benchmark": "families", "registered": len(entries()), "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
             "host": {key: host[key] for key in ("os", "cpu", "python")}}
 
 

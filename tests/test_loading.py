@@ -57,6 +57,17 @@ def test_it_is_what_from_pretrained_loads(family: str, stored: torch.dtype, tmp_
         assert compare_loading(tmp_path, dtype) == []
 
 
+def test_products_of_one_stored_tensor_have_sizes_of_their_own(tmp_path: Path) -> None:
+    """Lara Mini stores one matrix for four projections that are not of one size."""
+    model_class = getattr(transformers, "LaraMiniForCausalLM", None)
+    if model_class is None:
+        pytest.skip("this transformers has no Lara Mini")
+    from ratel.models.shrink import shrunken
+
+    write(shrunken(model_class.config_class()), tmp_path)
+    assert compare_loading(tmp_path) == []
+
+
 def test_the_comparison_sees_a_buffer_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ratel.models.checkpoint import CheckpointSource
 

@@ -244,6 +244,17 @@ def test_what_a_module_assigns_to_itself_in_outline_is_taken_back() -> None:
     assert torch.equal(vertical_pass(parts, batch), expected.detach())
 
 
+def test_an_activation_that_models_share_is_no_reason_to_refuse_the_second() -> None:
+    activation = nn.GELU()
+
+    def model() -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(5, 5), activation) for _ in range(3)]
+        return nn.Sequential(nn.Linear(5, 5), *blocks, nn.Linear(5, 3))
+
+    first, second = open_parts(model()), open_parts(model())
+    first.close(), second.close()
+
+
 def test_a_sequential_of_everything() -> None:
     torch.manual_seed(0)
     block = [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]

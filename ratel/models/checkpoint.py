@@ -165,9 +165,9 @@ class CheckpointSource:
             return get(recipe.parts[0][0])
         converter = copy.deepcopy(recipe.converter)
         for stored, pattern in recipe.parts:
-            converter.add_tensor(name, stored, pattern, get(stored))
+            converter.add_tensor(recipe.first, stored, pattern, get(stored))
         try:
-            produced = converter.convert(name, model=self._module, config=self._module.config)
+            produced = converter.convert(recipe.first, model=self._module, config=self._module.config)
         except Exception as error:
             raise RatelError(f"the stored tensors cannot be converted to {name}: {error}", field="model",
                              value=self._directory, remedy="Check that the files are complete") from error

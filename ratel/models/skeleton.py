@@ -57,11 +57,16 @@ _SKELETONS: WeakSet[nn.Module] = WeakSet()
 """Modules whose weights are with a session."""
 
 
+def _with_state(root: nn.Module) -> list[nn.Module]:
+    """Modules with parameters or buffers of their own. Others (an activation) may be one object for all models of a class."""
+    return [module for module in root.modules() if module._parameters or module._buffers]
+
+
 class Originals:
     """What a module held before it became a skeleton: weights on the CPU, and how to put them back."""
 
     def __init__(self, root: nn.Module) -> None:
-        if not _SKELETONS.isdisjoint(root.modules()):
+        if not _SKELETONS.isdisjoint(_with_state(root)):
             raise RatelError("is in another session, which is not closed", field="model", value=type(root).__name__,
                              remedy="Close that session first; if nothing refers to it any more, load the model anew")
         self._root = root
@@ -80,7 +85,7 @@ class Originals:
             self._devices[name], self._trainable[name] = param.device, param.requires_grad
             # Weights on the GPU would take from the budget there.
             self.tensors[name] = param.data if param.device.type == "meta" else param.data.cpu()
-        _SKELETONS.update(root.modules())
+        _SKELETONS.update(_with_state(root))
 
     @property
     def has_weights(self) -> bool:
@@ -88,7 +93,7 @@ class Originals:
 
     def put_back(self) -> None:
         """The module's own Parameter objects and buffers again, on their first devices."""
-        _SKELETONS.difference_update(self._root.modules())
+        _SKELETONS.difference_update(_with_state(self._root))
         for module, attribute, param in self._places:
             module._parameters[attribute] = param
         for name, param in self._root.named_parameters():

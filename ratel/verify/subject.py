@@ -36,7 +36,7 @@ class Subject:
     def __init__(self, model_class: type[nn.Module], config: Any, task: str, directory: Path) -> None:
         self.task, self.directory = task, directory
         _complete(config)
-        _write(model_class, config, directory)
+        self._trains = _write(model_class, config, directory)
         self._class = model_class
         self._loaded: dict[torch.dtype, nn.Module] = {}
         self._accepted = inspect.signature(model_class.forward).parameters
@@ -45,7 +45,10 @@ class Subject:
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """As transformers loads it, in training mode; a new one at each call."""
         if dtype not in self._loaded:
-            self._loaded[dtype] = self._class.from_pretrained(self.directory, dtype=dtype, local_files_only=True).train()
+            module = self._class.from_pretrained(self.directory, dtype=dtype, local_files_only=True).train()
+            for name, param in module.named_parameters():
+                param.requires_grad_(self._trains[name])  # from_pretrained forgets what a constructor freezes
+            self._loaded[dtype] = module
         return copy.deepcopy(self._loaded[dtype])
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -127,7 +130,8 @@ class Subject:
         return Pass(loss=sum(part.loss * share for part, share in zip(passes, shares)), grads=grads)
 
 
-def _write(model_class: type[nn.Module], config: Any, directory: Path) -> None:
+def _write(model_class: type[nn.Module], config: Any, directory: Path) -> dict[str, bool]:
+    """Returns which parameters are trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -139,6 +143,7 @@ def _write(model_class: type[nn.Module], config: Any, directory: Path) -> None:
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 tensor.copy_(tensor.bfloat16())
     module.save_pretrained(directory)
+    return {name: param.requires_grad for name, param in module.named_parameters(remove_duplicate=False)}
 
 
 def _wide(logits: Tensor) -> torch.dtype:

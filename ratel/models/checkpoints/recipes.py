@@ -15,8 +15,10 @@ from ratel.errors import RatelError
 
 @dataclass
 class Recipe:
-    """One stored tensor that is copied, or several that are put through a conversion."""
+    """One stored tensor that is copied, or several that are put through a conversion. ``first``: its (first) product's name, by which
+    a conversion finds the others."""
 
+    first: str
     converter: Any = None
     parts: list[tuple[str, str]] = field(default_factory=list)
     """(name in the file, the conversion's pattern for it)."""
@@ -68,7 +70,7 @@ def _place_of(name: str, module: nn.Module, renamings: list[Any], converters: li
 
 
 def _add(found: dict[str, Recipe], target: str, name: str, pattern: str | None, by_pattern: dict[str, Any]) -> None:
-    recipe = found.setdefault(target, Recipe(converter=by_pattern[pattern] if pattern is not None else None))
+    recipe = found.setdefault(target, Recipe(first=target, converter=by_pattern[pattern] if pattern is not None else None))
     if (recipe.converter is None) != (pattern is None):
         raise RatelError(f"{target} is there twice: as {name}, and as {recipe.parts[0][0]}, which is stored otherwise",
                          field="model", value=name, remedy="Remove one of them, or save the model again with transformers")
