@@ -1,5 +1,7 @@
 """A chat template that does not end, or makes a text without end, is an error at the first conversation."""
 
+from datetime import date
+
 import pytest
 
 from ratel.data import byte_level_tokenizer
@@ -41,7 +43,7 @@ def test_a_bomb_is_an_error(bomb: str) -> None:
 def test_what_conversations_need_is_far_below() -> None:
     assert encode(SAID) > 0
     long = [{"role": role, "content": "word " * 500} for _ in range(200) for role in ("user", "assistant")]
-    assert len(Template(SAID, byte_level_tokenizer()).text(long, None)) > 1_000_000
+    assert len(Template(SAID, byte_level_tokenizer(), date.today()).text(long, None)) > 1_000_000
     assert 400 <= limits.MOST_WORK - limits._left.work < limits.MOST_WORK / 20
 
 

@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from ratel.data.bundled import bundled_sources
@@ -40,7 +41,7 @@ _HELD_OUT_KEY = -1
 def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, batch_size: int,
                  seed: int, eval_fraction: float = 0.01, eval_data: DataArgument | None = None,
                  eval_max_sequences: int | None = 64, vocab_size: int | None = None, packed: bool = True,
-                 marks_padding: bool = False, skipped: SkippedLines | None = None) -> "Dataset":
+                 marks_padding: bool = False, skipped: SkippedLines | None = None, today: date | None = None) -> "Dataset":
     """Index the text, hold some of it out, and stand before the first batch.
 
     ``data``: a .txt or .jsonl file, a directory of them, a list of these, or None for the bundled text.
@@ -49,7 +50,8 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
     instead, and hold out nothing. ``vocab_size``: of the model; ids beyond it are then refused. ``packed``:
     documents share sequences; else each sequence holds one, for models that cannot keep them apart. ``marks_padding``: batches have an
     ``attention_mask``, 0 in the padding of sequences. ``skipped``: takes lines that
-    are not as documented; None: they are errors.
+    are not as documented; None: they are errors. ``today``: for chat templates that write the date; a run that is resumed writes
+    that of its first day (`day_of`).
     If there are conversations and the tokenizer has no chat template, it is given DEFAULT_CHAT_TEMPLATE.
     Raises RatelError for anything wrong with an option, a file or a line.
     """
@@ -65,9 +67,19 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
     # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
     form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed,
-                  marks_padding=marks_padding)
-    return Dataset(corpus, form, seq_len=seq_len, batch_size=batch_size, seed=seed, vocabulary=len(tokenizer),
+                  marks_padding=marks_padding, today=today or date.today())
+    writes_date = corpus.has_chat and "strftime_now" in str(tokenizer.chat_template)
+    return Dataset(corpus, form, today=(today or date.today()) if writes_date else None, seq_len=seq_len, batch_size=batch_size, seed=seed, vocabulary=len(tokenizer),
                    eval_fraction=eval_fraction, eval_corpus=eval_corpus, eval_max_sequences=eval_max_sequences)
+
+
+def day_of(position: Mapping[str, Any] | None) -> date | None:
+    """The day that chat templates wrote until then; None where they write none, or nothing sensible is there."""
+    data = position.get("data") if position is not None else None
+    try:
+        return date.fromisoformat(data["today"]) if isinstance(data, Mapping) and "today" in data else None
+    except (TypeError, ValueError):
+        raise RatelError("the state's day is no date", field="data", value=data["today"], remedy="Resume from an older state") from None
 
 
 class Dataset:
@@ -78,7 +90,8 @@ class Dataset:
     """
 
     def __init__(self, corpus: Corpus, form: Form, *, seq_len: int, batch_size: int, seed: int, vocabulary: int,
-                 eval_fraction: float, eval_corpus: Corpus | None, eval_max_sequences: int | None) -> None:
+                 eval_fraction: float, eval_corpus: Corpus | None, eval_max_sequences: int | None, today: date | None = None) -> None:
+        self._today = {} if today is None else {"today": today.isoformat()}
         self.seq_len = seq_len
         self.batch_size = batch_size
         self._form = form
@@ -179,7 +192,7 @@ class Dataset:
 
     def _fingerprint(self) -> dict[str, Any]:
         held_out = zlib.crc32(repr(sorted(self.documents.held_out)).encode())
-        return {**self._told, "documents": len(self._reader), "bytes": self._reader.corpus.num_bytes, "content": self.documents.content,
+        return {**self._told, **self._today, "documents": len(self._reader), "bytes": self._reader.corpus.num_bytes, "content": self.documents.content,
                 "held_out": held_out}
 
     def _check_told(self, before: Mapping[str, Any]) -> None:

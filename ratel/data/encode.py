@@ -1,6 +1,7 @@
 """Records as tokens: which ids, which of them are targets, and whether they may be cut."""
 
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,15 +32,16 @@ class Document:
 
 
 class Encoder:
-    """Deterministic: one record gives the same tokens always, which is what makes a position resumable."""
+    """Deterministic: one record gives the same tokens always, which is what makes a position resumable. ``today`` is for
+    templates that write the date."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int | None = None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int | None = None, today: date | None = None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._prefix = prefix_ids(tokenizer)
         self._eos = eos_id(tokenizer)
         self._pieces = Pieces(tokenizer)
-        self._chat = ChatEncoder(tokenizer)
+        self._chat = ChatEncoder(tokenizer, today)
 
     def encode(self, record: Record) -> Document:
         """Raises RecordError where the chat template refuses, or what it renders cannot be split, or an id has no

@@ -1,6 +1,7 @@
 """How documents become the rows of batches: what a dataset leaves to the task that it is for."""
 
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -51,12 +52,12 @@ class Packed:
     """For the next token: documents share sequences of one length, or are alone in them."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, vocab_size: int | None, alone: bool = False,
-                 marks_padding: bool = False) -> None:
+                 marks_padding: bool = False, today: date | None = None) -> None:
         """``marks_padding``: batches say where it is, for whoever counts tokens."""
         self._alone = alone
         self._keys = ("input_ids", "labels", "position_ids", *(["attention_mask"] if marks_padding else []))
         self.tells: dict[str, Any] = {"one_document": True} if alone else {}
-        self._encoder = Encoder(tokenizer, vocab_size=vocab_size)
+        self._encoder = Encoder(tokenizer, vocab_size=vocab_size, today=today)
         self._seq_len, self._pad_id = seq_len, pad_id(tokenizer)
 
     def encode(self, record: Any) -> Document:

@@ -68,6 +68,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
         yield _from_batches(data, eval_data, None if position is None else position["batches"])
         return
     from ratel.data import load_tokenizer, open_dataset, tokenizer_source
+    from ratel.data.dataset import day_of
     from ratel.data.documents import read_lists
     from ratel.data.skipping import SkippedLines
     from ratel.data.tokenizer import own_tokenizer
@@ -87,7 +88,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     skipped = task.corpus.skipped if task is not None else SkippedLines() if config.skip_bad_lines else None
     opened = task.open(config, parts, share) if task is not None else open_dataset(
         data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, eval_fraction=share,
-        eval_data=eval_text, eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size, skipped=skipped,
+        eval_data=eval_text, eval_max_sequences=config.eval_sequences or None, vocab_size=vocab_size, skipped=skipped, today=day_of(position),
         packed=parts is None or not parts.is_causal_lm or parts.isolates_documents,
         marks_padding=parts is not None and parts.routing is not None)
     with opened as dataset:

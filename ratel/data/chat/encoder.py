@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +30,8 @@ class Sequence:
 
 
 class ChatEncoder:
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", today: date | None = None) -> None:
+        self._tokenizer, self._today = tokenizer, today or date.today()
         self._pieces = Pieces(tokenizer)
         self._templates: dict[str, Template] = {}
         self._renders_itself = renders_itself(tokenizer)
@@ -75,6 +76,8 @@ class ChatEncoder:
             theirs = self._tokenizer.apply_chat_template(
                 list(shaped.plain), tools=None if shaped.tools is None else list(shaped.tools), chat_template=source,
                 tokenize=False)
+            if self._template(source).writes_date:  # transformers writes that of now
+                ours = Template(source, self._tokenizer, datetime.now()).text(shaped.plain, shaped.tools)
             theirs.encode("utf-8")
             if theirs == ours:
                 return turns.rows()
@@ -92,7 +95,7 @@ class ChatEncoder:
     def _template(self, source: str) -> Template:
         if source not in self._templates:
             try:
-                self._templates[source] = Template(source, self._tokenizer)
+                self._templates[source] = Template(source, self._tokenizer, self._today)
             except Exception as error:  # of Jinja, about its own language
                 raise RecordError(f"the tokenizer's chat template cannot be read: {error}", "Repair the template") from error
         return self._templates[source]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,10 @@ class Habits:
 
 
 class Template:
-    def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase", today: date) -> None:
+        """``today``: what a template that writes the date writes (Llama 3.2, gpt-oss)."""
         self._compiled = _compile(source)
+        self.writes_date, self._strftime = "strftime_now" in source, today.strftime
         self._special = dict(tokenizer.special_tokens_map)
         self.knows_generation_prompt = "add_generation_prompt" in source
         self.modes = [{"enable_thinking": mode, "thinking": mode} for mode in (False, True) if "thinking" in source]
@@ -89,7 +91,7 @@ class Template:
         return Rendering(text="".join(chunks), origins=origins, end=min(ends, default=len(origins)))
 
     def _chunks(self, messages: Messages, tools: Sequence[Any] | None, **options: bool) -> list[str]:
-        given = {**self._special, "messages": list(messages), "tools": None if tools is None else list(tools),
+        given = {**self._special, "strftime_now": self._strftime, "messages": list(messages), "tools": None if tools is None else list(tools),
                  "documents": None, "add_generation_prompt": False, _AFTER_LOOP: _AfterLoop(), **options}
         limits.begin()
         return list(map(limits.written, self._compiled.root_render_func(self._compiled.new_context(given))))
@@ -134,7 +136,6 @@ def _environment() -> Any:
     environment.filters["format"] = lambda text, *args, **named: formatted(str(text), named or args)
     environment.limit_filters()
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
 
