@@ -52,3 +52,14 @@ def test_bf16_equals_torch(family: str, micro_rows: int, ssd_dir) -> None:
         assert out.grad_norm == pytest.approx(norm, rel=1e-4)
     for name, master in reference.masters.items():
         assert torch.equal(weights[name], master.detach()), name
+
+
+def test_the_norm_of_a_large_gradient_on_a_cpu_is_that_of_fp64() -> None:
+    """What PyTorch has for this is off by 1e-3 there."""
+    from ratel.runtime.gradients import CPU_CHUNK, cpu_norm
+
+    large = torch.randn(6_000_001, generator=torch.Generator().manual_seed(0)) * 1e-4
+    for tensor in (large, large[:CPU_CHUNK], large[:7], large[: 3 * CPU_CHUNK].view(3, -1), large[:CPU_CHUNK + 1]):
+        exact = tensor.double().norm().item()
+        assert abs(cpu_norm(tensor).item() - exact) < 1e-6 * exact
+    assert cpu_norm(large.bfloat16()).dtype is torch.float32 and not cpu_norm(torch.tensor([1.0, float("nan")])).isfinite()
