@@ -47,13 +47,14 @@ def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
 
 
 def longest_sequence(root: nn.Module) -> int | None:
-    """Tokens of a sequence that the model has positions for. RoBERTa's begin behind the number of the padding token."""
+    """Tokens of a sequence that the model has positions for; None: for any. RoBERTa's begin behind the number of the padding token,
+    and XLNet says -1 for no limit."""
     config = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     tables = [m for name, m in root.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     skipped = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
-    return limit if limit is None else limit - skipped
+    return None if limit is None or limit <= 0 else limit - skipped
 
 
 def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: list[str]) -> dict[str, list[ParamSpec]]:

@@ -88,12 +88,18 @@ class _Sizes:
         return 2 * WIDTH // HEADS if "state_size" in self.settings else HEAD_DIM
 
 
-def shrunken(config: Any) -> Any:
-    """A configuration of the same class for a small copy, without dropout. ``config`` is not changed."""
-    small = type(config).from_dict(_shrink(config.to_dict()))
+def shrunken(config: Any, changes: dict[str, Any] | None = None) -> Any:
+    """A configuration of the same class for a small copy, without dropout. ``config`` is not changed. ``changes`` are made to the
+    small settings, by name, also inside those that are dictionaries."""
+    small = type(config).from_dict(_changed(_shrink(config.to_dict()), changes or {}))
     for name in ("architectures", "dtype"):
         setattr(small, name, getattr(config, name, None))
     return small
+
+
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **{name: _changed(settings[name], value) if isinstance(value, dict) else value
+                           for name, value in changes.items()}}
 
 
 def random_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
