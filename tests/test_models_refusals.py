@@ -373,3 +373,15 @@ def test_weights_that_config_json_has_no_place_for_are_named(directory: Path, ca
     path.write_text(json.dumps({**content, "num_hidden_layers": content["num_hidden_layers"] - 1}))
     load(directory, dtype=torch.float32, device=CPU).close()
     assert "of the weights model.layers." in caplog.text and "more are not used" in caplog.text
+
+
+def test_a_model_without_a_limit_says_so_with_minus_one() -> None:
+    """XLNet."""
+    from types import SimpleNamespace
+
+    from ratel.models.layout import longest_sequence
+
+    for said, limit in ((-1, None), (None, None), (64, 64)):
+        module = nn.Linear(2, 2)
+        module.config = SimpleNamespace(max_position_embeddings=said)
+        assert longest_sequence(module) == limit
