@@ -75,6 +75,8 @@ def _guarded(about: str, check: Callable[[], Finding]) -> Finding:
         return check()
     except RatelError as error:
         return Finding(about=about, outcome=SAID, detail=f"refused: {one_line(error)}")
+    except PlainError as error:
+        return Finding(about=about, outcome=SAID, detail=f"transformers itself cannot: {error}")
     except Exception as error:  # whatever a model's code or ours raises is what was found
         return Finding(about=about, outcome=BROKE, detail=f"{type(error).__name__}: {one_line(error)}")
 
@@ -83,9 +85,9 @@ def _session(subject: Subject, dtype: torch.dtype) -> Session:
     return Session(str(subject.directory), task=subject.task, **session_options(dtype, ROWS))
 
 
-def _plain(subject: Subject, loss: Loss, batch: Batch) -> Pass:
+def _plain(subject: Subject, loss: Loss, batch: Batch, dtype: torch.dtype = torch.float32) -> Pass:
     try:
-        return subject.plain(loss, batch, torch.float32)
+        return subject.plain(loss, batch, dtype)
     except Exception as error:
         raise PlainError(f"{type(error).__name__}: {one_line(error, 160)}") from error
 
@@ -182,10 +184,17 @@ def _loading(subject: Subject) -> Finding:
 
 
 def _bf16(subject: Subject, exact: Pass) -> Finding:
+    """Plain PyTorch's error is that of the batch at once or of its rows apart: a router may be in doubt in one of them."""
     batch = subject.batch()
-    plain = subject.plain(subject.task_loss, batch, torch.bfloat16)
+    plain = _plain(subject, subject.task_loss, batch, torch.bfloat16)
     with _session(subject, torch.bfloat16) as session:
-        return compare("bf16", pass_of(session, batch), plain, lambda: exact, ROUNDING[torch.bfloat16])
+        ours = pass_of(session, batch)
+    found = compare("bf16", ours, plain, lambda: exact, ROUNDING[torch.bfloat16])
+    if found.outcome == FAILED:
+        apart = subject.rows_apart(subject.task_loss, batch, plain, torch.bfloat16)
+        again = compare("bf16", ours, apart, lambda: exact, ROUNDING[torch.bfloat16])
+        return again if again.outcome == HOLDS else found
+    return found
 
 
 def _own_loss(subject: Subject) -> Finding:

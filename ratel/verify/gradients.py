@@ -40,6 +40,8 @@ def pass_of(session: Session, batch: dict[str, Tensor]) -> Pass:
     loss = session.step(batch).loss
     grads: Grads = {}
     for unit in session.plan.spec.units:
+        if not unit.num_trainable:
+            continue
         moment = session.read_state(unit, "m")
         grads.update({p.name: moment[p.offset : p.end].view(p.shape).clone() for p in unit.params if p.trainable})
     return Pass(loss=loss, grads=grads)

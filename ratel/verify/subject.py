@@ -116,14 +116,14 @@ class Subject:
         return Pass(loss=value.item(), grads={name: p.grad.to(wide) for name, p in module.named_parameters() if p.grad is not None})
 
 
-    def rows_apart(self, loss: Loss, batch: Batch, whole: Pass) -> Pass:
-        """The same gradient in another order of sums, in fp32: how far plain PyTorch is from it says how far its roundings reach. A
+    def rows_apart(self, loss: Loss, batch: Batch, whole: Pass, dtype: torch.dtype = torch.float32) -> Pass:
+        """The same gradient in another order of sums: how far plain PyTorch is from it says how far its roundings reach. A
         batch of documents is apart already, and given back as it is."""
         if "position_ids" in batch:
             return whole
         rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(ROWS)]
         weights = [1.0 if self.task == CLASSIFY else float((row["labels"][:, self.task == NEXT_TOKEN :] != IGNORED).sum()) for row in rows]
-        passes = [self.plain(loss, row, torch.float32) for row in rows]
+        passes = [self.plain(loss, row, dtype) for row in rows]
         shares = [weight / sum(weights) for weight in weights]
         grads = {name: sum(part.grads[name] * share for part, share in zip(passes, shares) if name in part.grads)
                  for name in whole.grads}
