@@ -82,6 +82,7 @@ class Subject:
     def task_loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """Mean over the targets, as a session of the task has it."""
         if self.task != NEXT_TOKEN:
+            module.config.use_cache = module.config.get_text_config().use_cache = False  # other kernels run with one
             logits = module(input_ids=batch["input_ids"]).logits
             return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(_wide(logits)), batch["labels"].reshape(-1))
         return self._next_token_sum(module, batch) / (batch["labels"][:, 1:] != IGNORED).sum()
