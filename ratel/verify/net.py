@@ -39,6 +39,7 @@ CHANGES: dict[str, dict[str, Any]] = {
                                                             for kind in ("indexed_attention", "sliding_attention")}},
     "canine": {"num_hash_buckets": 64},
     "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 24}},
+    "perceiver": {"num_self_attends_per_block": 2, "num_latents": 16},
     "markuplm": {"max_depth": 3, "xpath_unit_hidden_size": 8},
     "phi4_multimodal": {"vision_config": {"num_hidden_layers": 2}, "audio_config": {"num_blocks": 1}},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
