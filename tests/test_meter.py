@@ -28,3 +28,14 @@ def test_seconds_are_of_the_step_and_bytes_of_all_since_the_last() -> None:
     assert (usage.bound_by, usage.ssd_read_bytes, usage.ssd_written_bytes) == ("ssd", 130, 260)
     meter.begin()
     assert meter.read().bound_s == 0
+
+
+def test_a_directory_that_was_not_there_before_counts_from_its_beginning() -> None:
+    """A state is written into it between two steps."""
+    directories: dict[str, dict] = {}
+    meter = Meter(SimpleNamespace(take_spans=lambda: []), SimpleNamespace(busy_s=0.0), SimpleNamespace(stats=lambda: {"directories": directories}))
+    directories["state"] = {"busy_s": 5.0, "bytes_read": 0, "bytes_written": 100}
+    meter.begin()
+    directories["state"] = {"busy_s": 5.5, "bytes_read": 0, "bytes_written": 110}
+    usage = meter.read()
+    assert usage.busy_s["ssd"] == pytest.approx(0.5) and usage.ssd_written_bytes == 110

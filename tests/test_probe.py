@@ -63,11 +63,12 @@ def test_a_machine_is_measured(ssd_dir: Path, cache: Path) -> None:
     rates = {name: value for name, value in asdict(hardware).items() if name.endswith(("_bps", "_per_s", "flops"))}
     assert len(rates) == 8 and all(rate is None or rate > 1e6 for rate in rates.values()), rates
     assert all(rate > 1e6 for ssd in hardware.ssds for rate in asdict(ssd).values())
-    assert 0.2 < hardware.adam_elsewhere <= 1
+    assert 0 < hardware.adam_elsewhere <= 1
     assert hardware.gpu_half_tokens >= 0 and hardware.gpu_bytes == hardware.dram_bytes > 0
     assert [rows for rows, *_ in found.block_seconds] == [1, 2] and found.block_model == "llama"
     assert [list(Path(name).iterdir()) for name in names] == [[], []], "files are left behind"
-    assert len(list(cache.iterdir())) == 1
+    kept = [json.loads(file.read_text()) for file in cache.iterdir()]
+    assert len([entry for entry in kept if "ssds" in json.dumps(entry["result"])]) == 1  # beside what was found out about the model
     assert str(found.block_seq_len) in render(found) and "SSD 2" in render(found)
 
 

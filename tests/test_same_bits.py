@@ -48,8 +48,8 @@ def test_an_operation_that_has_no_such_kernel_is_named() -> None:
 def test_a_run_is_the_same_again_and_blocks_are_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     step = Session.step
-    monkeypatch.setattr(Session, "step", lambda *args, **more: seen.append(torch.are_deterministic_algorithms_enabled())
-                        or step(*args, **more))
+    monkeypatch.setattr(Session, "step", lambda *args, **more: "lr" in more and seen.append(
+        torch.are_deterministic_algorithms_enabled()) or step(*args, **more))  # without: of the check of the family
     model, data = make_model(tmp_path / "model"), make_text(tmp_path / "data.txt")
     for name in ("one", "two"):
         train(model, data, tmp_path / name, steps=3, deterministic=True)

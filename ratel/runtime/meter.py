@@ -45,7 +45,7 @@ class Meter:
         """A step begins: what was busy until now was not for it."""
         self._cpu_s = self._updates.busy_s
         for path, now in self._disks().items():
-            self._disk[path]["busy_s"] = now["busy_s"]
+            self._disk.setdefault(path, {})["busy_s"] = now["busy_s"]  # a state may be the first thing that is written there
 
     def _disks(self) -> dict[str, dict]:
         return self._engine.stats()["directories"] if self._engine is not None else {}

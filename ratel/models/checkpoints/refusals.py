@@ -20,9 +20,8 @@ def refuse_directory(directory: Path) -> None:
     """What a directory without a model of transformers holds instead, and an adapter that `from_pretrained` would put on one."""
     adapter = directory / "adapter_config.json"
     if adapter.exists():
-        raise RatelError(f"holds an adapter (PEFT){_base_of(adapter)}, which would have to be merged into its model", field="model",
-                         value=directory, remedy="Merge it: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
-                         ".save_pretrained(OUT); or remove adapter_config.json to train the model without it")
+        raise RatelError(f"holds an adapter (PEFT){_base_of(adapter)}, not a model alone", field="model", value=directory, remedy="Merge it into its model with peft (merge_and_unload, "
+                         "save_pretrained), or remove adapter_config.json to train the model without it")
     if (directory / "config.json").exists():
         return
     for names, what, remedy in _FOREIGN:
