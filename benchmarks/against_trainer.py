@@ -52,7 +52,9 @@ class Outcome:
     last_loss: float
     loss_error: float
     norm_error: float
-    logged_norm_error: float
+    logged_norm_error: float | None
+    """None where Trainer takes no norm, because nothing is clipped."""
+
     own_loss_error: float
     own_norm_error: float
     """Of Trainer, with rows in another order."""
@@ -92,18 +94,18 @@ def make_batches(model: Path, kind: str, steps: int, rows: int, seq_len: int) ->
     return made
 
 
-def train_with_ratel(model: Path, batches: list[Batch], lr: float, out: Path) -> Trained:
+def train_with_ratel(model: Path, batches: list[Batch], lr: float, clip: float, out: Path) -> Trained:
     import ratel
 
     result = ratel.train(str(model), batches, steps=len(batches), batch_size=batches[0]["input_ids"].shape[0],
                          seq_len=batches[0]["input_ids"].shape[1], lr=lr, schedule="constant", warmup_steps=0, betas=BETAS, eps=EPS,
-                         weight_decay=0.0, max_grad_norm=CLIP, dtype="fp32", device="cpu", out=str(out), quiet=True)
+                         weight_decay=0.0, max_grad_norm=clip, dtype="fp32", device="cpu", out=str(out), quiet=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
     return Trained(losses=list(result.losses), norms=norms, model=out / "model")
 
 
-def train_with_trainer(model: Path, batches: list[Batch], lr: float, out: Path) -> Trained:
+def train_with_trainer(model: Path, batches: list[Batch], lr: float, clip: float, out: Path) -> Trained:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     losses: list[float] = []
@@ -127,7 +129,7 @@ def train_with_trainer(model: Path, batches: list[Batch], lr: float, out: Path) 
 
     arguments = TrainingArguments(output_dir=str(out / "checkpoints"), max_steps=len(batches), learning_rate=lr, optim="adamw_torch",
                                   lr_scheduler_type="constant", warmup_steps=0, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS,
-                                  weight_decay=0.0, max_grad_norm=CLIP, use_cpu=True, logging_steps=1, save_strategy="no", report_to=[],
+                                  weight_decay=0.0, max_grad_norm=clip, use_cpu=True, logging_steps=1, save_strategy="no", report_to=[],
                                   disable_tqdm=True, gradient_accumulation_steps=1)
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = Recording(model=module, args=arguments, train_dataset=batches, callbacks=[Norms()])
@@ -151,17 +153,18 @@ def generated(model: Path, tokenizer_of: Path) -> list[list[int]]:
     return found
 
 
-def compare(model: Path, kind: str, *, steps: int, rows: int, seq_len: int, lr: float) -> Outcome:
+def compare(model: Path, kind: str, *, steps: int, rows: int, seq_len: int, lr: float, clip: float = CLIP) -> Outcome:
     batches = make_batches(model, kind, steps, rows, seq_len)
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
-        ours = train_with_ratel(model, batches, lr, base / "ratel")
-        theirs = train_with_trainer(model, batches, lr, base / "trainer")
-        again = train_with_trainer(model, [{key: value.flip(0) for key, value in batch.items()} for batch in batches], lr, base / "again")
+        ours = train_with_ratel(model, batches, lr, clip, base / "ratel")
+        theirs = train_with_trainer(model, batches, lr, clip, base / "trainer")
+        again = train_with_trainer(model, [{key: value.flip(0) for key, value in batch.items()} for batch in batches], lr, clip,
+                                   base / "again")
         same = generated(ours.model, model) == generated(theirs.model, model)
     return Outcome(kind=kind, steps=steps, targets=sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches),
                    first_loss=ours.losses[0], last_loss=ours.losses[-1], loss_error=_error(ours.losses, theirs.losses),
-                   norm_error=_error(ours.norms, theirs.norms), logged_norm_error=_error(list(theirs.logged), theirs.norms),
+                   norm_error=_error(ours.norms, theirs.norms), logged_norm_error=_error(list(theirs.logged), theirs.norms) if theirs.logged else None,
                    own_loss_error=_error(again.losses, theirs.losses), own_norm_error=_error(again.norms, theirs.norms),
                    generates_the_same=same)
 
@@ -183,6 +186,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=96)
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--max-grad-norm", type=float, default=CLIP, help="0: no clipping, for which Trainer takes a norm in fp32 (default: 1)")
     parser.add_argument("--json", help="where the results go")
     args = parser.parse_args()
     import transformers
@@ -191,10 +195,11 @@ def main() -> int:
     report = Report(args.json, benchmark="against_trainer", model={key: config.get(key) for key in (
         "model_type", "num_hidden_layers", "hidden_size", "vocab_size")},
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        settings={key: getattr(args, key) for key in ("steps", "rows", "seq_len", "lr")})
+        settings={key: getattr(args, key) for key in ("steps", "rows", "seq_len", "lr", "max_grad_norm")})
     is_equal = True
     for kind in args.kinds:
-        outcome = compare(args.model, kind, steps=args.steps, rows=args.rows, seq_len=args.seq_len, lr=args.lr)
+        outcome = compare(args.model, kind, steps=args.steps, rows=args.rows, seq_len=args.seq_len, lr=args.lr,
+                          clip=args.max_grad_norm)
         is_equal &= outcome.is_equal
         report.add(asdict(outcome))
         print(f"{kind}: loss {outcome.first_loss:.4f} to {outcome.last_loss:.4f}; losses differ by {outcome.loss_error:.1e}, norms by "

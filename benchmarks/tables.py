@@ -214,19 +214,24 @@ def max_section(name: str, results: list[dict]) -> list[str]:
             "Each maximum was found by planning and then trained:", "", "```", *table(results).splitlines(), "```", ""]
 
 
+def _clipping(settings: dict[str, Any]) -> str:
+    limit = settings.get("max_grad_norm", 1.0)
+    return f"clipping at {limit:g}" if limit else "no clipping"
+
+
 def trainer_section(name: str, report: dict) -> list[str]:
     model, versions, settings = report["model"], report["versions"], report["settings"]
     lines = [f"## Beside transformers' Trainer: {name}", "",
              f"{report['host']['cpu']['model']}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
              f"{report['commit'][:7]}; `{report['command']}`: {model['model_type']} with {model['num_hidden_layers']} layers of width "
-             f"{model['hidden_size']}, fp32, AdamW with clipping at 1, {settings['rows']} rows of {settings['seq_len']} tokens, the same "
+             f"{model['hidden_size']}, fp32, AdamW, {_clipping(settings)}, {settings['rows']} rows of {settings['seq_len']} tokens, the same "
              "batches for both. Errors are the largest of any step, relative; norms are those of Trainer's gradients in fp64, from which "
              "the norm that it logs, a sum in fp32, differs by the last column. Trainer itself was run again with the rows of each batch in "
              "another order.", "",
              "| data | steps | target tokens | first loss | last loss | losses differ by | norms differ by | Trainer from itself: losses | norms | generation | "
              "Trainer's logged norm |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     lines += [f"| {p['kind']} | {p['steps']} | {p['targets']:,} | {p['first_loss']:.4f} | {p['last_loss']:.4f} | {p['loss_error']:.1e} | "
-              f"{p['norm_error']:.1e} | {p['own_loss_error']:.1e} | {p['own_norm_error']:.1e} | {'the same' if p['generates_the_same'] else 'differs'} | {p['logged_norm_error']:.1e} |" for p in report["points"]]
+              f"{p['norm_error']:.1e} | {p['own_loss_error']:.1e} | {p['own_norm_error']:.1e} | {'the same' if p['generates_the_same'] else 'differs'} | {'' if p['logged_norm_error'] is None else format(p['logged_norm_error'], '.1e')} |" for p in report["points"]]
     return [*lines, ""]
 
 

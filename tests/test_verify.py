@@ -186,6 +186,16 @@ def test_what_the_check_could_not_do_is_no_reason_to_refuse(checks: list[str], t
     assert tiny_run(tmp_path).steps == 1
 
 
+def test_a_family_that_could_not_be_checked_is_tried_again(checks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may have been short just then."""
+    made: list[str] = []
+    monkeypatch.setattr(known, "check_class", lambda cls, *rest, **more: made.append(cls.__name__) or Verdict(
+        name=cls.__name__, task="next-token", refused="DRAM is short"))
+    for _ in range(2):
+        assert tiny_run(tmp_path).steps == 1
+    assert len(made) == 2
+
+
 # -- ratel check --model ---------------------------------------------------------------------------------------------
 
 

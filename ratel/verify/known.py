@@ -65,7 +65,8 @@ def quick_verdict(module: nn.Module, task: str, note: Any) -> Verdict | None:
                 known = check_class(model_class, config, task, is_quick=True)
         except (OSError, SafetensorError) as error:  # no room among the temporary files: not kept, since there may be some later
             return Verdict(name=model_class.__name__, task=task, refused=f"no small copy was written: {one_line(error, 160)}")
-        probe_cache.store(key, known.to_json())
+        if not known.refused:  # what kept it from being checked, as memory that was short just now, may not be there the next time
+            probe_cache.store(key, known.to_json())
     return known
 
 
