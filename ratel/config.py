@@ -36,6 +36,7 @@ MOST_AT_ONCE = 2**31 - 1
 """Rows, positions: an index of 32 bits is what libraries use for them."""
 MOST_TOKENS = 2**36
 """Of one step. A batch is in memory as a whole, with 24 bytes a token: 1.5 TiB."""
+MOST_SEED = 2**128 - 1
 MOST_THREADS = 4096
 MOST_FP32 = 3e38
 
@@ -155,7 +156,7 @@ def _option(default: Any, read: Reader, group: str, metavar: str | None, text: s
 
 
 _COUNT, _AMOUNT = number_reader(int, 1), number_reader(int, 0)
-_ROWS, _SEED, _THREADS = number_reader(int, 1, MOST_AT_ONCE), number_reader(int, 0, 2**63 - 1), number_reader(int, 1, MOST_THREADS)
+_ROWS, _SEED, _THREADS = number_reader(int, 1, MOST_AT_ONCE), number_reader(int, 0, MOST_SEED), number_reader(int, 1, MOST_THREADS)
 _SHARE = number_reader(float, 0, 1, below=True)
 
 

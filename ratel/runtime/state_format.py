@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ratel.config import TASKS
+from ratel.config import MOST_SEED, TASKS
 from ratel.errors import RatelError
 from ratel.plan.layout import GRAIN_ELEMENTS, SlotLayout
 from ratel.plan.placement import ELEMENT_BYTES
@@ -48,7 +48,7 @@ _MANIFEST = record({
 _OTHER = record({"file": text(r"buffers-[0-9a-f]{16}\.safetensors", "the name of a file of buffers"),
                  "sha256": text("[0-9a-f]{64}", "a SHA-256"), "num_bytes": whole(0, 1 << 40)})
 _TASK = record({"name": one_of(*TASKS), "labels": listing(text(), most=_MOST_UNITS)}, {"problem": text(), "pad_id": whole()})
-_TRAINING = record({"steps": whole(), "updates": whole(), "seed": whole(), "dtype": one_of("bf16", "fp32"),
+_TRAINING = record({"steps": whole(), "updates": whole(), "seed": whole(0, MOST_SEED), "dtype": one_of("bf16", "fp32"),
                     "extra": mapping(text(), anything)},
                    {"micro_batches": record({"rows": whole(1), "rows_of_one": whole(1)}, is_open=True), "task": _TASK}, is_open=True)
 _RECORD = record({"sequence": whole(), "slots": listing(whole(0, 15)), "training": _TRAINING, "num_checksums": whole(),
