@@ -65,16 +65,18 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
         eval_corpus = Corpus(find_sources(eval_data, field="eval_data"), text_bytes=text_bytes, field="eval_data", skipped=skipped)
     if not tokenizer.chat_template and not renders_itself(tokenizer) and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
+    today = today or date.today()  # once: midnight may come between two looks at the calendar
     # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
     form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed,
-                  marks_padding=marks_padding, today=today or date.today())
+                  marks_padding=marks_padding, today=today)
     writes_date = corpus.has_chat and "strftime_now" in str(tokenizer.chat_template)
-    return Dataset(corpus, form, today=(today or date.today()) if writes_date else None, seq_len=seq_len, batch_size=batch_size, seed=seed, vocabulary=len(tokenizer),
+    return Dataset(corpus, form, today=today if writes_date else None, seq_len=seq_len, batch_size=batch_size, seed=seed,
+                   vocabulary=len(tokenizer),
                    eval_fraction=eval_fraction, eval_corpus=eval_corpus, eval_max_sequences=eval_max_sequences)
 
 
 def day_of(position: Mapping[str, Any] | None) -> date | None:
-    """The day that chat templates wrote until then; None where they write none, or nothing sensible is there."""
+    """The day that chat templates wrote until then; None where they write none. Raises RatelError for what is no date."""
     data = position.get("data") if position is not None else None
     try:
         return date.fromisoformat(data["today"]) if isinstance(data, Mapping) and "today" in data else None
