@@ -53,7 +53,7 @@ class Outcome:
     loss_error: float
     norm_error: float
     logged_norm_error: float | None
-    """None where Trainer takes no norm, because nothing is clipped."""
+    """None where Trainer logs none."""
 
     own_loss_error: float
     own_norm_error: float
@@ -186,7 +186,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=96)
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--max-grad-norm", type=float, default=CLIP, help="0: no clipping, for which Trainer takes a norm in fp32 (default: 1)")
+    parser.add_argument("--max-grad-norm", type=float, default=CLIP, help="clip the global norm here, in both (default: 1; 0: do not clip)")
     parser.add_argument("--json", help="where the results go")
     args = parser.parse_args()
     import transformers
