@@ -1,7 +1,7 @@
 """Everything that evaluation_data.md has of a machine with a GPU, in one command, what matters most first.
 
-    python benchmarks/everything.py --machine h200 --ssd /mnt/a --ram-disk /dev/shm/a
-    python benchmarks/everything.py --machine h200 --ssd /mnt/a --budget-s 580 --only reality pays
+    python -m benchmarks.everything --machine h200 --ssd /mnt/a --ram-disk /dev/shm/a
+    python -m benchmarks.everything --machine h200 --ssd /mnt/a --budget-s 580 --only reality pays
 
 Each measurement is a command of its own, which is printed before it runs and has a time limit. What is not likely to end within
 the budget is not begun. The tables are made anew at the end.
@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from report import ROOT, Clock, commit
-from watched import stop_group
+from benchmarks.harness.report import RESULTS, ROOT, Clock, commit
+from benchmarks.harness.watched import stop_group
 
-HERE = Path(__file__).resolve().parent
 DONE = "done"
 
 
@@ -43,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--machine", required=True, metavar="NAME", help="how the machine's results are called")
     parser.add_argument("--ssd", required=True, metavar="DIR", help="a directory on the SSD; 60 GB of it are used")
     parser.add_argument("--ram-disk", metavar="DIR", help="a directory on a RAM disk, which stands for faster drives")
-    parser.add_argument("--results", default=str(HERE / "results"), metavar="DIR")
+    parser.add_argument("--results", default=str(RESULTS), metavar="DIR")
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--only", nargs="+", metavar="KIND")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
@@ -60,28 +59,28 @@ def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
     sizes = ("--gpu-memory", "24GiB", "--seq-len", "1024", "--steps", "1", "--json")
 
     def script(name: str, *more: str) -> tuple[str, ...]:
-        return (str(HERE / f"{name}.py"), *more)
+        return ("-m", f"benchmarks.{name}", *more)
 
-    yield Measurement(kind="reality", about_s=310, arguments=script("reality", "--set", "gpu", *ssd, "--steps", "2"))
-    yield Measurement(kind="pays", about_s=230, arguments=script("pays", "--set", "gpu", *ssd))
-    yield Measurement(kind="compare", about_s=500, arguments=script("compare_deepspeed", "--states", "dram", "--rounds", "1",
+    yield Measurement(kind="reality", about_s=310, arguments=script("prediction.reality", "--set", "gpu", *ssd, "--steps", "2"))
+    yield Measurement(kind="pays", about_s=230, arguments=script("prediction.pays", "--set", "gpu", *ssd))
+    yield Measurement(kind="compare", about_s=500, arguments=script("speed.compare_deepspeed", "--states", "dram", "--rounds", "1",
                                                                     "--budget-s", "600", *ssd))
-    yield Measurement(kind="compare_ssd", about_s=350, arguments=script("compare_deepspeed", "--states", "ssd", "--rounds", "1",
+    yield Measurement(kind="compare_ssd", about_s=350, arguments=script("speed.compare_deepspeed", "--states", "ssd", "--rounds", "1",
                                                                         "--budget-s", "480", *ssd))
     ram_disk = ("--ram-disk", args.ram_disk) if args.ram_disk else ()
     for kind, about_s, more in (("ssd", 260, (*ssd, *ram_disk, "--steps", "2")), ("shapes", 300, (*ssd, "--only", "0", "1", "2")),
                                 ("curve", 110, ()), ("sustained", 150, ())):
-        yield Measurement(kind=kind, about_s=about_s, arguments=script("targets", kind, *more, "--budget-s", str(1.4 * about_s)))
-    yield Measurement(kind="startup", about_s=100, arguments=script("startup", *ssd, "--budget-s", "140"))
+        yield Measurement(kind=kind, about_s=about_s, arguments=script("speed.targets", kind, *more, "--budget-s", str(1.4 * about_s)))
+    yield Measurement(kind="startup", about_s=100, arguments=script("speed.startup", *ssd, "--budget-s", "140"))
     yield Measurement(kind="max_model", about_s=120, prints_json=True, arguments=(
         "-m", "ratel", "bench", "max-model", "--model", "llama-8b", "--dram", "16GiB,32GiB,64GiB", "--batch-size", "8", *sizes))
     yield Measurement(kind="max_batch", about_s=120, prints_json=True, arguments=(
         "-m", "ratel", "bench", "max-batch", "--model", "llama-3b", "--dram", "40GiB,60GiB", *sizes))
     yield Measurement(kind="durable_dram", about_s=100, arguments=script(
-        "durable", "--tier", "dram", "--dram", "60GiB", "--layers", "8", "--steps", "5", "--copy-every", "6", "--rounds", "1", *ssd,
+        "speed.durable", "--tier", "dram", "--dram", "60GiB", "--layers", "8", "--steps", "5", "--copy-every", "6", "--rounds", "1", *ssd,
         "--out", f"{args.ssd}/durable-out"))
-    yield Measurement(kind="largest_sequence", about_s=180, arguments=script("largest", "sequence", "--steps", "2", "--dram", "80GiB", *ssd))
-    yield Measurement(kind="largest_model", about_s=300, arguments=script("largest", "model", "--dram", "110GiB", *ssd))
+    yield Measurement(kind="largest_sequence", about_s=180, arguments=script("size.largest", "sequence", "--steps", "2", "--dram", "80GiB", *ssd))
+    yield Measurement(kind="largest_model", about_s=300, arguments=script("size.largest", "model", "--dram", "110GiB", *ssd))
 
 
 def run(measurement: Measurement, results: Path, machine: str) -> str:
@@ -128,8 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(said, flush=True)
             print(f"{measurement.kind}: {run(measurement, results, args.machine)}, {clock.left_s:.0f} s left", flush=True)
-    if not args.list and results == HERE / "results":
-        subprocess.run([sys.executable, str(HERE / "tables.py")], cwd=ROOT, check=True)
+    if not args.list and results == RESULTS:
+        subprocess.run([sys.executable, "-m", "benchmarks.tables"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

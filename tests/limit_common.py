@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from benchmarks.limit_dram import Limit, limit_dram
-from benchmarks.machine_memory import Machine
+from benchmarks.size.limit_dram import Limit, limit_dram
+from benchmarks.harness.machine_memory import Machine
 from ratel.errors import RatelError
 
 PATIENCE_S = 60

@@ -1,7 +1,6 @@
 """A tiny model is fine-tuned as transformers' Trainer does it: losses, gradient norms and what comes out."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 pytestmark = [pytest.mark.numerics, pytest.mark.timeout(300),
               pytest.mark.skipif(importlib.util.find_spec("accelerate") is None,
                                  reason="transformers' Trainer needs accelerate: pip install --no-deps accelerate")]
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
             "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
 
@@ -32,11 +30,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["text", "completions", "conversations"])
-def test_ratel_and_trainer_take_the_same_steps(kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from against_trainer import compare
+def test_ratel_and_trainer_take_the_same_steps(kind: str, tiny: Path) -> None:
+    from benchmarks.exactness.against_trainer import compare
 
     outcome = compare(tiny, kind, steps=4, rows=2, seq_len=128, lr=1e-3)
     assert outcome.is_equal, outcome
     assert outcome.last_loss < outcome.first_loss and outcome.targets > 0
-    sys.modules.pop("against_trainer", None)

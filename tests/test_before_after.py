@@ -1,15 +1,9 @@
-"""`benchmarks/before_after.py`: both checkouts are measured in turns, and a slower one is seen in the table."""
-
-import sys
-from pathlib import Path
+"""`benchmarks/speed/before_after.py`: both checkouts are measured in turns, and a slower one is seen in the table."""
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import before_after  # noqa: E402
-from target_tables import target_lines  # noqa: E402
+from benchmarks.speed import before_after
+from benchmarks.tables.target_tables import target_lines
 
 pytestmark = pytest.mark.unit
 

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import compare_deepspeed as comparison  # noqa: E402
-import compare_table  # noqa: E402
-import jobs  # noqa: E402
-import watched  # noqa: E402
-from report import Clock, Report  # noqa: E402
-from systems import SYSTEMS, Job  # noqa: E402
+from benchmarks.speed import compare_deepspeed as comparison
+from benchmarks.harness import jobs, watched
+from benchmarks.tables import compare_table
+from benchmarks.harness.report import Clock, Report
+from benchmarks.harness.systems import SYSTEMS, Job
 
 TINY = {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
@@ -117,7 +113,7 @@ def test_a_job_that_dies_on_the_way_keeps_what_it_had(tmp_path: Path, monkeypatc
     script.write_text("import json, sys\nspec = json.load(open(sys.argv[1]))\n"
                       "json.dump([{'batch_size': spec['batches'][0], 'step_s': 0.5}], open(sys.argv[2], 'w'))\n"
                       "sys.exit('out of memory')")
-    monkeypatch.setattr(jobs, "SYSTEMS_SCRIPT", script)
+    monkeypatch.setattr(jobs, "SYSTEMS", [sys.executable, str(script)])
     done, failed = jobs.run_job(Job(system="ratel", model="demo", batches=(8, 32)), 60)
     assert (done["batch_size"], done["step_s"]) == (8, 0.5) and "error" not in done
     assert failed["batch_size"] == 32 and "out of memory" in failed["error"] and "dram_peak_bytes" in failed

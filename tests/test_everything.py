@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import everything  # noqa: E402
-import tables  # noqa: E402
-from report import commit  # noqa: E402
-from ratel import cli  # noqa: E402
+from benchmarks import everything
+from benchmarks.harness.report import commit
+from benchmarks.tables import evaluation
+from ratel import cli
 
 pytestmark = pytest.mark.unit
 ASKED = ["--machine", "box", "--ssd", "/mnt/a", "--ram-disk", "/dev/shm/a"]
@@ -22,14 +19,14 @@ ALL = list(everything.measurements(everything.parse(ASKED)))
 
 @pytest.mark.parametrize("measurement", ALL, ids=[m.kind for m in ALL])
 def test_its_commands_are_understood(measurement: everything.Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tables.kind_of(Path(f"box_{measurement.kind}.json")) in tables.SECTIONS
-    first, *words = measurement.arguments
+    assert evaluation.kind_of(Path(f"box_{measurement.kind}.json")) in evaluation.SECTIONS
+    flag, module, *words = measurement.arguments
+    assert flag == "-m"
     if measurement.prints_json:
-        assert cli.build_parser().parse_args(words[1:]).json
+        assert cli.build_parser().parse_args(words).json
         return
-    assert Path(first).is_file()
-    monkeypatch.setattr(sys, "argv", [first, *words, "--json", "x.json"])
-    args = importlib.import_module(Path(first).stem).parse()
+    monkeypatch.setattr(sys, "argv", [module, *words, "--json", "x.json"])
+    args = importlib.import_module(module).parse()
     assert args.json == "x.json"
     if hasattr(args, "budget_s"):
         assert measurement.about_s <= args.budget_s <= 1.5 * measurement.about_s

@@ -1,6 +1,6 @@
 """A part of the net over all classes of transformers: some that together touch every mechanism, and a sample of the others.
 
-All of it is `python benchmarks/families.py`, which writes docs/families.md.
+All of it is `python -m benchmarks.exactness.families`, which writes docs/families.md.
 """
 
 import json
@@ -44,7 +44,7 @@ def found() -> dict[Entry, dict]:
 
 def test_every_class_of_the_installed_transformers_is_in_the_table() -> None:
     new = [f"{entry.name} ({entry.task})" for entry in entries() if entry not in found()]
-    assert not new, f"run python benchmarks/families.py --only {' '.join(name.split()[0] for name in new)}"
+    assert not new, f"run python -m benchmarks.exactness.families --only {' '.join(name.split()[0] for name in new)}"
 
 
 def test_every_class_of_the_table_is_trained_rightly_or_has_a_reason() -> None:
@@ -60,4 +60,4 @@ def test_a_class_is_trained_rightly_or_refused(entry: Entry) -> None:
     verdict = check_entry(entry)
     assert not verdict.failed, [finding.describe() for finding in verdict.failed]
     before = found()[entry]
-    assert bool(verdict.refused) is bool(before["refused"]), verdict.refused or "is trained now: python benchmarks/families.py --only it"
+    assert bool(verdict.refused) is bool(before["refused"]), verdict.refused or "is trained now: python -m benchmarks.exactness.families --only it"

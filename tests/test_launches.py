@@ -1,4 +1,4 @@
-"""`benchmarks/launches.py` runs, and says what each kind of block visit takes."""
+"""`benchmarks/parts/launches.py` runs, and says what each kind of block visit takes."""
 
 import json
 import subprocess
@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.e2e
 def test_script_writes_json(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "launches.py"), "--device", "cpu", "--blocks", "2",
+    command = [sys.executable, "-m", "benchmarks.parts.launches", "--device", "cpu", "--blocks", "2",
                "--micro-batches", "2", "--rounds", "1", "--json", str(tmp_path / "launches.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "launches.json").read_text())["points"]
     assert [point["name"].partition(":")[0] for point in points] == 3 * ["Hugging Face"] + 4 * ["Ratel"]

@@ -1,4 +1,4 @@
-"""Taking memory away for an experiment, and giving it back whatever happens to whom. See benchmarks/limit_dram.py.
+"""Taking memory away for an experiment, and giving it back whatever happens to whom. See benchmarks/size/limit_dram.py.
 
 Most tests use a directory that looks like the root of a machine with two NUMA nodes; the last ones take a little of the
 real memory where that is permitted.
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import limit_dram as dram
-from benchmarks.machine_memory import Cgroup, Machine, remove_group, reserve_pages
+from benchmarks.size import limit_dram as dram
+from benchmarks.harness.machine_memory import Cgroup, Machine, remove_group, reserve_pages
 from limit_common import taken_away
 from ratel.errors import RatelError
 from ratel.units import GIB, KIB, MIB
@@ -157,7 +157,7 @@ def test_the_status_of_the_command_is_passed_on(machine: Machine) -> None:
 
 def start(machine: Machine, method: str = "huge-pages", limit: int = 2 * GIB) -> subprocess.Popen[str]:
     """A program that limits a command which says its own and the watcher's process number, and goes on and on."""
-    code = ("import sys, pathlib; from benchmarks import limit_dram as dram\n"
+    code = ("import sys, pathlib; from benchmarks.size import limit_dram as dram\n"
             f"machine = dram.Machine(root=pathlib.Path({str(machine.root)!r}))\n"
             "sys.exit(dram.run(['sh', '-c', 'echo $$; exec sleep 60'], "
             f"{limit}, {method!r}, machine))")
@@ -273,7 +273,7 @@ def test_memory_that_may_not_be_locked_is_refused() -> None:
     """The limit of locked memory holds for whoever lacks CAP_IPC_LOCK, 14, which root can give up (prctl 24)."""
     code = ("import ctypes, os, resource, sys; resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))\n"
             "assert os.geteuid() != 0 or ctypes.CDLL(None).prctl(24, 14, 0, 0, 0) == 0\n"
-            "from benchmarks import limit_dram as dram\n"
+            "from benchmarks.size import limit_dram as dram\n"
             "available = dram.Machine().available_bytes()\n"
             "sys.exit(dram.main([str(available // 2), '--method', 'mlock', '--', 'true']))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.machine_memory import Cgroup, Machine, remove_group
+from benchmarks.harness.machine_memory import Cgroup, Machine, remove_group
 from limit_common import taken_away
 from memory_run import BUFFERS, POSITIONS, ROWS, config
 from ratel.errors import RatelError

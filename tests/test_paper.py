@@ -1,21 +1,17 @@
 """The predictions of the paper's figures: that what is saved is what the model says now, and how well it meets them."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import paper  # noqa: E402
-import paper_systems as systems  # noqa: E402
-from ratel.plan.hardware import load_hardware  # noqa: E402
-from ratel.plan.traffic import pass_traffic  # noqa: E402
+from benchmarks.harness.report import RESULTS
+from benchmarks.prediction import paper
+from benchmarks.prediction import paper_systems as systems
+from ratel.plan.hardware import load_hardware
+from ratel.plan.traffic import pass_traffic
 
 pytestmark = pytest.mark.unit
-SAVED = json.loads((BENCHMARKS / "results" / "icde25_paper.json").read_text(encoding="utf-8"))
+SAVED = json.loads((RESULTS / "icde25_paper.json").read_text(encoding="utf-8"))
 
 
 def test_the_paper_s_system_moves_30_bytes_per_parameter() -> None:

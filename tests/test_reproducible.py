@@ -1,4 +1,4 @@
-"""`benchmarks/reproducible.py` finds the same bits on a CPU; where something was changed, it says what and where."""
+"""`benchmarks/exactness/reproducible.py` finds the same bits on a CPU; where something was changed, it says what and where."""
 
 import json
 import subprocess
@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import reproducible  # noqa: E402
-import tables  # noqa: E402
-from bitwise import digest  # noqa: E402
-from reproducible_parts import Pieces, Work  # noqa: E402
+from benchmarks.exactness import reproducible  # noqa: E402
+from benchmarks.tables import evaluation as tables  # noqa: E402
+from benchmarks.exactness.bitwise import digest  # noqa: E402
+from benchmarks.exactness.reproducible_parts import Pieces, Work  # noqa: E402
 
 from ratel.models import Parts  # noqa: E402
 from ratel.runtime.gradients import Gradients  # noqa: E402
@@ -101,9 +100,9 @@ def test_everything_has_the_same_bits_on_a_cpu() -> None:
 @pytest.mark.e2e
 def test_a_session_runs_with_deterministic_algorithms(tmp_path: Path) -> None:
     target = tmp_path / "reproducible.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "reproducible.py"), *SHAPE, "--only", "session, deterministic",
+    command = [sys.executable, "-m", "benchmarks.exactness.reproducible", *SHAPE, "--only", "session, deterministic",
                "--json", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     (point,) = json.loads(target.read_text())["points"]
     assert point["different"] == 0 and point["repetitions"] == 3

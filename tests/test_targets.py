@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import plots  # noqa: E402
-import startup  # noqa: E402
-import tables  # noqa: E402
-import target_tables  # noqa: E402
-import targets  # noqa: E402
-from disk_rate import mixed_bps  # noqa: E402
-from systems import SYSTEMS, Job  # noqa: E402
+from benchmarks.speed import startup, targets
+from benchmarks.tables import evaluation as tables
+from benchmarks.tables import plots, target_tables
+from benchmarks.harness.disk_rate import mixed_bps
+from benchmarks.harness.systems import SYSTEMS, Job
 
 TINY = {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
@@ -58,7 +53,7 @@ def test_ssd_steps_are_held_to_what_the_disk_carried_meanwhile(tmp_path: Path, s
 
 @pytest.mark.native
 def test_a_file_system_without_direct_access_has_no_rate(monkeypatch) -> None:
-    import disk_rate
+    from benchmarks.harness import disk_rate
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(22, "Invalid argument")
