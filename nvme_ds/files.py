@@ -109,6 +109,8 @@ def _open_locked(path: str, flags: int, undo: ExitStack) -> int:
     except OSError as error:
         # Two runs on the same files would destroy each other's state without any error.
         raise OSError(errno.EBUSY, "the file is in use by another volume or process", path) from error
+    if os.fstat(fd).st_nlink == 0:  # between its making and its lock it was taken for one that a killed process has left
+        raise OSError(errno.EBUSY, "another process has just removed the file", path)
     return fd
 
 

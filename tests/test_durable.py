@@ -4,6 +4,7 @@ Kills are in test_kill.py, failing drives in test_faults.py, the format and dama
 """
 
 import errno
+import fcntl
 import os
 import random
 import threading
@@ -337,6 +338,18 @@ def test_a_volume_of_a_start_that_was_killed_early_goes_unless_it_is_in_use(ssd_
         working = on_ssd(ssd_dir)
         remove_leftovers(commits, [os.fspath(ssd_dir)])
         assert on_ssd(ssd_dir) == working and len(working) == 3
+
+
+def test_files_of_a_start_that_was_killed_before_they_were_stamped_go(ssd_dir: Path) -> None:
+    """Nobody would come back to these names, which are new for each volume."""
+    just_made, made_long, in_use, mine = (ssd_dir / f"{new_volume_name()}.0" for _ in range(4))
+    just_made.touch(), in_use.touch(), mine.write_bytes(b"mine")
+    with made_long.open("wb") as file:
+        file.truncate(1 << 20)  # as a power failure leaves it: the size was written, the stamp was not
+    with in_use.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remove_leftovers(None, [os.fspath(ssd_dir)])
+    assert sorted(ssd_dir.iterdir()) == sorted([in_use, mine])
 
 
 def test_commits_that_cannot_be_read_are_not_passed_over(run_inputs: tuple, ssd_dir: Path, tmp_path: Path) -> None:

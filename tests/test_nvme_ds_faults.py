@@ -287,3 +287,16 @@ def test_a_missing_compiler_names_the_package(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(BuildError, match=r"g\+\+.*build-essential"):
         build.build(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_another_process_removes_before_its_lock_is_not_used(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        os.unlink(ssd_dir / "v.0")
+        lock(fd, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with Engine() as engine, pytest.raises(OSError, match="another process has just removed the file") as caught:
+        engine.create_volume([ssd_dir], "v", MIB)
+    assert caught.value.errno == errno.EBUSY and list(ssd_dir.iterdir()) == []

@@ -7,6 +7,7 @@ which is read and never written to or removed.
 """
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -155,6 +156,16 @@ def remove_if_free(path: "str | os.PathLike[str]") -> bool:
         except BlockingIOError:
             return False
     return True
+
+
+def is_empty(path: "str | os.PathLike[str]") -> bool:
+    """Whether it holds no data at all: it was made by a process that ended, with the machine perhaps, before it was stamped."""
+    try:
+        with opened(path) as descriptor:
+            os.lseek(descriptor, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno == errno.ENXIO
+    return False
 
 
 def is_in_use(path: "str | os.PathLike[str]") -> bool:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ratel.ownership.stamps import belongs_to, is_ssd_file, read_stamp, remove_if_free, volume_of
+from ratel.ownership.stamps import belongs_to, is_empty, is_ssd_file, read_stamp, remove_if_free, volume_of
 from ratel.runtime.durable_files import is_state, remove_state
 from ratel.runtime.state_format import read_manifest
 
@@ -44,8 +44,9 @@ def committed_files(commits: Path, folders: Folders = ()) -> set[str]:
 
 
 def remove_leftovers(commits: Path | None, directories: Iterable[str]) -> None:
-    """Remove what killed runs have left on the SSDs: files that no commit was ever to speak of, and those that the first
-    commit to this directory would have spoken of. Whatever else is there, and what is in use, stays."""
+    """Remove what killed runs have left on the SSDs: files that no commit was ever to speak of, those that the
+    first commit to this directory would have spoken of, and those that hold nothing yet. Whatever else is there, and what is
+    in use, stays."""
     unborn = None if commits is None else commits.with_name(commits.name + ".partial")
     for folder in {os.path.realpath(directory) for directory in directories}:
         for entry in list(os.scandir(folder)) if os.path.isdir(folder) else []:
@@ -56,7 +57,9 @@ def remove_leftovers(commits: Path | None, directories: Iterable[str]) -> None:
 
 def _is_left_over(path: str, unborn: Path | None) -> bool:
     stamp = read_stamp(path)
-    return stamp is not None and (not stamp.owner or (unborn is not None and belongs_to(path, unborn)))
+    if stamp is None:
+        return is_empty(path)
+    return not stamp.owner or (unborn is not None and belongs_to(path, unborn))
 
 
 def discard_partial(partial: Path, folders: Folders) -> None:
