@@ -12,10 +12,13 @@ import shutil
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ratel import process
 
 from forks_common import Ended, Site, Tell, in_fork, newest_step
 from resume_common import OPTIONS, assert_same_run
@@ -24,12 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tuple(f"{ROOT / name}{os.sep}" for name in ("ratel", "nvme_ds", "op_ds"))
 PATIENCE_S = 120.0
 STEPS = 3
+MEASURED = 3
+"""Runs that nobody interrupts."""
 COMMAND, LIBRARY = "command", "library"
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
+@dataclass(frozen=True, kw_only=True)
 class Moment:
-    """The ``hit``-th time (from 1) that the main thread comes to a line."""
+    """The ``hit``-th time (from 1) that the main thread comes to a line: the first one, or the last."""
 
     file: str
     line: int
@@ -38,13 +43,25 @@ class Moment:
     def __str__(self) -> str:
         return f"{os.path.relpath(self.file, ROOT)}:{self.line}#{self.hit}"
 
+    @property
+    def name(self) -> str:
+        """The same where a run comes to the line more or less often."""
+        return f"{os.path.relpath(self.file, ROOT)}:{self.line} {'first' if self.hit == 1 else 'last'}"
+
+    @property
+    def place(self) -> int:
+        """In an order in which any beginning is a sample of all files."""
+        return zlib.crc32(self.name.encode())
+
 
 class Tracer:
-    """Counts lines, and acts at a moment, once."""
+    """Counts lines, and acts at a moment, once. Where there is one, only its line is counted, which takes half the time."""
 
     def __init__(self, at: Moment | None = None, act: Callable[[], None] = lambda: None) -> None:
         self._at, self._act = at, act
         self.hits: dict[tuple[str, int], int] = {}
+        self._known: dict[int, tuple[Any, bool]] = {}
+        """Codes by their number (two of different files may be equal), and whether their lines are counted."""
 
     def begin(self) -> None:
         sys.settrace(self._on_call)
@@ -53,7 +70,15 @@ class Tracer:
         sys.settrace(None)
 
     def _on_call(self, frame: Any, event: str, value: Any) -> Any:
-        return self._on_line if frame.f_code.co_filename.startswith(PACKAGES) else None
+        code = frame.f_code
+        if id(code) not in self._known:
+            self._known[id(code)] = code, self._is_counted(code)
+        return self._on_line if self._known[id(code)][1] else None
+
+    def _is_counted(self, code: Any) -> bool:
+        if self._at is None:
+            return code.co_filename.startswith(PACKAGES)
+        return code.co_filename == self._at.file and self._at.line in {line for *_, line in code.co_lines()}
 
     def _on_line(self, frame: Any, event: str, value: Any) -> Any:
         if event == "line":
@@ -66,13 +91,10 @@ class Tracer:
         return self._on_line
 
 
-def raise_interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def moments(hits: dict[tuple[str, int], int]) -> list[Moment]:
-    """The first time and the last of every line, in the order of files."""
-    return sorted({Moment(file=file, line=line, hit=hit) for (file, line), count in hits.items() for hit in (1, count)})
+    """The first time and the last of every line."""
+    found = {Moment(file=file, line=line, hit=hit) for (file, line), count in hits.items() for hit in (1, count)}
+    return sorted(found, key=lambda moment: (moment.place, moment.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,31 +115,41 @@ class Interrupting:
         self._whole = site.path / f"whole-{form}"
 
     def measure(self) -> list[Moment]:
-        """The run that nobody interrupts."""
+        """Of runs that nobody interrupts. Where they come to a line more or less often, the last time is the smallest number: other
+        runs come to it too."""
+        gc.collect()
+        gc.freeze()  # what is there already: collecting it would take a fork longer than the run
         hits: dict[tuple[str, int], int] = {}
+        for _ in range(MEASURED):
+            for key, count in self._measured().items():
+                hits[key] = min(count, hits.get(key, count))
+        return moments(hits)
+
+    def _measured(self) -> dict[tuple[str, int], int]:
         self._clear()
         ended = in_fork(lambda tell: self._act(tell, Tracer()), patience_s=PATIENCE_S)
         assert ended.status == 0 and not ended.hung, ended.errors
-        for _, file, line, count in (words for words in ended.told if words[0] == "hits"):
-            hits[file, int(line)] = int(count)
         shutil.rmtree(self._whole, ignore_errors=True)
         if self._form == COMMAND:
             os.rename(self._out, self._whole)
-        return moments(hits)
+        return {(file, int(line)): int(count) for _, file, line, count in (words for words in ended.told if words[0] == "hits")}
 
     def attempt(self, moment: Moment) -> Tried:
         self._clear()
-        act = raise_interrupt if self._form == LIBRARY else lambda: os.kill(os.getpid(), signal.SIGINT)
-        ended = in_fork(lambda tell: self._act(tell, Tracer(moment, act)), patience_s=PATIENCE_S)
+        ended = in_fork(lambda tell: self._act(tell, Tracer(moment, lambda: self._interrupt(tell))), patience_s=PATIENCE_S)
         came = any(words[0] == "came" for words in ended.told)
         problems = [" ".join(words[1:]) for words in ended.told if words[0] == "problem"]
         if ended.hung:
             problems.append("hangs: " + ended.errors[-3000:])
-        elif ended.status != 0:
+        elif ended.status != 0 and not (came and self._has_left(ended)):
             problems.append(f"status {ended.status}: {ended.errors[-2000:]}")
         elif self._form == COMMAND:
             problems += self._check_restart(ended)
         return Tried(moment=moment, came=came, problems=tuple(problems))
+
+    def _has_left(self, ended: Ended) -> bool:
+        """At once, as a command does while it imports others' code: not by an exception, and in one line."""
+        return self._form == COMMAND and ended.status == process.EXIT_INTERRUPTED and ended.errors.endswith("ratel: interrupted\n")
 
     # --- in the child -------------------------------------------------------------------------------------------
 
@@ -125,20 +157,21 @@ class Interrupting:
         faulthandler.dump_traceback_later(PATIENCE_S - 10, file=2)
         (self._command if self._form == COMMAND else self._library)(tell, tracer)
         tracer.end()
-        came = tracer._at is not None and tracer.hits.get((tracer._at.file, tracer._at.line), 0) >= tracer._at.hit
         for (file, line), count in tracer.hits.items() if tracer._at is None else ():
             tell("hits", file, line, count)
-        if came:
-            tell("came")
         kept = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
         if kept:
             tell("problem", "the interpreter would wait for", *kept)
         faulthandler.cancel_dump_traceback_later()
 
+    def _interrupt(self, tell: Tell) -> None:
+        tell("came")
+        if self._form == LIBRARY:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+
     def _command(self, tell: Tell, tracer: Tracer) -> None:
         """In a process of its own, as far as a fork can be one."""
-        from ratel import process
-
         process.begin()
         self._run_command(tell, ["--overwrite"], tracer)
 
@@ -163,8 +196,7 @@ class Interrupting:
         tracer.end()
         gc.collect()
         self._use_session()
-        # An exception between the making of a file and the next line leaves an empty one. (A signal comes later: it is deferred.)
-        left = {os.fspath(path) for path in self._ssd.iterdir() if path.stat().st_size} - committed_files(self._out / "commits")
+        left = {os.fspath(path) for path in self._ssd.iterdir()} - committed_files(self._out / "commits")
         if left:
             tell("problem", "left on the SSD:", *left)
 
@@ -190,7 +222,7 @@ class Interrupting:
 
     def _check_restart(self, ended: Ended) -> Iterator[str]:
         """The same command goes on or begins again, and comes to what an uninterrupted one does."""
-        status = ended.last("status")
+        status = process.EXIT_INTERRUPTED if self._has_left(ended) else ended.last("status")
         if status not in (0, 130) or "Traceback" in ended.errors:
             yield f"status {status}: {ended.errors[-2000:]}"
         yield from self._left_on_ssd()
