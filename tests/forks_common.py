@@ -75,10 +75,10 @@ class Site:
 
     def train(self, out: Path, setting: Setting, tell: Tell, *, steps: int = STEPS) -> None:
         """Start the run, or take it up."""
-        from ratel.plan.plan import Buffers
-        from ratel.runtime import training
-        from ratel.train import run
-        from ratel.train.states import StateDirectory
+        from ratel.planner.plan import Buffers
+        from ratel.runtime.session import training_step as training
+        from ratel.training import run
+        from ratel.training.states import StateDirectory
         from resume_common import train
 
         tell_what_lasts(tell)
@@ -105,9 +105,9 @@ def import_everything(model: Path) -> None:
     import torch
 
     import ratel.data.dataset  # noqa: F401
-    import ratel.data.tokenizer  # noqa: F401
-    import ratel.runtime.export  # noqa: F401
-    import ratel.train.run  # noqa: F401
+    import ratel.data.tokens.tokenizer  # noqa: F401
+    import ratel.runtime.states.export  # noqa: F401
+    import ratel.training.run  # noqa: F401
     import tokenizers.trainers  # noqa: F401
     import torch._subclasses.schema_check_mode  # noqa: F401
     import transformers.convert_slow_tokenizer  # noqa: F401
@@ -125,10 +125,10 @@ def import_everything(model: Path) -> None:
 
 def tell_what_lasts(tell: Tell) -> None:
     """In a child: have it tell of every state that is asked for, and that is durable; and where the run stands."""
-    from ratel.runtime.save_targets import CommitLog, DirectoryTarget
-    from ratel.runtime.saver import Saver
-    from ratel.train import run
-    from ratel.train.attempt import Attempt
+    from ratel.runtime.states.targets import CommitLog, DirectoryTarget
+    from ratel.runtime.states.saver import Saver
+    from ratel.training import run
+    from ratel.training.attempt import Attempt
 
     after(CommitLog, "write", lambda log, training, *rest: tell("lasts", training["extra"]["step"]))
     after(DirectoryTarget, "finish", lambda target, training: tell("lasts", training["extra"]["step"]))
@@ -222,8 +222,8 @@ def _listen(child: int, reader: int, errors_reader: int, kill_after_s: float | N
 
 def newest_step(out: Path) -> int:
     """After which the run would go on; 0 where there is no state."""
-    from ratel.runtime.state import SavedState
-    from ratel.train.states import StateDirectory
+    from ratel.runtime.states.saved_state import SavedState
+    from ratel.training.states import StateDirectory
 
     newest = StateDirectory(out / "state").newest()
     return 0 if newest is None else SavedState(newest).training["extra"]["step"]
@@ -233,8 +233,8 @@ def check_same(out: Path, whole: Path, folders: Collection[Path] = ()) -> None:
     """Metrics, exported model and every plane of the last state are equal to the last bit. ``folders``: where drives may be now."""
     import torch
 
-    from ratel.runtime.state import SavedState
-    from ratel.train.states import StateDirectory
+    from ratel.runtime.states.saved_state import SavedState
+    from ratel.training.states import StateDirectory
     from resume_common import assert_same_run
 
     assert_same_run(out, whole)
@@ -247,7 +247,7 @@ def check_same(out: Path, whole: Path, folders: Collection[Path] = ()) -> None:
 
 def check_clean(site: Site, out: Path, setting: Setting, *, but: Collection[str] = (), folders: Collection[Path] = ()) -> None:
     """Of all starts one state is left, and on SSD what it needs, and files of these names. ``folders``: where drives may be now."""
-    from ratel.runtime.commit_files import committed_files
+    from ratel.runtime.states.commits import committed_files
 
     left = sorted(entry.name for entry in (out / "state").iterdir())
     assert left in (["commits"], [f"step-{STEPS:08d}"]), left  # the last start may have found the run at its end

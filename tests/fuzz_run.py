@@ -253,8 +253,8 @@ def import_everything() -> None:
 
     import ratel.cli
     import ratel.data.dataset
-    import ratel.train.export_state
-    import ratel.train.run  # noqa: F401
+    import ratel.training.export_state
+    import ratel.training.run  # noqa: F401
 
 
 def make_template(sandbox: Path) -> None:
@@ -263,8 +263,8 @@ def make_template(sandbox: Path) -> None:
     import transformers
 
     from ratel.cli import main as ratel
-    from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, byte_level_tokenizer
-    from ratel.plan.hardware import load_hardware
+    from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, byte_level_tokenizer
+    from ratel.planner.hardware import load_hardware
 
     sandbox.mkdir(parents=True)
     os.chdir(sandbox)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from families_common import VOCAB, batches, build, loss_fn_of, patches_loss
 from ratel.memory import jitter
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 
 WIDTH = 32
 

@@ -186,7 +186,7 @@ class Interrupting:
         tell("status", status)
 
     def _library(self, tell: Tell, tracer: Tracer) -> None:
-        from ratel.runtime.commit_files import committed_files
+        from ratel.runtime.states.commits import committed_files
 
         try:
             tracer.begin()
@@ -241,7 +241,7 @@ class Interrupting:
         yield from self._left_on_ssd()
 
     def _left_on_ssd(self) -> Iterator[str]:
-        from ratel.runtime.commit_files import committed_files
+        from ratel.runtime.states.commits import committed_files
 
         left = {os.fspath(path) for path in self._ssd.iterdir()} - committed_files(self._out / "state" / "commits")
         if left:

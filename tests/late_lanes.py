@@ -309,7 +309,7 @@ def late_lanes(monkeypatch: Any, **options: Any) -> Iterator[list[LateLanes]]:
         made.append(LateLanes(device, **options))
         return made[-1]
 
-    monkeypatch.setattr("ratel.runtime.machinery.Lanes", make)
+    monkeypatch.setattr("ratel.runtime.session.machinery.Lanes", make)
     try:
         yield made
     finally:

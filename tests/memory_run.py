@@ -9,10 +9,10 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.memory.resident import peak_bytes
-from ratel.plan.choose import minimum_state_bytes
-from ratel.plan.placement import PLANES, plane_bytes
-from ratel.plan.plan import Buffers, Plan
-from ratel.runtime.session import Session
+from ratel.planner.placement import PLANES, plane_bytes
+from ratel.planner.plan import Buffers, Plan
+from ratel.planner.search.choose import minimum_state_bytes
+from ratel.runtime.session.session import Session
 
 ROWS, POSITIONS, VOCAB, WIDTH = 2, 16, 512, 768
 BUFFERS = Buffers(weight_slots=2, grad_slots=2, host_weight_slots=3, host_grad_slots=2, ring_slots=2,

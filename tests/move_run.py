@@ -127,8 +127,8 @@ class Moving(Killing):
         expect(ended.status == 0, ended.errors)
 
     def _check_whole(self, out: Path) -> None:
-        from ratel.runtime.state import SavedState
-        from ratel.train.states import StateDirectory
+        from ratel.runtime.states.saved_state import SavedState
+        from ratel.training.states import StateDirectory
 
         assert SavedState(StateDirectory(out / "state").newest(), self._folders()).verify() > 0
 
@@ -140,15 +140,15 @@ class Moving(Killing):
 
 
 def files_in_place(out: Path, folders: list[Path]) -> list[Path]:
-    from ratel.runtime.state import SavedState
-    from ratel.train.states import StateDirectory
+    from ratel.runtime.states.saved_state import SavedState
+    from ratel.training.states import StateDirectory
 
     saved = SavedState(StateDirectory(out / "state").newest(), folders)
     return saved.files if saved.is_in_place else []
 
 
 def drop(out: Path, folders: list[Path]) -> None:
-    from ratel.train.states import StateDirectory
+    from ratel.training.states import StateDirectory
 
     StateDirectory(out / "state", folders).drop_all()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from families_common import ROWS, Reference, batches, loss_fn_of
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 
 HALF, LR, DECAY = 4, 1e-3, 0.1
 

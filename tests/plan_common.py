@@ -3,10 +3,10 @@
 import random
 from dataclasses import replace
 
-from ratel.plan.hardware import Hardware, Ssd
-from ratel.plan.placement import forced_placements
-from ratel.plan.plan import Plan, Work
-from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.planner.hardware import Hardware, Ssd
+from ratel.planner.placement import forced_placements
+from ratel.planner.plan import Plan, Work
+from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
 
 PLANES = ("hi", "lo", "m", "v", "g")
 HI_IN_DRAM = {"*": {"hi": "dram", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "dram"}}

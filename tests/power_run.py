@@ -239,8 +239,9 @@ class Failing:
 
     def _train(self, out: Path, setting: Setting, *, steps: int, fails_at: int, without: str = "") -> Ended:
         def act(tell: Tell) -> None:
-            from ratel.runtime import export, save_targets
-            from ratel.runtime.session import Session
+            from ratel.runtime.states import export
+            from ratel.runtime.states import targets as save_targets
+            from ratel.runtime.session.session import Session
 
             if without == "export":
                 export.sync_tree = lambda path: None
@@ -260,8 +261,8 @@ class Failing:
         return replace(ended, told=ended.told[: until + 1])
 
     def _check(self, out: Path, told: list[Ended]) -> None:
-        from ratel.runtime.state import SavedState
-        from ratel.train.states import StateDirectory
+        from ratel.runtime.states.saved_state import SavedState
+        from ratel.training.states import StateDirectory
 
         lasting = max([ended.last("lasts") or 0 for ended in told])
         if lasting:

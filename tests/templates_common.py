@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ratel.data import byte_level_tokenizer
 from ratel.data.chat import ChatEncoder
-from ratel.data.records import Chat, RecordError
+from ratel.data.sources.records import Chat, RecordError
 
 MARKER = re.compile(r"<[|｜][^<>|｜{}\s]{1,40}[|｜]>|</?(?:start_of_turn|end_of_turn|end_of_utterance|turn\||\|turn|s)>"
                     r"|<\|[a-z_]+>|<[a-z_]+\|>|\[gMASK\]|<sop>")

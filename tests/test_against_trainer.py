@@ -17,7 +17,7 @@ TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ratel.data.tokenizer import byte_level_tokenizer
+    from ratel.data.tokens.tokenizer import byte_level_tokenizer
 
     path, tokenizer = tmp_path_factory.mktemp("tiny"), byte_level_tokenizer()
     tokenizer.chat_template = TEMPLATE

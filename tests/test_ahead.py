@@ -15,15 +15,18 @@ import pytest
 import torch
 
 from startup_common import save_checkpoint
-from ratel import native, readahead, startup, train
+from ratel import native, train
 from ratel.config import TrainConfig
 from ratel.errors import RatelError
-from ratel.hardware import early_kernels
-from ratel.memory import early, early_context
 from ratel.memory.anonymous import region_bytes
 from ratel.memory.arena import Arena
 from ratel.memory.resident import resident_bytes
-from ratel.train import ahead
+from ratel.startup import ahead
+from ratel.startup import arena_ahead
+from ratel.startup import context_ahead
+from ratel.startup import kernels_ahead
+from ratel.startup import readahead
+from ratel.trace import phases
 from ratel.units import GIB, MIB
 
 
@@ -45,40 +48,40 @@ def pool() -> Iterator["native.op_ds.Pool"]:
 @pytest.mark.parametrize("num_bytes", [3 * MIB, 40 * MIB, 90 * MIB])
 def test_an_arena_takes_memory_that_was_mapped_ahead(num_bytes: int, pool: "native.op_ds.Pool",
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "TOUCHED_BYTES", MIB)
+    monkeypatch.setattr(arena_ahead, "TOUCHED_BYTES", MIB)
     before = resident_bytes()
-    early.begin(64 * MIB, 2)
+    arena_ahead.begin(64 * MIB, 2)
     until = time.monotonic() + 30
-    while early._current.touched_bytes < 64 * MIB and time.monotonic() < until:
+    while arena_ahead._current.touched_bytes < 64 * MIB and time.monotonic() < until:
         time.sleep(0.01)
-    with early.paused() as held:
+    with arena_ahead.paused() as held:
         assert held == 64 * MIB and resident_bytes() - held == pytest.approx(before, abs=16 * MIB)
-    arena = Arena(num_bytes, pin=False, pool=pool, memory=early.take(region_bytes(num_bytes)))
+    arena = Arena(num_bytes, pin=False, pool=pool, memory=arena_ahead.take(region_bytes(num_bytes)))
     part = arena.take(num_bytes)
     part[::4096] = 7  # beside the thread that maps the rest
     arena.settle()
     assert part[::4096].eq(7).all() and int(part.count_nonzero()) == part[::4096].numel()
     assert resident_bytes() == pytest.approx(before + num_bytes, abs=16 * MIB)
-    assert early.take(1) is None
+    assert arena_ahead.take(1) is None
     arena.close()
 
 
 @pytest.mark.native
 def test_mapping_ahead_ends_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "TOUCHED_BYTES", MIB)
-    early.begin(1 << 62, 1)  # more than there is
-    assert early.take(1) is None
-    early.begin(8 << 30, 1)
-    early.drop()
-    assert early.take(1) is None and not any(t.name == "ratel-early" for t in threading.enumerate())
-    early.begin(0, 1)
-    assert early.take(1) is None
+    monkeypatch.setattr(arena_ahead, "TOUCHED_BYTES", MIB)
+    arena_ahead.begin(1 << 62, 1)  # more than there is
+    assert arena_ahead.take(1) is None
+    arena_ahead.begin(8 << 30, 1)
+    arena_ahead.drop()
+    assert arena_ahead.take(1) is None and not any(t.name == "ratel-early" for t in threading.enumerate())
+    arena_ahead.begin(0, 1)
+    assert arena_ahead.take(1) is None
 
 
 @pytest.fixture
 def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes that runs have wanted mapped, as on a machine with an NVIDIA GPU."""
-    asked, begin = [], early.begin
+    asked, begin = [], arena_ahead.begin
 
     def noting(num_bytes: int, threads: int, *, pins: bool = False) -> None:
         asked.append(num_bytes)
@@ -86,7 +89,7 @@ def asked_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(readahead, "_current", None)
     monkeypatch.setattr(ahead, "_NVIDIA", Path("/"))
-    monkeypatch.setattr(early, "begin", noting)
+    monkeypatch.setattr(arena_ahead, "begin", noting)
     yield asked
     readahead.wait()  # it would note its end in the middle of another test
 
@@ -96,7 +99,7 @@ def test_a_run_that_is_refused_gives_back_what_was_mapped_for_it(checkpoint: Pat
                                                                  asked_ahead: list[int]) -> None:
     with pytest.raises(RatelError, match="nothing.txt"):
         train(str(checkpoint), str(tmp_path / "nothing.txt"), out=str(tmp_path / "out"), dtype="bf16", quiet=True)
-    assert asked_ahead and early._current is None
+    assert asked_ahead and arena_ahead._current is None
     assert not any(thread.name == "ratel-early" for thread in threading.enumerate())
 
 
@@ -140,18 +143,18 @@ def test_a_context_is_made_ahead_or_left_to_pytorch(fails: str | None, monkeypat
         return driver
 
     driver, asked = Driver(fails), ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
-    monkeypatch.setattr(early_context.ctypes, "CDLL", load)
-    monkeypatch.setattr(early_context, "_current", None)
-    monkeypatch.setattr(startup, "_phases", deque())
+    monkeypatch.setattr(context_ahead.ctypes, "CDLL", load)
+    monkeypatch.setattr(context_ahead, "_current", None)
+    monkeypatch.setattr(phases, "_phases", deque())
     monkeypatch.setenv("CUDA_MODULE_LOADING", "")
-    early_context.begin()
+    context_ahead.begin()
     assert not driver.calls  # PyTorch is here
     monkeypatch.delitem(sys.modules, "torch")
-    early_context.begin()
-    assert early_context.pin(4096, 4096) == (fails is None)
+    context_ahead.begin()
+    assert context_ahead.pin(4096, 4096) == (fails is None)
     expected = [] if fails == "library" else asked if fails is None else asked[: asked.index(fails) + 1]
     assert driver.calls == expected + (["cuCtxSetCurrent", "cuMemHostRegister_v2"] if fails is None else [])
-    assert [phase["name"] for phase in startup.phases()] == (["context of the GPU"] if fails is None else [])
+    assert [phase["name"] for phase in phases.phases()] == (["context of the GPU"] if fails is None else [])
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -160,22 +163,22 @@ def test_a_context_is_made_ahead_or_left_to_pytorch(fails: str | None, monkeypat
 @pytest.mark.unit
 @pytest.mark.parametrize("device, noted", [("cpu", True), ("cuda:0", torch.cuda.is_available())])
 def test_kernels_are_called_ahead_and_leave_nothing(device: str, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "_phases", deque())
+    monkeypatch.setattr(phases, "_phases", deque())
     generators, modules = torch.get_rng_state(), set(sys.modules)
-    early_kernels.begin(device)
-    early_kernels.wait()
-    assert [phase["name"] for phase in startup.phases()] == (["kernels of the GPU"] if noted else [])
+    kernels_ahead.begin(device)
+    kernels_ahead.wait()
+    assert [phase["name"] for phase in phases.phases()] == (["kernels of the GPU"] if noted else [])
     assert torch.equal(torch.get_rng_state(), generators)
     # Two threads that import may wait for each other.
     assert not {name for name in set(sys.modules) - modules if name.startswith(("torch", "transformers"))}
-    early_kernels.wait()  # nothing has begun
+    kernels_ahead.wait()  # nothing has begun
 
 
 @pytest.mark.unit
 @pytest.mark.parametrize("options, begun", [({}, 1), ({"device": "cuda"}, 1), ({"device": "cpu"}, 0), ({"deterministic": True}, 0)])
 def test_kernels_are_called_ahead_where_the_session_may_call_them(options: dict, begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(early_kernels, "begin", calls.append)
+    monkeypatch.setattr(kernels_ahead, "begin", calls.append)
     for nvidia in ("/", "/nothing"):
         monkeypatch.setattr(ahead, "_NVIDIA", Path(nvidia))
         ahead.begin_kernels(TrainConfig(model="demo", out="run", **options))
@@ -188,9 +191,9 @@ def test_kernels_called_ahead_on_a_gpu_hold_no_memory() -> None:
         import torch
         from ratel import startup
         from ratel.hardware import early_kernels
-        early_kernels.begin("cuda:0")
-        early_kernels.wait()
-        print(torch.cuda.memory_reserved(), [phase["name"] for phase in startup.phases()])
+        kernels_ahead.begin("cuda:0")
+        kernels_ahead.wait()
+        print(torch.cuda.memory_reserved(), [phase["name"] for phase in phases.phases()])
     """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.stdout == "0 ['kernels of the GPU']\n", done.stderr
@@ -201,8 +204,8 @@ class Pinned:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: dict[int, int] = {}
-        monkeypatch.setattr(early_context, "pin", self.pin)
-        monkeypatch.setattr(early_context, "unpin", self.parts.pop)
+        monkeypatch.setattr(context_ahead, "pin", self.pin)
+        monkeypatch.setattr(context_ahead, "unpin", self.parts.pop)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
 
     def pin(self, address: int, num_bytes: int) -> bool:
@@ -215,9 +218,9 @@ class Pinned:
 
 def mapped(num_bytes: int, *, pins: bool) -> None:
     """As much memory as an arena of this size takes, ahead."""
-    early.begin(region_bytes(num_bytes), 2, pins=pins)
+    arena_ahead.begin(region_bytes(num_bytes), 2, pins=pins)
     until = time.monotonic() + 30
-    while not (early._current.is_pinned if pins else early._current.touched_bytes) and time.monotonic() < until:
+    while not (arena_ahead._current.is_pinned if pins else arena_ahead._current.touched_bytes) and time.monotonic() < until:
         time.sleep(0.01)
 
 
@@ -227,7 +230,7 @@ def test_an_arena_of_the_size_of_last_time_is_pinned_already(num_bytes: int, poo
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = Pinned(monkeypatch)
     mapped(num_bytes, pins=True)
-    arena = Arena(num_bytes, pin=False, pool=pool, memory=early.take(region_bytes(num_bytes)))
+    arena = Arena(num_bytes, pin=False, pool=pool, memory=arena_ahead.take(region_bytes(num_bytes)))
     assert arena.pinned and pinned.parts == {arena.address: num_bytes}
     arena.settle()
     assert not arena.take(num_bytes).any()
@@ -242,13 +245,13 @@ def test_an_arena_of_another_size_pins_its_memory_itself(num_bytes: int, pool: "
     pinned = Pinned(monkeypatch)
     mapped(40 * MIB, pins=True)
     assert list(pinned.parts.values()) == [40 * MIB]
-    arena = Arena(num_bytes, pin=False, pool=pool, memory=early.take(region_bytes(num_bytes)))
+    arena = Arena(num_bytes, pin=False, pool=pool, memory=arena_ahead.take(region_bytes(num_bytes)))
     assert not pinned.parts and not arena.pinned
     arena.settle()
     assert not arena.take(num_bytes).any()
     arena.close()
     mapped(40 * MIB, pins=True)
-    early.drop()
+    arena_ahead.drop()
     assert not pinned.parts
 
 
@@ -264,22 +267,22 @@ def test_what_measures_the_machine_has_it_for_itself(monkeypatch: pytest.MonkeyP
         ended.set()
         return False
 
-    monkeypatch.setattr(early_context, "pin", pin)
-    early.begin(region_bytes(4 * MIB), 1, pins=True)
+    monkeypatch.setattr(context_ahead, "pin", pin)
+    arena_ahead.begin(region_bytes(4 * MIB), 1, pins=True)
     assert begun.wait(30)
-    with early.paused() as held:
+    with arena_ahead.paused() as held:
         assert held == region_bytes(4 * MIB) and not ended.is_set()
     threading.Timer(0.2, may_end.set).start()
-    early.drop()
+    arena_ahead.drop()
     assert ended.is_set()
-    early.drop()  # there is nothing to be waited for
+    arena_ahead.drop()  # there is nothing to be waited for
 
 
 @pytest.mark.native
 def test_what_the_driver_does_not_pin_is_left_to_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_context, "_current", None)  # nothing has made a context
-    early.begin(region_bytes(4 * MIB), 1, pins=True)
-    assert not early.take(region_bytes(4 * MIB)).is_pinned
+    monkeypatch.setattr(context_ahead, "_current", None)  # nothing has made a context
+    arena_ahead.begin(region_bytes(4 * MIB), 1, pins=True)
+    assert not arena_ahead.take(region_bytes(4 * MIB)).is_pinned
 
 
 @pytest.mark.native
@@ -309,7 +312,7 @@ def test_the_context_is_asked_for_where_the_gpu_computes(device: str, resumes: b
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(ahead, "_NVIDIA", Path("/"))
-    monkeypatch.setattr(early_context, "begin", lambda: calls.append(1))
+    monkeypatch.setattr(context_ahead, "begin", lambda: calls.append(1))
     ahead.begin_ahead(TrainConfig(model="demo", device=device, resume=resumes, out="run"))
     monkeypatch.setattr(ahead, "_NVIDIA", Path("/nothing"))
     ahead.begin_ahead(TrainConfig(model="demo", device=device, resume=resumes, out="run"))
@@ -319,8 +322,8 @@ def test_the_context_is_asked_for_where_the_gpu_computes(device: str, resumes: b
 @pytest.mark.native
 def test_a_run_tells_the_next_start_what_its_arena_takes(checkpoint: Path, asked_ahead: list[int], tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, last, take = [], [], early.take
-    monkeypatch.setattr(early, "take", lambda num_bytes: last.append(num_bytes) or take(num_bytes))
+    taken, last, take = [], [], arena_ahead.take
+    monkeypatch.setattr(arena_ahead, "take", lambda num_bytes: last.append(num_bytes) or take(num_bytes))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for number in range(2):
         monkeypatch.setattr(readahead, "_current", None)

@@ -7,8 +7,9 @@ import torch
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.memory import anonymous, arena, early
+from ratel.memory import anonymous, arena
 from ratel.memory.arena import Arena
+from ratel.startup import arena_ahead
 
 pytestmark = pytest.mark.unit
 PAGE, MOST = 4096, 64 * 4096
@@ -92,11 +93,11 @@ def test_an_arena_that_is_given_up_before_it_is_laid_out_ends(driver: Driver, po
 
 def test_ahead_nothing_is_pinned_that_takes_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(early.early_context, "pin", lambda address, count: asked.append(count) or True)
-    monkeypatch.setattr(early.early_context, "unpin", lambda address: None)
-    monkeypatch.setattr(early, "MOST_PINNED_BYTES", 8 << 20)
+    monkeypatch.setattr(arena_ahead.context_ahead, "pin", lambda address, count: asked.append(count) or True)
+    monkeypatch.setattr(arena_ahead.context_ahead, "unpin", lambda address: None)
+    monkeypatch.setattr(arena_ahead, "MOST_PINNED_BYTES", 8 << 20)
     for size, is_pinned in ((4 << 20, True), (16 << 20, False)):
-        early.begin(anonymous.region_bytes(size), 1, pins=True)
-        early._current._thread.join(60)
-        assert early.take(anonymous.region_bytes(size)).is_pinned is is_pinned
+        arena_ahead.begin(anonymous.region_bytes(size), 1, pins=True)
+        arena_ahead._current._thread.join(60)
+        assert arena_ahead.take(anonymous.region_bytes(size)).is_pinned is is_pinned
     assert len(asked) == 1

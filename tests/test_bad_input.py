@@ -23,8 +23,8 @@ import nvme_ds
 import ratel
 from families_common import VOCAB, batches, build, llama, loss_fn_of
 from ratel.errors import RatelError
-from ratel.runtime import trial
-from ratel.runtime.session import Session
+from ratel.runtime.planning import trial
+from ratel.runtime.session.session import Session
 from ratel.units import parse_bytes
 
 pytestmark = pytest.mark.numerics
@@ -419,7 +419,7 @@ def test_data_that_ends_early_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_no_room_for_the_trained_model_is_said_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ratel.runtime import export
+    from ratel.runtime.states import export
 
     monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     options = dict(steps=1, batch_size=2, seq_len=16, device="cpu", out=str(tmp_path / "run"))
@@ -430,7 +430,7 @@ def test_no_room_for_the_trained_model_is_said_before_the_first_step(tmp_path: P
 
 
 def test_a_model_that_cannot_be_written_leaves_a_session_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ratel.runtime import export
+    from ratel.runtime.states import export
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -9,14 +9,14 @@ import pytest
 from families_common import batches, build
 from plan_common import gpt_spec, make_plan
 from ratel import cli
-from ratel.plan.attained import StepReport, busy_seconds, describe, report_step
-from ratel.plan.bubbles import find_bubbles
-from ratel.plan.cost import predict
-from ratel.plan.hardware import load_hardware
-from ratel.plan.plan import Buffers
-from ratel.plan.timeline import Span, Timeline
-from ratel.runtime.session import Session
-from ratel.train.step_bench import details
+from ratel.planner.forecast.cost import predict
+from ratel.planner.hardware import load_hardware
+from ratel.planner.plan import Buffers
+from ratel.planner.report.utilization import StepReport, busy_seconds, describe, report_step
+from ratel.runtime.session.session import Session
+from ratel.trace.bubbles import find_bubbles
+from ratel.trace.timeline import Span, Timeline
+from ratel.training.bench.step import details
 
 GIB = 1 << 30
 
@@ -110,7 +110,7 @@ def test_resources_are_held_to_the_measured_rates() -> None:
 @pytest.mark.unit
 def test_a_simulated_compute_lane_has_bubbles_that_add_up() -> None:
     """What a plan is predicted to lose can be read off the same way, though nobody waits in the simulator."""
-    from ratel.plan.simulate import simulate
+    from ratel.planner.forecast.simulate import simulate
 
     plan, machine = make_plan(gpt_spec(8, 2048), "ssd"), load_hardware("4090")
     run = simulate(plan, machine)

@@ -10,8 +10,8 @@ import pytest
 
 from ratel.data import byte_level_tokenizer, open_dataset
 from ratel.data.dataset import Dataset
-from ratel.data.documents import DocumentList, digest, find, pack_numbers, read_lists, unpack_numbers
-from ratel.data.skipping import SkippedLines
+from ratel.data.sources.documents import DocumentList, digest, find, pack_numbers, read_lists, unpack_numbers
+from ratel.data.sources.skipping import SkippedLines
 from ratel.errors import RatelError
 from ratel.schema import SchemaError
 
@@ -62,7 +62,7 @@ ALL = list(range(300))
 
 def unread(state: dict[str, Any], documents: DocumentList) -> list[int]:
     """Documents that neither the epoch has had nor the evaluation has, in the order of the file."""
-    from ratel.data.order import Permutation
+    from ratel.data.batches.order import Permutation
 
     order = Permutation(len(documents.digests), (3, 0))
     had = {order[index] for index in range(state["cursor"])}
@@ -231,7 +231,7 @@ def test_the_same_bytes_come_from_good_lines_with_and_without_bad_ones(tmp_path:
 
 
 def test_lines_found_bad_late_are_skipped_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratel.data.corpus.CHECKED_BYTES", 100)
+    monkeypatch.setattr("ratel.data.sources.corpus.CHECKED_BYTES", 100)
     path = tmp_path / "d.jsonl"
     path.write_text("".join(line(n) if n != 200 else BAD[0] for n in ALL))
     with pytest.raises(RatelError, match="line 201.*--skip-bad-lines"), opened(path) as dataset:

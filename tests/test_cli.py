@@ -51,13 +51,14 @@ def test_nothing_heavy_is_imported_before_it_is_needed(source: str) -> None:
     assert done.stdout.strip() == "[]", done
 
 
-def test_the_package_is_the_function() -> None:
+def test_train_and_plan_are_functions() -> None:
     import ratel as package
 
-    assert callable(package.train)
-    import ratel.train.schedule  # importing a module of the package must not take the function away
+    import ratel.planner.shape
+    import ratel.training.schedule
 
-    assert callable(package.train) and package.train.schedule.make_schedule
+    assert callable(package.train) and callable(package.plan)
+    assert package.training.schedule.make_schedule and package.planner.shape.lay_out
     with pytest.raises(AttributeError, match="no attribute 'trane'"):
         package.trane
 
@@ -110,7 +111,7 @@ def run_instead(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[TrainCo
     """Puts a function in the place of the run; returns the configurations that reach it."""
 
     def replace(action: Callable[[], None]) -> list[TrainConfig]:
-        import ratel.train.run as module
+        import ratel.training.run as module
 
         seen: list[TrainConfig] = []
 

@@ -9,9 +9,9 @@ import torch
 
 from inner_common import assert_same, make, train
 from ratel.errors import RatelError
-from ratel.runtime import session as session_module
-from ratel.runtime.compiled import CompiledBlocks
-from ratel.runtime.session import Session
+from ratel.runtime.blocks.compiled import CompiledBlocks
+from ratel.runtime.session import session as session_module
+from ratel.runtime.session.session import Session
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from torch import nn
 
 from families_common import batches, build, loss_fn_of
 from ratel.errors import RatelError
-from ratel.plan.plan import Buffers
-from ratel.runtime.session import Session
+from ratel.planner.plan import Buffers
+from ratel.runtime.session.session import Session
 from test_failures import SMALL, within
 
 pytestmark = pytest.mark.numerics

@@ -11,17 +11,17 @@ import pytest
 from plan_common import (HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan, random_hardware, random_plan,
                          tied_spec)
 from ratel.errors import RatelError
-from ratel.plan.activations import BlockProfile, Inner
-from ratel.plan.compute import GpuSeconds
-from ratel.plan.cost import RESOURCES, predict
-from ratel.plan.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
-from ratel.plan.pipes import Pipe, SsdRates, ssd_rates
-from ratel.plan.placement import forced_placements
-from ratel.plan.plan import Buffers
-from ratel.plan.shape import ParamSpec, lay_out
-from ratel.plan.simulate import simulate
-from ratel.plan.timeline import Span, write_trace
-from ratel.plan.traffic import activation_traffic, pass_traffic, step_traffic
+from ratel.planner.block_profile import BlockProfile, Inner
+from ratel.planner.forecast.compute import GpuSeconds
+from ratel.planner.forecast.cost import RESOURCES, predict
+from ratel.planner.forecast.simulate import simulate
+from ratel.planner.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
+from ratel.planner.pipes import Pipe, SsdRates, ssd_rates
+from ratel.planner.placement import forced_placements
+from ratel.planner.plan import Buffers
+from ratel.planner.shape import ParamSpec, lay_out
+from ratel.planner.traffic import activation_traffic, pass_traffic, step_traffic
+from ratel.trace.timeline import Span, write_trace
 
 pytestmark = pytest.mark.unit
 

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ratel.data import byte_level_tokenizer, open_dataset
+from ratel.data.batches.encode import Encoder
 from ratel.data.chat import ChatEncoder
-from ratel.data.encode import Encoder
-from ratel.data.records import Chat, RecordError
+from ratel.data.sources.records import Chat, RecordError
 from ratel.errors import RatelError
 
 pytestmark = pytest.mark.unit

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ratel.data import byte_level_tokenizer, open_dataset
-from ratel.data.corpus import Corpus
 from ratel.data.dataset import Dataset
 from ratel.data.review import check as check_module
-from ratel.data.records import Chat
-from ratel.data.sources import find_sources
+from ratel.data.sources.corpus import Corpus
+from ratel.data.sources.files import find_sources
+from ratel.data.sources.records import Chat
 from ratel.errors import RatelError
 
 pytestmark = pytest.mark.unit

@@ -9,7 +9,7 @@ from pytest import CaptureFixture
 
 from ratel.cli import main
 from ratel.data import byte_level_tokenizer
-from ratel.data.encode import Encoder
+from ratel.data.batches.encode import Encoder
 from ratel.data.review.show import Viewer
 from ratel.data.review.survey import open_survey
 

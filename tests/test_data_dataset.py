@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ratel.data import bundled, byte_level_tokenizer, open_dataset
+from ratel.data import byte_level_tokenizer, open_dataset
 from ratel.data import dataset as dataset_module
+from ratel.data.batches.prefetch import Prefetcher
 from ratel.data.dataset import Batch, Dataset
-from ratel.data.prefetch import Prefetcher
+from ratel.data.sources import bundled
 from ratel.errors import RatelError, WorkerError
 
 pytestmark = pytest.mark.unit
@@ -289,7 +290,7 @@ def test_documents_without_a_target_do_not_hang(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RatelError, match="no sequence has a token to learn"):
         next(dataset.batches())
     path.write_text('{"text": " "}\n{"text": " "}\n')
-    monkeypatch.setattr("ratel.data.corpus.CHECKED_BYTES", 0)  # only reading finds out that they are blank
+    monkeypatch.setattr("ratel.data.sources.corpus.CHECKED_BYTES", 0)  # only reading finds out that they are blank
     dataset = open_dataset(path, tokenizer, seq_len=8, batch_size=1, seed=0, eval_fraction=0)
     with pytest.raises(RatelError, match="no sequence has a token to learn"):
         next(dataset.batches())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ratel.data import load_tokenizer, open_dataset
 from ratel.data import dataset as datasets
+from ratel.data import load_tokenizer, open_dataset
 from ratel.data.dataset import day_of
 from ratel.errors import RatelError
 

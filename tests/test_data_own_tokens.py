@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from ratel.data import byte_level_tokenizer, check_vocab
-from ratel.data.encode import Encoder
-from ratel.data.records import RecordError, parse_line
+from ratel.data.batches.encode import Encoder
+from ratel.data.sources.records import RecordError, parse_line
 
 pytestmark = pytest.mark.unit
 

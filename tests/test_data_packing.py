@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from ratel.data.encode import Document
-from ratel.data.order import Permutation
-from ratel.data.packing import NO_LOSS, Packer, Piece, Row
+from ratel.data.batches.encode import Document
+from ratel.data.batches.order import Permutation
+from ratel.data.batches.packing import NO_LOSS, Packer, Piece, Row
 
 pytestmark = pytest.mark.unit
 

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ratel.data import byte_level_tokenizer
+from ratel.data.batches.encode import Encoder
 from ratel.data.chat import ChatEncoder
-from ratel.data.encode import Encoder
-from ratel.data.pieces import Pieces
-from ratel.data.records import Chat, Completion
+from ratel.data.sources.records import Chat, Completion
+from ratel.data.tokens.pieces import Pieces
 
 pytestmark = pytest.mark.unit
 

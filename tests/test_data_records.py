@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ratel.data import corpus as corpus_module
-from ratel.data.corpus import Corpus
-from ratel.data.records import Chat, Completion, Text
-from ratel.data.sources import MAX_LINE_BYTES, find_sources
+from ratel.data.sources import corpus as corpus_module
+from ratel.data.sources.corpus import Corpus
+from ratel.data.sources.files import MAX_LINE_BYTES, find_sources
+from ratel.data.sources.records import Chat, Completion, Text
 from ratel.errors import RatelError
 
 pytestmark = pytest.mark.unit
@@ -135,7 +135,7 @@ def test_bad_utf8_in_a_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_line_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_LINE_BYTES >= 1 << 20
-    monkeypatch.setattr("ratel.data.sources.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("ratel.data.sources.files.MAX_LINE_BYTES", 100)
     path = write(tmp_path / "a.jsonl", {"text": "fine"}, {"text": "x" * 200})
     with pytest.raises(RatelError, match="line 2: the line is longer"):
         read_all(path)

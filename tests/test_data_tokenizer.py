@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ratel.data import DEFAULT_CHAT_TEMPLATE, byte_level_tokenizer, check_vocab, load_tokenizer
-from ratel.data.encode import Encoder
-from ratel.data.records import Completion, Text
+from ratel.data.batches.encode import Encoder
+from ratel.data.sources.records import Completion, Text
 from ratel.errors import RatelError
 
 pytestmark = pytest.mark.unit

@@ -8,10 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from ratel.data import byte_level_tokenizer
-from ratel.data.encode import Document, Encoder
-from ratel.data.packing import NO_LOSS, Packer
-from ratel.data.records import RecordError, parse_line
+from ratel.data.batches.encode import Document, Encoder
+from ratel.data.batches.packing import NO_LOSS, Packer
 from ratel.data.review.survey import texts_of
+from ratel.data.sources.records import RecordError, parse_line
 
 pytestmark = pytest.mark.unit
 

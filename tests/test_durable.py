@@ -21,14 +21,14 @@ from families_common import batches, build, loss_fn_of
 from ratel.errors import RatelError
 from ratel.memory import jitter
 from ratel.ownership.stamps import STAMP_BYTES, Stamp, new_volume_name, read_stamp
-from ratel.plan.plan import Buffers
-from ratel.runtime.commit_files import committed_files, remove_leftovers
-from ratel.runtime.prepare import usable_bytes
-from ratel.runtime.save_targets import CommitTarget, DirectoryTarget
-from ratel.runtime.saver import Saver
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
-from ratel.train.states import StateDirectory
+from ratel.planner.plan import Buffers
+from ratel.runtime.planning.prepare import usable_bytes
+from ratel.runtime.session.session import Session
+from ratel.runtime.states.commits import committed_files, remove_leftovers
+from ratel.runtime.states.saved_state import SavedState
+from ratel.runtime.states.saver import Saver
+from ratel.runtime.states.targets import CommitTarget, DirectoryTarget
+from ratel.training.states import StateDirectory
 from resume_common import assert_same_run, make_model, make_text, train
 from test_concurrency import with_frozen
 from test_placement import MIXED
@@ -170,7 +170,7 @@ def test_a_copy_that_can_neither_be_written_nor_removed_leaves_the_session(ssd_d
         session.step(steps[0])
         with monkeypatch.context() as patch:
             patch.setattr(DirectoryTarget, "finish", fails)
-            patch.setattr("ratel.runtime.save_targets.remove_files", fails)
+            patch.setattr("ratel.runtime.states.targets.remove_files", fails)
             with pytest.raises(RatelError, match="the state could not be written: Input/output error"):
                 session.save(tmp_path / "state")
         session.step(steps[1])
@@ -244,7 +244,7 @@ def on_ssd(folder: Path) -> set[str]:
 def test_from_copies_to_commits_and_back(run_inputs: tuple, whole: Path, ssd_dir: Path, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other way of keeping states has left goes once it is superseded; on other drives, too."""
-    from ratel.train import loop
+    from ratel.training import loop
 
     out, states = tmp_path / "out", StateDirectory(tmp_path / "out" / "state")
     starts = [("checkpoint", "a", 2), ("step", "a", 4), ("step", "b", 5), ("checkpoint", "b", 7), ("step", "a", 8)]

@@ -8,10 +8,11 @@ import torch
 
 from families_common import build
 from ratel import probe_cache
-from ratel.plan.hardware import load_hardware
-from ratel.plan.plan import Plan
-from ratel.runtime import prepare, trial
-from ratel.runtime.session import Session
+from ratel.planner.hardware import load_hardware
+from ratel.planner.plan import Plan
+from ratel.runtime.planning import prepare
+from ratel.runtime.planning import trial
+from ratel.runtime.session.session import Session
 from ratel.units import MIB
 
 pytestmark = pytest.mark.numerics

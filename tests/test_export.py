@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from families_common import CAUSAL, batches, build, loss_fn_of
 from ratel.errors import RatelError
-from ratel.runtime import export
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
+from ratel.runtime.states import export
 from ratel.store import transfer
 
 pytestmark = pytest.mark.e2e

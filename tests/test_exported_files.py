@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import ratel
 from ratel.data import byte_level_tokenizer
 from ratel.errors import RatelError
-from ratel.models import shards
-from ratel.models.shards import Outline, Piece, write_shards
-from ratel.runtime.session import Session
+from ratel.models.safetensors import writer as shards
+from ratel.models.safetensors.writer import Outline, Piece, write_shards
+from ratel.runtime.session.session import Session
 from tests.test_loading import SIZES, configs, rewrite, write
 
 pytestmark = pytest.mark.e2e
@@ -150,7 +150,7 @@ def test_the_tokenizer_goes_along_however_the_data_is_given(own_batches: bool, t
 
 
 def test_a_chat_template_that_the_tokenizer_lacked_is_added_alone(tmp_path: Path) -> None:
-    from ratel.data.tokenizer import own_tokenizer, write_tokenizer
+    from ratel.data.tokens.tokenizer import own_tokenizer, write_tokenizer
 
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = None

@@ -21,8 +21,8 @@ from commands_common import start
 from families_common import batches, build, llama, loss_fn_of
 from ratel.errors import RatelError, WorkerError
 from ratel.memory.retire import Retirer
-from ratel.plan.plan import Buffers
-from ratel.runtime.session import Session
+from ratel.planner.plan import Buffers
+from ratel.runtime.session.session import Session
 
 pytestmark = pytest.mark.numerics
 

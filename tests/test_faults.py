@@ -17,9 +17,9 @@ import nvme_ds
 from commands_common import start
 from families_common import batches, build, loss_fn_of
 from ratel.errors import DamagedError, RatelError, WorkerError
+from ratel.runtime.session.session import Session
+from ratel.runtime.states.saved_state import SavedState
 from ratel.synced import write_synced
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
 from resume_common import assert_same_run, make_model, make_text, train
 from test_state import flip
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_a_block_that_comes_back_wrong_ends_the_session(ssd_dir:
 def test_a_commit_that_fails_ends_the_session_and_leaves_the_one_before(what: str, ssd_dir: Path, tmp_path: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """After it nothing may be written to what the failed record speaks of: it may be whole on disk."""
-    from ratel.runtime import save_targets
+    from ratel.runtime.states import targets as save_targets
 
     commits = tmp_path / "commits"
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from families_common import batches, llama
 from ratel.errors import RatelError
-from ratel.memory import early
 from ratel.monitor.metrics import MetricsWriter
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
+from ratel.startup import arena_ahead
 
 pytestmark = pytest.mark.numerics
 REFUSED = "belongs to the process that this one was forked from"
@@ -75,7 +75,7 @@ def test_a_forked_child_is_refused_and_harms_nothing(ssd_dir: Path, tmp_path: Pa
 
         assert in_child(use) == 0
         assert in_child(lambda: session.__exit__(None, None, None)) == 0
-        at_exit = [session._machinery._finalizer, session._machinery.engine._finalizer, early.drop]
+        at_exit = [session._machinery._finalizer, session._machinery.engine._finalizer, arena_ahead.drop]
         assert in_child(lambda: [finish() for finish in at_exit]) == 0, "what is registered for the end of a process"
         assert sorted(ssd_dir.iterdir()) == files and not list(tmp_path.iterdir())
         losses += [session.step(batch).loss for batch in given[2:]]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 from tests.test_loading import configs, write
 
 pytestmark = pytest.mark.e2e

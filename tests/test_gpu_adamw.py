@@ -11,7 +11,7 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.native import op_ds
-from ratel.runtime import gpu_adamw
+from ratel.runtime.updates import gpu_adamw
 
 ADAM = dict(lr=1e-3, beta2=0.999, eps=1e-8)
 EDGE_VALUES = (0.0, -0.0, 1e-45, -1e-39, 1e-30, 1.1754944e-38, 1.0, -3e38, 2e19)
@@ -159,6 +159,6 @@ def test_gpu_equals_op_ds(pool: op_ds.Pool, path: str, dtype: torch.dtype, beta1
 @pytest.mark.gpu
 def test_auto_takes_triton_on_nvidia() -> None:
     pytest.importorskip("triton")
-    from ratel.runtime.gpu_adamw_kernel import triton_update
+    from ratel.runtime.updates.gpu_adamw_kernel import triton_update
 
     assert gpu_adamw.choose_update(torch.device("cuda")) is triton_update

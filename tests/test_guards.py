@@ -13,10 +13,10 @@ from families_common import batches, build
 from ratel import native
 from ratel.errors import WorkerError
 from ratel.memory.exchange import Exchange
-from ratel.plan.plan import Buffers
-from ratel.runtime.saver import Saver
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
+from ratel.planner.plan import Buffers
+from ratel.runtime.session.session import Session
+from ratel.runtime.states.saved_state import SavedState
+from ratel.runtime.states.saver import Saver
 from ratel.store.host_cache import HostCache, HostSlot
 from ratel.store.versions import Versions
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ratel.models import load
-from ratel.models.checkpoints.compare import compare_loading
-from ratel.models.config import causal_class
-from ratel.models.shrink import random_parameters, shrunken
-from ratel.runtime.session import Session
+from ratel.models.checkpoints.config import causal_class
+from ratel.models.checks.shrink import random_parameters, shrunken
+from ratel.runtime.session.session import Session
+from ratel.verify.loading import compare_loading
 from tests.test_loading import SIZES
 from tests.test_models_common import CPU, attach_all, named, next_token_loss, vertical_pass
 

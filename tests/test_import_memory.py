@@ -8,8 +8,8 @@ import torch
 
 from ratel import models
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes, trim
-from ratel.runtime.machinery import Machinery
-from ratel.runtime.session import Session
+from ratel.runtime.session.machinery import Machinery
+from ratel.runtime.session.session import Session
 from ratel.units import MIB
 
 pytestmark = pytest.mark.e2e
@@ -110,7 +110,7 @@ def test_moments(checkpoints: dict[str, Path], session: Callable[..., Session], 
     first.export(tmp_path / "out", optimizer=True)
     first.close()
     found: list[int] = []
-    from ratel.runtime import build
+    from ratel.runtime.session import build
 
     import_moments = build.import_moments
 

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from families_common import CAUSAL, batches, build, llama, loss_fn_of
 from inner_common import OWN, WIDTH, Body, assert_same, data_of, make, patches_loss, train
 from ratel.errors import RatelError
-from ratel.plan.activations import BlockProfile, Inner
-from ratel.plan.forced_kept import forced_kept
-from ratel.plan.plan import Buffers
-from ratel.runtime import block_runs
-from ratel.runtime.block_profile import inner_numbers, profile_of
-from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.op_trace import trace
-from ratel.runtime.session import Session
+from ratel.planner.activation_policy import forced_kept
+from ratel.planner.block_profile import BlockProfile, Inner
+from ratel.planner.plan import Buffers
+from ratel.runtime.blocks import runs as block_runs
+from ratel.runtime.blocks.op_trace import trace
+from ratel.runtime.blocks.profile import inner_numbers, profile_of
+from ratel.runtime.blocks.runs import BlockRuns
+from ratel.runtime.session.session import Session
 from ratel.units import GIB
 from test_memory_contract import measures
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from families_common import batches, build
 from late_lanes import LateLanes, late_lanes
 from ratel.errors import RatelError
-from ratel.plan.saved import Spill
-from ratel.runtime.session import Session
-from ratel.runtime.spiller import Spiller
+from ratel.planner.checkpoints import Spill
+from ratel.runtime.blocks.spiller import Spiller
+from ratel.runtime.session.session import Session
 from test_placement import MANY, MIXED, SMALL
 
 pytestmark = pytest.mark.numerics

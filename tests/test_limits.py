@@ -13,7 +13,7 @@ import pytest
 from ratel import cli, native
 from ratel.config import TrainConfig
 from ratel.errors import RatelError, out_of, remedy_for
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 from resume_common import make_model, make_text
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ratel.errors import RatelError
 from ratel.models import load
-from ratel.models.checkpoints.compare import compare_loading
+from ratel.verify.loading import compare_loading
 from tests.test_models_common import CPU
 
 pytestmark = pytest.mark.numerics
@@ -62,14 +62,14 @@ def test_products_of_one_stored_tensor_have_sizes_of_their_own(tmp_path: Path) -
     model_class = getattr(transformers, "LaraMiniForCausalLM", None)
     if model_class is None:
         pytest.skip("this transformers has no Lara Mini")
-    from ratel.models.shrink import shrunken
+    from ratel.models.checks.shrink import shrunken
 
     write(shrunken(model_class.config_class()), tmp_path)
     assert compare_loading(tmp_path) == []
 
 
 def test_the_comparison_sees_a_buffer_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ratel.models.checkpoint import CheckpointSource
+    from ratel.models.checkpoints.directory import CheckpointSource
 
     write(configs()["deepseek-v3"], tmp_path)
     monkeypatch.setattr(CheckpointSource, "load_buffers", lambda self: None)

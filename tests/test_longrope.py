@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ratel.models import load
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 from tests.test_loading import SIZES
 from tests.test_models_common import CPU, attach_all, named, next_token_loss, vertical_pass
 

@@ -15,11 +15,11 @@ import pytest
 from ratel import interrupt
 from ratel.errors import NonFiniteError, RatelError
 from ratel.interrupt import Interrupted
-from ratel.train.inputs import endless
-from ratel.train.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
-from ratel.train.output import RunDirectory, choose
-from ratel.train.summary import summarize
-from ratel.train.schedule import make_schedule
+from ratel.training.inputs import endless
+from ratel.training.loop import MAX_SKIPPED_IN_A_ROW, Loop, Progress
+from ratel.training.output import RunDirectory, choose
+from ratel.training.schedule import make_schedule
+from ratel.training.summary import summarize
 
 pytestmark = pytest.mark.unit
 
@@ -217,7 +217,7 @@ def test_batches_are_gone_through_again_and_generators_once() -> None:
 @pytest.fixture
 def fake_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """``train`` on a fake session that acts as told; returns the session for a look at its calls."""
-    import ratel.train.run as module
+    import ratel.training.run as module
 
     def start(act: Any = lambda number: None, **options: Any) -> tuple[FakeSession, Any]:
         session = FakeSession(act)
@@ -330,7 +330,7 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_out_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("ratel.train.output.os.access", lambda path, mode: asked.append(Path(path)))
+    monkeypatch.setattr("ratel.training.output.os.access", lambda path, mode: asked.append(Path(path)))
     with pytest.raises(RatelError, match="--out: is not writable .*Give a directory"):
         choose(str(tmp_path / "new" / "below"), "demo", may_exist=False)
     assert asked == [tmp_path] and not (tmp_path / "new").exists()
@@ -345,7 +345,7 @@ def test_out_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkey
     ({"data": [1.0], "learning_rat": 1}, "learning_rat: is not an option"),
 ])
 def test_mistakes_touch_nothing(fake_run: Any, tmp_path: Path, arguments: dict, message: str) -> None:
-    import ratel.train.run as module
+    import ratel.training.run as module
 
     fake_run()
     with pytest.raises(RatelError, match=message):

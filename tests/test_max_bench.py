@@ -4,8 +4,8 @@ import pytest
 
 from ratel.errors import RatelError
 from ratel.models.presets import preset_config
-from ratel.plan.largest import largest_count
-from ratel.train.max_bench import WARMUP, MaxBench, max_batch, max_model, table
+from ratel.planner.search.largest import largest_count
+from ratel.training.bench.largest import WARMUP, MaxBench, max_batch, max_model, table
 from ratel.units import GIB
 
 

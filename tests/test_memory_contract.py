@@ -18,12 +18,12 @@ from limit_common import taken_away
 from memory_run import BUFFERS, POSITIONS, ROWS, config
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
-from ratel.plan.choose import Request, choose, minimum_state_bytes
-from ratel.plan.plan import Plan, Work
-from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, lay_out
-from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.prepare import Budgets, Wishes, make_plan
-from ratel.runtime.session import Session
+from ratel.planner.plan import Plan, Work
+from ratel.planner.search.choose import Request, choose, minimum_state_bytes
+from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.runtime.blocks.runs import BlockRuns
+from ratel.runtime.planning.prepare import Budgets, Wishes, make_plan
+from ratel.runtime.session.session import Session
 from ratel.units import GIB, MIB
 
 TIMES_SMALLER = 3

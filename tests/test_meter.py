@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ratel.runtime.meter import Meter
+from ratel.runtime.session.meter import Meter
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ratel.models import Parts
-from ratel.plan.shape import UnitSpec
+from ratel.planner.shape import UnitSpec
 
 CPU = torch.device("cpu")
 VOCAB = 97

@@ -15,11 +15,11 @@ from ratel import probe_cache
 from ratel.data import open_dataset
 from ratel.errors import RatelError
 from ratel.models import load
+from ratel.models.calls.documents import MADE, OWN, MaskFunctions
+from ratel.models.calls.running import CausalLMRunner
 from ratel.models.checks import family
 from ratel.models.checks.family import Family, family_of, judge
-from ratel.models.documents import MADE, OWN, MaskFunctions
-from ratel.models.running import CausalLMRunner
-from ratel.models.shrink import random_parameters
+from ratel.models.checks.shrink import random_parameters
 from tests.test_models_common import CPU
 
 pytestmark = pytest.mark.numerics

@@ -9,7 +9,7 @@ import torch
 
 from ratel.models import load
 from ratel.models.presets import PRESETS
-from ratel.models.skeleton import parameters_on_meta
+from ratel.models.structure.skeleton import parameters_on_meta
 from tests.test_models_common import CPU, FAMILIES, attach_all, configs, make_batch, make_model, vertical_pass
 
 pytestmark = pytest.mark.unit

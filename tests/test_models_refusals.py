@@ -379,7 +379,7 @@ def test_a_model_without_a_limit_says_so_with_minus_one() -> None:
     """XLNet."""
     from types import SimpleNamespace
 
-    from ratel.models.layout import longest_sequence
+    from ratel.models.structure.unit_layout import longest_sequence
 
     for said, limit in ((-1, None), (None, None), (64, 64)):
         module = nn.Linear(2, 2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import ratel
 from ratel.errors import RatelError
 from ratel.models import load
-from ratel.models.caches import Caches
+from ratel.models.calls.caches import Caches
 from tests.test_models_common import CPU
 
 pytestmark = pytest.mark.numerics

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from ratel.models.shrink import VOCAB, WINDOW, random_parameters, shrunken
+from ratel.models.checks.shrink import VOCAB, WINDOW, random_parameters, shrunken
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ratel.models import Parts, load
-from ratel.plan.shape import UnitSpec
+from ratel.planner.shape import UnitSpec
 from tests.test_models_common import CPU, FAMILIES, configs, make_model, named
 
 pytestmark = pytest.mark.numerics
@@ -69,7 +69,7 @@ def test_fused_experts_under_the_names_of_the_module(family: str, tmp_path: Path
 def test_the_export_is_what_transformers_loads_and_writes(family: str, tmp_path: Path) -> None:
     import transformers
 
-    from ratel.runtime.export import export_model
+    from ratel.runtime.states.export import export_model
 
     model = make_model(family)
     expected = copy.deepcopy(model)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from families_common import batches, build, patches_loss
 from ratel.errors import NonFiniteError, RatelError
-from ratel.plan.plan import Buffers
-from ratel.runtime.session import Session
+from ratel.planner.plan import Buffers
+from ratel.runtime.session.session import Session
 
 pytestmark = pytest.mark.numerics
 

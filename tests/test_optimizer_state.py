@@ -16,8 +16,9 @@ from families_common import ROWS, batches, build
 from optimizer_state_common import DECAY, HALF, LR, Plain, everything, freeze, open_session
 from ratel import cli
 from ratel.optimizer_state import load_adamw_state, save_adamw_state
-from ratel.runtime import export, moments
-from ratel.runtime.state import SavedState
+from ratel.runtime.states import export
+from ratel.runtime.states import moments
+from ratel.runtime.states.saved_state import SavedState
 from resume_common import make_model, make_text, model_files, train
 
 pytestmark = pytest.mark.e2e

@@ -15,7 +15,7 @@ import ratel
 from families_common import ROWS, batches, build
 from optimizer_state_common import HALF, LR, Plain, everything, freeze, open_session
 from ratel.errors import RatelError
-from ratel.models import shards
+from ratel.models.safetensors import writer as shards
 from ratel.optimizer_state import adamw, load_adamw_state, save_adamw_state, writing
 
 pytestmark = pytest.mark.e2e

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ratel.errors import RatelError
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
-from ratel.train.export_state import export_state
+from ratel.runtime.session.session import Session
+from ratel.runtime.states.saved_state import SavedState
+from ratel.training.export_state import export_state
 from tests.test_loading import configs, write
 
 pytestmark = pytest.mark.e2e

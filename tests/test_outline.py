@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from families_common import CAUSAL
 from ratel import models
 from ratel.errors import RatelError
-from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.outline import Outline
-from ratel.runtime.trial import _attach, _trials, try_out
+from ratel.runtime.blocks.runs import BlockRuns
+from ratel.runtime.planning.outline import Outline
+from ratel.runtime.planning.trial import _attach, _trials, try_out
 
 pytestmark = pytest.mark.unit
 

@@ -19,9 +19,9 @@ from ratel.cli import main
 from ratel.errors import RatelError
 from ratel.ownership import stamps
 from ratel.ownership.stamps import STAMP_BYTES, Stamp, belongs_to, mark_of, new_volume_name, read_stamp, write_stamp
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
-from ratel.train.states import StateDirectory
+from ratel.runtime.session.session import Session
+from ratel.runtime.states.saved_state import SavedState
+from ratel.training.states import StateDirectory
 from resume_common import assert_same_run, make_model, make_text, train
 
 pytestmark = pytest.mark.e2e

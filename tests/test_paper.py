@@ -7,8 +7,8 @@ import pytest
 from benchmarks.harness.report import RESULTS
 from benchmarks.prediction import paper
 from benchmarks.prediction import paper_systems as systems
-from ratel.plan.hardware import load_hardware
-from ratel.plan.traffic import pass_traffic
+from ratel.planner.hardware import load_hardware
+from ratel.planner.traffic import pass_traffic
 
 pytestmark = pytest.mark.unit
 SAVED = json.loads((RESULTS / "icde25_paper.json").read_text(encoding="utf-8"))

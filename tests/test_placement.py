@@ -7,8 +7,8 @@ import torch
 
 from families_common import CAUSAL, batches, build, loss_fn_of
 from ratel.memory import jitter
-from ratel.plan.plan import Buffers
-from ratel.runtime.session import Session
+from ratel.planner.plan import Buffers
+from ratel.runtime.session.session import Session
 
 STEPS = 4
 DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -14,15 +14,15 @@ from ratel import cli
 from ratel.config import resolve
 from ratel.errors import RatelError
 from plan_common import STATES_ON_SSD, gpt_spec, make_plan
-from ratel.plan.cost import RESOURCES, predict
-from ratel.plan.durability import saving
-from ratel.plan.hardware import load_hardware
-from ratel.plan.largest import largest_count, with_depth
-from ratel.plan.pipes import ssd_rates
-from ratel.plan.placement import PLANES, plane_bytes
-from ratel.plan.report import summed, table
-from ratel.plan.wear import parse_endurance, wear
-from ratel.runtime.plan_machine import machine_for
+from ratel.planner.forecast.cost import RESOURCES, predict
+from ratel.planner.forecast.durability import saving
+from ratel.planner.forecast.wear import parse_endurance, wear
+from ratel.planner.hardware import load_hardware
+from ratel.planner.pipes import ssd_rates
+from ratel.planner.placement import PLANES, plane_bytes
+from ratel.planner.report.report import summed, table
+from ratel.planner.search.largest import largest_count, with_depth
+from ratel.runtime.planning.machine import machine_for
 
 pytestmark = pytest.mark.unit
 
@@ -145,8 +145,8 @@ def test_budgets_of_another_machine() -> None:
     assert (given.gpu_budget, given.dram_budget, given.ssd_budget) == (10 * 2**30, 20 * 2**30, None)
 
 
-def test_the_package_is_the_function_however_it_was_imported() -> None:
-    check = ("import ratel.plan.search as s, ratel; assert ratel.plan.search is s and callable(ratel.plan); "
+def test_planning_is_a_function_and_light_to_import() -> None:
+    check = ("import ratel.planner.search.search, ratel; assert callable(ratel.plan) and callable(ratel.train); "
              "from ratel import plan; assert callable(plan); import sys; assert 'torch' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

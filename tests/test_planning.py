@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from families_common import batches, build, loss_fn_of
-from ratel.plan.cost import predict
-from ratel.plan.hardware import Hardware, load_hardware
-from ratel.plan.traffic import step_traffic
-from ratel.runtime.session import Session
+from ratel.planner.forecast.cost import predict
+from ratel.planner.hardware import Hardware, load_hardware
+from ratel.planner.traffic import step_traffic
+from ratel.runtime.session.session import Session
 
 pytestmark = pytest.mark.numerics
 FAST = load_hardware("h200-box")

@@ -13,14 +13,15 @@ import torch
 
 from ratel import cli, models, native
 from ratel.errors import RatelError
-from ratel.hardware import block_rates, known, probe, ssd_rates, timing
+from ratel.hardware import block_rates, probe, ssd_rates, timing
 from ratel.hardware.copies import Link, measure_device_memory, measure_dram
-from ratel.hardware.known import BRIEF
 from ratel.hardware.probe import Effort, Probe
 from ratel.hardware.probe_report import render
 from ratel.hardware.rates import AdamwRates
 from ratel.memory.resident import peak_bytes, reset_peak
-from ratel.plan.hardware import Hardware, Ssd
+from ratel.planner.hardware import Hardware, Ssd
+from ratel.startup import known_hardware as known
+from ratel.startup.known_hardware import BRIEF
 from ratel.units import GIB, KIB, MIB
 
 CPU = torch.device("cpu")

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from ratel import readahead
 from ratel.config import read_file
-from ratel.data.sources import find_sources
-from ratel.data.tokenizer import load_tokenizer
+from ratel.data.sources.files import find_sources
+from ratel.data.tokens.tokenizer import load_tokenizer
 from ratel.errors import RatelError
-from ratel.models.config import read_config
-from ratel.models.safetensors_files import model_files
-from ratel.models.safetensors_header import read_header
-from ratel.plan.hardware import Hardware, load_hardware
+from ratel.models.checkpoints.config import read_config
+from ratel.models.checkpoints.directory import model_files
+from ratel.models.safetensors.header import read_header
+from ratel.planner.hardware import Hardware, load_hardware
 from ratel.reading import JsonError, NotRegularError, open_regular, parse_json, read_regular, refuse_odd_entries
 from ratel.schema import SchemaError, check, listing, mapping, nullable, number, one_of, record, text, whole
-from ratel.train.options import read_earlier
-from ratel.train.resume import cut_metrics
+from ratel.startup import readahead
+from ratel.training.options import read_earlier
+from ratel.training.resume import cut_metrics
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

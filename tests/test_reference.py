@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 from families_common import CAUSAL, ROWS, Reference, batches, build, loss_fn_of
 
 pytestmark = pytest.mark.numerics
@@ -56,7 +56,7 @@ def test_bf16_equals_torch(family: str, micro_rows: int, ssd_dir) -> None:
 
 def test_the_norm_of_a_large_gradient_on_a_cpu_is_that_of_fp64() -> None:
     """What PyTorch has for this is off by 1e-3 there."""
-    from ratel.runtime.gradients import CPU_CHUNK, cpu_norm
+    from ratel.runtime.streams.gradients import CPU_CHUNK, cpu_norm
 
     large = torch.randn(6_000_001, generator=torch.Generator().manual_seed(0)) * 1e-4
     for tensor in (large, large[:CPU_CHUNK], large[:7], large[: 3 * CPU_CHUNK].view(3, -1), large[:CPU_CHUNK + 1]):

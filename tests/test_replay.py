@@ -10,9 +10,9 @@ from torch._C import _len_torch_dispatch_stack
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
-from ratel.runtime.block_profile import inner_numbers
-from ratel.runtime.op_trace import trace
-from ratel.runtime.replay import Diverged, Program, Recorder, replay
+from ratel.runtime.blocks.op_trace import trace
+from ratel.runtime.blocks.profile import inner_numbers
+from ratel.runtime.blocks.replay import Diverged, Program, Recorder, replay
 
 pytestmark = pytest.mark.unit
 

@@ -20,8 +20,8 @@ from benchmarks.exactness.bitwise import digest  # noqa: E402
 from benchmarks.exactness.reproducible_parts import Pieces, Work  # noqa: E402
 
 from ratel.models import Parts  # noqa: E402
-from ratel.runtime.gradients import Gradients  # noqa: E402
-from ratel.runtime.streamer import Streamer  # noqa: E402
+from ratel.runtime.streams.gradients import Gradients  # noqa: E402
+from ratel.runtime.streams.streamer import Streamer  # noqa: E402
 
 TINY = {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}

@@ -12,8 +12,8 @@ import pytest
 
 from commands_common import start
 from families_common import batches, build, loss_fn_of
-from ratel.runtime.state import SavedState
 from ratel.interrupt import Interrupted
+from ratel.runtime.states.saved_state import SavedState
 from resume_common import OPTIONS, assert_same_run, make_model, make_text, records, train
 
 pytestmark = pytest.mark.e2e
@@ -40,7 +40,7 @@ def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def before_step(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have something happen before that step of the next run."""
-    import ratel.train.loop as module
+    import ratel.training.loop as module
 
     original = module.Loop._step
 
@@ -182,7 +182,7 @@ def test_a_model_object_gets_the_weights_of_a_complete_run(tmp_path: Path) -> No
 
 def test_older_states_go_once_newer_ones_are_complete(model: Path, text: Path, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    from ratel.runtime import save_targets
+    from ratel.runtime.states import targets as save_targets
 
     found_while_saving: list[list[str]] = []
     original = save_targets.replace_directory

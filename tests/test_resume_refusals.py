@@ -9,7 +9,7 @@ import pytest
 from families_common import batches
 from ratel.config import resolve
 from ratel.errors import RatelError
-from ratel.train.output import RunDirectory
+from ratel.training.output import RunDirectory
 from resume_common import make_model, make_text, train
 from test_state import flip
 
@@ -59,7 +59,7 @@ def test_a_run_that_goes_on_is_not_called_damaged(out: Path, model: Path) -> Non
 
 @pytest.mark.parametrize("plane", ["hi", "lo", "m", "v"])
 def test_a_flipped_bit_is_named_and_so_is_the_older_state(plane: str, out: Path, model: Path) -> None:
-    from ratel.runtime.state import SavedState
+    from ratel.runtime.states.saved_state import SavedState
 
     newest = out / "state" / "step-00000004"
     flip(newest / "planes.0", SavedState(newest).manifest["planes"][1][plane]["offset"] + 5)

@@ -11,7 +11,7 @@ from torch import nn
 
 import ratel
 from ratel.errors import RatelError
-from ratel.models.router import Balance, _Watch
+from ratel.models.calls.router import Balance, _Watch
 from tasks_common import batch as task_batch
 from tasks_common import gradients, model, session_gradients
 

@@ -12,8 +12,8 @@ import pytest
 import safetensors
 
 from ratel.errors import RatelError
-from ratel.models.safetensors_files import TensorFiles, indexed_files
-from ratel.models.safetensors_header import read_header
+from ratel.models.safetensors.files import TensorFiles, indexed_files
+from ratel.models.safetensors.header import read_header
 
 pytestmark = pytest.mark.unit
 DATA = bytes(64)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from families_common import build
-from ratel.errors import RatelError
 from ratel import probe_cache
-from ratel.plan.hardware import load_hardware
-from ratel.runtime.same_bits import WORKSPACE, same_bits
-from ratel.runtime.session import Session
+from ratel.errors import RatelError
+from ratel.planner.hardware import load_hardware
+from ratel.runtime.session.determinism import WORKSPACE, same_bits
+from ratel.runtime.session.session import Session
 from resume_common import make_model, make_text, records, train
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ratel.train.schedule import make_schedule
+from ratel.training.schedule import make_schedule
 
 LR, MIN_LR, STEPS, WARMUP = 3e-4, 3e-5, 50, 7
 

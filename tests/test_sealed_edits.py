@@ -10,8 +10,8 @@ import pytest
 
 from families_common import batches, build
 from ratel.errors import RatelError
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
+from ratel.runtime.session.session import Session
+from ratel.runtime.states.saved_state import SavedState
 
 pytestmark = pytest.mark.e2e
 Edit = Callable[[dict[str, Any]], object]

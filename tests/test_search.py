@@ -8,16 +8,16 @@ import pytest
 
 from plan_common import faster, gpt_spec, random_hardware
 from ratel.errors import RatelError
-from ratel.plan import search as search_module
-from ratel.plan.activations import BlockProfile, Inner
-from ratel.plan.choose import Request, choose
-from ratel.plan.cost import predict
-from ratel.plan.hardware import Hardware, Ssd, load_hardware
-from ratel.plan.placement import Forced
-from ratel.plan.plan import Buffers, Work
-from ratel.plan.micro_sizes import micro_sizes
-from ratel.plan.search import Choice, candidates, search
-from ratel.plan.simulate import simulate
+from ratel.planner.block_profile import BlockProfile, Inner
+from ratel.planner.forecast.cost import predict
+from ratel.planner.forecast.simulate import simulate
+from ratel.planner.hardware import Hardware, Ssd, load_hardware
+from ratel.planner.placement import Forced
+from ratel.planner.plan import Buffers, Work
+from ratel.planner.search import search as search_module
+from ratel.planner.search.choose import Request, choose
+from ratel.planner.search.micro_sizes import micro_sizes
+from ratel.planner.search.search import Choice, candidates, search
 from ratel.units import GIB, MIB
 
 pytestmark = pytest.mark.unit

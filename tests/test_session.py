@@ -13,7 +13,7 @@ import torch
 
 from families_common import batches, build, llama, loss_fn_of
 from ratel.errors import RatelError
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 
 pytestmark = pytest.mark.numerics
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

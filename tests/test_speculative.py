@@ -14,24 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-import ratel.plan.choose
-import ratel.runtime.training
+import ratel.planner.search.choose
+import ratel.runtime.session.training_step
 from families_common import CAUSAL, Reference, batches, build, loss_fn_of
 from ratel.errors import RatelError
 from ratel.memory import jitter
-from ratel.plan.plan import Buffers
-from ratel.plan.schedule import Gather
-from ratel.runtime import prepare
-from ratel.runtime.gradients import Gradients
-from ratel.runtime.optimizer import OptimizerPipeline
-from ratel.runtime.saver import Saver
-from ratel.runtime.session import Session
-from ratel.runtime.step_result import StepResult
-from ratel.runtime.state import SavedState
-from ratel.runtime.step import VerticalStep
-from ratel.runtime.training import REMEMBERED_STEPS, Training, expects_no_scaling
-from ratel.runtime.update_jobs import Chunk, Job
-from ratel.runtime.weights import WeightSource
+from ratel.planner.plan import Buffers
+from ratel.planner.schedule import Gather
+from ratel.runtime.planning import prepare
+from ratel.runtime.session.result import StepResult
+from ratel.runtime.session.session import Session
+from ratel.runtime.session.training_step import REMEMBERED_STEPS, Training, expects_no_scaling
+from ratel.runtime.states.saved_state import SavedState
+from ratel.runtime.states.saver import Saver
+from ratel.runtime.streams.gradients import Gradients
+from ratel.runtime.streams.step import VerticalStep
+from ratel.runtime.streams.weights import WeightSource
+from ratel.runtime.updates.jobs import Chunk, Job
+from ratel.runtime.updates.optimizer import OptimizerPipeline
 from ratel.store.host_cache import HostSlot
 from test_concurrency import with_frozen
 from test_durable import assert_holds, everything
@@ -62,8 +62,8 @@ PLACES: dict[str, dict[str, Any]] = {
 def guess(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], None]:
     """Decides for each step, by its number from 0, whether its updates are made early."""
     def decide_by(policy: Callable[[int], bool]) -> None:
-        monkeypatch.setattr(ratel.runtime.training, "REMEMBERED_STEPS", None)
-        monkeypatch.setattr(ratel.runtime.training, "expects_no_scaling", lambda before: policy(len(before)))
+        monkeypatch.setattr(ratel.runtime.session.training_step, "REMEMBERED_STEPS", None)
+        monkeypatch.setattr(ratel.runtime.session.training_step, "expects_no_scaling", lambda before: policy(len(before)))
 
     decide_by(lambda step: True)
     return decide_by
@@ -73,7 +73,7 @@ def guess(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], 
 def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Of the units, that may be updated early."""
     def of(part: float) -> None:
-        monkeypatch.setattr(ratel.plan.choose, "EARLY_SHARE", part)
+        monkeypatch.setattr(ratel.planner.search.choose, "EARLY_SHARE", part)
 
     of(1.0)
     return of

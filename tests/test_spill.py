@@ -22,16 +22,16 @@ from ratel.errors import RatelError
 from ratel.memory.lanes import Lanes
 from ratel.memory.resident import resident_bytes
 from ratel.models.presets import preset_config
-from ratel.plan.cost import predict
-from ratel.plan.hardware import load_hardware
-from ratel.plan.plan import Plan
-from ratel.plan.saved import Spill
-from ratel.plan.simulate import simulate
-from ratel.plan.traffic import step_traffic
-from ratel.runtime.plan_machine import machine_for
-from ratel.runtime.planning import Planner
-from ratel.runtime.session import Session
-from ratel.runtime.spiller import Spiller
+from ratel.planner.checkpoints import Spill
+from ratel.planner.forecast.cost import predict
+from ratel.planner.forecast.simulate import simulate
+from ratel.planner.hardware import load_hardware
+from ratel.planner.plan import Plan
+from ratel.planner.traffic import step_traffic
+from ratel.runtime.blocks.spiller import Spiller
+from ratel.runtime.planning.machine import machine_for
+from ratel.runtime.planning.request import Planner
+from ratel.runtime.session.session import Session
 from ratel.units import GIB, MIB
 
 CPU = torch.device("cpu")

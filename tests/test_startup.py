@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from startup_common import save_checkpoint
-from ratel import cli, models, readahead, startup
+from ratel import cli, models
 from ratel.cli import train as train_command
 from ratel.errors import RatelError
-from ratel.models import safetensors_files
-from ratel.models.stored_bits import Run, StoredBits
-from ratel.runtime import weight_import
-from ratel.runtime.session import Session
+from ratel.models.safetensors import files as safetensors_files
+from ratel.models.safetensors.stored_bits import Run, StoredBits
+from ratel.runtime.session.session import Session
+from ratel.runtime.states import imports as weight_import
+from ratel.startup import readahead
+from ratel.trace import phases
 
 STATES = ("hi", "lo", "m", "v")
 
@@ -167,10 +169,10 @@ def test_the_index_says_which_files_and_one_reading_is_enough(tmp_path: Path, mo
 def test_seconds_count_from_the_beginning_of_the_process() -> None:
     import psutil
 
-    assert startup.age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
-    with startup.phase("a test"):
+    assert phases.age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
+    with phases.phase("a test"):
         time.sleep(0.05)
-    last = startup.phases()[-1]
+    last = phases.phases()[-1]
     assert last["name"] == "a test" and 0.03 < last["end_s"] - last["begin_s"] < 5.0
 
 

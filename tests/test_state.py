@@ -10,9 +10,9 @@ import torch
 
 from families_common import batches, build, loss_fn_of
 from ratel.errors import RatelError
-from ratel.runtime import durable_files
-from ratel.runtime.session import Session
-from ratel.runtime.state import SavedState
+from ratel.runtime.session.session import Session
+from ratel.runtime.states import durable_files
+from ratel.runtime.states.saved_state import SavedState
 
 pytestmark = pytest.mark.e2e
 STEPS = 6

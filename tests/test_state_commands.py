@@ -13,8 +13,8 @@ import torch
 from commands_common import start
 from families_common import batches, build
 from ratel import cli
-from ratel.runtime.state import SavedState
-from ratel.train.output import RunDirectory
+from ratel.runtime.states.saved_state import SavedState
+from ratel.training.output import RunDirectory
 from resume_common import make_model, make_text, model_files, train
 from test_state import flip
 
@@ -109,7 +109,7 @@ def test_export_in_fp32_keeps_every_bit(out: Path, model: Path, tmp_path: Path,
     """Read back by transformers and compared with a session that has the same state."""
     from transformers import AutoModelForCausalLM
 
-    from ratel.runtime.session import Session
+    from ratel.runtime.session.session import Session
 
     assert ratel(capsys, "export", "--state", out, "--out", tmp_path / "model", "--dtype", "fp32")[0] == 0
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -149,8 +149,8 @@ def tokenizer_without_template(path: Path) -> Path:
 
 
 def test_frozen_parameters_have_no_lower_half(tmp_path: Path) -> None:
-    from ratel.runtime.session import Session
-    from ratel.train.export_state import merged
+    from ratel.runtime.session.session import Session
+    from ratel.training.export_state import merged
 
     model = build("llama")
     for name, parameter in model.named_parameters():

@@ -10,9 +10,9 @@ import nvme_ds
 from families_common import batches, build
 from nvme_ds import AlignedBuffer, Engine
 from ratel.errors import RatelError
-from ratel.plan.timeline import Span, Timeline
-from ratel.plan.traffic import step_traffic
-from ratel.runtime.session import Session
+from ratel.planner.traffic import step_traffic
+from ratel.runtime.session.session import Session
+from ratel.trace.timeline import Span, Timeline
 
 pytestmark = pytest.mark.numerics
 MIB = 1 << 20

@@ -12,11 +12,11 @@ import torch
 
 import nvme_ds
 from ratel.errors import RatelError
-from ratel.plan.hardware import Hardware, Ssd, load_hardware
-from ratel.plan.pipes import ssd_rates
-from ratel.plan.stripes import MOST_STRIPES, stripe_weights, striped
-from ratel.runtime import prepare
-from ratel.runtime.session import Session
+from ratel.planner.hardware import Hardware, Ssd, load_hardware
+from ratel.planner.pipes import ssd_rates
+from ratel.planner.stripes import MOST_STRIPES, stripe_weights, striped
+from ratel.runtime.planning import prepare
+from ratel.runtime.session.session import Session
 from ratel.units import MIB
 
 SLOW = Ssd(read_bps=1e9, write_bps=1e9, mixed_bps=1e9)

@@ -147,7 +147,7 @@ def test_drift_is_of_the_counted_steps() -> None:
 def test_the_checkpoint_of_the_start_is_one_that_loads(tmp_path: Path, monkeypatch) -> None:
     from transformers import AutoModelForCausalLM
 
-    from ratel.train.step_bench import fill_quickly
+    from ratel.training.bench.step import fill_quickly
 
     monkeypatch.setattr(startup, "SHARD_BYTES", 16 << 10)
     files = startup.write_checkpoint(TINY, tmp_path)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ratel.config import resolve
+from ratel.data.batches.hiding import Hiding, uniform
 from ratel.data.dataset import Dataset
-from ratel.data.hiding import Hiding, uniform
 from ratel.errors import RatelError
 from ratel.models import load
-from ratel.models.tasks import MULTI, REGRESSION, SINGLE, Task
-from ratel.train.task_inputs import TaskInputs, open_task
+from ratel.models.calls.tasks import MULTI, REGRESSION, SINGLE, Task
+from ratel.training.task_inputs import TaskInputs, open_task
 from tasks_common import VOCAB, WORDS, config, directory, tokenizer
 
 pytestmark = pytest.mark.unit

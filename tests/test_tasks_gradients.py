@@ -7,7 +7,7 @@ import torch
 
 import ratel
 from ratel.errors import RatelError
-from ratel.models.tasks import MULTI, REGRESSION
+from ratel.models.calls.tasks import MULTI, REGRESSION
 from tasks_common import LABELS, batch, config, gradients, model, session_gradients
 
 pytestmark = pytest.mark.numerics

@@ -10,7 +10,7 @@ import torch
 import ratel
 from ratel.cli import main
 from ratel.errors import RatelError
-from ratel.runtime.state import SavedState
+from ratel.runtime.states.saved_state import SavedState
 from tasks_common import WORDS, _AUTO, batch, directory, tokenizer
 
 pytestmark = pytest.mark.e2e

@@ -8,7 +8,7 @@ from ratel.data import byte_level_tokenizer
 from ratel.data.chat import limits
 from ratel.data.chat.encoder import ChatEncoder
 from ratel.data.chat.template import Template
-from ratel.data.records import Chat, RecordError
+from ratel.data.sources.records import Chat, RecordError
 
 pytestmark = pytest.mark.unit
 SAID = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{{ eos_token }}"

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from families_common import build
-from ratel.plan.hardware import load_hardware
-from ratel.runtime import block_timing
-from ratel.runtime.block_runs import BlockRuns
-from ratel.runtime.session import Session
+from ratel.planner.hardware import load_hardware
+from ratel.runtime.blocks.runs import BlockRuns
+from ratel.runtime.planning import block_timing
+from ratel.runtime.session.session import Session
 
 
 def planned_seconds(batch_rows: int = 2, **options: object) -> set[tuple]:

@@ -9,18 +9,18 @@ import nvme_ds
 import pytest
 import torch
 
-import ratel.runtime.training
+import ratel.runtime.session.training_step
 from families_common import batches, build, llama, loss_fn_of
 from ratel.hardware.storage import supports_direct
 from ratel.memory import jitter
-from ratel.plan.placement import forced_placements
-from ratel.plan.plan import Buffers, Plan, Work
-from ratel.plan.shape import ModelSpec, ParamSpec, StageSpec, lay_out
-from ratel.plan.traffic import Traffic, step_traffic
-from ratel.runtime.activations import Activations
-from ratel.runtime.gradients import Gradients
-from ratel.runtime.session import Session
-from ratel.runtime.weights import WeightSource
+from ratel.planner.placement import forced_placements
+from ratel.planner.plan import Buffers, Plan, Work
+from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.planner.traffic import Traffic, step_traffic
+from ratel.runtime.session.session import Session
+from ratel.runtime.streams.activations import Activations
+from ratel.runtime.streams.gradients import Gradients
+from ratel.runtime.streams.weights import WeightSource
 
 STEPS = 3
 ONE_EACH = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1,
@@ -211,7 +211,7 @@ def test_the_engine_moves_what_the_formula_says(case: str, flush_each: bool, ssd
     """Exactly. A unit asked for again while its DRAM copy is still in use is not read twice: such reads are counted
     where they are spared, and the two counts make up the formula's."""
     copies = Copies(monkeypatch)
-    monkeypatch.setattr(ratel.runtime.training, "expects_no_scaling", lambda before: True)
+    monkeypatch.setattr(ratel.runtime.session.training_step, "expects_no_scaling", lambda before: True)
     counted = count("llama", ssd_dir, flush_each=flush_each, **CASES[case])
     total, spared = expected(counted.plan, flush_each=flush_each)
     lucky = counted.saved - spared

@@ -11,8 +11,8 @@ import torch
 import ratel
 from ratel.cli import main
 from ratel.errors import RatelError
-from ratel.models.running import CausalLMRunner
-from ratel.models.shrink import shrunken
+from ratel.models.calls.running import CausalLMRunner
+from ratel.models.checks.shrink import shrunken
 from ratel.verify import known
 from ratel.verify.family import check_class
 from ratel.verify.findings import BROKE, FAILED, HOLDS, Finding, Verdict

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.exactness.bitwise import Repetitions
 from ratel.hardware.device import require_device
-from ratel.runtime.same_bits import WORKSPACE, same_bits
-from ratel.train.step_bench import random_tokens
+from ratel.runtime.session.determinism import WORKSPACE, same_bits
+from ratel.training.bench.step import random_tokens
 from benchmarks.harness.report import Report, script_command, script_path
 from benchmarks.exactness.reproducible_parts import Pieces, Work, busy_machine
 from benchmarks.exactness.reproducible_session import (DETERMINISTIC, HANDED_OVER, PLANS, check_hand_overs, give_memory_back, prepared,

@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ratel import models
 from ratel.hardware.host import worker_cores
-from ratel.models.weights import view
-from ratel.plan.shape import UnitSpec
-from ratel.runtime.loss import chunked_loss, positions_per_chunk, shifted_count, shifted_targets
-from ratel.train.step_bench import fill_quickly
+from ratel.models.checkpoints.weights import view
+from ratel.planner.shape import UnitSpec
+from ratel.runtime.blocks.loss import chunked_loss, positions_per_chunk, shifted_count, shifted_targets
+from ratel.training.bench.step import fill_quickly
 
 Results = dict[str, Tensor]
 Work = Callable[[], Results]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.exactness.bitwise import digest
-from ratel.plan.saved import INPUT
-from ratel.plan.shape import ParamSpec, UnitSpec
-from ratel.runtime.session import Session
-from ratel.runtime.streamer import Key
+from ratel.planner.checkpoints import INPUT
+from ratel.planner.shape import ParamSpec, UnitSpec
+from ratel.runtime.session.session import Session
+from ratel.runtime.streams.streamer import Key
 
 Digest = tuple[str, int]
 """The place at which it was taken, and its value."""

@@ -27,7 +27,7 @@ from torch import nn
 
 from ratel.memory.resident import peak_bytes, reset_peak
 from ratel.models.presets import preset_config
-from ratel.train.step_bench import StepBench, fill_quickly, measure, random_block, random_tokens
+from ratel.training.bench.step import StepBench, fill_quickly, measure, random_block, random_tokens
 from ratel.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

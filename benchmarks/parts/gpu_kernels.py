@@ -12,10 +12,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ratel.plan.attained import busy_seconds
-from ratel.plan.timeline import Span
-from ratel.runtime.session import Session
-from ratel.train.step_bench import random_tokens, use_quick_weights
+from ratel.planner.report.utilization import busy_seconds
+from ratel.runtime.session.session import Session
+from ratel.trace.timeline import Span
+from ratel.training.bench.step import random_tokens, use_quick_weights
 
 
 def parse() -> argparse.Namespace:

@@ -15,8 +15,8 @@ import torch
 from benchmarks.harness.report import Report
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ratel.runtime.session import Session
-from ratel.train.step_bench import random_tokens, use_quick_weights
+from ratel.runtime.session.session import Session
+from ratel.training.bench.step import random_tokens, use_quick_weights
 
 VOCAB, ROWS, POSITIONS = 512, 2, 16
 

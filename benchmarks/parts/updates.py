@@ -22,9 +22,9 @@ from benchmarks.harness.systems import NEVER, model_config, read_model
 from ratel.hardware.host import worker_cores
 from ratel.hardware.probe import adam_params, room
 from ratel.hardware.rates import measure_adamw
-from ratel.plan.placement import DRAM, PLANES
-from ratel.runtime.session import Session
-from ratel.train.step_bench import random_tokens, use_quick_weights
+from ratel.planner.placement import DRAM, PLANES
+from ratel.runtime.session.session import Session
+from ratel.training.bench.step import random_tokens, use_quick_weights
 
 ADAM = dict(grad_scale=1.0, lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, step=10)
 TASKS = Path("/proc/self/task")

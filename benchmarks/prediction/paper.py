@@ -4,7 +4,7 @@
     python -m benchmarks.prediction.paper --save     also write benchmarks/results/icde25_paper.json
 
 The model is configured to do what the paper's system did (benchmarks/prediction/paper_systems.py) on the machines 4090 and 3090 of
-ratel/plan/machines. Nothing is fitted but the numbers of these files.
+ratel/planner/machines. Nothing is fitted but the numbers of these files.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from benchmarks.harness.report import RESULTS
 from benchmarks.prediction import paper_figures as figures
 from benchmarks.prediction import paper_systems as systems
 from benchmarks.prediction.paper_figures import BEST_BATCH, CAPACITY_SHAPES, SEQ_LEN
-from ratel.plan.cost import Prediction
-from ratel.plan.hardware import Hardware, load_hardware, with_ssds
-from ratel.plan.pipes import ssd_rates
-from ratel.plan.plan import Plan
-from ratel.plan.traffic import activation_traffic, pass_traffic
+from ratel.planner.forecast.cost import Prediction
+from ratel.planner.hardware import Hardware, load_hardware, with_ssds
+from ratel.planner.pipes import ssd_rates
+from ratel.planner.plan import Plan
+from ratel.planner.traffic import activation_traffic, pass_traffic
 
 RESULT = RESULTS / "icde25_paper.json"
 BATCHES = (8, 16, 24, 32, 48, 64, 96, 128)

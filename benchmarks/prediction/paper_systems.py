@@ -6,13 +6,13 @@ from dataclasses import replace
 from unittest.mock import patch
 
 from benchmarks.prediction.paper_figures import SEQ_LEN, SHAPES, VOCAB
-from ratel.plan.activations import BlockProfile, Inner
-from ratel.plan.cost import Prediction, predict
-from ratel.plan.hardware import Hardware
-from ratel.plan.placement import DRAM, ELEMENT_BYTES, GPU, SSD, UnitPlacement
-from ratel.plan.plan import Buffers, Plan, Work
-from ratel.plan.shape import UNIT_ALIGN, ModelSpec, ParamSpec, StageSpec, lay_out
-from ratel.plan.traffic import activation_traffic
+from ratel.planner.block_profile import BlockProfile, Inner
+from ratel.planner.forecast.cost import Prediction, predict
+from ratel.planner.hardware import Hardware
+from ratel.planner.placement import DRAM, ELEMENT_BYTES, GPU, SSD, UnitPlacement
+from ratel.planner.plan import Buffers, Plan, Work
+from ratel.planner.shape import UNIT_ALIGN, ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.planner.traffic import activation_traffic
 from ratel.units import align_up
 
 WORKSPACE_BYTES = 20

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from ratel.hardware.probe import probe
-from ratel.plan.cost import predict
-from ratel.plan.hardware import with_cap
-from ratel.runtime.session import Session
-from ratel.train.step_bench import use_quick_weights
+from ratel.planner.forecast.cost import predict
+from ratel.planner.hardware import with_cap
+from ratel.runtime.session.session import Session
+from ratel.training.bench.step import use_quick_weights
 from ratel.units import parse_rate
 
 from benchmarks.prediction.reality import make_config, take_step

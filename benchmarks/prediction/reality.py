@@ -21,12 +21,12 @@ from benchmarks.harness.systems import ALWAYS, NEVER
 from ratel.hardware.host import describe_host
 from ratel.hardware.probe import probe
 from ratel.memory.resident import peak_bytes, reset_peak
-from ratel.plan.cost import predict
-from ratel.plan.hardware import Hardware, with_cap
-from ratel.plan.simulate import simulate
-from ratel.runtime.session import Session
-from ratel.runtime.step_result import StepResult
-from ratel.train.step_bench import random_tokens, use_quick_weights
+from ratel.planner.forecast.cost import predict
+from ratel.planner.forecast.simulate import simulate
+from ratel.planner.hardware import Hardware, with_cap
+from ratel.runtime.session.result import StepResult
+from ratel.runtime.session.session import Session
+from ratel.training.bench.step import random_tokens, use_quick_weights
 from ratel.units import parse_rate
 
 OFF = dict(max_grad_norm=0.0)

@@ -16,8 +16,8 @@ from typing import Any
 
 from ratel.memory.resident import peak_bytes
 from ratel.models.presets import preset_config
-from ratel.train.max_bench import MaxBench, max_batch
-from ratel.train.step_bench import StepBench, measure
+from ratel.training.bench.largest import MaxBench, max_batch
+from ratel.training.bench.step import StepBench, measure
 from ratel.units import parse_bytes
 
 USUAL = {"model": ("llama-13b", 8, 1024), "sequence": ("llama-3b", 1, 1 << 17), "batch": ("llama-3b", 0, 1024)}

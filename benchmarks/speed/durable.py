@@ -20,8 +20,8 @@ import torch
 
 from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
-from ratel.runtime.session import Session
-from ratel.train.step_bench import random_tokens, use_quick_weights
+from ratel.runtime.session.session import Session
+from ratel.training.bench.step import random_tokens, use_quick_weights
 
 WAYS: dict[str, dict[str, Any]] = {
     "nothing": dict(checksums="off"),

@@ -27,7 +27,7 @@ from benchmarks.harness.jobs import NOT_BEGUN
 from benchmarks.harness.report import Clock, Report
 from benchmarks.harness.systems import DTYPES, model_config, read_model
 from benchmarks.harness.watched import stop_group
-from ratel.train.step_bench import fill_quickly
+from ratel.training.bench.step import fill_quickly
 from ratel.units import GIB, MIB
 
 SHARD_BYTES = 1 * GIB

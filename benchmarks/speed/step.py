@@ -7,7 +7,7 @@ import argparse
 import json
 import traceback
 
-from ratel.train.step_bench import StepBench, measure, table
+from ratel.training.bench.step import StepBench, measure, table
 
 
 def parse() -> argparse.Namespace:

@@ -92,7 +92,7 @@ def paper_section(name: str, result: dict) -> list[str]:
     lines = [f"## Predicted: {name}", "",
              "Nothing here was measured. `python -m benchmarks.prediction.paper --save` configures the cost model of docs/planner.md to "
              "do what the system of the Ratel paper (ICDE 2025) did, on the machines `4090` and `3090` of "
-             "`ratel/plan/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this "
+             "`ratel/planner/machines`, and compares with the figures that the paper reports. \"Ratel\" is what this "
              "project would do there, with updates under backward (eager) and with exact clipping (deferred). A figure "
              "that others of the same paper contradict is not counted.", "",
              f"Mean error {result['mean_error']:.1%}; {result['sizes_met']} of {result['sizes']} model sizes met.", "",
@@ -204,7 +204,7 @@ def updates_section(name: str, report: dict) -> list[str]:
 
 
 def max_section(name: str, results: list[dict]) -> list[str]:
-    from ratel.train.max_bench import table
+    from ratel.training.bench.largest import table
 
     what = "max-model" if "layers" in results[0] else "max-batch"
     of = next(r for r in results if "hardware" in r)

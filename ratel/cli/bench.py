@@ -81,7 +81,7 @@ def _add_max(parts: Any, name: str, text: str) -> None:
 
 
 def _max(args: argparse.Namespace) -> None:
-    from ratel.train import max_bench
+    from ratel.training.bench import largest as max_bench
 
     limits = [parse_bytes(text, field="--dram") for text in args.dram.split(",")]
     bench = max_bench.MaxBench(model=args.model, batch_size=args.batch_size, seq_len=args.seq_len, steps=args.steps,
@@ -93,8 +93,8 @@ def _max(args: argparse.Namespace) -> None:
 
 
 def _step(args: argparse.Namespace) -> None:
-    from ratel.runtime.same_bits import same_bits
-    from ratel.train.step_bench import StepBench, details, measure, table
+    from ratel.runtime.session.determinism import same_bits
+    from ratel.training.bench.step import StepBench, details, measure, table
 
     check_can_write(args.trace, "--trace")
     names = ("device", "tier", "checkpoint_tier", "activations", "dtype", "optimizer", "gpu_memory", "dram", "ssd_bandwidth",

@@ -13,7 +13,7 @@ from ratel.errors import RatelError
 from ratel.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from ratel.runtime.state import SavedState
+    from ratel.runtime.states.saved_state import SavedState
 
 _REDRAW_S = 0.2
 
@@ -61,9 +61,9 @@ def _check_model(args: argparse.Namespace) -> int:
 
 
 def _check_state(args: argparse.Namespace) -> None:
-    from ratel.runtime.state import SavedState
-    from ratel.train.output import beside_a_run
-    from ratel.train.states import find_state
+    from ratel.runtime.states.saved_state import SavedState
+    from ratel.training.output import beside_a_run
+    from ratel.training.states import find_state
 
     path = find_state(args.state, "DIR")
     begun = perf_counter()  # imports come before

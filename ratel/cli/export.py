@@ -22,6 +22,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ratel.train.export_state import export_state
+    from ratel.training.export_state import export_state
 
     print(export_state(args.state, args.out, model=args.model, dtype=args.dtype, optimizer=args.optimizer, ssd=args.ssd))

@@ -14,8 +14,8 @@ from ratel.errors import RatelError
 from ratel.units import parse_bytes
 
 if TYPE_CHECKING:
-    from ratel.runtime.plan_machine import Machine
-    from ratel.runtime.planning import Planner, PlanResult
+    from ratel.runtime.planning.machine import Machine
+    from ratel.runtime.planning.request import Planner, PlanResult
 
 OPTIONS = ("model", "task", "batch_size", "micro_batch", "seq_len", "optimizer", "max_grad_norm", "dtype", "attention", "device",
            "gpu_memory", "dram", "ssd", "ssd_bandwidth", "tier", "checkpoint_tier", "activations", "hardware", "save_every",
@@ -55,15 +55,15 @@ def run(args: argparse.Namespace) -> None:
         from ratel.cli.plan_picture import check_can_draw
 
         check_can_draw(args.plot)
-    from ratel.plan.wear import parse_endurance
-    from ratel.runtime.plan_machine import machine_for
+    from ratel.planner.forecast.wear import parse_endurance
+    from ratel.runtime.planning.machine import machine_for
 
     endurance = None if args.endurance is None else parse_endurance(args.endurance)
     space = None if args.ssd_space is None else parse_bytes(args.ssd_space, field="--ssd-space")
     machine = machine_for(config, ssds=args.ssds, ssd_space=space)
     if args.largest == "model":
         return _print_largest_model(args, config, machine)
-    from ratel.runtime.planning import Planner
+    from ratel.runtime.planning.request import Planner
 
     planner = Planner(config.model, config, machine)
     try:
@@ -98,8 +98,8 @@ def _with_what_fits(error: RatelError, planner: "Planner") -> RatelError:
 
 def _write_files(args: argparse.Namespace, found: "PlanResult") -> None:
     if args.trace is not None:
-        from ratel.plan.simulate import simulate
-        from ratel.plan.timeline import write_trace
+        from ratel.planner.forecast.simulate import simulate
+        from ratel.trace.timeline import write_trace
 
         simulated = simulate(found.plan, found.report.hardware)
         _write("--trace", args.trace, lambda: write_trace(args.trace, simulated.spans))
@@ -132,7 +132,7 @@ def _print_largest(args: argparse.Namespace, config: TrainConfig, planner: "Plan
 
 
 def _print_largest_model(args: argparse.Namespace, config: TrainConfig, machine: "Machine") -> None:
-    from ratel.runtime.planning import largest_model
+    from ratel.runtime.planning.request import largest_model
 
     found = largest_model(config, machine, config.model)
     if args.json:

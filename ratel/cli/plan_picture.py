@@ -8,7 +8,7 @@ from ratel.errors import RatelError
 from ratel.units import GIB
 
 if TYPE_CHECKING:
-    from ratel.plan.report import Report
+    from ratel.planner.report.report import Report
 
 SIZE_INCHES = (11.0, 6.5)
 CHARACTERS = 150
@@ -43,7 +43,7 @@ def draw(report: "Report", path: Path) -> None:
 
 def _draw_memory(axes: Any, report: "Report") -> None:
     """One bar per tier, each as a share of what it may use: tiers differ by orders of magnitude."""
-    from ratel.plan.report import summed
+    from ratel.planner.report.report import summed
 
     tiers = [(tier, items, allowed) for tier, (items, allowed) in report.tiers.items() if items]
     colors: dict[str, str] = {}
@@ -65,8 +65,8 @@ def _draw_memory(axes: Any, report: "Report") -> None:
 
 
 def _draw_time(axes: Any, report: "Report") -> None:
-    from ratel.plan.cost import RESOURCES
-    from ratel.plan.report import NAMES
+    from ratel.planner.forecast.cost import RESOURCES
+    from ratel.planner.report.report import NAMES
 
     prediction = report.prediction
     for row, name in enumerate(RESOURCES):

@@ -20,26 +20,27 @@ def add(commands: Any) -> None:
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
-    from ratel.train.options import complete
+    from ratel.training.options import complete
 
     names = {spec.name for spec in fields(TrainConfig)}
     return complete({name: value for name, value in vars(args).items() if name in names}, args.config)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ratel import interrupt, startup
-    from ratel.train.ahead import begin_ahead, begin_kernels
+    from ratel import interrupt
+    from ratel.trace import phases
+    from ratel.startup.ahead import begin_ahead, begin_kernels
 
     config = train_config(args)
     if config.model is None:
         raise RatelError("is missing", field="--model", remedy="Give a Hugging Face directory or a preset, as demo")
-    startup.note("interpreter and options", 0.0)
+    phases.note("interpreter and options", 0.0)
     begin_ahead(config)  # before PyTorch is imported: disk and memory have nothing else to do in these seconds
     with _nothing_collected(), interrupt.outside():  # of others' code, for seconds; and nothing is there yet to be put in order
-        with startup.phase("imports"):
-            from ratel.train import run as training
+        with phases.phase("imports"):
+            from ratel.training import run as training
         begin_kernels(config)
-        with startup.phase("transformers"), _passed_over("sklearn", "scipy", "torchvision"), suppress(ImportError):
+        with phases.phase("transformers"), _passed_over("sklearn", "scipy", "torchvision"), suppress(ImportError):
             import transformers.generation.utils  # noqa: F401 - the last that every model of it needs
             import transformers.modeling_utils  # noqa: F401
 

@@ -9,19 +9,19 @@ from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from ratel.data.bundled import bundled_sources
+from ratel.data.batches.forms import Batch, Form, Packed
+from ratel.data.batches.order import Permutation
+from ratel.data.batches.prefetch import Prefetcher
+from ratel.data.batches.stream import Position, Reader, RowStream
 from ratel.data.chat.own_tokens import renders_itself
-from ratel.data.corpus import Corpus
-from ratel.data.documents import DocumentList
-from ratel.data.forms import Batch, Form, Packed
 from ratel.data.going_on import go_on
-from ratel.data.order import Permutation
-from ratel.data.prefetch import Prefetcher
 from ratel.data.review.check import ConversationCheck
-from ratel.data.skipping import SkippedLines
-from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, find_sources
-from ratel.data.stream import Position, Reader, RowStream
-from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab
+from ratel.data.sources.bundled import bundled_sources
+from ratel.data.sources.corpus import Corpus
+from ratel.data.sources.documents import DocumentList
+from ratel.data.sources.files import MIN_TEXT_BYTES, DataArgument, find_sources
+from ratel.data.sources.skipping import SkippedLines
+from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab
 from ratel.errors import RatelError
 from ratel.schema import SchemaError, check, listing, record, text, whole
 from ratel.units import format_count

@@ -6,9 +6,9 @@ from itertools import islice
 
 import numpy as np
 
-from ratel.data.documents import DocumentList, find
-from ratel.data.order import Permutation
-from ratel.data.stream import Position
+from ratel.data.batches.order import Permutation
+from ratel.data.batches.stream import Position
+from ratel.data.sources.documents import DocumentList, find
 from ratel.errors import RatelError
 from ratel.units import format_count
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ratel.hardware.timing import median_seconds
 from ratel.models import Parts
-from ratel.plan.shape import UnitSpec
+from ratel.planner.shape import UnitSpec
 
 BlockSeconds = tuple[tuple[int, float, float], ...]
 """As ``BlockProfile.seconds``: ``(rows, forward, backward with everything recomputed)``, by rows."""

@@ -13,13 +13,13 @@ from ratel.hardware import block_rates, rates
 from ratel.hardware.copies import Link, measure_device_memory, measure_dram
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.hardware.host import available_memory, describe_cpu, describe_memory, usable_cores, worker_cores
-from ratel.probe_cache import Key, load, store
 from ratel.hardware.ssd_rates import measure_ssds
 from ratel.hardware.storage import describe_directory
 from ratel.hardware.timing import repeated_beside
 from ratel.memory.resident import resident_bytes
-from ratel.plan.compute import UPDATE_BYTES
-from ratel.plan.hardware import Hardware
+from ratel.planner.forecast.compute import UPDATE_BYTES
+from ratel.planner.hardware import Hardware
+from ratel.probe_cache import Key, load, store
 from ratel.reading import read_text
 from ratel.units import GIB, MIB
 

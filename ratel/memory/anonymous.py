@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from dataclasses import dataclass
 
 from ratel import native
 from ratel.errors import RatelError
@@ -47,3 +48,11 @@ def arena_in(region: mmap.mmap) -> tuple[int, int]:
     """Address and bytes of the arena in a region of `region_bytes`."""
     begin = ctypes.addressof(ctypes.c_char.from_buffer(region))
     return align_up(begin, HUGE_PAGE_BYTES), len(region) - HUGE_PAGE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Memory for an arena; if it ``is_pinned``, then from the arena's first byte to its last."""
+
+    map: mmap.mmap
+    is_pinned: bool = False

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ratel import native, startup
+from ratel import native
 from ratel.errors import RatelError
-from ratel.memory.anonymous import MOST_PINNED_BYTES, PAGE_BYTES, TOUCHED_BYTES, anonymous_map, arena_in, region_bytes
-from ratel.memory.early import Taken
+from ratel.memory.anonymous import MOST_PINNED_BYTES, PAGE_BYTES, TOUCHED_BYTES, Taken, anonymous_map, arena_in, region_bytes
 from ratel.memory.jobs import in_thread
+from ratel.trace import phases
 from ratel.units import align_up, format_bytes
 
 
@@ -89,9 +89,9 @@ class Arena:
             if self.num_bytes > MOST_PINNED_BYTES:
                 self._is_laid_out.wait()
             if not self._given_up.is_set():
-                begin_s = startup.age_s()
+                begin_s = phases.age_s()
                 self._pin(list(pinned_pieces(self._ends, self.num_bytes)))
-                startup.note("pinning memory", begin_s, bytes=self.num_bytes)
+                phases.note("pinning memory", begin_s, bytes=self.num_bytes)
 
     def _pin(self, pieces: list[tuple[int, int]]) -> None:
         """All of them, or none."""

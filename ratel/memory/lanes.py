@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 
 from ratel.memory import jitter
-from ratel.plan import timeline
+from ratel.trace import timeline
 
 LANES = ("compute", "h2d", "d2h")
 

@@ -8,7 +8,7 @@ import threading
 from time import perf_counter
 from types import TracebackType
 
-from ratel.plan.timeline import Span
+from ratel.trace.timeline import Span
 
 SHORTEST_S = 10e-6
 """A lock that was free a moment later is no wait."""

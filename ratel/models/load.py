@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 from ratel.errors import RatelError
-from ratel.models import blocks as finder
-from ratel.models.checkpoint import CheckpointSource
 from ratel.models.checkpoints.beside import Origin
+from ratel.models.checkpoints.directory import CheckpointSource
 from ratel.models.checkpoints.dtypes import kept_in_fp32
+from ratel.models.structure import blocks as finder
 from ratel.models.checkpoints.refusals import (refuse_adapted, refuse_fetched_kernels, refuse_file, refuse_other_heads,
                                                refuse_other_weights)
-from ratel.models.config import causal_class, read_config, refuse_config
-from ratel.models.layout import longest_sequence
+from ratel.models.calls.running import LossFn
+from ratel.models.calls.tasks import Task
+from ratel.models.checkpoints.config import causal_class, read_config, refuse_config
+from ratel.models.checkpoints.weights import FreshSource, TensorSource, WeightSource, WithFreshHead
 from ratel.models.parts import TRIAL_ERRORS, Parts
 from ratel.models.presets import preset_config
-from ratel.models.running import LossFn
-from ratel.models.skeleton import Originals, build, move_buffers, strip_parameters
-from ratel.models.tasks import Task
-from ratel.models.weights import FreshSource, TensorSource, WeightSource, WithFreshHead
+from ratel.models.structure.skeleton import Originals, build, move_buffers, strip_parameters
+from ratel.models.structure.unit_layout import longest_sequence
 
 log = logging.getLogger(__name__)
 

@@ -10,27 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
-from ratel.models import blocks as finder
-from ratel.models.checkpoint import EXTRA_STATE
-from ratel.models.caches import Caches
-from ratel.models.checks.family import family_of
-from ratel.models.checks.given import outline_of, refuse_changing, state_of
+from ratel.models.calls.caches import Caches
+from ratel.models.calls.router import Routing, find_router_loss
+from ratel.models.calls.running import CausalLMRunner, LossFn, LossRunner
+from ratel.models.calls.tasks import Task, TaskRunner
 from ratel.models.checkpoints.beside import Origin, write_beside
+from ratel.models.checkpoints.directory import EXTRA_STATE
 from ratel.models.checkpoints.export_layout import ExportLayout
-from ratel.models.gates import Gates, Head, RngState, StopForward, Tail
-from ratel.models.guard import Guard
-from ratel.models.inputs import BlockCall, BlockInputs
-from ratel.models.layout import Layout, make_layout
-from ratel.models.longrope import LongRope
-from ratel.models.router import Routing, find_router_loss
-from ratel.models.running import CausalLMRunner, LossFn, LossRunner
-from ratel.models.skeleton import Originals, owners
-from ratel.models.shadow import Shadow, assignments_undone
-from ratel.models.stored_bits import StoredBits
-from ratel.models.tasks import Task, TaskRunner
-from ratel.models.trace import Trace, trace
-from ratel.models.weights import WeightSource, view
-from ratel.plan.shape import ModelSpec, ParamSpec, UnitSpec
+from ratel.models.checkpoints.weights import WeightSource, view
+from ratel.models.checks.family import family_of
+from ratel.models.safetensors.stored_bits import StoredBits
+from ratel.models.structure import blocks as finder
+from ratel.models.structure.gates import Gates, Head, RngState, StopForward, Tail
+from ratel.models.structure.given import outline_of, refuse_changing, state_of
+from ratel.models.structure.guard import Guard
+from ratel.models.structure.inputs import BlockCall, BlockInputs
+from ratel.models.structure.longrope import LongRope
+from ratel.models.structure.shadow import Shadow, assignments_undone
+from ratel.models.structure.skeleton import Originals, owners
+from ratel.models.structure.trace import Trace, trace
+from ratel.models.structure.unit_layout import Layout, make_layout
+from ratel.planner.shape import ModelSpec, ParamSpec, UnitSpec
 
 log = logging.getLogger(__name__)
 

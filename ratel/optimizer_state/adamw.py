@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratel.errors import RatelError
-from ratel.plan.shape import ParamSpec
+from ratel.planner.shape import ParamSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import AdamW, Optimizer
 
-    from ratel.models.shards import Piece
+    from ratel.models.safetensors.writer import Piece
     from ratel.optimizer_state.files import MomentFiles
 
 
@@ -60,8 +60,8 @@ def save_adamw_state(path: "str | os.PathLike[str]", model: "nn.Module", optimiz
     are stored as fp32. Raises RatelError before the first step, if the parameters' step counts differ (Ratel has one
     for all), and for what `load_adamw_state` refuses.
     """
-    from ratel.models.safetensors_files import SUFFIX
-    from ratel.models.shards import SHARD_BYTES
+    from ratel.models.safetensors.files import SUFFIX
+    from ratel.models.safetensors.writer import SHARD_BYTES
     from ratel.optimizer_state.files import STEM
     from ratel.optimizer_state.writing import replace_moments
 
@@ -124,7 +124,7 @@ def common_step(trained: list[Trained], optimizer: "Optimizer") -> int:
 def _piece(each: Trained, optimizer: "Optimizer") -> "Piece":
     import torch
 
-    from ratel.models.shards import Outline, Piece
+    from ratel.models.safetensors.writer import Outline, Piece
     from ratel.optimizer_state.files import MOMENTS, key_of
 
     def make() -> "Iterator[tuple[str, Tensor]]":

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ratel.errors import RatelError
-from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX, TensorFiles, files_of, indexed_files
-from ratel.models.safetensors_header import read_header
-from ratel.plan.shape import ParamSpec
+from ratel.models.safetensors.files import INDEX_SUFFIX, SUFFIX, TensorFiles, files_of, indexed_files
+from ratel.models.safetensors.header import read_header
+from ratel.planner.shape import ParamSpec
 
 FORMAT, VERSION = "ratel-adamw", 1
 STEM = "optimizer"

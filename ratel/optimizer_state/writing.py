@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ratel.errors import RatelError
-from ratel.models.safetensors_files import INDEX_SUFFIX, SUFFIX
-from ratel.models.shards import Piece, write_shards
+from ratel.models.safetensors.files import INDEX_SUFFIX, SUFFIX
+from ratel.models.safetensors.writer import Piece, write_shards
 from ratel.optimizer_state.files import FORMAT, STEM, VERSION
 from ratel.ownership import exports
 from ratel.synced import sync_path, sync_tree

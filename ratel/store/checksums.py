@@ -11,8 +11,8 @@ import torch
 
 from ratel import native
 from ratel.errors import DamagedError
-from ratel.plan.layout import first_element, first_grain, num_grains, segments
-from ratel.plan.shape import ModelSpec
+from ratel.planner.shape import ModelSpec
+from ratel.planner.slot_layout import first_element, first_grain, num_grains, segments
 
 Key = tuple[int, str]
 

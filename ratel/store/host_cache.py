@@ -17,8 +17,8 @@ from ratel.errors import DamagedError
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
-from ratel.plan.placement import weight_class
-from ratel.plan.plan import Plan
+from ratel.planner.placement import weight_class
+from ratel.planner.plan import Plan
 from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
 

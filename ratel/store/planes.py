@@ -6,8 +6,8 @@ import torch
 
 from ratel import native
 from ratel.memory.arena import Arena
-from ratel.plan.placement import DRAM, GPU, PLANES, SSD, plane_elements
-from ratel.plan.plan import PAGE_BYTES, Plan
+from ratel.planner.placement import DRAM, GPU, PLANES, SSD, plane_elements
+from ratel.planner.plan import PAGE_BYTES, Plan
 from ratel.store.checksums import Checksums
 from ratel.store.versions import Versions
 from ratel.units import align_up

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ratel import native
 from ratel.memory.arena import keep_mapped
-from ratel.plan.layout import pieces
-from ratel.plan.placement import DRAM, SSD
-from ratel.plan.shape import UnitSpec
+from ratel.planner.placement import DRAM, SSD
+from ratel.planner.shape import UnitSpec
+from ratel.planner.slot_layout import pieces
 from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
 

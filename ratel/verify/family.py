@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
-from ratel.models.checkpoints.compare import compare_loading
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 from ratel.verify.findings import BROKE, FAILED, HOLDS, SAID, Finding, Verdict, one_line
-from ratel.verify.quiet import quiet
 from ratel.verify.gradients import ROUNDING, Pass, compare, pass_of, session_options
+from ratel.verify.loading import compare_loading
+from ratel.verify.quiet import quiet
 from ratel.verify.subject import HIGHEST, IGNORED, LENGTH, LOWEST, NEXT_TOKEN, ROWS, Batch, Loss, PlainError, Subject
 
 PACKED_ROUNDING = 1e-4
@@ -23,7 +23,7 @@ SAME_LOSS = 1e-5
 
 
 def check_class(model_class: type[nn.Module], config: Any, task: str, *, is_quick: bool = False) -> Verdict:
-    """Everything about a class with a configuration that is small already (`ratel.models.shrink`), on the CPU.
+    """Everything about a class with a configuration that is small already (`ratel.models.checks.shrink`), on the CPU.
 
     ``is_quick``: gradients in fp32, causality and documents that share a row; not exports, resuming, bf16 and other losses.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ratel.runtime.session import Session
+from ratel.runtime.session.session import Session
 from ratel.verify.findings import FAILED, HOLDS, Finding
 
 Grads = dict[str, Tensor]

@@ -9,15 +9,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ratel import probe_cache, startup
+from ratel import probe_cache
 from ratel.config import NEXT_TOKEN
 from ratel.errors import RatelError
-from ratel.memory import early
-from ratel.models.config import read_config
+from ratel.models.calls.tasks import Task
+from ratel.models.checkpoints.config import read_config
+from ratel.models.checks.shrink import shrunken
 from ratel.models.load import load
 from ratel.models.presets import preset_config
-from ratel.models.shrink import shrunken
-from ratel.models.tasks import Task
+from ratel.startup import arena_ahead
+from ratel.trace import phases
 from ratel.verify.family import check_class
 from ratel.verify.findings import Verdict, one_line
 
@@ -61,7 +62,7 @@ def quick_verdict(module: nn.Module, task: str, note: Any) -> Verdict | None:
     if known is None:
         note(f"{model_class.__name__} is new here: a small copy of it is checked once")
         try:
-            with startup.as_one("check of the family"), early.put_aside():
+            with phases.as_one("check of the family"), arena_ahead.put_aside():
                 known = check_class(model_class, config, task, is_quick=True)
         except (OSError, SafetensorError) as error:  # no room among the temporary files: not kept, since there may be some later
             return Verdict(name=model_class.__name__, task=task, refused=f"no small copy was written: {one_line(error, 160)}")

@@ -103,7 +103,7 @@ def check_entry(entry: Entry) -> Verdict:
 
 def small_config(model_class: Any, task: str) -> Any:
     """Of the class's defaults. A class that can be both is the decoder where it is to learn the next token."""
-    from ratel.models.shrink import shrunken
+    from ratel.models.checks.shrink import shrunken
 
     config_class = model_class.config_class
     kind = config_class.model_type

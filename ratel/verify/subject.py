@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratel.models.shrink import random_parameters
+from ratel.models.checks.shrink import random_parameters
 from ratel.verify.findings import one_line
 from ratel.verify.gradients import Pass
 

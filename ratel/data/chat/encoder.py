@@ -11,9 +11,9 @@ from ratel.data.chat.own_tokens import renders_itself, token_rows
 from ratel.data.chat.shapes import Shape, in_shape, shapes_of
 from ratel.data.chat.template import Template
 from ratel.data.chat.turns import Row, Turns
-from ratel.data.pieces import Pieces
-from ratel.data.records import Chat, RecordError, is_learned
-from ratel.data.tokenizer import DEFAULT_CHAT_TEMPLATE, added_tokens
+from ratel.data.sources.records import Chat, RecordError, is_learned
+from ratel.data.tokens.pieces import Pieces
+from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

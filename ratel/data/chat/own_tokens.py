@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ratel.data.chat.shapes import THOUGHTS, Shape, in_shape
-from ratel.data.records import Chat, RecordError, is_learned
-from ratel.data.tokenizer import eos_id
+from ratel.data.sources.records import Chat, RecordError, is_learned
+from ratel.data.tokens.tokenizer import eos_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

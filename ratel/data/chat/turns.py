@@ -17,7 +17,7 @@ import numpy as np
 from ratel.data.chat.shapes import THOUGHTS, TOOLS, Field, Shaped, field_finder
 from ratel.data.chat.template import Rendering, Template
 from ratel.data.chat.traced import Traced
-from ratel.data.records import RecordError
+from ratel.data.sources.records import RecordError
 
 _STRANGER = chr(2)
 """The origin of a content that stands in for another."""

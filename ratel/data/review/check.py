@@ -10,9 +10,9 @@ from time import perf_counter
 from typing import Any
 
 from ratel import interrupt
-from ratel.data.corpus import Corpus
-from ratel.data.records import Chat
 from ratel.data.review.survey import Entry, Totals, survey
+from ratel.data.sources.corpus import Corpus
+from ratel.data.sources.records import Chat
 from ratel.errors import RatelError
 from ratel.units import format_count
 

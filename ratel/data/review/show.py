@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ratel.data.records import Chat, Completion
 from ratel.data.review.survey import Entry, Totals, learned_of, texts_of
+from ratel.data.sources.records import Chat, Completion
 from ratel.units import format_count
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ratel.data.corpus import plain
-from ratel.data.encode import Document, Encoder
-from ratel.data.records import Record, RecordError, Text, decode, parse_line
-from ratel.data.sources import MIN_TEXT_BYTES, DataArgument, LineError, Source, find_sources, scan_jsonl, scan_text
-from ratel.data.tokenizer import check_vocab, load_tokenizer, tokenizer_source
+from ratel.data.batches.encode import Document, Encoder
+from ratel.data.sources.corpus import plain
+from ratel.data.sources.files import MIN_TEXT_BYTES, DataArgument, LineError, Source, find_sources, scan_jsonl, scan_text
+from ratel.data.sources.records import Record, RecordError, Text, decode, parse_line
+from ratel.data.tokens.tokenizer import check_vocab, load_tokenizer, tokenizer_source
 from ratel.errors import RatelError
 
 if TYPE_CHECKING:

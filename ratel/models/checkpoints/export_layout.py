@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ratel.models.checkpoints.dtypes import planned_in_fp32
 from ratel.models.checkpoints.original import Group, Originals
 from ratel.models.checkpoints.other_state import as_tensors
-from ratel.models.shards import Outline
-from ratel.plan.shape import ParamSpec, UnitSpec, lay_out
+from ratel.models.safetensors.writer import Outline
+from ratel.planner.shape import ParamSpec, UnitSpec, lay_out
 
 log = logging.getLogger(__name__)
 

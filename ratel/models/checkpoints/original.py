@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ratel.models.shards import Outline
+from ratel.models.safetensors.writer import Outline
 
 log = logging.getLogger(__name__)
 

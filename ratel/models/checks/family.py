@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ratel import probe_cache
-from ratel.models.blocks import count_elements
-from ratel.models.caches import Caches
-from ratel.models.documents import MADE, OWN
-from ratel.models.running import CausalLMRunner
-from ratel.models.shrink import FIRST_SPECIAL, random_parameters, shrunken
+from ratel.models.calls.caches import Caches
+from ratel.models.calls.documents import MADE, OWN
+from ratel.models.calls.running import CausalLMRunner
+from ratel.models.checks.shrink import FIRST_SPECIAL, random_parameters, shrunken
+from ratel.models.structure.blocks import count_elements
 
 LENGTHS = (21, 13, 17)
 """Of the documents in one row, in tokens: longer than the windows of a shrunken copy, shorter than its positions."""

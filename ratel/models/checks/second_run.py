@@ -1,24 +1,26 @@
 """Is a second run of a block what the first was? Tried on random values before planning, and on real ones in the first step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ratel.errors import RatelError
-from ratel.models.checks.given import (changed_argument, changed_names, content_of, named_arguments, picture, refuse_changing,
-                                       state_of)
-from ratel.models.inputs import BlockInputs
-from ratel.models.parts import Parts
+from ratel.models.structure.given import (changed_argument, changed_names, content_of, named_arguments, picture, refuse_changing,
+                                          state_of)
+from ratel.models.structure.inputs import BlockInputs
+
+if TYPE_CHECKING:
+    from ratel.models.parts import Parts
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Relative, of a token. With a graph another kernel may run than without one, and some add up in any order."""
 SAMPLED_TOKENS = 16
 
 
-def refuse_unlike_runs(parts: Parts, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
+def refuse_unlike_runs(parts: "Parts", block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
     """Run the block as forward does, twice, and as backward does. Raises RatelError where runs differ, or where one leaves
     something behind that the next would meet. ``seed`` sets the random generators, always to the same state."""
     module, call = parts.blocks[block], parts.call_of(block, hidden, inputs)

@@ -1,0 +1,72 @@
+"""What the simulated engine consists of: the machine's resources, and what its threads hand each other."""
+
+from dataclasses import dataclass, field
+
+from ratel.planner.forecast.compute import UPDATE_BYTES, GpuSeconds
+from ratel.planner.forecast.events import Clock, Event, Memory, TwoWay
+from ratel.planner.hardware import Hardware
+from ratel.planner.pipes import SsdRates, link, ssd_rates
+from ratel.planner.plan import Plan
+from ratel.planner.shape import UnitSpec
+
+WEIGHT, ACTIVATION, OPTIMIZER, WRITE_BACK = range(4)
+"""The I/O engine's priorities, the most urgent first."""
+
+
+class Machine:
+    """Resources."""
+
+    def __init__(self, plan: Plan, hardware: Hardware) -> None:
+        self.clock = Clock()
+        self.memory = Memory(self.clock, hardware.dram_bps)
+        self.link = TwoWay(self.clock, self.memory, link(hardware), ("h2d", "d2h"))
+        # A machine without SSDs is only given plans that move nothing there.
+        rates = ssd_rates(hardware) or SsdRates(read_bps=1.0, write_bps=1.0, mixed_bps=1.0)
+        self.ssd = TwoWay(self.clock, self.memory, rates.pipe, ("ssd read", "ssd write"))
+        self.gpu = GpuSeconds(plan, hardware)
+        self._hardware, self._early = hardware, plan.early
+        self.step_ends_s: list[float] = []
+
+    def update(self, unit: UnitSpec, params: float) -> tuple[float, float]:
+        """Seconds of the CPU, and bytes of DRAM, for ``params`` parameters of the unit."""
+        share = self._hardware.update_share(elsewhere=unit.index in self._early)
+        return params / (share * self._hardware.adam_params_per_s), UPDATE_BYTES / share * params
+
+    def read(self, num_bytes: float, name: str, urgency: int) -> Event:
+        return self.ssd.move(TwoWay.IN, num_bytes, name, urgency) if num_bytes else Event(done=True)
+
+    def write(self, num_bytes: float, name: str, urgency: int) -> Event:
+        return self.ssd.move(TwoWay.OUT, num_bytes, name, urgency) if num_bytes else Event(done=True)
+
+
+@dataclass(slots=True, eq=False)
+class HostSlot:
+    """The DRAM copy of a unit whose weights live on SSD; given back by its last holder."""
+
+    unit: int
+    holders: int
+    filled: Event
+    kept: bool = False
+    """A deferred update has left it to the next forward pass."""
+
+
+@dataclass(slots=True)
+class Update:
+    """What the update of one unit in one step waits for, and who waits for it."""
+
+    unit: UnitSpec
+    arrived: Event = field(default_factory=Event)
+    """The gradient is in DRAM, or on SSD if that is where it waits."""
+    updated: Event = field(default_factory=Event)
+    persisted: Event = field(default_factory=Event)
+    slot: HostSlot | None = None
+
+
+@dataclass(slots=True)
+class Chunk:
+    update: Update
+    share: float
+    """Of the unit's parameters."""
+    read: Event
+    is_first: bool
+    is_last: bool

@@ -1,0 +1,129 @@
+"""Where each plane of each unit lives, and how many bytes that takes."""
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from ratel.errors import RatelError
+from ratel.planner.shape import ModelSpec, UnitSpec
+
+GPU, DRAM, SSD = "gpu", "dram", "ssd"
+TIERS = (GPU, DRAM, SSD)
+PLANES = ("hi", "lo", "m", "v")
+ELEMENT_BYTES = {"hi": 2, "lo": 2, "m": 4, "v": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPlacement:
+    """The tier of each plane of one unit. ``g`` is where a gradient waits for its update in deferred mode."""
+
+    hi: str = DRAM
+    lo: str = DRAM
+    m: str = DRAM
+    v: str = DRAM
+    g: str = DRAM
+
+    @classmethod
+    def all_on(cls, tier: str) -> "UnitPlacement":
+        return cls(hi=tier, lo=tier, m=tier, v=tier, g=tier)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Updated on the GPU; never crosses PCIe."""
+        return self.hi == GPU
+
+    def tier(self, plane: str) -> str:
+        return getattr(self, plane)
+
+
+@lru_cache(maxsize=1024)
+def with_planes(place: UnitPlacement, planes: tuple[str, ...], tier: str) -> UnitPlacement:
+    """The placement with these planes on the tier: the same object for the same question, by which a plan tells units that are
+    placed alike."""
+    return replace(place, **dict.fromkeys(planes, tier))
+
+
+_ON_GPU = UnitPlacement.all_on(GPU)
+
+
+def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], *, fp32: bool) -> tuple[UnitPlacement, ...]:
+    """Units that compute in fp32 among others in bf16 do not travel: routers of experts and the like, thousandths of a model."""
+    if fp32 or not spec.has_fp32_units:
+        return placements
+    return tuple(_ON_GPU if unit.fp32 else place for unit, place in zip(spec.units, placements, strict=True))
+
+
+def plane_elements(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
+    """Elements of a plane. With fp32 compute the forward pass needs `lo` too, frozen parameters included."""
+    if plane == "hi" or (plane == "lo" and (fp32 or unit.fp32)):
+        return unit.num_elements
+    return unit.num_trainable
+
+
+def plane_bytes(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
+    if plane == "g":
+        return unit.num_trainable * (4 if fp32 or unit.fp32 else 2)
+    return plane_elements(unit, plane, fp32=fp32) * ELEMENT_BYTES[plane]
+
+
+def weight_planes(fp32: bool) -> tuple[str, ...]:
+    """The planes that make the compute copy: the upper half alone, or both halves of the master."""
+    return ("hi", "lo") if fp32 else ("hi",)
+
+
+def weight_class(unit: UnitSpec) -> str:
+    """Units that take turns in the same slots: blocks; what comes before and after them; what is held all step."""
+    return {"block": "block", "shared": "shared"}.get(unit.kind, "ends")
+
+
+def closed_first(spec: ModelSpec, placements: tuple[UnitPlacement, ...], count: int | None = None) -> list[UnitSpec]:
+    """Of the units that the CPU updates the first ``count`` (default: all) whose gradients are complete."""
+    return [unit for unit in spec.closing_order if not placements[unit.index].on_gpu][:count]
+
+
+_EXAMPLE = "Write it like {'*': 'ssd', 'block.*': {'hi': 'dram'}}"
+
+Forced = str | dict[str, "str | dict[str, str]"]
+"""A tier for everything, or unit-name patterns to a tier or to tiers by plane."""
+
+
+def check_forced(forced: Forced) -> None:
+    """Refuse what is no placement for any model."""
+    choices = {"*": forced} if isinstance(forced, str) else forced
+    if not isinstance(choices, dict):
+        raise RatelError("is neither a tier nor tiers by unit", field="placement", value=repr(forced), remedy=_EXAMPLE)
+    for pattern, choice in choices.items():
+        if not isinstance(choice, (str, dict)):
+            raise RatelError("is neither a tier nor tiers by plane", field="placement", value=f"{pattern}: {choice!r}",
+                             remedy=_EXAMPLE)
+
+
+def forced_placements(spec: ModelSpec, forced: Forced) -> tuple[UnitPlacement, ...]:
+    """The placement a user or a test wrote down, checked. Patterns are tried in order; later ones win."""
+    check_forced(forced)
+    if isinstance(forced, str):
+        forced = {"*": forced}
+    result = []
+    for unit in spec.units:
+        tiers = dict.fromkeys((*PLANES, "g"), DRAM)
+        for pattern, choice in forced.items():
+            if fnmatchcase(unit.name, pattern):
+                tiers.update(dict.fromkeys(tiers, choice) if isinstance(choice, str) else choice)
+        result.append(_checked(unit, tiers))
+    for pattern in forced:
+        if not any(fnmatchcase(unit.name, pattern) for unit in spec.units):
+            raise RatelError("no unit of the model has such a name", field="placement", value=pattern,
+                             remedy="Use names such as " + ", ".join(u.name for u in spec.units[:3]))
+    return tuple(result)
+
+
+def _checked(unit: UnitSpec, tiers: dict[str, str]) -> UnitPlacement:
+    for plane, tier in tiers.items():
+        if plane not in (*PLANES, "g") or tier not in TIERS:
+            raise RatelError(f"unit {unit.name} cannot have plane {plane!r} on {tier!r}", field="placement",
+                             value=f"{plane}={tier}", remedy="Planes are hi lo m v g; tiers are gpu dram ssd")
+    on_gpu = [tier == GPU for tier in tiers.values()]
+    if any(on_gpu) and not all(on_gpu):
+        raise RatelError(f"unit {unit.name} has some planes on the GPU and some not", field="placement", value=tiers,
+                         remedy="Put all planes of a unit on the GPU (it is updated there), or none")
+    return UnitPlacement(**tiers)

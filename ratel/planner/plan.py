@@ -1,0 +1,458 @@
+"""The frozen result of planning: placement of every plane, checkpoints, buffer counts, and the bytes they take."""
+
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+from ratel.errors import RatelError
+from ratel.planner.block_profile import BlockProfile
+from ratel.planner.kept_activations import Keeping, keeping
+from ratel.planner.slot_layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
+from ratel.planner.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, closed_first, plane_bytes, weight_class,
+                                     weight_planes)
+from ratel.planner.checkpoints import Group, Saved, Spill
+from ratel.planner.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
+from ratel.units import align_up, format_bytes
+
+FEWEST_SAVE_PIECES = 8
+"""Of the saver's buffers: enough for a drive to be kept busy with some while others are filled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Counts of preallocated buffers. None of them changes a result; more of them hide more latency."""
+
+    weight_slots: int = 3
+    """GPU slots for blocks: one in use, the others ahead of it."""
+    grad_slots: int = 2
+    """GPU slots for block gradients: one fills while the other leaves."""
+    host_weight_slots: int = 5
+    """DRAM slots for the weights of blocks that live on SSD."""
+    host_grad_slots: int = 3
+    """DRAM slots for block gradients that do not stay there (eager updates, or `g` on SSD)."""
+    ring_slots: int = 4
+    """Chunks of optimizer state in flight between SSD and the CPU optimizer."""
+    chunk_elements: int = 1 << 22
+    checkpoint_slots: int = 3
+    """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from SSD."""
+    inner_slots: int = 2
+    """The same for inner activations, in units of all that one block keeps of one micro-batch: one in use, the others
+    ahead of it. In forward as many may be on their way out."""
+
+    def __post_init__(self) -> None:
+        for name, count in asdict(self).items():
+            if count < 1:
+                raise RatelError("a step would wait for one for ever", field=f"buffers.{name}", value=count,
+                                 remedy="Give 1 or more")
+        if self.chunk_elements % UNIT_ALIGN:
+            raise RatelError("chunks begin at blocks of the SSD", field="buffers.chunk_elements", value=self.chunk_elements,
+                             remedy=f"Give a multiple of {UNIT_ALIGN}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step processes."""
+
+    rows: int
+    seq_len: int
+    micro_rows: int
+    hidden_bytes: int
+    """Of one micro-batch's checkpoint: rows x positions x hidden size x bytes per element."""
+
+    @property
+    def num_micro(self) -> int:
+        return -(-self.rows // self.micro_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    spec: ModelSpec = field(repr=False)
+    fp32: bool
+    optimizer: str
+    """``eager``, ``deferred`` or ``speculative``."""
+    placements: tuple[UnitPlacement, ...] = field(repr=False)
+    checkpoint_tiers: tuple[str, ...]
+    """By block."""
+    work: Work
+    profiles: tuple[BlockProfile, ...] = field(default=(), repr=False)
+    """By block; blocks of one kind share one. Empty: not known."""
+    loss_s: float | None = None
+    """Seconds of everything after the blocks, forward and backward, for one full micro-batch, where it was measured."""
+    kept: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), repr=False)
+    """By block: ``(name, tier)`` of each inner activation that is kept until backward. What is absent is recomputed."""
+    spill: Spill | None = None
+    """None: what autograd saves in a block stays on the GPU until its backward has used it."""
+    buffers: Buffers = Buffers()
+    workspace_bytes: int = 0
+    """GPU memory left to PyTorch's allocator for activations inside a stage; measured with the windows of `spill`."""
+    accumulators: tuple[str, ...] = ()
+    """Weight classes whose gradients are sums of several passes, kept in fp32 and rounded once."""
+    gpu_budget: int | None = None
+    dram_budget: int | None = None
+    process_bytes: int = 0
+    """Host memory that the process held before anything of the plan was reserved."""
+    import_element_bytes: int = 4
+    """Of the memory beside the arena, for each element of the largest unit, that importing and exporting it takes."""
+    on_host: bool = False
+    """The device is the CPU: what is "on the GPU" is ordinary memory and counts against the DRAM budget."""
+    durable: str = "off"
+    """How states survive a crash: ``step`` (two slots on SSD and commits in place), ``checkpoint`` (copies at explicit
+    saves) or ``off``."""
+    early_units: int = 0
+    """Speculative: so many of the units that the CPU updates, those whose gradients are complete first, are updated
+    before the norm is known, if their gradients stay in DRAM."""
+    save_pieces: int = 0
+    """Buffers in DRAM through which states pass on their way to a save."""
+
+    @property
+    def commits(self) -> bool:
+        return self.durable == "step"
+
+    @property
+    def num_slots(self) -> int:
+        """Of versions on SSD: the current one, the committed one, and one that may yet be forgotten."""
+        return 1 + self.commits + any(self.has_states_on_ssd(self.spec.units[unit]) for unit in self.early)
+
+    @property
+    def grain(self) -> int:
+        """Elements under one checksum."""
+        return grain_of(self.buffers.chunk_elements)
+
+    @property
+    def piece_elements(self) -> int:
+        """What a save moves at once, in whole grains."""
+        largest = max((u.num_elements for u in self.spec.units), default=1)
+        return self.grain * max(1, min(PIECE_ELEMENTS, largest) // self.grain)
+
+    @property
+    def save_piece_bytes(self) -> int:
+        """A piece of the widest plane."""
+        return self.piece_elements * 4
+
+    @cached_property
+    def slot_layout(self) -> SlotLayout:
+        """Of the states' volume: the planes that live there; with commits a place for every plane."""
+        def planes_of(unit: UnitSpec) -> list[str]:
+            return [p for p in PLANES if self.commits or self.placement(unit).tier(p) == SSD]
+
+        return lay_out_slot(self.spec, planes_of, fp32=self.fp32)
+
+    def has_states_on_ssd(self, unit: UnitSpec) -> bool:
+        return any(self.placement(unit).tier(p) == SSD and plane_bytes(unit, p, fp32=self.fp32) for p in PLANES)
+
+    @property
+    def copied_bytes(self) -> int:
+        """What an update of everything waits for at a save: planes outside the SSDs, whose next version has no place of
+        its own."""
+        return sum(number * plane_bytes(u, p, fp32=self.fp32) for u, number in self._alike for p in PLANES
+                   if self.placement(u).tier(p) != SSD)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(number * plane_bytes(u, p, fp32=self.fp32) for u, number in self._alike for p in PLANES)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Written at each save: what a commit copies, or everything."""
+        return self.copied_bytes if self.commits else self.state_bytes
+
+    @property
+    def deferred(self) -> bool:
+        """Gradients wait for the norm of all of them, and updates for the next step's forward pass (but early ones)."""
+        return self.optimizer != "eager"
+
+    @cached_property
+    def early(self) -> frozenset[int]:
+        """Units that are updated on the guess that nothing will be clipped. Their gradients stay in DRAM, for the case
+        that they have to be updated again."""
+        first = closed_first(self.spec, self.placements, self.early_units) if self.early_units else []
+        return frozenset(unit.index for unit in first if self.placement(unit).g == DRAM)
+
+    @property
+    def while_clipped(self) -> "Plan":
+        """What is done while gradients are scaled down, as those of the steps before were: no update is made early."""
+        return replace(self, early_units=0)
+
+    def updates_early(self, unit: UnitSpec) -> bool:
+        """Under backward, when its gradient has arrived."""
+        return not self.deferred or unit.index in self.early
+
+    def second_planes(self, unit: UnitSpec) -> tuple[str, ...]:
+        """Planes in DRAM of which there are two: the current one, and one that an early update writes."""
+        return tuple(p for p in PLANES if unit.index in self.early and self.placement(unit).tier(p) == DRAM)
+
+    @property
+    def grad_bytes(self) -> int:
+        return 4 if self.fp32 else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 if self.fp32 else 2
+
+    def placement(self, unit: UnitSpec) -> UnitPlacement:
+        return self.placements[unit.index]
+
+    def chunk_of(self, unit: UnitSpec) -> int:
+        """What an update handles at once. With nothing on SSD there is nothing to overlap: every pause between chunks, in
+        which threads meet, would be lost."""
+        from_ssd = self.ring_planes(unit) or self.weights_from_ssd(unit)
+        return min(self.buffers.chunk_elements, unit.num_trainable) if from_ssd else unit.num_trainable
+
+    def streamed(self, cls: str) -> list[UnitSpec]:
+        """Units of a class whose weights come to the GPU and go again."""
+        return [u for u in self.spec.units if weight_class(u) == cls and not self.placement(u).on_gpu]
+
+    @cached_property
+    def _alike(self) -> tuple[tuple[UnitSpec, int], ...]:
+        """Of units of one size, in the same places and updated at the same time, one, and their number. A search asks thousands
+        of plans for their bytes, and most units of a model are equal blocks."""
+        first: dict[tuple[int, int, bool], UnitSpec] = {}
+        numbers: dict[tuple[int, int, bool], int] = {}
+        for unit, size, place in zip(self.spec.units, self.spec.sizes, self.placements):
+            key = (size, id(place), unit.index in self.early)
+            first.setdefault(key, unit)
+            numbers[key] = numbers.get(key, 0) + 1
+        return tuple((first[key], number) for key, number in numbers.items())
+
+    def _streamed(self, cls: str) -> list[tuple[UnitSpec, int]]:
+        return self._streamed_by_class.get(cls, [])
+
+    @cached_property
+    def _streamed_by_class(self) -> dict[str, list[tuple[UnitSpec, int]]]:
+        found: dict[str, list[tuple[UnitSpec, int]]] = {}
+        for unit, number in self._alike:
+            if not self.placement(unit).on_gpu:
+                found.setdefault(weight_class(unit), []).append((unit, number))
+        return found
+
+    def weights_from_ssd(self, unit: UnitSpec) -> tuple[str, ...]:
+        return tuple(p for p in weight_planes(self.fp32) if self.placement(unit).tier(p) == SSD)
+
+    def ring_planes(self, unit: UnitSpec) -> tuple[str, ...]:
+        """Planes that the optimizer fetches from SSD chunk by chunk: all on SSD but the weights."""
+        place = self.placement(unit)
+        planes = [p for p in PLANES if p not in weight_planes(self.fp32) and place.tier(p) == SSD]
+        if self.deferred and place.g == SSD:
+            planes.append("g")
+        return tuple(planes)
+
+    def weight_slot_count(self, cls: str) -> int:
+        streamed = sum(number for _, number in self._streamed(cls))
+        count = min(streamed, self.buffers.weight_slots if cls == "block" else 1)
+        if (not self.deferred or self.early) and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
+            # The DRAM copy of a unit stays for its update under backward. A gather beyond these copies would wait for an
+            # update whose gradient needs what is gathered after it.
+            count = min(count, self.host_weight_slot_count(cls))
+        return count
+
+    def host_weight_slot_count(self, cls: str) -> int:
+        return min(self._num_from_ssd(cls), self.buffers.host_weight_slots if cls == "block" else 1)
+
+    def _num_from_ssd(self, cls: str) -> int:
+        return sum(number for u, number in self._streamed(cls) if self.weights_from_ssd(u))
+
+    def host_weight_slot_bytes(self, cls: str) -> int:
+        return max((self.host_weight_bytes(u) for u, _ in self._streamed(cls)), default=0)
+
+    def host_weight_bytes(self, unit: UnitSpec) -> int:
+        return sum(plane_bytes(unit, p, fp32=self.fp32) for p in self.weights_from_ssd(unit))
+
+    def grads_pass_through(self, unit: UnitSpec) -> bool:
+        """The gradient occupies a DRAM slot for a while, not a plane of its own."""
+        place = self.placement(unit)
+        return not place.on_gpu and unit.num_trainable > 0 and (not self.deferred or place.g == SSD)
+
+    def host_grad_slot_count(self, cls: str) -> int:
+        passing = sum(number for u, number in self._streamed(cls) if self.grads_pass_through(u))
+        return min(passing, self.buffers.host_grad_slots if cls == "block" else 1)
+
+    def max_bytes(self, cls: str, of: str) -> int:
+        """Largest unit of the class: ``weights``, ``grads`` or ``acc`` (fp32 accumulator)."""
+        if of == "acc":
+            return max((u.num_trainable * 4 for u, _ in self._alike if weight_class(u) == cls), default=0)
+        return max((u.num_elements * self.weight_bytes if of == "weights" else u.num_trainable * self.grad_bytes
+                    for u, _ in self._streamed(cls)), default=0)
+
+    def grad_slot_count(self, cls: str) -> int:
+        trained = sum(number for u, number in self._streamed(cls) if u.num_trainable)
+        return min(trained, self.buffers.grad_slots if cls == "block" else 1)
+
+    @cached_property
+    def _keeping(self) -> Keeping:
+        return keeping(self.checkpoint_tiers, self.kept, self.profiles, self.work.hidden_bytes, self.work.micro_rows)
+
+    @property
+    def saved(self) -> tuple[Saved, ...]:
+        """Everything that forward keeps for backward, in the order in which it makes it."""
+        return self._keeping.saved
+
+    def saved_of(self, block: int) -> tuple[Saved, ...]:
+        return self._keeping.by_block.get(block, ())
+
+    def groups_of(self, block: int) -> tuple[Group, ...]:
+        """What leaves the GPU of what the block keeps."""
+        return self._keeping.groups_by_block.get(block, ())
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self._keeping.groups
+
+    def return_slots(self, inner: bool) -> tuple[int, int]:
+        """GPU slots for what comes back, checkpoints or inner activations: how many, and of how many bytes each."""
+        return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=False)
+
+    def staging_slots(self, inner: bool) -> tuple[int, int]:
+        """DRAM slots for what goes to SSD; there are as many for what comes back."""
+        return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=True)
+
+    def _depth(self, inner: bool) -> int:
+        return self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
+
+    @cached_property
+    def gpu_items(self) -> dict[str, int]:
+        """Bytes on the GPU by purpose."""
+        work = self.work
+        items = {"resident planes": self._resident_bytes(GPU)}
+        for cls in ("block", "ends", "shared"):
+            items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
+            items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
+            if cls in self.accumulators:
+                items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
+        if self.fp32:
+            items["merge staging"] = max((u.num_elements * 4 for u, _ in self._alike), default=0)
+        if self.fp32 or self.spec.has_fp32_units:
+            items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
+        items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
+        items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
+        items["checkpoint slots"] = prod(self.return_slots(inner=False))
+        items["inner activations kept"] = self._saved_bytes(GPU, inner=True)
+        items["inner activation slots"] = prod(self.return_slots(inner=True))
+        items["inner activations on their way out"] = self.buffers.inner_slots * self._keeping.largest_inner_of_a_block
+        items["workspace"] = self.workspace_bytes
+        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+    @cached_property
+    def dram_items(self) -> dict[str, int]:
+        """Bytes of the arena by purpose, each part rounded to pages as the arena does."""
+        items = {"resident planes": self._resident_bytes(DRAM),
+                 "second planes of early updates": sum(number * _paged(plane_bytes(u, p, fp32=self.fp32))
+                                                       for u, number in self._alike for p in self.second_planes(u))}
+        for cls in ("block", "ends", "shared"):
+            items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
+            items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
+        items["gradient norms"] = self.norm_bytes
+        items["optimizer ring"] = self.buffers.ring_slots * _paged(self.ring_slot_bytes)
+        for name, inner in (("checkpoint", False), ("inner activation", True)):
+            items[f"{name}s"] = self._saved_bytes(DRAM, inner=inner)
+            count, num_bytes = self.staging_slots(inner)
+            items[f"{name} slots"] = 2 * count * _paged(num_bytes)
+        items["saved tensors of a block"] = _paged(self.spill.region_bytes) if self.spill else 0
+        items["buffers for saving"] = self.save_pieces * self.save_piece_bytes
+        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+    @cached_property
+    def ssd_items(self) -> dict[str, int]:
+        """Bytes of the volumes by purpose."""
+        items = {"planes": self.num_slots * self.slot_layout.num_bytes,
+                 "gradients": sum(number * _paged(plane_bytes(u, "g", fp32=self.fp32)) for u, number in self._alike
+                                  if self.deferred and self.placement(u).g == SSD)}
+        items["checkpoints"] = self._saved_bytes(SSD, inner=False)
+        items["inner activations"] = self._saved_bytes(SSD, inner=True)
+        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+    @cached_property
+    def ring_slot_bytes(self) -> int:
+        return max((self._ring_bytes(u) for u, _ in self._alike), default=0)
+
+    @property
+    def norm_bytes(self) -> int:
+        return _paged(4 * len(self.spec.units))
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu_items.values())
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(self.dram_items.values())
+
+    @property
+    def dram_bytes(self) -> int:
+        return sum(self.host_items.values())
+
+    @cached_property
+    def host_items(self) -> dict[str, int]:
+        """All bytes of DRAM by purpose: the arena and what is beside it."""
+        items = {**self.dram_items, "this process": self.process_bytes, "import of one unit": self.import_bytes}
+        if self.on_host:
+            items |= {f"device: {name}": num_bytes for name, num_bytes in self.gpu_items.items()}
+            # Units are imported before the first activation exists and exported after the last.
+            items["import of one unit"] = max(0, self.import_bytes - self.workspace_bytes)
+        return items
+
+    @property
+    def import_bytes(self) -> int:
+        """While weights and moments are imported or exported, one unit at a time."""
+        return max((u.num_elements * self.import_element_bytes for u, _ in self._alike), default=0)
+
+    @property
+    def ssd_bytes(self) -> int:
+        return sum(self.ssd_items.values())
+
+    def _ring_bytes(self, unit: UnitSpec) -> int:
+        planes = self.ring_planes(unit)
+        chunk = self.chunk_of(unit) if planes else 0
+        return sum(_paged(plane_bytes(unit, p, fp32=self.fp32) // max(unit.num_trainable, 1) * chunk)
+                   if p != "lo" or not self.fp32 else 0 for p in planes)
+
+    def _merged_bytes(self, stage: StageSpec) -> int:
+        """The fp32 compute copies, made while the stage runs, of units whose halves are on the GPU."""
+        units = [self.spec.units[index] for index in stage.units]
+        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu and (self.fp32 or u.fp32))
+
+    def _resident_bytes(self, tier: str) -> int:
+        planes = (*PLANES, "g") if self.deferred or tier == GPU else PLANES
+        return sum(number * _paged(plane_bytes(u, p, fp32=self.fp32)) for u, number in self._alike for p in planes
+                   if self.placement(u).tier(p) == tier)
+
+    def _saved_bytes(self, tier: str, *, inner: bool) -> int:
+        """Of all micro-batches; in DRAM and on SSD in whole pages."""
+        return self.work.num_micro * self._keeping.num_bytes(tier, inner=inner)
+
+    def to_json(self) -> dict:
+        from ratel.planner.traffic import step_traffic  # it looks at plans, too
+
+        units = [{"name": u.name, "parameters": u.num_params, "trained": u.num_trainable_params,
+                  "planes": asdict(self.placement(u))} for u in self.spec.units]
+        return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
+                "optimizer": self.optimizer,
+                "early_updates": [self.spec.units[unit].name for unit in sorted(self.early)],
+                "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
+                "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers),
+                "activations": [dict(kept) for kept in self.kept],
+                "spill": asdict(self.spill) if self.spill else None, "units": units,
+                "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
+                "step_traffic_bytes": asdict(step_traffic(self)),
+                "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}
+
+    def describe_optimizer(self) -> str:
+        early = f", {len(self.early)} units early" if self.early else ""
+        return f"{self.optimizer} optimizer{early}"
+
+    def describe(self) -> str:
+        """A few lines a person understands."""
+        by_tier = {GPU: 0, DRAM: 0, SSD: 0}
+        for unit in self.spec.units:
+            for plane in PLANES:
+                by_tier[self.placement(unit).tier(plane)] += plane_bytes(unit, plane, fp32=self.fp32)
+        states = ", ".join(f"{format_bytes(b)} on {t.upper()}" for t, b in by_tier.items() if b)
+        work = self.work
+        return (f"{self.spec.name}: {self.spec.num_params / 1e6:,.1f} M parameters; states {states}\n"
+                f"{work.rows} x {work.seq_len} tokens a step in {work.num_micro} micro-batch"
+                f"{'es' if work.num_micro > 1 else ''}; {self.describe_optimizer()}; "
+                f"GPU {format_bytes(self.gpu_bytes)}, DRAM {format_bytes(self.dram_bytes)}, "
+                f"SSD {format_bytes(self.ssd_bytes)}")
+
+
+def _paged(num_bytes: int) -> int:
+    return align_up(num_bytes, PAGE_BYTES)

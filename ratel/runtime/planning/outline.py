@@ -1,0 +1,180 @@
+"""What a model would take to train, without running it: shapes, FLOPs, and the memory of activations.
+
+One block and one loss chunk run forward and backward on tensors that have a shape and no memory. What they would hold
+at once is counted, as ``ratel/runtime/planning/trial.py`` measures it where a model is trained.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ratel import models
+from ratel.memory.lanes import Lanes
+from ratel.models.calls.tasks import Task
+from ratel.models.structure.inputs import BlockInputs
+from ratel.planner.block_profile import BlockProfile
+from ratel.planner.checkpoints import Spill
+from ratel.planner.shape import ModelSpec, StageSpec
+from ratel.runtime.blocks.loss import positions_per_chunk, run_tail
+from ratel.runtime.blocks.op_trace import trace
+from ratel.runtime.blocks.profile import plain_profile, profile_of
+from ratel.runtime.blocks.runs import given_to
+from ratel.runtime.blocks.spiller import WITHOUT_END, Spiller
+from ratel.runtime.planning.shapes_only import META, FusedAttention, ShapesOnly
+from ratel.runtime.planning.trial import SLACK, SLACK_BYTES
+from ratel.units import MIB
+
+
+LIBRARY_BYTES = 33 * MIB
+"""On a GPU beside all tensors: the workspace of cuBLAS (32 MiB on Hopper), and tensors in whole blocks of 512 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroOutline:
+    """One micro-batch of a model."""
+
+    rows: int
+    hidden_bytes: int
+    """Of the input of a block."""
+    activation_bytes: int
+    """At the peak of a block or of the loss: everything but weights and slots, gradients included."""
+    profiles: tuple[BlockProfile, ...]
+    """By block."""
+    accumulators: tuple[str, ...]
+    """Weight classes whose gradients are sums even of this micro-batch alone, because its loss goes in chunks."""
+    spill: Spill | None
+    """How second runs are done where what they save goes to DRAM."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What a plan sets aside on a GPU."""
+        return int(self.activation_bytes * SLACK) + SLACK_BYTES
+
+
+class Outline:
+    """A language model, or one with a task, of which only shapes exist; ``model`` is what `ratel.models.load` takes, a directory need
+    not hold the weights.
+
+    ``dtype``: of the computation, bf16 or fp32. Raises RatelError for a model that cannot be trained, or not with
+    sequences of ``max_seq_len`` tokens.
+    """
+
+    def __init__(self, model: Any, *, dtype: torch.dtype, max_seq_len: int, attention: str = "auto",
+                 task: Task | None = None) -> None:
+        # Flash attention needs its package and a GPU; what it holds is what the fused kernels hold.
+        self._parts = models.load(model, dtype=dtype, device=torch.device("cpu"), max_seq_len=max_seq_len, needs_weights=False,
+                                  attention="sdpa" if attention == "flash" else attention, task=task)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._parts.spec
+
+    @property
+    def import_element_bytes(self) -> int:
+        return self._parts.import_element_bytes
+
+    def close(self) -> None:
+        """A module that was given gets its parameters back."""
+        self._parts.close()
+
+    def micro(self, rows: int, seq_len: int, *, on_cuda: bool = True, spills: bool = False) -> MicroOutline:
+        """Of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with what CUDA's attention takes for itself. ``spills``:
+        what second runs save goes to DRAM."""
+        shapes = ShapesOnly(attention_scratch=on_cuda)
+        batch = self._parts.sample(rows, seq_len)
+        with _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
+            with torch.no_grad():
+                # Positions that the model makes itself have no values here, and it would keep apart what may be several
+                # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
+                if self._parts.is_causal_lm:
+                    batch["position_ids"] = torch.arange(seq_len)[None]
+                hidden, inputs = self._parts.head(batch)
+            profiles = {kind: self._profile(shapes, stage, hidden, inputs) for kind, stage in self._kinds().items()}
+            spill = Spill.of(hidden.nbytes, WITHOUT_END) if spills else None
+            runs = [self._run_block(shapes, stage, hidden, inputs, spill) for stage in self._kinds().values()]
+            peaks = [peak for peak, _ in runs]
+            peaks.append(self._run_tail(shapes, hidden, batch))
+        return MicroOutline(
+            rows=rows, hidden_bytes=hidden.nbytes, accumulators=self._chunk_accumulators(rows, seq_len),
+            activation_bytes=max(peaks) + (LIBRARY_BYTES if on_cuda else 0),
+            spill=spill and replace(spill, region_bytes=max(used for _, used in runs)),
+            profiles=tuple(profiles[_kind(self.spec, stage)] for stage in self._blocks()))
+
+    def _blocks(self) -> list[StageSpec]:
+        return [stage for stage in self.spec.stages if stage.kind == "block"]
+
+    def _kinds(self) -> dict[tuple, StageSpec]:
+        """The first block of each kind."""
+        found: dict[tuple, StageSpec] = {}
+        for stage in self._blocks():
+            found.setdefault(_kind(self.spec, stage), stage)
+        return found
+
+    def _chunk_accumulators(self, rows: int, seq_len: int) -> tuple[str, ...]:
+        chunked = self._parts.is_causal_lm and positions_per_chunk(rows, self.spec.vocab_size) < seq_len
+        return ("ends", "shared") if chunked and self._parts.dtype is torch.bfloat16 else ()
+
+    def _run_block(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs,
+                   spill: Spill | None) -> tuple[int, int]:
+        """Bytes at the peak of forward and backward, and those that are spilled."""
+        leaf, inputs, block = hidden.detach().requires_grad_(), inputs.with_leaves(), stage.index - 1
+        spiller = self._spiller(spill) if spill else None
+        shapes.restart()
+        with torch.enable_grad(), spiller.saving(given_to(self._parts, block, leaf, inputs)) if spiller else nullcontext():
+            output = self._parts.block(block, leaf, inputs)
+        used = spiller.used_bytes if spiller else 0
+        output.backward(torch.zeros_like(output))
+        self._drop_grads()
+        return shapes.peak_bytes - (spill.region_bytes if spill else 0), used
+
+    def _spiller(self, spill: Spill) -> Spiller:
+        region = torch.empty(spill.region_bytes, dtype=torch.uint8, device=META)
+        return Spiller(Lanes(torch.device("cpu")), region, spill)
+
+    def _profile(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs) -> BlockProfile:
+        """As the runtime learns it: a block whose operations depend on values is always run again in full."""
+        block, leaf = stage.index - 1, hidden.detach().requires_grad_()
+        shapes.restart()
+        with torch.enable_grad():
+            _, found = trace(lambda: self._parts.block(block, leaf, inputs.with_leaves()), self._parts.blocks[block],
+                             keep_graph=False)
+        return (plain_profile if shapes.values_matter else profile_of)(found, hidden.shape[0])
+
+    def _run_tail(self, shapes: ShapesOnly, hidden: Tensor, batch: dict[str, Tensor]) -> int:
+        shapes.restart()
+        run_tail(self._parts, batch, hidden)
+        self._drop_grads()
+        return shapes.peak_bytes
+
+    def _drop_grads(self) -> None:
+        for param in self._parts.module.parameters():
+            param.grad = None
+
+
+def _kind(spec: ModelSpec, stage: StageSpec) -> tuple:
+    """Blocks with parameters of the same shapes compute alike."""
+    return tuple((p.shape, p.trainable) for index in stage.units for p in spec.units[index].params)
+
+
+@contextmanager
+def _without_memory(module: nn.Module) -> Iterator[None]:
+    """Every parameter is on the meta device inside; tied ones stay tied."""
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    twins: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, param in child._parameters.items():
+            if param is not None:
+                replaced.append((child, name, param))
+                twins.setdefault(id(param), nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=META),
+                                                         requires_grad=param.requires_grad))
+    try:
+        for child, name, param in replaced:
+            child._parameters[name] = twins[id(param)]
+        yield
+    finally:
+        for child, name, param in replaced:
+            child._parameters[name] = param

@@ -1,0 +1,279 @@
+"""One step of the vertical schedule: every micro-batch passes a stage before the next stage starts.
+
+Forward over the stages, loss and its gradient at the turn, backward with recomputation. Weights are attached to the
+module only while their stage runs; each unit's gradient leaves when its last stage (in backward order) is done.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ratel.memory.lanes import Lanes
+from ratel.models.calls.router import Balance
+from ratel.models.checks.second_run import FirstStep
+from ratel.planner.checkpoints import INPUT
+from ratel.planner.placement import GPU
+from ratel.planner.plan import Plan
+from ratel.planner.schedule import Gather, gathers
+from ratel.planner.shape import StageSpec, UnitSpec, closing_stages
+from ratel.runtime.blocks.batch import Micro
+from ratel.runtime.blocks.loss import chunked_loss, positions_per_chunk, shifted_targets
+from ratel.runtime.blocks.runs import BlockRuns
+from ratel.runtime.streams.activations import Activations
+from ratel.runtime.streams.gradients import Gradients
+from ratel.runtime.streams.streamer import Streamer, key_of
+from ratel.runtime.streams.weights import WeightSource
+
+
+class VerticalStep:
+    def __init__(self, blocks: BlockRuns, plan: Plan, streamer: Streamer, weights: WeightSource,
+                 activations: Activations, gradients: Gradients, lanes: Lanes, *, seed: int,
+                 on_gradient: Callable[[UnitSpec, Tensor], None]) -> None:
+        self._blocks, self._parts = blocks, blocks.parts
+        self._plan, self._streamer, self._weights = plan, streamer, weights
+        self._activations, self._gradients, self._lanes = activations, gradients, lanes
+        self._seed, self._on_gradient = seed, on_gradient
+        self._stages = plan.spec.stages
+        self._closing = closing_stages(plan.spec)
+        num_blocks = sum(stage.kind == "block" for stage in self._stages)
+        blocks.keep([{s.name: s.num_bytes for s in plan.saved_of(block) if s.is_inner} for block in range(num_blocks)])
+        self._open: dict[int, Tensor] = {}
+        self._first: FirstStep | None = FirstStep()
+        """Until the first step is over: what second runs are compared with."""
+        self._balance: Balance | None = None
+        """Of the routers in this step."""
+
+    def train(self, micros: list[Micro], *, targets: int, step: int, early: bool = True) -> Tensor:
+        """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device).
+        ``early``: updates follow at once, those that the plan has so."""
+        self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros), early=early))
+        routing = self._parts.routing
+        self._balance = None if routing is None else Balance(routing.loss, self._lanes.device)
+        with self._own_random_numbers():
+            self._forward(micros, step, save=True)
+            loss = self._turn(micros, targets, step)
+            if self._balance is not None:
+                loss += self._balance.value()
+            for stage in reversed(self._stages[1:-1]):
+                self._backward_block(stage, micros, step)
+            self._backward_pre(micros, step)
+        self._first = None
+        return loss
+
+    def evaluate(self, micros: list[Micro], *, targets: int) -> Tensor:
+        """The loss without gradients; dropout must be off."""
+        self._streamer.start(gathers(self._plan, training=False, num_micro=len(micros)))
+        stage = self._stages[-1]
+        with self._own_random_numbers(), torch.no_grad():
+            self._forward(micros, 0, save=False)
+            with self._using(stage):
+                return sum(self._loss(stage, micro, targets, 0, backward=False) for micro in micros)
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def _forward(self, micros: list[Micro], step: int, *, save: bool) -> None:
+        with torch.no_grad():
+            with self._using(self._stages[0]):
+                for micro in micros:
+                    with self._computing(self._stages[0], micro, step, "forward"):
+                        micro.hidden, micro.inputs = self._parts.head(micro.batch)
+                    if save and self._first is not None:
+                        self._first.note_head(self._parts.blocks)
+            for stage in self._stages[1:-1]:
+                with self._using(stage):
+                    for micro in micros:
+                        self._forward_block(stage, micro, step, save)
+
+    def _forward_block(self, stage: StageSpec, micro: Micro, step: int, save: bool) -> None:
+        block = stage.index - 1
+        if save:
+            micro.hidden = micro.hidden.contiguous()
+            self._activations.save_input(block, micro.index, micro.hidden)
+        with self._computing(stage, micro, step, "forward"):
+            micro.hidden = self._run_forward(block, micro, save)
+            if save and self._balance is not None:
+                self._balance.add(self._parts.routing.take(), micro.batch.get("attention_mask"))
+        if save and self._first is not None and micro.index == 0:
+            self._first.note(block, micro.hidden)
+
+    def _run_forward(self, block: int, micro: Micro, save: bool) -> Tensor:
+        if not save:  # what is compiled was tried in training: an evaluation must not end a run with the compiler's errors
+            return self._parts.block(block, micro.hidden, micro.inputs)
+        if len(self._plan.saved_of(block)) > 1:
+            return self._forward_saving(block, micro)
+        return self._blocks.plain(block, micro.hidden, micro.inputs)
+
+    def _forward_saving(self, block: int, micro: Micro) -> Tensor:
+        self._activations.begin()
+        output = self._blocks.first(block, micro.index, micro.hidden, micro.inputs,
+                                    partial(self._activations.save, block, micro.index))
+        self._activations.end(block, micro.index)
+        return output
+
+    # --- the turn -----------------------------------------------------------------------------------------------
+
+    def _turn(self, micros: list[Micro], targets: int, step: int) -> Tensor:
+        stage = self._stages[-1]
+        loss = torch.zeros((), dtype=torch.float32, device=self._lanes.device)
+        with self._using(stage), self._accumulating(stage):
+            for micro in micros:
+                loss += self._loss(stage, micro, targets, step, backward=True)
+        return loss
+
+    def _loss(self, stage: StageSpec, micro: Micro, targets: int, step: int, *, backward: bool) -> Tensor:
+        with self._computing(stage, micro, step, "loss"):
+            if self._parts.is_causal_lm:
+                loss, micro.grad = self._causal_loss(stage, micro, targets, backward)
+            else:
+                loss, micro.grad = self._own_loss(stage, micro, backward)
+        micro.hidden = None
+        if backward:
+            micro.inputs = micro.inputs.with_leaves()
+        return loss
+
+    def _causal_loss(self, stage: StageSpec, micro: Micro, targets: int, backward: bool) -> tuple[Tensor, Tensor | None]:
+        chunk = positions_per_chunk(micro.hidden.shape[0], self._plan.spec.vocab_size)
+        return chunked_loss(self._parts.tail_logits, micro.hidden, shifted_targets(micro.batch["labels"]),
+                            normalizer=targets, chunk=chunk, backward=backward, after_chunk=lambda: self._collect(stage))
+
+    def _own_loss(self, stage: StageSpec, micro: Micro, backward: bool) -> tuple[Tensor, Tensor | None]:
+        hidden = micro.hidden.detach().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            loss = self._parts.tail_loss(hidden, micro.batch) * micro.share
+        if backward:
+            loss.backward()
+            self._collect(stage)
+        return loss.detach().float(), hidden.grad
+
+    # --- backward -----------------------------------------------------------------------------------------------
+
+    def _backward_block(self, stage: StageSpec, micros: list[Micro], step: int) -> None:
+        with self._using(stage), self._accumulating(stage):
+            for micro in micros:
+                with self._saved(stage.index - 1, micro) as saved:
+                    with self._computing(stage, micro, step, "backward"):
+                        if self._first is not None and micro.index == 0:
+                            self._compare_runs(stage, micro, saved[INPUT][0], step)
+                        hidden = saved[INPUT][0].detach().requires_grad_()
+                        with torch.enable_grad():
+                            output = self._blocks.second(stage.index - 1, micro.index, hidden, micro.inputs, saved,
+                                                         lambda: self._seed_for(stage, micro, step))
+                        saved.clear()
+                        routed, their_grads = self._routed(micro)
+                        torch.autograd.backward([output, *routed], [micro.grad, *their_grads])
+                        self._blocks.finish()
+                        micro.grad = hidden.grad
+                        del output, hidden, routed
+                        self._collect(stage)
+
+    def _compare_runs(self, stage: StageSpec, micro: Micro, hidden: Tensor, step: int) -> None:
+        block, leaf = stage.index - 1, hidden.detach().requires_grad_()
+        self._first.compare(block, self._parts.blocks[block], lambda: self._blocks.plain(block, leaf, micro.inputs))
+        self._seed_for(stage, micro, step)
+
+    def _routed(self, micro: Micro) -> tuple[list[Tensor], list[Tensor]]:
+        """What the routers of the block that ran last gave their experts, with its gradient."""
+        if self._balance is None:
+            return [], []
+        shown = micro.batch.get("attention_mask")
+        routed = [each for each in self._parts.routing.take() if each.requires_grad]
+        return routed, self._balance.gradients(routed, shown)
+
+    def _backward_pre(self, micros: list[Micro], step: int) -> None:
+        stage = self._stages[0]
+        with self._using(stage), self._accumulating(stage):
+            for micro in micros:
+                with self._computing(stage, micro, step, "backward"):
+                    self._backward_head(micro)
+                    self._collect(stage)
+
+    def _backward_head(self, micro: Micro) -> None:
+        with torch.enable_grad():
+            outputs = self._parts.pre(micro.batch)
+        grads = [micro.grad, *(leaf.grad for leaf in micro.inputs.differentiable)]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        micro.grad = micro.inputs = None
+
+    # --- what a stage needs around it ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _using(self, stage: StageSpec) -> Iterator[None]:
+        """Weights of the stage's units are attached to the module inside."""
+        units = [self._plan.spec.units[index] for index in stage.units]
+        for unit in units:
+            on_gpu = self._plan.placement(unit).on_gpu
+            self._parts.attach(unit.index, self._weights.resident(unit.index) if on_gpu
+                               else self._streamer.get(("unit", unit.index), unit.name))
+        yield
+        for unit in units:
+            self._parts.attach(unit.index, None)
+            if not self._plan.placement(unit).on_gpu:
+                self._streamer.release(("unit", unit.index))
+
+    @contextmanager
+    def _accumulating(self, stage: StageSpec) -> Iterator[None]:
+        """Gradients of the stage's units accumulate inside; those of which this was the last stage leave after."""
+        units = [self._plan.spec.units[i] for i in stage.units if self._plan.spec.units[i].num_trainable]
+        for unit in units:
+            if unit.index not in self._open:
+                self._open[unit.index] = self._gradients.begin(unit)
+        yield
+        for unit in units:
+            if self._closing[unit.index] == stage.index:
+                self._on_gradient(unit, self._open.pop(unit.index))
+
+    @contextmanager
+    def _saved(self, block: int, micro: Micro) -> Iterator[dict[str, list[Tensor]]]:
+        """What forward has saved of the block, by name."""
+        saved = {place.name: self._activations.kept(block, micro.index, place.name)
+                 for place in self._plan.saved_of(block) if place.tier == GPU}
+        gathered = [Gather(saved=(block, micro.index, group.what)) for group in self._plan.groups_of(block)]
+        for gather in gathered:
+            view = self._streamer.get(key_of(gather), f"{block}.{micro.index}")
+            saved |= self._activations.returned(gather.saved, view)
+        yield saved
+        for gather in gathered:
+            self._streamer.release(key_of(gather))
+
+    @contextmanager
+    def _computing(self, stage: StageSpec, micro: Micro, step: int, what: str) -> Iterator[None]:
+        """Random numbers depend on step, stage and micro-batch alone: recomputation draws what forward drew."""
+        self._seed_for(stage, micro, step)
+        with self._lanes.work("compute", f"{stage.name} {what}"):
+            yield
+
+    def _seed_for(self, stage: StageSpec, micro: Micro, step: int) -> None:
+        seed_generators(self._lanes.device, mix(self._seed, step, stage.index, micro.index))
+
+    def _own_random_numbers(self) -> AbstractContextManager:
+        """The caller's generators are as they were afterwards."""
+        cuda = self._lanes.device.type == "cuda"
+        return torch.random.fork_rng(devices=[self._lanes.device] if cuda else [])
+
+    def _collect(self, stage: StageSpec) -> None:
+        for index in stage.units:
+            if index in self._open:
+                grads = self._parts.take_grads(index)
+                self._gradients.collect(self._plan.spec.units[index], self._open[index], grads)
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers (the finalizer of splitmix64, applied after each)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

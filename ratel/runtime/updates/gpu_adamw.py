@@ -1,0 +1,144 @@
+"""AdamW on planes that live where torch lives, bit for bit what ``op_ds`` does to planes in host memory.
+
+Two paths. ``reference`` uses plain torch operations that round once each and runs on any device; ``triton`` is one
+kernel that passes over the memory once. Both follow the formula of docs/optimizer.md, operation by operation.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ratel.errors import RatelError
+from ratel.native import op_ds
+
+PATHS = ("auto", "triton", "reference")
+REFERENCE_CHUNK = 1 << 20
+"""Elements. The reference makes some ten fp64 temporaries of this length."""
+
+Planes = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Update = Callable[[Planes, op_ds.AdamCoefficients, float], None]
+_log = logging.getLogger(__name__)
+
+
+def adamw_(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor, *, lr: float, beta1: float, beta2: float,
+           eps: float, step: int, grad_scale: float = 1.0, ranges: list[tuple[int, float]] | None = None,
+           path: str = "auto") -> None:
+    """One AdamW step in place. All tensors 1-D, contiguous, of one length and device.
+
+    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` fp32, ``grad`` bf16 or fp32. ``ranges`` are
+    (end element, weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"`` takes Triton on an NVIDIA GPU where it can
+    be imported; a forced path that is impossible raises RatelError.
+    """
+    planes = (hi, lo, m, v, grad)
+    _check_planes(planes)
+    ranges = [(hi.numel(), 0.0)] if ranges is None else ranges
+    op_ds.check_ranges(ranges, hi.numel())
+    coefficients = op_ds.adam_coefficients(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step,
+                                           grad_scale=grad_scale)
+    update = choose_update(hi.device, path)
+    for begin, end, weight_decay in _spans(ranges):
+        update(tuple(plane[begin:end] for plane in planes), coefficients, op_ds.decay_factor(lr, weight_decay))
+
+
+def choose_update(device: torch.device, path: str = "auto") -> Update:
+    """The function that updates a span of planes on ``device``."""
+    if path not in PATHS:
+        raise RatelError("unknown way to update on the GPU", field="path", value=path,
+                         remedy=f"Choose one of {', '.join(PATHS)}")
+    if path == "reference" or (path == "auto" and not _triton_serves(device.type)):
+        return _reference_update
+    if not _triton_serves(device.type):
+        raise RatelError("Triton cannot update planes here", field="path", value=f"{path} on {device}",
+                         remedy="Use an NVIDIA GPU and install the package triton, or choose reference")
+    from ratel.runtime.updates.gpu_adamw_kernel import triton_update
+
+    return triton_update
+
+
+@functools.cache
+def _triton_serves(device_type: str) -> bool:
+    """Asked once per kind of device, so that the choice is logged once. An AMD GPU cannot run the kernel's PTX."""
+    if device_type != "cuda" or torch.version.cuda is None:
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        _log.warning("triton cannot be imported: optimizer states on the GPU are updated by the slower torch path")
+        return False
+    return True
+
+
+def _check_planes(planes: Planes) -> None:
+    hi, lo, m, v, grad = planes
+    assert hi.dtype == torch.bfloat16 and lo.dtype == torch.int16, (hi.dtype, lo.dtype)
+    assert m.dtype == v.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float32), (m.dtype, grad.dtype)
+    assert all(p.dim() == 1 and p.is_contiguous() and p.numel() == hi.numel() and p.device == hi.device for p in planes)
+
+
+def _spans(ranges: list[tuple[int, float]]) -> Iterator[tuple[int, int, float]]:
+    begin = 0
+    for end, weight_decay in ranges:
+        if begin < end:
+            yield begin, end, weight_decay
+        begin = end
+
+
+def _reference_update(planes: Planes, k: op_ds.AdamCoefficients, decay: float) -> None:
+    for begin in range(0, planes[0].numel(), REFERENCE_CHUNK):
+        _reference_chunk(*(plane[begin:begin + REFERENCE_CHUNK] for plane in planes), k, decay)
+
+
+def _reference_chunk(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor,
+                     k: op_ds.AdamCoefficients, decay: float) -> None:
+    scaled = grad.float() * k.grad_scale
+    master = merge_master(hi, lo) * decay
+    if k.lerp_weight < 0.5:
+        m.copy_(fma(torch.full_like(m, k.lerp_weight), scaled - m, m))
+    else:
+        m.copy_(fma(torch.full_like(m, k.lerp_weight) - 1, scaled - m, scaled))
+    v.copy_(fma(scaled * k.one_minus_beta2, scaled, v * k.beta2))
+    # A tensor and not a number: by a number, torch on CUDA multiplies with the rounded reciprocal.
+    root = _square_root(v) / torch.full_like(v, k.bias_correction2_sqrt)
+    split_master(master + (m * k.neg_step_size) / (root + k.eps), hi, lo)
+
+
+def merge_master(hi: Tensor, lo: Tensor) -> Tensor:
+    """fp32 from its planes, bit for bit."""
+    return ((hi.view(torch.int16).int() << 16) + lo).view(torch.float32)
+
+
+def split_master(master: Tensor, hi: Tensor, lo: Tensor) -> None:
+    """Write fp32 into its planes: ``hi`` rounded half up on the bits, ``lo`` the remainder."""
+    bits = master.view(torch.int32)
+    hi.view(torch.int16).copy_((bits + 0x8000) >> 16)
+    lo.copy_(bits)
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Correctly rounded fp32 square root, which torch's own is not on the CPU.
+
+    The fp64 root of an fp32 number is further from any fp32 rounding boundary (2^-51, relative) than its own error.
+    """
+    return x.double().sqrt().float()
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` of fp32 tensors, rounded once.
+
+    The product is exact in fp64. Rounding the fp64 sum to fp32 would round twice, so the sum is first rounded to odd:
+    where it was inexact and its last bit is even, it moves one fp64 ulp towards the exact value. With two spare bits or
+    more, rounding from there is rounding the exact sum (Boldo and Melquiond, "Emulation of FMA and correctly rounded
+    sums: proved algorithms using rounding to odd", 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    product_part = total - addend
+    error = (product - product_part) + (addend - (total - product_part))  # exact (Knuth's two-sum)
+    bits = total.view(torch.int64)
+    away = (error > 0) == (total > 0)  # growing in magnitude is the next larger integer, whatever the sign
+    inexact = (error > 0) | (error < 0)  # false for NaN: an infinite sum has no error term
+    odd = torch.where(inexact & ((bits & 1) == 0), torch.where(away, bits + 1, bits - 1), bits)
+    return odd.view(torch.float64).float()

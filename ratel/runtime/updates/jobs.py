@@ -1,0 +1,79 @@
+"""What the optimizer pipeline is asked to do: gradients that arrive, updates of units, chunks of updates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ratel.memory.lanes import Event
+from ratel.planner.shape import UnitSpec
+from ratel.store.host_cache import HostSlot
+from ratel.store.plane_io import Read
+
+KEEP, AGAIN, FORGET = "keep", "again", "forget"
+"""What becomes of an early update: its result is the unit's state; it is made once more, with another scale; or the step is
+skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """What one update of all parameters uses. ``step`` counts updates from 1."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    grad_scale: float = 1.0
+
+
+@dataclass(slots=True)
+class Arrival:
+    """A gradient in DRAM: ``host`` is valid once ``arrived``; ``release`` gives its slot back after the update."""
+
+    host: torch.Tensor | None
+    arrived: Event
+    norm: torch.Tensor
+    """fp32 scalar in DRAM, valid once ``arrived``: the norm of the unit's gradient."""
+    release: Callable[[], None] | None
+
+
+@dataclass(slots=True)
+class Job:
+    """The update of one unit."""
+
+    unit: UnitSpec
+    hyper: Hyper
+    number: int
+    """Of this unit's updates, from 1."""
+    weights: HostSlot | None = None
+    chunks_left: int = 0
+    keep: bool = False
+    applied: bool = False
+    """Not so where the step is skipped."""
+    write_tickets: list[int] = field(default_factory=list)
+    early: bool = False
+    """Begun before the norm is known, as a rule. ``hyper`` is a guess until there is a ``verdict``."""
+    slot: int | None = None
+    """On SSD, that the result goes to. None: the successor's."""
+    begun: bool = False
+    written: bool = False
+    verdict: str | None = None
+    after: "Job | None" = None
+    """The early update that this one makes again: it may still use the places that this one writes."""
+
+    @property
+    def is_void(self) -> bool:
+        return self.verdict in (AGAIN, FORGET)
+
+
+@dataclass(slots=True)
+class Chunk:
+    job: Job
+    begin: int
+    end: int
+    ring: dict[str, torch.Tensor] | None
+    """By plane: where the chunk's bytes from SSD go."""
+    slot: torch.Tensor | None
+    reads: list[Read]

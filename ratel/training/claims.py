@@ -1,0 +1,127 @@
+"""Whose the files in OUT are, by what they hold; and what a run reads, held against what it replaces."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ratel.config import TrainConfig
+from ratel.errors import RatelError
+from ratel.ownership import exports
+from ratel.ownership.apart import contains
+from ratel.ownership.regular import begins_with, is_plain, opened
+from ratel.runtime.states.export import export_target
+from ratel.training.states import StateDirectory
+
+JSON_FILES: dict[str, set[str]] = {
+    "documents.json": {"lists"}, "skipped.json": {"skipped", "lines"}, "startup.json": {"phases"}, "plan.json": {"model", "parameters", "units"}, "hardware.json": {"host", "cuda"},
+    "config.json": {"model", "data", "steps", "batch_size", "seq_len"}}
+"""By name, what is in one that a run has written; config.json is the last to go: it says that the others are a run's."""
+METRICS = "metrics.jsonl"
+REPLACED = ("model", "model.partial", "model.replaced", "state")
+"""Directories in OUT that a run fills, empties or renames."""
+
+_MARK = "ratel"
+_JSON_BYTES = 256 << 20
+_ELSEWHERE = "Move it away, or give another directory"
+
+
+def is_runs(out: Path, name: str) -> bool:
+    """Whether the file is one that a run has written."""
+    if name == METRICS:
+        return begins_with(out / name, b'{"step": ') or is_empty(out / name)
+    content = _json_of(out / name)
+    return isinstance(content, dict) and (content.get(_MARK) == name or JSON_FILES[name] <= content.keys())
+
+
+def marked(name: str, content: dict[str, Any]) -> dict[str, Any]:
+    """So that it is known to be a run's. Options are known by themselves, and read as such."""
+    return content if name == "config.json" else {_MARK: name, **content}
+
+
+def is_empty(path: Path) -> bool:
+    found = _status(path)
+    return found is not None and is_plain(found) and found.st_size == 0
+
+
+def results(out: Path, states: StateDirectory) -> list[str]:
+    """What of an earlier run is there."""
+    found = [METRICS] if is_runs(out, METRICS) else []
+    found += ["model"] if exports.own_files(out / "model") else []
+    found += ["state"] if states.held() else []
+    return [*(name for name in JSON_FILES if is_runs(out, name)), *found]
+
+
+def check_out(out: Path, states: StateDirectory, *, exports_model: bool, saves: bool, resumes: bool) -> None:
+    """Refuse a directory in which the run would have to write over or remove what is somebody else's."""
+    for name in (*JSON_FILES, METRICS):
+        found = _status(out / name)
+        continues = resumes and name == METRICS  # a power failure may have cut it short anywhere, which resuming repairs
+        if found is not None and not (is_plain(found) if continues else is_runs(out, name)):
+            raise RatelError(f"holds {name}, which no run has written", field="--out", value=out, remedy=_ELSEWHERE)
+    for name in ("model", "state"):
+        if os.path.lexists(out / name) and not (out / name).is_dir():
+            raise RatelError(f"holds {name}, which is not a directory", field="--out", value=out, remedy=_ELSEWHERE)
+    if exports_model:
+        export_target(out / "model", "--out")
+    wrong = states.in_the_way() if saves or resumes else None
+    if wrong is not None:
+        raise RatelError(f"holds state/{wrong}, which is not of a training state", field="--out", value=out, remedy=_ELSEWHERE)
+
+
+def check_inputs(out: Path, config: TrainConfig) -> None:
+    """Refuse what is read or worked on in a place that the run replaces, and results among what is read."""
+    for flag, path in inputs_of(config):
+        check_input(out, flag, path)
+    for flag, path in inputs_of(config):
+        if flag in ("--data", "--eval-data") and contains(path, out):
+            raise RatelError(f"lies in {path}, of which every file is read for {flag}", field="--out", value=out,
+                             remedy="Give a directory outside it")
+    if config.trace is not None:
+        _check_trace(Path(config.trace), config)
+
+
+def inputs_of(config: TrainConfig) -> Iterator[tuple[str, Path]]:
+    named = [("--model", config.model), ("--tokenizer", config.tokenizer), ("--hardware", config.hardware),
+             ("--optimizer-state", None if config.resume else config.optimizer_state)]
+    named += [(flag, part) for flag, text in (("--data", config.data), ("--eval-data", config.eval_data))
+              for part in ([] if text is None else {text, *text.split(",")})]
+    yield from ((flag, Path(name)) for flag, name in named if name and os.path.exists(name))
+    yield from (("--ssd", Path(name)) for name in config.ssd)
+
+
+def check_input(out: Path, flag: str, path: Path) -> None:
+    for name in REPLACED:
+        if contains(out / name, path):
+            raise RatelError(f"lies in {out / name}, which the run replaces", field=flag, value=path,
+                             remedy="Give another --out, or move it out of there")
+    for name in (*JSON_FILES, METRICS):
+        if os.path.exists(path) and os.path.exists(out / name) and os.path.samefile(path, out / name):
+            raise RatelError(f"is {out / name}, which the run replaces", field=flag, value=path, remedy="Give another --out")
+
+
+def _check_trace(trace: Path, config: TrainConfig) -> None:
+    found = _status(trace)
+    if found is None:
+        return
+    for flag, path in inputs_of(config):
+        if os.path.exists(path) and os.path.samefile(trace, path):
+            raise RatelError(f"is what {flag} names", field="--trace", value=trace, remedy="Give a new file")
+    if not (is_plain(found) and (found.st_size == 0 or begins_with(trace, b'{"displayTimeUnit"'))):
+        raise RatelError("is a file that is not a trace", field="--trace", value=trace, remedy="Give a new file")
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        with opened(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            return json.loads(file.read(_JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None

@@ -1,0 +1,103 @@
+"""A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a time."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratel import models
+from ratel.config import NEXT_TOKEN
+from ratel.data.tokens.tokenizer import OwnTokenizer, load_for, write_tokenizer
+from ratel.errors import RatelError
+from ratel.models import Parts
+from ratel.models.calls.tasks import Task
+from ratel.models.presets import PRESETS
+from ratel.planner.shape import UnitSpec
+from ratel.runtime.session.session import DTYPES
+from ratel.runtime.states.export import export_model
+from ratel.runtime.states.moments import export_moments
+from ratel.runtime.states.saved_state import SavedState
+from ratel.training.options import read_run
+from ratel.training.output import beside_a_run
+from ratel.training.states import find_state
+
+
+def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None,
+                 optimizer: bool = False, ssd: Sequence[str] = ()) -> Path:
+    """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model. Returns it.
+
+    ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with the moments, for
+    PyTorch. ``ssd``: where the run's SSD files are, if they are not where they were. Every chunk that is read is verified.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
+    path = find_state(state, "--state")
+    with beside_a_run(path, "--state"):
+        saved = SavedState(path, ssd)
+        saved.check_files()
+        return _export_state(path, saved, out, model, dtype, optimizer)
+
+
+def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
+    options = read_run(path.parent.parent)
+    source = model if model is not None else _model_of_run(options, path)
+    parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
+                        seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)))
+    try:
+        saved.check_model(parts.spec)
+        other = saved.other_state()
+        if other is not None:
+            parts.set_other_state(other)
+        _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
+    finally:
+        parts.close()
+    return out
+
+
+def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any],
+            optimizer: bool) -> None:
+    extra = saved.training["extra"]
+    tokenizer, own = _tokenizer(source, options) if extra.get("has_tokenizer") else (None, None)  # before the long work
+    if tokenizer is not None:
+        tokenizer.chat_template = extra["chat_template"]
+
+    def beside(directory: Path) -> None:
+        if optimizer:
+            export_moments(parts.spec, lambda unit, plane: saved.read(unit.index, plane), saved.training["updates"], directory)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, directory, own)
+
+    export_model(parts, lambda unit: [(0, merged(saved, unit))], out, DTYPES[dtype], beside)
+
+
+def merged(saved: SavedState, unit: UnitSpec) -> Tensor:
+    """The fp32 master: ``(hi << 16) + lo`` on the bits. Elements without `lo` are bf16 values."""
+    bits = saved.read(unit.index, "hi").view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    lo = saved.read(unit.index, "lo")
+    if lo is not None:
+        bits[: lo.numel()] += lo  # wraps around, as it must
+    return bits.view(torch.float32)
+
+
+def _model_of_run(options: dict[str, Any], state: Path) -> str:
+    model = options.get("model")
+    if model is None:
+        raise RatelError(f"is not said: there is no config.json of a run beside {state}", field="--model",
+                         remedy="Give the directory or preset that the run was started with")
+    if not os.path.isdir(model) and model not in PRESETS:
+        raise RatelError(f"the run's model ({model}) is neither a directory here nor a preset", field="--model",
+                         remedy="Give the directory or preset with its configuration")
+    return model
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> tuple[Any, OwnTokenizer | None]:
+    """As `ratel train` finds it. One that was given as an object has left only the name of its type."""
+    named = options.get("tokenizer")
+    if named is not None and not os.path.isdir(named):
+        raise RatelError("the run's tokenizer is not a directory here", field="tokenizer", value=named,
+                         remedy="Export from the run's Python program with Session.load and Session.export")
+    tokenizer, own = load_for(options.get("task", NEXT_TOKEN), named if named is not None else source)
+    return tokenizer, own if named is None else None
