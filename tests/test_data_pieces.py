@@ -101,7 +101,7 @@ def test_a_tokenizer_that_loses_something_gets_no_space_either() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
-    assert Pieces(fast).next("Four") == [4] and Pieces(fast).next("FOUR = two") == [4, 5, 3]
+    assert Pieces(fast).next("Four").tolist() == [4] and Pieces(fast).next("FOUR = two").tolist() == [4, 5, 3]
 
 
 class Slow:

@@ -63,14 +63,15 @@ class Encoder:
             # The prompt as it is at inference, where it ends; the completion as what follows it directly.
             begun = self._begin(self._pieces.first(record.prompt))
             prompt = len(begun)
-            ids = begun + (self._pieces.next if record.prompt else self._pieces.first)(record.completion)
+            ids = np.concatenate([begun, (self._pieces.next if record.prompt else self._pieces.first)(record.completion)])
         targets = np.arange(len(ids)) >= prompt
-        closed, targets = self._close(np.array(ids, dtype=np.int32), targets, learn=True)
+        closed, targets = self._close(ids, targets, learn=True)
         return Document(ids=closed, targets=targets, whole=isinstance(record, Completion))
 
-    def _begin(self, ids: list[int]) -> list[int]:
+    def _begin(self, ids: np.ndarray) -> np.ndarray:
         """With BOS before it, unless the text was written with one."""
-        return ids if ids[:len(self._prefix)] == self._prefix else [*self._prefix, *ids]
+        is_begun = ids[:len(self._prefix)].tolist() == self._prefix
+        return ids if is_begun else np.concatenate([np.array(self._prefix, dtype=np.int32), ids])
 
     def _close(self, ids: np.ndarray, targets: np.ndarray, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
         """With EOS after it, unless it is there already (before a newline, as chat templates write it).

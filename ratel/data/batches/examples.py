@@ -14,6 +14,7 @@ from ratel.data.batches.hiding import Hiding
 from ratel.data.batches.packing import NO_LOSS, Piece
 from ratel.data.sources.labelled import LabelledText, LabelledWords, Labels
 from ratel.data.sources.records import Text
+from ratel.data.tokens.pieces import Pieces
 from ratel.data.tokens.tokenizer import affixes, pad_id
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Examples:
                  takes_types: bool, seed: int) -> None:
         self._task, self._tokenizer, self._labels = task, tokenizer, labels
         self._seq_len, self._vocab_size, self._takes_types = seq_len, vocab_size, takes_types
-        self._pad_id = pad_id(tokenizer)
+        self._pad_id, self._pieces = pad_id(tokenizer), Pieces(tokenizer)
         self._hiding = Hiding(tokenizer, seed) if task == MASKED_LM else None
         self._prefix, self._suffix = affixes(tokenizer)
         self.tells = {"task": task, "labels": list(labels.names) if labels is not None else [],
@@ -66,12 +67,13 @@ class Examples:
         elif isinstance(record, LabelledWords):
             found = self._tagged(record)
         else:
-            found = Example(ids=self._ids(self._tokenizer(record.text, add_special_tokens=False, verbose=False)))
+            found = Example(ids=self._pieces.first(record.text))
         check_ids(found.ids, self._tokenizer, self._vocab_size)
         return found
 
     def _classified(self, record: LabelledText) -> Example:
-        out = self._cut(record.text, record.pair)
+        text = record.text if record.pair is not None else self._pieces.begin(record.text, self._seq_len)
+        out = self._cut(text, record.pair)
         label = np.asarray(self._labels.value(record.label))
         return Example(ids=self._ids(out), types=self._types(out),
                        labels=label.astype(np.float32 if label.dtype.kind == "f" else np.int64))

@@ -41,20 +41,31 @@ class Position:
                    learned=unpack_numbers(state["learned"], size) if "learned" in state else frozenset())
 
 
+_LONG = 1 << 20
+"""Tokens. A document of more takes seconds to be made, and more than one reader of the same place asks for it."""
+
+
 class Reader:
     """Documents of a corpus by number, as tokens."""
 
     def __init__(self, corpus: Corpus, form: Form) -> None:
         self.corpus, self.form = corpus, form
+        self._last_long: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def load(self, number: int) -> Any:
         """None for a document that is blank, or bad where those are skipped."""
+        last = self._last_long  # read once: another thread may put a new one there
+        if last is not None and last[0] == number:
+            return last[1]
         try:
             record = self.corpus.record(number)
-            return None if record is None else self.form.encode(record)
+            document = None if record is None else self.form.encode(record)
+            if document is not None and len(document) > _LONG:
+                self._last_long = number, document
+            return document
         except RecordError as error:
             if self.corpus.skips(number, error):
                 return None

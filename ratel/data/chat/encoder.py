@@ -117,12 +117,14 @@ class ChatEncoder:
     def _tokenize(self, row: Row) -> Sequence:
         """Part by part, cut where turns begin and end: at inference, too, the last token of what a model is given ends
         where the generation prompt does."""
-        text, ids, targets, cursor, answer = row.rendering.text, list[int](), list[bool](), 0, ""
+        text, parts, cursor, answer, is_begun = row.rendering.text, list[np.ndarray](), 0, "", False
         for start, end in [*row.spans, (len(text), len(text))]:
-            context = self._pieces.after(answer, text[cursor:start]) if ids else self._pieces.first(text[cursor:start])
+            context = self._pieces.after(answer, text[cursor:start]) if is_begun else self._pieces.first(text[cursor:start])
             cursor, answer = end, text[start:end]
-            said = self._pieces.next(answer) if ids or context else self._pieces.first(answer)
-            ids += context + said
-            targets += [False] * len(context) + [True] * len(said)
-        ended = not targets[-1] or bool(self._marker_at(self._tokenizer.decode(ids[-1:])))
-        return Sequence(ids=np.array(ids, dtype=np.int32), targets=np.array(targets, dtype=bool), is_ended=ended)
+            is_begun = is_begun or len(context) > 0
+            parts += [context, self._pieces.next(answer) if is_begun else self._pieces.first(answer)]
+            is_begun = is_begun or len(parts[-1]) > 0
+        ids = np.concatenate(parts)
+        targets = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
+        ended = not targets[-1] or bool(self._marker_at(self._tokenizer.decode(ids[-1:].tolist())))
+        return Sequence(ids=ids, targets=targets, is_ended=ended)
