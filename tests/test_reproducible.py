@@ -15,7 +15,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 
 from benchmarks.exactness import reproducible  # noqa: E402
-from benchmarks.tables import evaluation as tables  # noqa: E402
+from benchmarks.tables import exactness  # noqa: E402
 from benchmarks.exactness.bitwise import digest  # noqa: E402
 from benchmarks.exactness.reproducible_parts import Pieces, Work  # noqa: E402
 
@@ -93,7 +93,7 @@ def test_everything_has_the_same_bits_on_a_cpu() -> None:
     assert all(point["moved"] and point["compared"] > 100 for point in handed)
     report = {"points": list(found.values()), "command": "x", "gpu": None, "host": {"cpu": {"model": "a processor"}},
               "torch": "2"}
-    lines = tables.reproducible_section("cpu_reproducible", report)
+    lines = exactness.reproducible_lines(report)
     assert len([line for line in lines if line.endswith(("| 0 of 3 | |", "| 0 of 9 | |"))]) == len(done)
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks.speed import startup, targets
-from benchmarks.tables import evaluation as tables
-from benchmarks.tables import plots, target_tables
+from benchmarks.tables import evaluation, plots, target_tables
 from benchmarks.harness.disk_rate import mixed_bps
 from benchmarks.harness.systems import SYSTEMS, Job
 
@@ -183,12 +182,12 @@ def test_every_kind_of_results_has_its_section(kind: str, tmp_path: Path, monkey
     content = {"command": "python benchmarks/x.py", "host": {"cpu": {"model": "a processor"}}, "gpu": None, "torch": "2", "commit": "c" * 40,
                "points": [point, {**point, "name": "y"}, {"name": "z", "batch_size": 8, "group": "dram", "clip": 1e9, "error": "why"}]}
     (tmp_path / f"m_{kind}.json").write_text(json.dumps(content))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    text = tables.document()
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    monkeypatch.setattr(evaluation, "ROOT", tmp_path)
+    text = evaluation.document()
     assert kind != "shapes" or "| 90% (ssd) | 83% (ssd) | 1.600 | 0.125 |" in text
     assert f"## {target_tables.TITLES[kind]}: m_{kind}" in text and "a processor" in text and "commit cccccccccc" in text and "why" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows if "failed" not in row} == {rows[0].count("|")}
-    tables.draw_pictures()
+    evaluation.draw_pictures()
     assert (tmp_path / f"m_{kind}.svg").exists() == (kind == "curve") == ("](m_curve.svg)" in text)

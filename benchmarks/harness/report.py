@@ -44,8 +44,7 @@ class Report:
         self.points: list[dict[str, Any]] = []
         if self._path is not None and self._path.exists():
             self.points = json.loads(self._path.read_text(encoding="utf-8"))["points"]
-        self._head = {"command": _command(sys.argv),
-                      "host": describe_host(), "commit": commit(), **facts}
+        self._head = {**origin(), "host": describe_host(), **facts}
 
     def add(self, point: dict[str, Any]) -> None:
         self.points.append(point)
@@ -61,6 +60,11 @@ class Report:
     @property
     def content(self) -> dict[str, Any]:
         return {**self._head, "points": self.points}
+
+
+def origin() -> dict[str, str | None]:
+    """What a result must say for benchmarks/tables to show it: the command that gave it, and the commit."""
+    return {"command": _command(sys.argv), "commit": commit()}
 
 
 def _command(argv: list[str]) -> str:

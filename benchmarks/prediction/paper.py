@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from benchmarks.harness.report import RESULTS
+from benchmarks.harness.report import RESULTS, origin
 from benchmarks.prediction import paper_figures as figures
 from benchmarks.prediction import paper_systems as systems
 from benchmarks.prediction.paper_figures import BEST_BATCH, CAPACITY_SHAPES, SEQ_LEN
@@ -245,7 +245,7 @@ def main() -> None:
         print(f"{p.figure:34} {p.case:52} {p.paper!s:>7} {ours:>7} {error:>5} {built} {p.reason or ''}")
     print(f"mean error {result['mean_error']:.1%}; {result['sizes_met']} of {result['sizes']} model sizes met")
     if args.save:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        RESULT.write_text(json.dumps({**result, **origin()}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.report import origin
 from benchmarks.harness.systems import ALWAYS, NEVER
 from ratel.hardware.host import describe_host
 from ratel.hardware.probe import probe
@@ -155,7 +156,7 @@ def main() -> None:
 
 
 def _write(args: argparse.Namespace, hardware: Hardware, results: list[dict[str, Any]]) -> None:
-    report = {"command": f"python -m benchmarks.prediction.reality --set {args.set}", "host": describe_host(),
+    report = {**origin(), "host": describe_host(),
               "torch": torch.__version__, "hardware": hardware.to_json(), "results": results}
     Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 

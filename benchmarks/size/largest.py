@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.report import origin
 from ratel.memory.resident import peak_bytes
 from ratel.models.presets import preset_config
 from ratel.training.bench.largest import MaxBench, max_batch
@@ -45,7 +46,7 @@ def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory(prefix="ratel-largest-", dir=".") as directory:
         result = _run(args, args.ssd or directory)
-    result |= {"command": f"python -m benchmarks.size.largest {args.what}"}
+    result |= origin()
     print({key: result[key] for key in SHOWN if key in result})
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.report import origin
 from ratel.hardware.doctor import describe_cuda
 from ratel.hardware.host import describe_host
 from ratel.runtime.session.session import Session
@@ -105,7 +106,7 @@ def main() -> None:
             runs[way].append(run(args, way))
             print(f"round {round_number + 1}, {way}: {[round(s, 3) for s in runs[way][-1]['seconds']]}", flush=True)
     base = statistics.mean(s for r in runs["nothing"] for s in r["seconds"])
-    report = {"command": "python -m benchmarks.speed.durable", "host": describe_host(), "cuda": describe_cuda(),
+    report = {**origin(), "host": describe_host(), "cuda": describe_cuda(),
               "torch": torch.__version__, "settings": {k: v for k, v in vars(args).items() if k not in ("ssd", "out", "json")},
               "ways": {}}
     for way, results in runs.items():

@@ -7,6 +7,7 @@ import argparse
 import json
 import traceback
 
+from benchmarks.harness.report import origin
 from ratel.training.bench.step import StepBench, measure, table
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     print(table(results))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+            json.dump([{**result, **origin()} for result in results], file, indent=1)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def compare_lines(points: list[Point]) -> list[str]:
         if not good:
             lines.append(f"{head}| failed: {last_line(runs[-1]['error'])} |")
             continue
-        floor = _floor_s(points, batch)
+        floor = floor_s(points, batch)
         seconds = [run["step_s"] for run in good]
         step_s = statistics.median(seconds)
         mine = [check for check in checks if (check["name"], check["batch_size"], check["clip"]) == (name, batch, clip)]
@@ -74,7 +74,7 @@ def _rank(key: tuple[str, str, int, float]) -> tuple[Any, ...]:
     return group, batch, not name.startswith(FLOOR), not name.startswith("Ratel"), name, -clip
 
 
-def _floor_s(points: list[Point], batch: int) -> float | None:
+def floor_s(points: list[Point], batch: int) -> float | None:
     """The faster of the in-memory rows: what the computation alone takes."""
     medians = [statistics.median(run["step_s"] for run in runs if "step_s" in run)
                for (_, name, of_batch, _), runs in _grouped(points).items()

@@ -34,19 +34,9 @@ INTRODUCTIONS = {
 }
 
 
-def target_section(kind: str, name: str, content: Content) -> list[str]:
-    return [f"## {TITLES[kind]}: {name}", "", f"{_machine(content)}; `{content['command']}`. {INTRODUCTIONS[kind]}", "",
-            *target_lines(kind, content), ""]
-
-
 def target_lines(kind: str, content: Content) -> list[str]:
     """Also what the script prints when it is done."""
     return LINES[kind](content)
-
-
-def _machine(content: Content) -> str:
-    commit = f", commit {content['commit'][:10]}" if content.get("commit") else ""
-    return f"{content.get('gpu') or content['host']['cpu']['model']}, torch {content['torch']}{commit}"
 
 
 def _table(head: str, rows: list[list[str]]) -> list[str]:
