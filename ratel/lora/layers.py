@@ -1,0 +1,89 @@
+"""One layer that an adapter is put on: shapes, scale, and the names of its tensors in files."""
+
+from dataclasses import dataclass
+
+from ratel.lora.outline import EMBEDDING
+
+PREFIX = "base_model.model."
+PARAMETER = "parameter"
+"""The kind of a layer that is a parameter of another module: a matrix, or the fused matrices of experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedLayer:
+    """A [a_rows, in] and B [out, b_columns] of a layer. With E experts and rank r, A is [E*r, in] with the expert slowest, and B
+    [out, r*E] with the expert fastest: ``A.view(E, r, in)``, ``B.view(out, r, E)``. Of an embedding `in` counts tokens."""
+
+    name: str
+    parameter: str
+    """Of the module, the one that is adapted."""
+    kind: str
+    in_features: int
+    out_features: int
+    experts: int = 1
+    is_transposed: bool
+    """Whether the weight is stored [in, out]."""
+    is_stack: bool = False
+    """Whether the weight has a dimension of experts, first."""
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    has_magnitude: bool
+    file_name: str
+    """Of the module, in files: parameters of one module are nested."""
+    tied_to: str | None = None
+    """The layer whose B and A, transposed, are this one's A and B."""
+
+    @property
+    def key(self) -> str:
+        """Its name among all layers of a model."""
+        return f"{self.name}.{self.parameter}" if self.kind == PARAMETER else self.name
+
+    @property
+    def weight(self) -> str:
+        """The parameter of the model that it changes."""
+        return f"{self.name}.{self.parameter}"
+
+    @property
+    def a_shape(self) -> tuple[int, int]:
+        return (self.experts * self.rank, self.in_features)
+
+    @property
+    def b_shape(self) -> tuple[int, int]:
+        return (self.out_features, self.rank * self.experts)
+
+    @property
+    def magnitude_shape(self) -> tuple[int] | None:
+        return (self.out_features,) if self.has_magnitude else None
+
+    @property
+    def a_name(self) -> str:
+        return f"{PREFIX}{self.file_name}.{'lora_embedding_A' if self.kind == EMBEDDING else 'lora_A.weight'}"
+
+    @property
+    def b_name(self) -> str:
+        return f"{PREFIX}{self.file_name}.{'lora_embedding_B' if self.kind == EMBEDDING else 'lora_B.weight'}"
+
+    @property
+    def magnitude_name(self) -> str | None:
+        return f"{PREFIX}{self.file_name}.lora_magnitude_vector" if self.has_magnitude else None
+
+    @property
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {self.a_name: self.a_shape, self.b_name: self.b_shape}
+        return shapes | ({self.magnitude_name: (self.out_features,)} if self.magnitude_name else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullModule:
+    """A module that is trained as a whole. ``parameters``: their names in the model, with shapes."""
+
+    name: str
+    parameters: dict[str, tuple[int, ...]]
+    tied_to: str | None = None
+    """The module whose weight is its own."""
+
+    @property
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"{PREFIX}{name}": shape for name, shape in self.parameters.items()}

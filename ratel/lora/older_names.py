@@ -1,0 +1,83 @@
+"""Targets of models with experts, under the names that they had before transformers 5 fused the experts.
+
+peft takes `w1` of Mixtral, or `gate_proj` of Qwen3-MoE, for the fused parameter that it is a part of now, and `all-linear` for
+what was a Linear then: experts and routers are among the targets. gate and up are one parameter: an adapter for both is one of
+twice the rank and twice alpha.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ratel.lora.config import ALL_LINEAR, LoraConfig
+from ratel.lora.outline import ModelOutline
+
+
+@dataclass(frozen=True, kw_only=True)
+class OlderNames:
+    """``parameters``: an older name -> the parameter that it is, or is a part of, now."""
+
+    parameters: Mapping[str, str]
+    fused: tuple[str, ...]
+
+    @property
+    def fused_into(self) -> str:
+        return self.parameters[self.fused[0]]
+
+
+_MIXTRAL = OlderNames(parameters={"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}, fused=("w1", "w3"))
+_QWEN = OlderNames(parameters={"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
+                   fused=("gate_proj", "up_proj"))
+_FAMILIES = {"mixtral": _MIXTRAL, "qwen2_moe": _QWEN}
+
+
+def older_names_of(model_type: str | None) -> OlderNames | None:
+    """transformers' own table says which models' experts were stored as Mixtral's or as Qwen2-MoE's."""
+    if model_type is None:
+        return None
+    from transformers import conversion_mapping
+
+    table = {**getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
+    return _FAMILIES.get(table.get(model_type, ""))
+
+
+def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterable[str], matches: Mapping[str, bool]) -> LoraConfig:
+    """The same adapter with names that the model has now. ``linear``: what `all-linear` means; ``matches``: for a pattern, which of
+    `possible_names` it fits. Raises RatelError for one half of what is fused."""
+    older = older_names_of(outline.model_type)
+    if older is None or config.targets is None:
+        return config
+    targets = set(_listed(config, outline, older, linear, matches))
+    if not targets:
+        return config
+    found = {target: name for target in targets for name in older.parameters if target == name or target.endswith(f".{name}")}
+    config = replace(config, targets=tuple(sorted(targets - found.keys())),
+                     parameters=tuple(sorted({*config.parameters, *(older.parameters[name] for name in found.values())})))
+    halves = {name for name in found.values() if name in older.fused}
+    if halves and len(halves) < len(older.fused):
+        config.refuse("targets", f"has one of {' and '.join(older.fused)}, which are one parameter in the model ({older.fused_into})",
+                      ", ".join(sorted(halves)), "Give both, or neither")
+    if halves:
+        pattern = rf".*\.{re.escape(older.fused_into)}"
+        config = replace(config, rank_pattern={**config.rank_pattern, pattern: len(older.fused) * config.rank},
+                         alpha_pattern={**config.alpha_pattern, pattern: len(older.fused) * config.alpha})
+    return config
+
+
+def possible_names(outline: ModelOutline) -> dict[str, str]:
+    """Names that a regular expression may mean, with the last parts that stand for them: modules, parameters, and the experts'
+    matrices as they were called before."""
+    names = [module.name for module in outline.modules] + [f"{m.name}.{parameter}" for m in outline.modules for parameter in m.parameters]
+    found = {name: name.rpartition(".")[2] for name in names}
+    older = older_names_of(outline.model_type)
+    for before, now in (older.parameters if older else {}).items():
+        found |= {f"{module.name}.{before}": before for module in outline.modules if now in module.parameters}
+    return found
+
+
+def _listed(config: LoraConfig, outline: ModelOutline, older: OlderNames, linear: Iterable[str], matches: Mapping[str, bool]) -> Iterable[str]:
+    if config.targets == ALL_LINEAR:
+        return {name.rpartition(".")[2] for name in linear} | older.parameters.keys()
+    if isinstance(config.targets, str):
+        return {leaf for name, leaf in possible_names(outline).items() if matches[name]}
+    return config.targets or ()
