@@ -1,0 +1,104 @@
+"""Which elements of an adapter's input dropout keeps: a function of a key and of an element's place, never stored.
+
+A mask depends on nothing that a device, a kernel or a split into micro-batches could change. Its key is made from the run's
+seed, the step, the stage and the linear; an element's place is its row in the whole batch of the step and its column. So a
+second run of a block, backward, and any number of micro-batches draw the same mask, on the CPU and in the kernels.
+
+Each row gets 64 random bits: the splitmix64 sequence that begins at the key, at the row's place (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014), each column 32 by a multiplication. An element mixes both by two more, with the
+constants of the mixer lowbias32 (Wellons, "Hash function prospector", 2018); the second half of the row's bits comes in between,
+so that rows with one half alike are not. Philox, the usual generator, takes 25 instructions an element where this takes eight,
+and making a mask would take longer than reading the elements that it is for (docs/lora_compute.md).
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+COLUMN0, COLUMN1, COLUMN2 = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+CHUNK_ELEMENTS = 1 << 22
+"""The reference makes some three integers of 32 bits for each of so many elements at a time."""
+
+
+def mask_key(seed: int, step: int, stage: str | int, linear: str | int) -> int:
+    """64 bits, as a signed number: what PyTorch's integers hold."""
+    text = f"{seed}/{step}/{stage}/{linear}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Of some linears that read the same input: one probability, a key for each, and where the input's rows are."""
+
+    p: float
+    keys: tuple[int, ...]
+    first_row: int = 0
+    """Which row of the step's whole batch is the first of this input: rows are tokens, or whatever is left when all
+    dimensions but the last are taken as one."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.p < 1 and self.keys, (self.p, self.keys)
+
+    def draw(self) -> Tensor | None:
+        """What operations take: [first row, key, key, ...] on the CPU. A tensor, and no numbers, because an operation's numbers
+        belong to its form, and a form that changes at every step would be traced and compiled at every step."""
+        return torch.from_numpy(np.array((self.first_row, *self.keys), np.int64)) if threshold(self.p) else None
+
+
+def threshold(p: float) -> int:
+    """An element is kept where its 32 bits, as a number without sign, are at least this."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def keep_mask(num_rows: int, num_columns: int, key: int, p: float, first_row: int = 0,
+              device: torch.device | str = "cpu") -> Tensor:
+    """[num_rows, num_columns], True where kept: the reference, which the kernels agree with bit for bit."""
+    low, high = _row_words(num_rows, key, first_row, device)
+    columns = torch.arange(num_columns, dtype=torch.int32, device=device) * _signed(COLUMN0, 32)
+    columns ^= _shifted(columns, 16, 32)
+    kept = torch.empty(num_rows, num_columns, dtype=torch.bool, device=device)
+    step = max(1, CHUNK_ELEMENTS // max(1, num_columns))
+    for begin in range(0, num_rows, step):
+        part = slice(begin, begin + step)
+        kept[part] = _kept(low[part, None], high[part, None], columns, p)
+    return kept
+
+
+def masked(x: Tensor, key: int, p: float, first_row: int = 0) -> Tensor:
+    """Dropout's result for x [rows, columns]: kept elements over 1 - p, in x's dtype."""
+    if not threshold(p):
+        return x
+    kept = keep_mask(*x.shape, key, p, first_row, x.device)
+    return torch.where(kept, x / (1 - p), 0)
+
+
+def _row_words(num_rows: int, key: int, first_row: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    z = torch.arange(first_row, first_row + num_rows, dtype=torch.int64, device=device) * _signed(GOLDEN, 64) + key
+    z = (z ^ _shifted(z, 30, 64)) * _signed(MIX1, 64)
+    z = (z ^ _shifted(z, 27, 64)) * _signed(MIX2, 64)
+    z = z ^ _shifted(z, 31, 64)
+    return z.to(torch.int32), (z >> 32).to(torch.int32)
+
+
+def _kept(low: Tensor, high: Tensor, columns: Tensor, p: float) -> Tensor:
+    x = low ^ columns
+    x ^= _shifted(x, 16, 32)
+    x *= _signed(COLUMN1, 32)
+    x ^= _shifted(x, 15, 32)
+    x ^= high
+    x *= _signed(COLUMN2, 32)
+    x ^= -2**31  # order without sign is order with sign after this
+    return x >= threshold(p) - 2**31
+
+
+def _shifted(x: Tensor, by: int, width: int) -> Tensor:
+    """To the right, with zeros coming in: PyTorch's shift brings the sign in."""
+    return (x >> by) & ((1 << (width - by)) - 1)
+
+
+def _signed(value: int, width: int) -> int:
+    return value - (1 << width) if value >> (width - 1) else value

@@ -1,0 +1,57 @@
+"""The adapter's operations in plain PyTorch: what the CPU runs, what the kernels are tested against, what runs where they cannot.
+
+All inputs have two dimensions. Letters: M rows, i inputs, j outputs, r rank, g linears that share an input.
+x [M, i], w [j, i], a [g r, i] (the linears' A, one below the other), b [j, r], s [M, g r], dy [M, j]. ``draw`` is
+``Dropout.draw``'s, with as many keys as there are linears; None: nothing is dropped, and all of a is one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ratel.lora.compute.masks import masked
+
+
+def dropped(x: Tensor, draw: Tensor | None, p: float, index: int = 0) -> Tensor:
+    """x as the adapter of the linear number ``index`` sees it."""
+    if draw is None:
+        return x
+    first_row, *keys = draw.tolist()
+    return masked(x, keys[index], p, first_row)
+
+
+def down(x: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
+    """s: the dropped input times A transposed, of all linears side by side."""
+    return torch.cat([dropped(x, draw, p, index) @ a[part].t() for index, part in _parts(a.shape[0], draw)], dim=1)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x W' + bias + scale s B'."""
+    return F.linear(x, w, bias).addmm_(s, b.t(), alpha=scale)
+
+
+def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of s [M, r] and of B [j, r]."""
+    return scaled_product(dy, b, scale), scaled_product(dy.t(), s, scale)
+
+
+def down_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    """The gradients of A [g r, i] and of x through the adapters [M, i]."""
+    da, dx = torch.empty_like(a), torch.zeros_like(x)
+    for index, part in _parts(a.shape[0], draw):
+        da[part] = ds[:, part].t() @ dropped(x, draw, p, index)
+        dx += dropped(ds[:, part] @ a[part], draw, p, index)
+    return da, dx
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Rounded once, unlike a product and then its multiple."""
+    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
+
+
+def _parts(num_rows: int, draw: Tensor | None) -> Iterator[tuple[int, slice]]:
+    count = 1 if draw is None else draw.shape[0] - 1
+    rank = num_rows // count
+    return ((index, slice(index * rank, (index + 1) * rank)) for index in range(count))
