@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PRODUCT = ("ratel", "nvme_ds", "op_ds", "benchmarks", "examples")
 FOLDERS = (*PRODUCT, "tests", "docs")
 PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w/.*-]*[\w/*]")
@@ -25,7 +25,7 @@ COMPOSED = {"optimizer.safetensors.index.json", *(f"{key}_{kind}{end}" for kind 
 """Names that the code puts together: the bounds in ratel/planner/report/utilization.py, the index beside a file of moments."""
 PLACEHOLDERS = re.compile(r"NAME|MACHINE|KIND|DIR|FILE|ROOM|SCRIPT")
 OTHERS = {"nn": "torch.nn", "torch": "torch", "gc": "gc", "time": "time", "zlib": "zlib", "json": "json"}
-LOG = "log.md"
+LOG = {ROOT / "docs" / "log.md", *(ROOT / "docs" / "log").glob("*.md")}
 """What was tried stands there under the names of its day."""
 
 
@@ -143,7 +143,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != LOG], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in LOG], ids=lambda page: page.name)
 def test_every_symbol_that_a_page_names_is_defined(page: Path) -> None:
     symbols = {span for span in spans(page) if SYMBOL.fullmatch(span) and re.search(r"[.(_]", span)}
     assert sorted(symbol for symbol in symbols if not is_known(symbol)) == []
