@@ -8,22 +8,26 @@ from ratel.planner.placement import TIERS
 
 AUTO, RECOMPUTE = "auto", "recompute"
 SPILL = "spill"
-"""Nothing is kept, and what the second run of a block makes for backward goes through DRAM (`ratel.planner.checkpoints.Spill`)."""
+"""Nothing is kept, and what the second run of a block makes for backward goes through DRAM
+(`ratel.planner.checkpoints.Spill`)."""
 
 Activations = str | dict[str, "str | dict[str, str]"]
-"""``auto``, ``recompute``, ``spill`` or a tier for everything; or block-name patterns to one of these, or to these by name."""
+"""``auto``, ``recompute``, ``spill`` or a tier for everything; or block-name patterns to one of
+these, or to these by name."""
 
 Kept = tuple[tuple[tuple[str, str], ...], ...]
-"""By block: ``(name, tier)`` of every inner activation that is kept, in the order in which forward makes them."""
+"""By block: ``(name, tier)`` of every inner activation that is kept, in the order in which forward
+makes them."""
 
 _EXAMPLE = "Write it like {'*': 'recompute', 'block.*': {'mlp.*': 'dram', 'sdpa': 'gpu'}}"
 
 
 def forced_kept(profiles: tuple[BlockProfile, ...], choice: Activations) -> Kept:
-    """Patterns are tried in order; later ones win, and what none matches is recomputed. ``auto`` and ``spill`` are
-    ``recompute``.
+    """Patterns are tried in order; later ones win, and what none matches is recomputed. ``auto``
+    and ``spill`` are ``recompute``.
 
-    Raises RatelError for what is no choice, or names no block or no inner activation of the blocks that it names.
+    Raises RatelError for what is no choice, or names no block or no inner activation of the blocks
+    that it names.
     """
     patterns = choice if isinstance(choice, dict) else {"*": RECOMPUTE if choice == SPILL else choice}
     tiers = [dict.fromkeys((inner.name for inner in profile.inner), RECOMPUTE) for profile in profiles]

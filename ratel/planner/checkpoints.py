@@ -1,4 +1,5 @@
-"""What forward keeps for backward, block inputs (checkpoints) and inner activations, and the slots that it passes."""
+"""What forward keeps for backward, block inputs (checkpoints) and inner activations, and the slots
+that it passes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,14 +11,18 @@ INPUT = ""
 """The name of a block's input among what is kept of the block."""
 
 PART_ALIGN = 256
-"""Bytes. Where each tensor begins in a buffer of several; kernels choose their path by alignment."""
+"""Bytes. Where each tensor begins in a buffer of several; kernels choose their path by
+alignment."""
 
 WINDOW_INPUTS = 4
-"""Inputs of a block that one window holds: the widest results inside usual blocks are 2.7 to 4 times as wide."""
+"""Inputs of a block that one window holds: the widest results inside usual blocks are 2.7 to 4
+times as wide."""
 LEAST_BYTES = MIB
-"""Smaller ones are not worth a copy: 1 MiB crosses PCIe in 20 us, which launching it takes as well."""
+"""Smaller ones are not worth a copy: 1 MiB crosses PCIe in 20 us, which launching it takes as
+well."""
 LEAST_SHARE = 64
-"""Of a block's input: nor is less than this part of it, where that is smaller."""
+"""Nor is a result worth a copy that has fewer bytes than one in so many of a block's input, where
+that is fewer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +33,7 @@ class Saved:
     name: str
     tier: str
     num_bytes: int
-    """Of a full micro-batch."""
+    """Bytes that it has in a full micro-batch."""
 
     @property
     def is_inner(self) -> bool:
@@ -37,9 +42,11 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """What leaves the GPU and comes back as one: the input of a block, or all of its inner activations that go to one tier.
+    """What leaves the GPU and comes back as one: the input of a block, or all of its inner
+    activations that go to one tier.
 
-    Each transfer on its way back has slots, events and threads that wait for it; one for all costs what one result would.
+    Each transfer on its way back has slots, events and threads that wait for it; one for all costs
+    what one result would.
     """
 
     block: int
@@ -54,12 +61,12 @@ class Group:
 
     @property
     def num_bytes(self) -> int:
-        """Of a full micro-batch, one after the other."""
+        """Bytes of its members in a full micro-batch, one after the other."""
         return sum(align_up(saved.num_bytes, PART_ALIGN) for saved in self.members)
 
 
 def groups_of(saved: Iterable[Saved]) -> tuple[Group, ...]:
-    """Of one block."""
+    """The groups of what one block keeps."""
     members: dict[str, list[Saved]] = {}
     for one in saved:
         if one.tier != GPU:
@@ -70,7 +77,8 @@ def groups_of(saved: Iterable[Saved]) -> tuple[Group, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spill:
-    """That what autograd saves in the second run of a block goes to DRAM while it is made, and comes back in backward."""
+    """That what autograd saves in the second run of a block goes to DRAM while it is made, and
+    comes back in backward."""
 
     region_bytes: int
     """DRAM that one block of one micro-batch fills at most; all use it in turn."""

@@ -1,5 +1,5 @@
-"""A machine in numbers, measured by the probe or written down from data sheets. Rates are bytes, FLOPs or parameters
-per second."""
+"""A machine in numbers, measured by the probe or written down from data sheets. Rates are bytes,
+FLOPs or parameters per second."""
 
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +15,8 @@ MACHINES = Path(__file__).parent / "machines"
 
 @dataclass(frozen=True, kw_only=True)
 class Ssd:
-    """One directory's device. ``mixed_bps`` is the sum of both directions while it reads and writes at once."""
+    """One directory's device. ``mixed_bps`` is the sum of both directions while it reads and writes
+    at once."""
 
     read_bps: float
     write_bps: float
@@ -24,7 +25,8 @@ class Ssd:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """``source`` begins with ``measured``, ``data sheet`` or ``paper`` and says where the numbers come from."""
+    """``source`` begins with ``measured``, ``data sheet`` or ``paper`` and says where the numbers
+    come from."""
 
     name: str
     source: str
@@ -46,16 +48,19 @@ class Hardware:
     adam_params_per_s: float
     """The CPU optimizer alone, with states in DRAM."""
     adam_elsewhere: float = 1.0
-    """Share of that rate which it attains where it leaves what it reads and writes to other planes: updates that may have
-    to be forgotten."""
+    """Share of that rate which it attains where it leaves what it reads and writes to other planes:
+    updates that may have to be forgotten."""
     ssds: tuple[Ssd, ...] = ()
     ssd_limit_bps: float | None = None
-    """What all SSDs together can move in both directions, where something (a controller, PCIe) limits their sum."""
+    """What all SSDs together can move in both directions, where something (a controller, PCIe)
+    limits their sum."""
     stripes: Weights = ()
-    """Stripes of each SSD in one round, where that is not to be chosen by their speed: states lie on them already."""
+    """Stripes of each SSD in one round, where that is not to be chosen by their speed: states lie
+    on them already."""
 
     def update_share(self, *, elsewhere: bool) -> float:
-        """Of the rates of the CPU optimizer and of DRAM, what updates attain that write to other planes, or do not."""
+        """The share of the CPU optimizer's and of DRAM's rate that updates attain, writing to other
+        planes (``elsewhere``) or not."""
         return self.adam_elsewhere if elsewhere else 1.0
 
     @property
@@ -78,7 +83,8 @@ class Hardware:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Hardware":
-        """The inverse of ``to_json``. Raises RatelError that names a field which is unknown or missing."""
+        """The inverse of ``to_json``. Raises RatelError that names a field which is unknown or
+        missing."""
         _check_fields(cls, content, "hardware")
         ssds = []
         _check(listing(anything, most=_MOST_SSDS), "ssds", content.get("ssds", ()))
@@ -90,9 +96,11 @@ class Hardware:
 
 
 def load_hardware(name: str, *, ssds: int | None = None) -> Hardware:
-    """A machine by name (``4090``, ``h200-box``, ...) or from a JSON file, with ``ssds`` devices like its first.
+    """A machine by name (``4090``, ``h200-box``, ...) or from a JSON file, with ``ssds`` devices
+    like its first.
 
-    Raises RatelError for a name that is neither, an unknown field, and SSDs asked of a machine that has none to copy.
+    Raises RatelError for a name that is neither, an unknown field, and SSDs asked of a machine that
+    has none to copy.
     """
     path = MACHINES / f"{name}.json"
     if not path.exists():
@@ -123,7 +131,8 @@ def with_ssds(hardware: Hardware, count: int) -> Hardware:
 
 
 def with_cap(hardware: Hardware, bps: float | None) -> Hardware:
-    """The machine with each SSD slowed down to a rate of reads and writes together (``--ssd-bandwidth``)."""
+    """The machine with each SSD slowed down to a rate of reads and writes together
+    (``--ssd-bandwidth``)."""
     if bps is None:
         return hardware
     ssds = tuple(Ssd(read_bps=min(bps, s.read_bps), write_bps=min(bps, s.write_bps), mixed_bps=min(bps, s.mixed_bps))

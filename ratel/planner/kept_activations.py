@@ -1,4 +1,5 @@
-"""All that a plan has forward keep for backward, and what follows from it: groups, bytes by tier, slots."""
+"""All that a plan has forward keep for backward, and what follows from it: groups, bytes by tier,
+slots."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from ratel.units import align_up
 
 @dataclass(frozen=True, eq=False)
 class Keeping:
-    """Plans that differ in other things share one (`keeping`). Bytes are those of one micro-batch."""
+    """Plans that differ in other things share one (`keeping`). Bytes are those of one
+    micro-batch."""
 
     saved: tuple[Saved, ...]
     """In the order in which forward makes it."""
@@ -34,7 +36,7 @@ class Keeping:
         return tuple(group for groups in self.groups_by_block.values() for group in groups)
 
     def num_bytes(self, tier: str, *, inner: bool) -> int:
-        """Of one micro-batch; outside the GPU in whole pages."""
+        """Bytes that one micro-batch keeps in a tier, outside the GPU in whole pages."""
         return self._num_bytes[tier, inner]
 
     @cached_property
@@ -48,8 +50,9 @@ class Keeping:
         return found
 
     def slots(self, depth: int, *, inner: bool, on_ssd: bool) -> tuple[int, int]:
-        """For what leaves the GPU, or of that for what is on SSD: how many, and the bytes of each. What one block keeps of one
-        micro-batch is needed at once: there is room for ``depth`` times the most that a block has."""
+        """For what leaves the GPU, or of that for what is on SSD: how many, and the bytes of each.
+        What one block keeps of one micro-batch is needed at once: there is room for ``depth`` times
+        the most that a block has."""
         most, num_bytes = self._slots[inner, on_ssd]
         return depth * most, num_bytes
 
@@ -64,7 +67,8 @@ class Keeping:
 
     @cached_property
     def largest_inner_of_a_block(self) -> int:
-        """Bytes of inner activations that leave the GPU, of one micro-batch, for the block with most of them."""
+        """Bytes of inner activations that leave the GPU, of one micro-batch, for the block with
+        most of them."""
         by_block: Counter[int] = Counter()
         for group in self.groups:
             if group.is_inner:
@@ -73,7 +77,8 @@ class Keeping:
 
 
 class _Same:
-    """A thing as a key: equal to itself alone, so that comparing takes no time, and alive as long as the key is."""
+    """A thing as a key: equal to itself alone, so that comparing takes no time, and alive as long
+    as the key is."""
 
     __slots__ = ("thing",)
 
@@ -89,8 +94,9 @@ class _Same:
 
 def keeping(checkpoint_tiers: tuple[str, ...], kept: Kept, profiles: tuple[BlockProfile, ...], hidden_bytes: int,
             micro_rows: int) -> Keeping:
-    """Block inputs of ``hidden_bytes`` and inner activations of ``micro_rows`` rows. A search makes thousands of plans that keep the
-    same: what is asked for again with the same objects is the same object."""
+    """Block inputs of ``hidden_bytes`` and inner activations of ``micro_rows`` rows. A search makes
+    thousands of plans that keep the same: what is asked for again with the same objects is the same
+    object."""
     return _keeping(_Same(checkpoint_tiers), _Same(kept), _Same(profiles), hidden_bytes, micro_rows)
 
 

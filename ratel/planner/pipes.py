@@ -8,7 +8,8 @@ from ratel.planner.stripes import striped
 
 @dataclass(frozen=True, kw_only=True)
 class Pipe:
-    """Two directions, each with a rate alone and a rate while the other one runs, in bytes per second."""
+    """Two directions, each with a rate alone and a rate while the other one runs, in bytes per
+    second."""
 
     in_bps: float
     out_bps: float
@@ -16,9 +17,11 @@ class Pipe:
     out_beside_bps: float
 
     def seconds(self, bytes_in: float, bytes_out: float, *, first_in: float = 0, last_out: float = 0) -> tuple[float, float]:
-        """Busy time of each direction where both start at once and the one with less to do is done first.
+        """Busy time of each direction where both start at once and the one with less to do is done
+        first.
 
-        ``first_in`` and ``last_out``: of these, the bytes that have the pipe for themselves, before and after."""
+        ``first_in`` and ``last_out``: of these, the bytes that have the pipe for themselves, before
+        and after."""
         both = max(min(bytes_in - first_in, bytes_out - last_out), 0)
         return (both / self.in_beside_bps + (bytes_in - both) / self.in_bps,
                 both / self.out_beside_bps + (bytes_out - both) / self.out_bps)
@@ -33,7 +36,8 @@ def link(hardware: Hardware) -> Pipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SsdRates:
-    """All devices together, in bytes per second. The device that is slowest for its share of the stripes sets the pace."""
+    """All devices together, in bytes per second. The device that is slowest for its share of the
+    stripes sets the pace."""
 
     read_bps: float
     write_bps: float

@@ -1,6 +1,8 @@
-"""The order in which a step gathers weights, checkpoints and inner activations, fixed before the step starts.
+"""The order in which a step gathers weights, checkpoints and inner activations, fixed before the
+step starts.
 
-A gather may serve two uses: the units around the turn (last in forward, first in backward) stay in their slots.
+A gather may serve two uses: the units around the turn (last in forward, first in backward) stay in
+their slots.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,8 @@ from ratel.planner.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Bring one unit's weights, or one group of what was saved (``(block, micro, what)``), into a GPU slot; freed after
-    ``uses`` releases."""
+    """Bring one unit's weights, or one group of what was saved (``(block, micro, what)``), into a
+    GPU slot; freed after ``uses`` releases."""
 
     unit: int = -1
     saved: tuple[int, int, str] = (-1, -1, INPUT)
@@ -33,7 +35,8 @@ def _stage_order(plan: Plan, training: bool) -> list[int]:
 
 
 def unit_gathers(plan: Plan, *, training: bool, early: bool = True) -> list[tuple[int, Gather]]:
-    """``(position of first use in the stage order, gather)`` of every streamed unit, in order of position."""
+    """``(position of first use in the stage order, gather)`` of every streamed unit, in order of
+    position."""
     uses: dict[int, list[int]] = {}
     for position, stage in enumerate(_stage_order(plan, training)):
         for unit in plan.spec.stages[stage].units:
@@ -58,12 +61,12 @@ def _held_over_the_turn(plan: Plan) -> set[int]:
 
 
 def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: bool = True) -> list[Gather]:
-    """All gathers of a step in the order in which they are started. ``num_micro``: of a batch smaller than the plan's.
-    ``early``: updates run under backward, those that the plan has there.
+    """All gathers of a step in the order in which they are started. ``num_micro``: of a batch
+    smaller than the plan's. ``early``: updates run under backward, those that the plan has there.
 
-    All gathers share one copy stream, so order is priority. A block's weights go before what the block that is used
-    before it has saved, as long as the slot they need was freed two uses ago: one freed by the use just before would
-    make what is behind it wait for that use's computation.
+    All gathers share one copy stream, so order is priority. A block's weights go before what the
+    block that is used before it has saved, as long as the slot they need was freed two uses ago:
+    one freed by the use just before would make what is behind it wait for that use's computation.
     """
     weights = unit_gathers(plan, training=training, early=early)
     if not training or not plan.groups:
@@ -87,5 +90,6 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: 
 
 
 def _waits_for(plan: Plan, gather: Gather, position: int, order: list[int]) -> bool:
-    """A unit outside the blocks has one slot for its class; it cannot be started before that slot's user is done."""
+    """A unit outside the blocks has one slot for its class; it cannot be started before that slot's
+    user is done."""
     return weight_class(plan.spec.units[gather.unit]) != "block"

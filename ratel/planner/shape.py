@@ -1,7 +1,9 @@
-"""The shape of a model as the planner and the runtime see it: parameters laid out in units, units used by stages.
+"""The shape of a model as the planner and the runtime see it: parameters laid out in units, units
+used by stages.
 
-Pure data. A unit is one flat vector of elements; every plane of the unit (`hi`, `lo`, `m`, `v`, `g`) has the same
-layout, so that a chunk ``[a, b)`` of elements means the same parameters in each plane.
+Pure data. A unit is one flat vector of elements; every plane of the unit (`hi`, `lo`, `m`, `v`,
+`g`) has the same layout, so that a chunk ``[a, b)`` of elements means the same parameters in each
+plane.
 """
 
 from collections.abc import Iterable
@@ -18,12 +20,13 @@ UNIT_ALIGN = 2048
 """Elements. A bf16 plane is then a multiple of 4 KiB, the block of O_DIRECT."""
 
 FP32_SUFFIX = ".fp32"
-"""Of the name of a unit with what a stage computes in fp32 among others in bf16."""
+"""How the name of a unit ends that holds what a stage computes in fp32 among others in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """One parameter. ``aliases`` are its other names in the module (tied weights), ``offset`` its first element."""
+    """One parameter. ``aliases`` are its other names in the module (tied weights), ``offset`` its
+    first element."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,8 +48,9 @@ class ParamSpec:
 class UnitSpec:
     """Parameters gathered, used and released together, in one flat layout.
 
-    ``[0, num_decay)`` is trained with weight decay, ``[num_decay, num_trainable)`` without, ``[num_trainable,
-    num_elements)`` is frozen (it has `hi` only). All three are in elements, padding included; padding holds zeros.
+    ``[0, num_decay)`` is trained with weight decay, ``[num_decay, num_trainable)`` without,
+    ``[num_trainable, num_elements)`` is frozen (it has `hi` only). All three are in elements,
+    padding included; padding holds zeros.
     """
 
     index: int
@@ -58,8 +62,9 @@ class UnitSpec:
     num_trainable: int
     num_elements: int
     fp32: bool = False
-    """Its compute copy and its gradient are fp32, whatever the others' are: both halves of the master are needed where it computes.
-    In a bf16 run such units are small, and their states are on the GPU."""
+    """Its compute copy and its gradient are fp32, whatever the others' are: both halves of the
+    master are needed where it computes. In a bf16 run such units are small, and their states are on
+    the GPU."""
 
     @property
     def num_params(self) -> int:
@@ -72,7 +77,8 @@ class UnitSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """A part of the forward pass that runs between gathers: before the blocks, one block, after the blocks."""
+    """A part of the forward pass that runs between gathers: before the blocks, one block, after the
+    blocks."""
 
     index: int
     name: str
@@ -119,7 +125,8 @@ class ModelSpec:
 
 
 def closing_stages(spec: ModelSpec) -> dict[int, int]:
-    """By unit the first stage that uses it: the last one in backward order, after which its gradient is complete."""
+    """By unit the first stage that uses it: the last one in backward order, after which its
+    gradient is complete."""
     closing: dict[int, int] = {}
     for stage in spec.stages:
         for unit in stage.units:
@@ -157,7 +164,8 @@ def lay_out(index: int, name: str, kind: str, params: Iterable[ParamSpec], *, fp
         ends.append(cursor)
     num_trainable = align_up(ends[1], UNIT_ALIGN) if groups[2] or ends[1] else 0
     if groups[2]:
-        # Frozen parameters start on a unit boundary of their own, so that a trainable plane is a whole prefix.
+        # Frozen parameters start on a unit boundary of their own, so that a trainable plane is a
+        # whole prefix.
         shift = num_trainable - ends[1]
         first = len(groups[0]) + len(groups[1])
         placed[first:] = [replace(p, offset=p.offset + shift) for p in placed[first:]]

@@ -18,7 +18,7 @@ from ratel.trace import phases
 
 _STEM = "model.safetensors"
 _PIECE_BYTES = 128 << 20
-"""Of one thread at a time. Large, because an import holds the interpreter while the loader maps a library of a gigabyte:
+"""What one thread reads at a time. It is large, because an import holds the interpreter while the loader maps a library of a gigabyte:
 for so long no thread gets its next piece."""
 _THREADS = 8
 """On a virtual disk 8 of them read 1.6 GB at 2.1 GB/s, one at 1.5."""

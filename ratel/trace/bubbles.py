@@ -1,4 +1,5 @@
-"""Why the compute lane of a step was idle: each moment without computation, by what it waited for."""
+"""Why the compute lane of a step was idle: each moment without computation, by what it waited
+for."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -21,8 +22,9 @@ _WORKED_ON_BY = {
     "update": _UPDATED_BY,
     "update slot": _UPDATED_BY,
 }
-"""Who brings what is waited for: lanes in the order in which they are asked, the one nearest to its end first, and what their
-being busy means (a thread's wait says so itself). They serve in order, so that whatever they wait for delays it."""
+"""Who brings what is waited for: lanes in the order in which they are asked, the one nearest to its
+end first, and what their being busy means (a thread's wait says so itself). They serve in order, so
+that whatever they wait for delays it."""
 
 _WITH_AN_IDLE_UPDATER = {"ring slot": "SSD write"}
 """Ring slots that hold no chunk to update are being written back."""
@@ -31,9 +33,10 @@ _WITH_AN_IDLE_UPDATER = {"ring slot": "SSD write"}
 @dataclass(frozen=True, kw_only=True)
 class Bubbles:
     busy_s: float
-    """Of the compute lane; with ``idle_s`` it adds up to the step."""
+    """Seconds for which the compute lane is busy; with ``idle_s`` they add up to the step."""
     idle_s: dict[str, float]
-    """By cause, the largest first: ``weights: SSD read``, ``update: CPU``, ``norm``, ``launch``, ..."""
+    """By cause, the largest first: ``weights: SSD read``, ``update: CPU``, ``norm``, ``launch``,
+    ..."""
 
     @property
     def exposed_optimizer_s(self) -> float:
@@ -42,7 +45,8 @@ class Bubbles:
 
 
 def find_bubbles(timeline: Timeline) -> Bubbles:
-    """Of a GPU, what counts as busy is from a stage's first kernel to its last."""
+    """Why the compute lane was idle, and for how long. A GPU counts as busy from a stage's first
+    kernel to its last."""
     lanes = _lanes(timeline.spans)
     idle: dict[str, float] = defaultdict(float)
     busy_s = at_s = 0.0
@@ -58,7 +62,8 @@ def find_bubbles(timeline: Timeline) -> Bubbles:
 
 
 def _gap(lanes: dict[str, list[Span]], begin_s: float, end_s: float, following: Span) -> Iterator[tuple[str, Interval]]:
-    """The causes of an idle time before a span. Once that is enqueued, only copies can keep it waiting."""
+    """The causes of an idle time before a span. Once that is enqueued, only copies can keep it
+    waiting."""
     launched_s = end_s if following.launched_s is None else min(max(following.launched_s, begin_s), end_s)
     yield from _awaited_by_main(lanes, (begin_s, launched_s))
     rest = [(launched_s, end_s)]
@@ -77,7 +82,8 @@ def _awaited_by_main(lanes: dict[str, list[Span]], idle: Interval) -> Iterator[t
 
 
 def _explain(lanes: dict[str, list[Span]], cause: str, waiting: Interval) -> Iterator[tuple[str, Interval]]:
-    """What keeps those who bring what is waited for; followed further where that is somebody's work itself."""
+    """What keeps those who bring what is waited for; followed further where that is somebody's work
+    itself."""
     rest = [waiting]
     for lane, meaning in _WORKED_ON_BY.get(cause, ()):
         found = list(_during(lanes, lane, rest))

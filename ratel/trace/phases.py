@@ -1,7 +1,8 @@
-"""The time line of a start: what the process did until its first step was done, in seconds since it began.
+"""The time line of a start: what the process did until its first step was done, in seconds since it
+began.
 
-Phases may overlap: reading ahead goes on beside everything else. They are noted for the whole process, because what takes
-time first (the interpreter, imports) belongs to no session.
+Phases may overlap: reading ahead goes on beside everything else. They are noted for the whole
+process, because what takes time first (the interpreter, imports) belongs to no session.
 """
 
 import logging
@@ -42,7 +43,8 @@ def note(name: str, begin_s: float, end_s: float | None = None, **facts: Any) ->
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Record what the block takes, if it comes to its end; ``cpu_s`` is that of all threads meanwhile."""
+    """Record what the block takes, if it comes to its end; ``cpu_s`` is that of all threads
+    meanwhile."""
     begin_s, begin_cpu_s = age_s(), time.process_time()
     yield
     note(name, begin_s, cpu_s=round(time.process_time() - begin_cpu_s, 3))

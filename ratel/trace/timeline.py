@@ -1,5 +1,5 @@
-"""What each resource did when, in a real step or a simulated one, and the trace file that draws it (Perfetto,
-chrome://tracing)."""
+"""What each resource did when, in a real step or a simulated one, and the trace file that draws it
+(Perfetto, chrome://tracing)."""
 
 import json
 from collections.abc import Iterable
@@ -15,27 +15,29 @@ class Span:
     """What one resource did from ``begin_s`` to ``end_s``, in seconds from a common start."""
 
     lane: str
-    """The resource: ``compute``, ``h2d``, ``d2h``, ``cpu optimizer``, ``ssd read``, ``ssd write``, ...; or the thread that
-    waits: ``main waits``, ``reader waits``, ..."""
+    """The resource: ``compute``, ``h2d``, ``d2h``, ``cpu optimizer``, ``ssd read``, ``ssd write``,
+    ...; or the thread that waits: ``main waits``, ``reader waits``, ..."""
     name: str
     begin_s: float
     end_s: float
     cause: str = ""
-    """Of a wait: what for."""
+    """What a wait was for."""
     num_bytes: int = 0
     launched_s: float | None = None
-    """Of work on a GPU: when the main thread began to enqueue it."""
+    """When the main thread began to enqueue it, for work on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """One real step, from the call to its return. Spans may have begun before it or end after it."""
+    """One real step, from the call to its return. Spans may have begun before it or end after
+    it."""
 
     step: int
     step_s: float
     spans: tuple[Span, ...] = field(repr=False)
     clock_error_s: float = 0.0
-    """By how much the GPU's clock and the host's grew apart during the step, which the spans' times correct."""
+    """By how much the GPU's clock and the host's grew apart during the step, which the spans' times
+    correct."""
     lost: int = 0
     """SSD requests for whose spans there was no room."""
 
@@ -53,17 +55,19 @@ def _clipped(span: Span, step_s: float) -> Span:
 
 
 def write_trace(path: str | Path, spans: Iterable[Span], *, about: dict[str, Any] | None = None) -> None:
-    """Write ``spans`` as Chrome's trace-event JSON, one row per lane in the order in which lanes first appear; ``about`` goes
-    into the file beside them."""
+    """Write ``spans`` as Chrome's trace-event JSON, one row per lane in the order in which lanes
+    first appear; ``about`` goes into the file beside them."""
     content = trace(spans)
     Path(path).write_text(json.dumps({**content, "otherData": about} if about else content), encoding="utf-8")
     sync_file(path)
 
 
 def trace(spans: Iterable[Span]) -> dict:
-    """Complete events (``ph`` X) with times in microseconds, as the format has them, and a name for each row.
+    """Complete events (``ph`` X) with times in microseconds, as the format has them, and a name for
+    each row.
 
-    Spans of one lane that overlap, as transfers of one SSD do, are spread over several rows of that name.
+    Spans of one lane that overlap, as transfers of one SSD do, are spread over several rows of that
+    name.
     """
     rows: dict[str, list[tuple[int, float]]] = {}
     names, events = [], []

@@ -1,4 +1,5 @@
-"""A small discrete-event kernel: processes are generators that yield the events they wait for; pipes serve in order."""
+"""A small discrete-event kernel: processes are generators that yield the events they wait for;
+pipes serve in order."""
 
 from collections import deque
 from collections.abc import Callable, Generator
@@ -118,7 +119,8 @@ class Queue:
 
 
 class Memory:
-    """DRAM as a queue of bytes behind all that moves: a transfer is complete when its bytes have been through it.
+    """DRAM as a queue of bytes behind all that moves: a transfer is complete when its bytes have
+    been through it.
 
     The mover does not wait, so that what one burst delays is caught up by the idle time after it.
     """
@@ -142,7 +144,8 @@ class _Moving:
 
 
 class TwoWay:
-    """A pipe that serves one transfer at a time in each direction, the more urgent first; the directions share it."""
+    """A pipe that serves one transfer at a time in each direction, the more urgent first; the
+    directions share it."""
 
     IN, OUT = 0, 1
 
@@ -158,7 +161,8 @@ class TwoWay:
         self._version = 0
 
     def move(self, direction: int, num_bytes: float, name: str, urgency: int = 0) -> Event:
-        """Ask for a transfer; a smaller ``urgency`` goes first. The event happens when it is complete."""
+        """Ask for a transfer; a smaller ``urgency`` goes first. The event happens when it is
+        complete."""
         done = Event()
         self._count += 1
         self.moved[direction] += num_bytes
@@ -170,7 +174,8 @@ class TwoWay:
         return (self._beside if self._moving[1 - direction] else self._alone)[direction]
 
     def _change(self) -> None:
-        """Account for what has moved, take up what can be, and say when the next transfer will end."""
+        """Account for what has moved, take up what can be, and say when the next transfer will
+        end."""
         now = self._clock.now_s
         for direction in (self.IN, self.OUT):
             if self._moving[direction]:

@@ -24,14 +24,14 @@ class Wear:
     drive_writes_per_day: float | None
     """How often the drive that is written most for its size is written from end to end."""
     years: float | None
-    """Of training without a pause until the rated endurance of the first drive is used up."""
+    """Years of training without a pause until the rated endurance of the first drive is used up."""
 
 
 def wear(plan: Plan, prediction: Prediction, *, weights: Weights, capacities: Sequence[int] = (),
          endurance_bytes: float | None = None, save_every: int = 0) -> Wear:
-    """``weights``: the drives' shares of the stripes; ``capacities``: bytes of each drive, where they are known;
-    ``endurance_bytes`` as one drive is rated; ``save_every`` steps states are saved, which writes to these SSDs where they
-    are committed in place."""
+    """``weights``: the drives' shares of the stripes; ``capacities``: bytes of each drive, where
+    they are known; ``endurance_bytes`` as one drive is rated; ``save_every`` steps states are
+    saved, which writes to these SSDs where they are committed in place."""
     saves = plan.saved_bytes // save_every if plan.commits and save_every else 0
     step_bytes = prediction.ssd_written + saves
     day_bytes = step_bytes * DAY_S / prediction.step_s
@@ -43,7 +43,8 @@ def wear(plan: Plan, prediction: Prediction, *, weights: Weights, capacities: Se
 
 
 def parse_endurance(text: str, field: str = "--endurance") -> float:
-    """Bytes of ``3500TBW`` or ``3.5PBW`` as data sheets write it: a million million bytes each, or a thousand of these."""
+    """Bytes of ``3500TBW`` or ``3.5PBW`` as data sheets write it: a million million bytes each, or
+    a thousand of these."""
     number = text.strip().upper().removesuffix("W")
     if number.replace(".", "", 1).isdigit():
         raise RatelError("has no unit", field=field, value=text, remedy=f"Write the unit: {text.strip()}TBW")

@@ -1,7 +1,8 @@
-"""Blocks fused by ``torch.compile``: fewer passes over memory and fewer launches, with other roundings than eager ones.
+"""Blocks fused by ``torch.compile``: fewer passes over memory and fewer launches, with other
+roundings than eager ones.
 
-Forward and the second run are two compiled programs. They agree within rounding, as they must only do; that they draw
-the same random numbers is tried before training.
+Forward and the second run are two compiled programs. They agree within rounding, as they must only
+do; that they draw the same random numbers is tried before training.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from ratel.models.structure.inputs import BlockInputs
 INDUCTOR = "inductor"
 
 VARIANTS = 64
-"""Programs of one piece of code: kinds of blocks, with and without a graph, full and last micro-batch.
-PyTorch stops at 8, and would run the others uncompiled without a word."""
+"""Programs of one piece of code: kinds of blocks, with and without a graph, full and last
+micro-batch. PyTorch stops at 8, and would run the others uncompiled without a word."""
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-"""Norm of the difference over the norm: several times what fusing changes. Another dropout mask is far beyond it."""
+"""Norm of the difference over the norm: several times what fusing changes. Another dropout mask is
+far beyond it."""
 
 
 class CompiledBlocks:
@@ -33,14 +35,16 @@ class CompiledBlocks:
 
     def run(self, block: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         if block not in self._forwards:
-            # Eager random numbers, which depend on the seed alone and not on how operations were grouped.
+            # Eager random numbers, which depend on the seed alone and not on how operations were
+            # grouped.
             options = {"fallback_random": True} if self._backend == INDUCTOR else None
             self._forwards[block] = torch.compile(self._parts.own_forward(block), dynamic=False, backend=self._backend,
                                                   options=options)
         return self._parts.block(block, hidden, inputs, forward=self._forwards[block])
 
     def why_not(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> str | None:
-        """Why this block and its like cannot be compiled; None if they can. ``hidden`` is a leaf."""
+        """Why this block and its like cannot be compiled; None if they can. ``hidden`` is a
+        leaf."""
         if self._parts.has_hooks(block):
             return "hooks are registered on it"
         try:

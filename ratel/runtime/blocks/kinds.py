@@ -1,4 +1,5 @@
-"""Which blocks are alike, which arguments are of one form, and whether a second run may leave things out."""
+"""Which blocks are alike, which arguments are of one form, and whether a second run may leave
+things out."""
 
 from collections.abc import Callable
 from itertools import compress
@@ -35,10 +36,12 @@ def form_of(hidden: Tensor, call: BlockCall) -> Form:
 
 
 def is_exact(trace: OpTrace, block: nn.Module, run: Callable[[], Tensor], seed: Callable[[], None]) -> bool:
-    """Whether second runs with nothing kept and with everything kept let autograd save the bits that a full one does,
-    and leave the random generators where it does. ``seed`` sets those; ``run`` runs ``block`` with a graph.
+    """Whether second runs with nothing kept and with everything kept let autograd save the bits
+    that a full one does, and leave the random generators where it does. ``seed`` sets those;
+    ``run`` runs ``block`` with a graph.
 
-    What is not made holds NaN here, so that a kernel that reads it unseen, launched past PyTorch's dispatcher, shows.
+    What is not made holds NaN here, so that a kernel that reads it unseen, launched past PyTorch's
+    dispatcher, shows.
     """
     numbers = inner_numbers(trace)
     try:
@@ -67,7 +70,8 @@ def _agrees(expected: list[Tensor], block: nn.Module, run: Callable[[], Tensor],
 
 
 def _fingerprint(run: Callable[[], Tensor], trace: OpTrace) -> list[Tensor]:
-    """Sums over the bits of what autograd saves, where all of them are set; then the states of the generators."""
+    """Sums over the bits of what autograd saves, where all of them are set; then the states of the
+    generators."""
     sums: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: sums.append(_bit_sum(tensor)), lambda packed: packed):
         device = run().device

@@ -1,7 +1,8 @@
 """The end of the forward pass and the start of the backward one, in chunks of positions.
 
-Logits of a large vocabulary never exist for a whole micro-batch: each chunk goes through the model's own tail (final
-norm, head, whatever the model does to its logits), the cross entropy and straight back.
+Logits of a large vocabulary never exist for a whole micro-batch: each chunk goes through the
+model's own tail (final norm, head, whatever the model does to its logits), the cross entropy and
+straight back.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from ratel.models import Parts
 
 IGNORED = -100
 LOGIT_BYTES = 16
-"""Per token and vocabulary entry at the peak: bf16 and fp32 logits, log-probabilities, and both gradients."""
+"""Per token and vocabulary entry at the peak: bf16 and fp32 logits, log-probabilities, and both
+gradients."""
 
 LOSS_BYTES = 1 << 30
 """GPU memory that one chunk's logits may take in all."""
@@ -26,7 +28,8 @@ def positions_per_chunk(rows: int, vocab_size: int, budget_bytes: int = LOSS_BYT
 
 
 def shifted_targets(labels: Tensor) -> Tensor:
-    """``[B, T]``: what each position must predict, the next position's label; nothing for the last one."""
+    """``[B, T]``: what each position must predict, the next position's label; nothing for the last
+    one."""
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
     return targets
@@ -44,10 +47,11 @@ def shifted_count(labels: Tensor) -> int:
 
 def chunked_loss(tail: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, normalizer: float, chunk: int,
                  backward: bool, after_chunk: Callable[[], None]) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy of ``hidden`` ``[B, T, H]`` against ``targets`` ``[B, T]``, summed and divided by ``normalizer``.
+    """Cross entropy of ``hidden`` ``[B, T, H]`` against ``targets`` ``[B, T]``, summed and divided
+    by ``normalizer``.
 
-    Returns the loss (fp32 scalar) and, with ``backward``, the gradient of ``hidden``; parameters used by ``tail``
-    receive theirs by accumulation, with ``after_chunk`` called after each chunk's.
+    Returns the loss (fp32 scalar) and, with ``backward``, the gradient of ``hidden``; parameters
+    used by ``tail`` receive theirs by accumulation, with ``after_chunk`` called after each chunk's.
     """
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad = torch.zeros_like(hidden) if backward else None

@@ -1,4 +1,5 @@
-"""Floating-point operations of one operator call, and which operators are worth keeping the result of."""
+"""Floating-point operations of one operator call, and which operators are worth keeping the result
+of."""
 
 from typing import Any
 
@@ -13,18 +14,20 @@ def is_attention(func: Any) -> bool:
 
 
 def is_expensive(func: Any) -> bool:
-    """Matrix products, attention and convolutions. The rest of a block is bound by memory: keeping its results would
-    cost more traffic than it saves."""
+    """Matrix products, attention and convolutions. The rest of a block is bound by memory: keeping
+    its results would cost more traffic than it saves."""
     return func._schema.name in _PRODUCTS or is_attention(func)
 
 
 def num_stored(func: Any) -> int:
-    """How many of its results hold data for backward; attention's others are seeds and limits, a few bytes each."""
+    """How many of its results hold data for backward; attention's others are seeds and limits, a
+    few bytes each."""
     return 2 if is_attention(func) else 1
 
 
 def flops_of(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> float:
-    """A multiply and an add are two; 0 for what is not expensive. A causal mask is not taken off, as is usual."""
+    """A multiply and an add are two; 0 for what is not expensive. A causal mask is not taken off,
+    as is usual."""
     if not is_expensive(func):
         return 0.0
     if is_attention(func):

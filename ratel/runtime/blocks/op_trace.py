@@ -1,8 +1,10 @@
-"""What one run of a block does below autograd: its operations in order, and which of them backward needs.
+"""What one run of a block does below autograd: its operations in order, and which of them backward
+needs.
 
-A dispatch mode sees every operation after autograd has recorded it. Operations are numbered in their order; views are
-left out, because autograd makes some of its own and they cost nothing. What backward needs is known from autograd
-itself: it hands every tensor that it saves to a hook. Tensors are told apart by their storages.
+A dispatch mode sees every operation after autograd has recorded it. Operations are numbered in
+their order; views are left out, because autograd makes some of its own and they cost nothing. What
+backward needs is known from autograd itself: it hands every tensor that it saves to a hook. Tensors
+are told apart by their storages.
 """
 
 from collections import Counter
@@ -71,8 +73,8 @@ class Op:
     makes: frozenset[int]
     """Storages that it creates or writes to."""
     must_run: bool
-    """It does more than make its result: it writes to an argument, draws random numbers, answers Python a question;
-    or nobody knows what else, as it is not PyTorch's own."""
+    """It does more than make its result: it writes to an argument, draws random numbers, answers
+    Python a question; or nobody knows what else, as it is not PyTorch's own."""
     path: str
     """The innermost submodule of the block that was running, by its name in the block."""
     flops: float
@@ -84,16 +86,18 @@ class OpTrace:
     saved: frozenset[int]
     """Storages of tensors that autograd has saved."""
     has_all_bits: tuple[bool, ...] = ()
-    """By tensor that autograd has saved, in its order. False for what attention notes beside its result: seeds that it
-    leaves unset without dropout, and row sums with a margin that no kernel writes."""
+    """By tensor that autograd has saved, in its order. False for what attention notes beside its
+    result: seeds that it leaves unset without dropout, and row sums with a margin that no kernel
+    writes."""
     entered: tuple[tuple[str, int], ...] = ()
-    """Every call of a submodule, in order: its name in the block and how many operations come before."""
+    """Every call of a submodule, in order: its name in the block and how many operations come
+    before."""
 
     def skippable(self, kept: Iterable[int] = ()) -> frozenset[int]:
         """Numbers of operations that a second run need not do, given the results of ``kept``.
 
-        What must run needs its arguments; what autograd saves is needed; what is needed needs the arguments of
-        everything that has written to it.
+        What must run needs its arguments; what autograd saves is needed; what is needed needs the
+        arguments of everything that has written to it.
         """
         kept = frozenset(kept)
         makers: dict[int, list[int]] = {}
@@ -115,14 +119,14 @@ class OpTrace:
         return frozenset(range(len(self.ops))) - runs - kept
 
     def flops_without(self, kept: Iterable[int] = ()) -> float:
-        """Of a second run that is given the results of ``kept``."""
+        """FLOPs that a second run makes when it is given the results of ``kept``."""
         kept = frozenset(kept)
         left_out = self.skippable(kept) | kept
         return sum(op.flops for number, op in enumerate(self.ops) if number not in left_out)
 
     def last_entered(self, number: int) -> tuple[str, int]:
-        """The submodule whose only call begins last, but not after this operation, and how many operations come before;
-        the block itself, ``("", 0)``, where there is none."""
+        """The submodule whose only call begins last, but not after this operation, and how many
+        operations come before; the block itself, ``("", 0)``, where there is none."""
         calls = Counter(name for name, _ in self.entered)
         once = (entry for entry in self.entered if calls[entry[0]] == 1 and entry[1] <= number)
         return max(once, key=lambda entry: entry[1], default=("", 0))
@@ -150,8 +154,8 @@ def outline(tensor: Tensor) -> Outline:
 
 
 def outline_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Shapes of tensors and whether they need gradients (what autograd saves depends on that), whole numbers and names;
-    of anything else (a scale, a generator) the type."""
+    """Shapes of tensors and whether they need gradients (what autograd saves depends on that),
+    whole numbers and names; of anything else (a scale, a generator) the type."""
     return tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else
                  x if x is None or isinstance(x, (int, str)) else type(x) for x in _flat(args, kwargs))
 
@@ -166,8 +170,9 @@ def _flat(args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
 
 
 def trace(run: Callable[[], Tensor], module: nn.Module, *, keep_graph: bool) -> tuple[Tensor, OpTrace]:
-    """Run ``run``, which calls ``module`` once with gradients enabled. Its result has a graph to go backward through
-    only with ``keep_graph``; otherwise what autograd saves is let go at once, as without gradients."""
+    """Run ``run``, which calls ``module`` once with gradients enabled. Its result has a graph to go
+    backward through only with ``keep_graph``; otherwise what autograd saves is let go at once, as
+    without gradients."""
     tracer = _Tracer()
     with tracer.following(module):
         pack = tracer.keep if keep_graph else tracer.drop
@@ -255,7 +260,8 @@ class _Tracer(TorchDispatchMode):
                   flops_of(func, args, kwargs, result))
 
     def _storage(self, tensor: Tensor) -> int:
-        """A weak reference keeps the address from being given to another storage during the trace, not the memory."""
+        """A weak reference keeps the address from being given to another storage during the trace,
+        not the memory."""
         ref = StorageWeakRef(tensor.untyped_storage())
         self._storages.setdefault(ref.cdata, ref)
         return ref.cdata
@@ -269,7 +275,8 @@ def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]
 
 
 def _draws(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether it moves a random generator on. Attention kernels are marked as random even without dropout."""
+    """Whether it moves a random generator on. Attention kernels are marked as random even without
+    dropout."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for position, argument in enumerate(func._schema.arguments):

@@ -1,4 +1,5 @@
-"""Dense tensors one after the other in one buffer of bytes, and found again there with their shapes and strides."""
+"""Dense tensors one after the other in one buffer of bytes, and found again there with their shapes
+and strides."""
 
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ def packed_bytes(sizes: list[int]) -> int:
 
 
 def lay_out_parts(tensors: list[Tensor], begin: int = 0) -> tuple[list[Part], int]:
-    """Places for all of them from ``begin`` on, and the bytes that they take. Each must fill one range of memory."""
+    """Places for all of them from ``begin`` on, and the bytes that they take. Each must fill one
+    range of memory."""
     parts, sizes = [], []
     for tensor in tensors:
         parts.append(Part(begin + packed_bytes([*sizes, 0]), tensor.shape, tensor.stride(), tensor.dtype))

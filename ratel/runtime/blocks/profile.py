@@ -1,4 +1,5 @@
-"""From the trace of one run of a block to its profile: which results could be kept, and what that would save."""
+"""From the trace of one run of a block to its profile: which results could be kept, and what that
+would save."""
 
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.runtime.blocks.op_flops import is_attention, is_expensive, num_stored
@@ -6,8 +7,8 @@ from ratel.runtime.blocks.op_trace import Op, OpTrace
 from ratel.runtime.blocks.packing import packed_bytes
 
 def inner_numbers(trace: OpTrace) -> dict[str, int]:
-    """Operations worth keeping the result of, by name: expensive, needed, and with something left to save when all
-    others of them are kept."""
+    """Operations worth keeping the result of, by name: expensive, needed, and with something left
+    to save when all others of them are kept."""
     numbers = [n for n, op in enumerate(trace.ops) if is_expensive(op.func) and _can_be_kept(op)]
     needed = frozenset(numbers) - trace.skippable()
     for number in sorted(needed):
@@ -30,13 +31,14 @@ def profile_of(trace: OpTrace, rows: int) -> BlockProfile:
 
 
 def plain_profile(trace: OpTrace, rows: int) -> BlockProfile:
-    """Of a block that is always run again in full."""
+    """The profile of a block that is always run again in full."""
     flops = forward_flops(trace, rows)
     return BlockProfile(forward_flops=flops, recompute_flops=flops)
 
 
 def guessed_profile(num_parameters: int, positions: int) -> BlockProfile:
-    """Of a block that could not be traced: every parameter is multiplied with every position once."""
+    """The profile of a block that could not be traced, on the guess that every parameter is
+    multiplied with every position once."""
     flops = 2.0 * num_parameters * positions
     return BlockProfile(forward_flops=flops, recompute_flops=flops)
 
@@ -55,7 +57,7 @@ def _can_be_kept(op: Op) -> bool:
 
 
 def _saved_flops(trace: OpTrace, number: int, kept: frozenset[int]) -> float:
-    """Of a second run, by keeping this one too."""
+    """The FLOPs that a second run is spared when this operation is kept, too."""
     return trace.flops_without(kept - {number}) - trace.flops_without(kept)
 
 

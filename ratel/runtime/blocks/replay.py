@@ -1,9 +1,11 @@
-"""Running a block while keeping results, and once more without making what was kept or what nobody needs.
+"""Running a block while keeping results, and once more without making what was kept or what nobody
+needs.
 
-Both are dispatch modes below autograd: autograd records the graph of the second run as always, and whatever it saves
-has the bits that a full run would give it. Both hold operations to the trace; a block that does something else this
-time is noticed, never trained wrongly. A mode costs 10 us per operation, so a second run for which nothing was kept is
-under its mode only from the submodule in which something is left out.
+Both are dispatch modes below autograd: autograd records the graph of the second run as always, and
+whatever it saves has the bits that a full run would give it. Both hold operations to the trace; a
+block that does something else this time is noticed, never trained wrongly. A mode costs 10 us per
+operation, so a second run for which nothing was kept is under its mode only from the submodule in
+which something is left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ from ratel.runtime.blocks.op_flops import num_stored
 from ratel.runtime.blocks.op_trace import Op, OpTrace, Outline, is_numbered, outline, outline_arguments, reads_values
 
 Save = Callable[[str, list[Tensor]], None]
-"""Takes the tensors of one kept result, by its name. They are whole, and nobody writes to them any more."""
+"""Takes the tensors of one kept result, by its name. They are whole, and nobody writes to them any
+more."""
 
 
 class Diverged(Exception):
@@ -31,7 +34,8 @@ class Diverged(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """What the second run of a block does at each operation: take what was kept, pass over, or run."""
+    """What the second run of a block does at each operation: take what was kept, pass over, or
+    run."""
 
     trace: OpTrace
     kept: dict[int, str]
@@ -41,7 +45,8 @@ class Program:
     steps: tuple[tuple[Any, str | None, bool], ...]
     """By operation: what it is, the name of its result if that is kept, and whether it is run."""
     begins_in: str
-    """The submodule in which the second run begins to differ from a full one; '' if that is the block itself."""
+    """The submodule in which the second run begins to differ from a full one; '' if that is the
+    block itself."""
     begins_at: int
     """How many operations come before."""
 
@@ -52,8 +57,9 @@ class Program:
         skipped = trace.skippable(kept)
         steps = tuple((op.func, kept.get(number), number not in kept and number not in skipped)
                       for number, op in enumerate(trace.ops))
-        # What was kept belongs to the numbers of forward: all of the second run is held to the same operations. What is
-        # merely left out concerns nobody before it: there the block may do what it likes, and do it without a mode.
+        # What was kept belongs to the numbers of forward: all of the second run is held to the same
+        # operations. What is merely left out concerns nobody before it: there the block may do what
+        # it likes, and do it without a mode.
         begins_in, begins_at = trace.last_entered(min(skipped)) if skipped and not kept else ("", 0)
         return cls(trace, kept, skipped, frozenset(filter(trace.written_after, kept)), steps, begins_in, begins_at)
 
@@ -65,7 +71,8 @@ class Program:
 class _Mode(TorchDispatchMode):
     """What a block has compiled by itself runs eagerly inside.
 
-    So no operation needs to be kept from ``torch.compile``, as PyTorch does it for other modes at 2 us each.
+    So no operation needs to be kept from ``torch.compile``, as PyTorch does it for other modes at 2
+    us each.
     """
 
     @classmethod
@@ -83,7 +90,8 @@ class _Mode(TorchDispatchMode):
 
 
 class Recorder(_Mode):
-    """Runs everything and hands kept results to ``save``; ``extras`` are their parts that are not worth moving."""
+    """Runs everything and hands kept results to ``save``; ``extras`` are their parts that are not
+    worth moving."""
 
     def __init__(self, program: Program, save: Save) -> None:
         super().__init__()
@@ -123,14 +131,16 @@ class Recorder(_Mode):
 
 
 class Replayer(_Mode):
-    """``results``: the leaves of every kept result, by name. ``empty`` makes what stands for a result nobody needs."""
+    """``results``: the leaves of every kept result, by name. ``empty`` makes what stands for a
+    result nobody needs."""
 
     def __init__(self, program: Program, results: dict[str, list[Any]], empty: Callable[[Outline], Tensor]) -> None:
         super().__init__()
         self._program, self._results, self._empty = program, results, empty
         self._number = program.begins_at
         self._hollow: dict[int, StorageWeakRef] = {}
-        """Storages that hold nothing. Weak references, so that no other storage gets their address meanwhile."""
+        """Storages that hold nothing. Weak references, so that no other storage gets their address
+        meanwhile."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -157,7 +167,8 @@ class Replayer(_Mode):
             raise Diverged(f"{self._number} operations in place of {len(self._program.steps)}")
 
     def _kept_leaves(self, name: str) -> list[Any]:
-        """Fresh tensors over the same memory: what came back is a view of its slot, and autograd would see that."""
+        """Fresh tensors over the same memory: what came back is a view of its slot, and autograd
+        would see that."""
         return [x.detach() if isinstance(x, Tensor) else x for x in self._results.pop(name)]
 
     def _hollow_leaves(self, op: Op) -> list[Any]:
@@ -189,8 +200,8 @@ def replay(program: Program, results: dict[str, list[Any]], block: nn.Module, ru
 def _from(submodule: str, block: nn.Module, mode: TorchDispatchMode) -> Iterator[None]:
     """The mode is on from the moment that the submodule begins ('': at once) to the end.
 
-    Not where a mode of the block's own is on in that moment: leaving that would end this one in its place. The
-    replayer misses operations then, as where the submodule never begins.
+    Not where a mode of the block's own is on in that moment: leaving that would end this one in its
+    place. The replayer misses operations then, as where the submodule never begins.
     """
     if not submodule:
         with mode:

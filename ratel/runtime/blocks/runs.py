@@ -1,7 +1,9 @@
-"""The two runs of a block in a training step: forward, which may keep inner activations, and the one before backward.
+"""The two runs of a block in a training step: forward, which may keep inner activations, and the
+one before backward.
 
-What the second run can leave out is learned from a trace, once for every kind of block and every form of its
-arguments. A kind whose operations depend on values (routing to experts one by one) is always run again in full.
+What the second run can leave out is learned from a trace, once for every kind of block and every
+form of its arguments. A kind whose operations depend on values (routing to experts one by one) is
+always run again in full.
 """
 
 import hashlib
@@ -53,7 +55,8 @@ class BlockRuns:
         """What there was no room to follow; run again in full, too."""
         self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
         self._recorded: dict[tuple[int, int], tuple[Program, dict[str, list[Any]]]] = {}
-        """By block and micro-batch: what forward kept, and the parts of it that are not worth moving."""
+        """By block and micro-batch: what forward kept, and the parts of it that are not worth
+        moving."""
         self._spiller: Spiller | None = None
 
     # --- learning -----------------------------------------------------------------------------------------------
@@ -71,11 +74,13 @@ class BlockRuns:
         return list(dict.fromkeys(self._kinds))
 
     def learn(self, block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
-        """Trace the kind of this block with arguments of this form, on random hidden states. Once is enough.
+        """Trace the kind of this block with arguments of this form, on random hidden states. Once
+        is enough.
 
-        It is to be run again in full if other values make other operations, or if a second run that leaves things out
-        is not exact (`is_exact`). Where blocks are to be compiled, it is tried. ``seed`` sets the random generators,
-        always to the same state. Raises RatelError for a block that does not do the same when it runs again.
+        It is to be run again in full if other values make other operations, or if a second run that
+        leaves things out is not exact (`is_exact`). Where blocks are to be compiled, it is tried.
+        ``seed`` sets the random generators, always to the same state. Raises RatelError for a block
+        that does not do the same when it runs again.
         """
         key = self._key(block, hidden, inputs)
         if key in self._traces or key in self._too_large:
@@ -116,14 +121,16 @@ class BlockRuns:
             log.warning("block %d and its like are not compiled: %s", block, why)
 
     def profile(self, block: int, hidden: Tensor, inputs: BlockInputs, rows: int) -> BlockProfile:
-        """Of a block whose kind has been learned with arguments of this form, those of ``rows`` rows."""
+        """The profile of a block whose kind has been learned with arguments of this form, those of
+        ``rows`` rows."""
         found = self._traces.get(self._key(block, hidden, inputs))
         if found is None:
             return guessed_profile(count_elements(self.parts.blocks[block]), hidden[..., 0].numel() // rows)
         return (plain_profile if self._runs_in_full(block) else profile_of)(found, rows)
 
     def fingerprint(self, block: int, hidden: Tensor, inputs: BlockInputs) -> str:
-        """Of all that the time of both runs depends on but weights, values and processors."""
+        """A digest of all that the time of both runs depends on, but for weights, values and
+        processors."""
         kind, form = self._key(block, hidden, inputs)
         trace = self._traces.get((kind, form))
         ops = [str(op.func) for op in trace.ops] if trace is not None else None
@@ -132,13 +139,14 @@ class BlockRuns:
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:
-        """From now on forward keeps these results, by block: names, and the most bytes that each may take. What it has
-        kept before is forgotten."""
+        """From now on forward keeps these results, by block: names, and the most bytes that each
+        may take. What it has kept before is forgotten."""
         self._kept = kept
         self._recorded.clear()
 
     def spill_to(self, spiller: Spiller | None) -> None:
-        """From now on second runs give it what autograd saves, and leave nothing out; None: what is saved stays."""
+        """From now on second runs give it what autograd saves, and leave nothing out; None: what is
+        saved stays."""
         self._spiller = spiller
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -150,7 +158,8 @@ class BlockRuns:
         if not known or not self._kept[block] or self._runs_in_full(block):
             return self.plain(block, hidden, inputs)
         program = self._program(key, self._kept[block])
-        # With a graph, as in the second run: without one, attention leaves out what its backward needs.
+        # With a graph, as in the second run: without one, attention leaves out what its backward
+        # needs.
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             return self._record(block, micro, leaf, inputs.with_leaves(), program, save).detach()
@@ -159,7 +168,8 @@ class BlockRuns:
                seed: Callable[[], None]) -> Tensor:
         """Run again with a graph for backward. ``saved``: what `first` gave to ``save``, by name.
 
-        `finish` says that backward through it is over. Raises RatelError if the block does not do what it did in forward.
+        `finish` says that backward through it is over. Raises RatelError if the block does not do
+        what it did in forward.
         """
         if self._spiller is not None:
             with self._spiller.saving(given_to(self.parts, block, hidden, inputs)):

@@ -1,12 +1,14 @@
-"""What autograd saves in the second run of a block goes to DRAM while it is made, and comes back while backward asks.
+"""What autograd saves in the second run of a block goes to DRAM while it is made, and comes back
+while backward asks.
 
-For micro-batches of which one block's backward needs more than GPU memory holds. PyTorch's hooks of saved tensors do the
-work: `pack` gets a tensor the moment that autograd saves it, `unpack` must return it. A storage is moved once, however
-many of the tensors saved are views of it, and each view comes back with its own shape, strides and offset: kernels see
-the same bits at the same alignment.
+For micro-batches of which one block's backward needs more than GPU memory holds. PyTorch's hooks of
+saved tensors do the work: `pack` gets a tensor the moment that autograd saves it, `unpack` must
+return it. A storage is moved once, however many of the tensors saved are views of it, and each view
+comes back with its own shape, strides and offset: kernels see the same bits at the same alignment.
 
-On the GPU are then only the tensors that the block's own code still holds, and two windows of the same size: of storages
-on their way out, and of storages that have come back before they were asked for.
+On the GPU are then only the tensors that the block's own code still holds, and two windows of the
+same size: of storages on their way out, and of storages that have come back before they were asked
+for.
 """
 
 from collections import deque
@@ -28,25 +30,29 @@ from ratel.units import align_up
 LABEL = "saved tensors"
 
 WITHOUT_END = 1 << 50
-"""Bytes of a region on the meta device, where nothing is stored: what is given to it is counted, and lost."""
+"""Bytes of a region on the meta device, where nothing is stored: what is given to it is counted,
+and lost."""
 
 
 @dataclass(slots=True, eq=False)
 class _Spilled:
-    """One storage. ``moved``: its last copy; whoever reads what is on the GPU, or lets go of it, waits for that."""
+    """One storage. ``moved``: its last copy; whoever reads what is on the GPU, or lets go of it,
+    waits for that."""
 
     ref: StorageWeakRef
     """Keeps its address from being given to another storage, not its memory."""
     host: Tensor
     original: Tensor | None
-    """Of its tensors the one saved first, as long as the storage has never left the GPU."""
+    """The tensor of this storage that was saved first, as long as the storage has never left the
+    GPU."""
     version: int
     on_gpu: UntypedStorage | None
     moved: Event
     uses: int = 0
     """Saved tensors that backward has not asked for yet."""
     given: list[tuple[Tensor, int]] = field(default_factory=list)
-    """What backward was given of the memory on the GPU, and the versions: it is there to be read by others, too."""
+    """What backward was given of the memory on the GPU, and the versions: it is there to be read by
+    others, too."""
     is_ahead: bool = False
     """On the GPU again, and not asked for yet."""
 
@@ -68,7 +74,8 @@ class _Spilled:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A saved tensor whose storage has left; ``position`` counts them in the order in which they were saved."""
+    """A saved tensor whose storage has left; ``position`` counts them in the order in which they
+    were saved."""
 
     spilled: _Spilled
     position: int
@@ -85,10 +92,11 @@ class _Stayed:
 
 
 class Spiller:
-    """``region`` (bytes; pinned, for a GPU) takes what one second run saves, and is used again by the next one.
+    """``region`` (bytes; pinned, for a GPU) takes what one second run saves, and is used again by
+    the next one.
 
-    A storage for which it has no room stays on the GPU. Used by one thread at a time: the one that runs the block, then
-    the one in which autograd goes backward.
+    A storage for which it has no room stays on the GPU. Used by one thread at a time: the one that
+    runs the block, then the one in which autograd goes backward.
     """
 
     def __init__(self, lanes: Lanes, region: Tensor, spill: Spill) -> None:
@@ -103,10 +111,12 @@ class Spiller:
         self._fetched = Event()
 
     def saving(self, own: Iterable[Tensor]) -> AbstractContextManager:
-        """What is saved inside leaves, but for views of ``own`` tensors: weights and arguments, which stay where they are."""
+        """What is saved inside leaves, but for views of ``own`` tensors: weights and arguments,
+        which stay where they are."""
         self.finish()
         self._own = frozenset(tensor.untyped_storage()._cdata for tensor in own)
-        # A fetch that backward did not use in the end may still be reading what is about to be written over.
+        # A fetch that backward did not use in the end may still be reading what is about to be
+        # written over.
         self._lanes.wait("d2h", self._fetched)
         return saved_tensors_hooks(self._pack, self._unpack)
 
@@ -135,14 +145,16 @@ class Spiller:
     def _may_leave(self, tensor: Tensor) -> bool:
         if tensor.layout is not torch.strided or tensor.device.type == "cpu" and self._lanes.is_cuda:
             return False
-        # A view would come back without what is not in its numbers: that they are to be conjugated or negated, its class.
+        # A view would come back without what is not in its numbers: that they are to be conjugated
+        # or negated, its class.
         if tensor.is_conj() or tensor.is_neg() or type(tensor) not in (Tensor, Parameter):
             return False
         storage = tensor.untyped_storage()
         return storage.nbytes() >= self._spill.least_bytes and storage._cdata not in self._own
 
     def _spilled(self, tensor: Tensor) -> _Spilled | None:
-        # The version: what was written to in between is another value, though its storage is the same.
+        # The version: what was written to in between is another value, though its storage is the
+        # same.
         key = tensor.untyped_storage()._cdata, tensor._version
         if key not in self._by_storage:
             spilled = self._send(tensor)
@@ -166,7 +178,8 @@ class Spiller:
         return spilled
 
     def _hold(self, spilled: _Spilled) -> None:
-        """Until its copy is complete: its memory must not be reused before. The oldest ones make room."""
+        """Until its copy is complete: its memory must not be reused before. The oldest ones make
+        room."""
         self._leaving.append(spilled)
         self._leaving_bytes += spilled.num_bytes
         while self._leaving_bytes > self._spill.window_bytes:
@@ -190,7 +203,8 @@ class Spiller:
             spilled.is_ahead = False
             self._ahead_bytes -= spilled.num_bytes
         self._fetch_ahead(packed.position)
-        # Also where it never left: once the operation is over its memory is reused, and the copy must have been read.
+        # Also where it never left: once the operation is over its memory is reused, and the copy
+        # must have been read.
         self._lanes.wait("compute", spilled.moved)
         tensor = torch.empty(0, dtype=packed.dtype, device=spilled.on_gpu.device)
         tensor.set_(spilled.on_gpu, packed.offset, packed.shape, packed.stride)
@@ -201,7 +215,8 @@ class Spiller:
         return tensor
 
     def _fetch_ahead(self, position: int) -> None:
-        """Start to fetch what was saved before ``position``, the latest first, as far as the window goes."""
+        """Start to fetch what was saved before ``position``, the latest first, as far as the window
+        goes."""
         self._cursor = min(self._cursor, position)
         while self._cursor > 0:
             spilled = self._saved[self._cursor - 1]
@@ -226,7 +241,8 @@ class Spiller:
 
     @property
     def _device(self) -> torch.device:
-        """Without values there is no device either: planning in outline has everything on the meta device."""
+        """Without values there is no device either: planning in outline has everything on the meta
+        device."""
         return self._lanes.device if self._region.device.type == "cpu" else self._region.device
 
 
@@ -235,7 +251,8 @@ def _bytes_of(storage: UntypedStorage, device: torch.device) -> Tensor:
 
 
 def _check_unchanged(tensor: Tensor, version: int) -> None:
-    """As autograd does it for tensors without hooks; the copy on its way out may have been torn, too."""
+    """As autograd does it for tensors without hooks; the copy on its way out may have been torn,
+    too."""
     if tensor._version != version:
         raise RatelError(f"a tensor that backward needs ({tensor.dtype} {tuple(tensor.shape)}) was changed in place after it "
                          "was saved: its gradient would be wrong", field="model",

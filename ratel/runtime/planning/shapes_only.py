@@ -1,7 +1,9 @@
-"""Running a model's code on tensors that have a shape and no memory, and counting what they would hold at once.
+"""Running a model's code on tensors that have a shape and no memory, and counting what they would
+hold at once.
 
-Weights are on PyTorch's meta device. What is small and made of whole numbers (tokens, positions, masks) is computed on
-the CPU as always: models look at it. Where the two meet, the CPU's tensor loses its values.
+Weights are on PyTorch's meta device. What is small and made of whole numbers (tokens, positions,
+masks) is computed on the CPU as always: models look at it. Where the two meet, the CPU's tensor
+loses its values.
 """
 
 import weakref
@@ -20,11 +22,12 @@ _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 class ShapesOnly(TorchDispatchMode):
-    """``live_bytes`` are held now, ``peak_bytes`` at most since ``restart``; since then, too, ``values_matter`` if an
-    operation needed values that are not there.
+    """``live_bytes`` are held now, ``peak_bytes`` at most since ``restart``; since then, too,
+    ``values_matter`` if an operation needed values that are not there.
 
-    Only what is made inside counts, each storage once, until nothing refers to it. With ``attention_scratch`` the
-    backward of attention takes, while it runs, what CUDA's kernel allocates unseen: the gradient of the queries in fp32.
+    Only what is made inside counts, each storage once, until nothing refers to it. With
+    ``attention_scratch`` the backward of attention takes, while it runs, what CUDA's kernel
+    allocates unseen: the gradient of the queries in fp32.
     """
 
     def __init__(self, *, attention_scratch: bool) -> None:
@@ -60,7 +63,8 @@ class ShapesOnly(TorchDispatchMode):
         try:
             return func(*args, **kwargs)
         except (NotImplementedError, RuntimeError):
-            # The values matter (nonzero, item, ...). With zeros for all, a router sends every token to one expert.
+            # The values matter (nonzero, item, ...). With zeros for all, a router sends every token
+            # to one expert.
             self.values_matter = True
             args, kwargs = tree_map_only(Tensor, _zeros, (args, kwargs))
             if kwargs.get("device") is not None:
@@ -84,7 +88,8 @@ class ShapesOnly(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch would take the attention that writes all scores down; no GPU's default does."""
+    """On the meta device PyTorch would take the attention that writes all scores down; no GPU's
+    default does."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -95,7 +100,8 @@ class FusedAttention(TorchFunctionMode):
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    # The kernels read the keys and values of a group of heads once; their gradients have the shapes of the tensors given.
+    # The kernels read the keys and values of a group of heads once; their gradients have the shapes
+    # of the tensors given.
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=attn_mask,
                                                             scale=scale)[0]
 

@@ -1,4 +1,5 @@
-"""The machinery of a session with the states in it, from whichever source: the model's own weights, or a saved state."""
+"""The machinery of a session with the states in it, from whichever source: the model's own weights,
+or a saved state."""
 
 import os
 from collections.abc import Sequence
@@ -69,15 +70,15 @@ def _fill(machinery: Machinery, saved: SavedState | None, moments: MomentFiles |
 
 
 def are_own(saved: SavedState, commits: Path | None) -> bool:
-    """Whether the state is the commits that a session with this directory goes on with. Those of a copied directory are not: the
-    SSD files that it speaks of are the original's."""
+    """Whether the state is the commits that a session with this directory goes on with. Those of a
+    copied directory are not: the SSD files that it speaks of are the original's."""
     return (commits is not None and os.path.realpath(saved.path) == os.path.realpath(commits)
             and all(belongs_to(path, saved.path) for path in saved.files))
 
 
 def own_stripes(saved: SavedState | None, commits: Path | None, directories: Sequence[str]) -> Weights:
-    """How such commits are striped over these directories, which is how the session goes on; () where there are none to go
-    on with."""
+    """How such commits are striped over these directories, which is how the session goes on; ()
+    where there are none to go on with."""
     if saved is None or not saved.is_in_place or not are_own(saved, commits):
         return ()
     if [os.fspath(path.parent) for path in saved.files] != list(map(os.path.realpath, directories)):

@@ -1,7 +1,8 @@
 """Kernels that give the same bits every time.
 
-Some of PyTorch's GPU kernels, the backward passes of attention among them, add up with atomics, in the order in which threads
-happen to come: two runs of the same work then part after some steps, by rounding.
+Some of PyTorch's GPU kernels, the backward passes of attention among them, add up with atomics, in
+the order in which threads happen to come: two runs of the same work then part after some steps, by
+rounding.
 """
 
 import os
@@ -17,10 +18,11 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def same_bits(on: bool) -> Iterator[None]:
-    """Inside, PyTorch takes such kernels alone, in the whole process. Raises RatelError if an operation has none.
+    """Inside, PyTorch takes such kernels alone, in the whole process. Raises RatelError if an
+    operation has none.
 
-    cuBLAS reads what it may use when it is first called: a process that has used it before must have set
-    ``CUBLAS_WORKSPACE_CONFIG`` itself.
+    cuBLAS reads what it may use when it is first called: a process that has used it before must
+    have set ``CUBLAS_WORKSPACE_CONFIG`` itself.
     """
     if not on:
         yield

@@ -1,4 +1,5 @@
-"""The door of a session: one thread at a time, only in the process that made it, and signals wait inside."""
+"""The door of a session: one thread at a time, only in the process that made it, and signals wait
+inside."""
 
 import functools
 import os
@@ -17,11 +18,13 @@ class Entrance:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._inside: dict[str, int] = {}
-        """The thread that is, if one is. `dict.setdefault` is one operation: no signal comes into it, and no other thread."""
+        """The thread that is, if one is. `dict.setdefault` is one operation: no signal comes into
+        it, and no other thread."""
 
     @property
     def is_foreign(self) -> bool:
-        """Whether this process is a child that was forked from the session's: it has none of its threads."""
+        """Whether this process is a child that was forked from the session's: it has none of its
+        threads."""
         return os.getpid() != self._process
 
     @contextmanager

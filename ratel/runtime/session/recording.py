@@ -8,14 +8,15 @@ from ratel.runtime.session.machinery import Machinery
 from ratel.trace.timeline import Span, Timeline
 
 MOST_SSD_SPANS = 1 << 17
-"""Per directory, 8 MiB. A transfer takes one, however many requests it is cut into: enough for 100 B parameters."""
+"""Per directory, 8 MiB. A transfer takes one, however many requests it is cut into: enough for 100
+B parameters."""
 
 _CLASSES = ("weights", "activations", "optimizer", "write-back", "saving")
 
 
 class Recording:
-    """From its making to `finish`. What began before it and ends in it is recorded too, SSD transfers from their first
-    request that ends in it."""
+    """From its making to `finish`. What began before it and ends in it is recorded too, SSD
+    transfers from their first request that ends in it."""
 
     def __init__(self, machinery: Machinery) -> None:
         self._m = machinery
@@ -24,7 +25,8 @@ class Recording:
         machinery.exchange.tracing.start()
 
     def finish(self, step: int, begun_s: float) -> Timeline:
-        """The step that was called at ``begun_s`` (``perf_counter``) and ends now. Waits for the device."""
+        """The step that was called at ``begun_s`` (``perf_counter``) and ends now. Waits for the
+        device."""
         m, step_s = self._m, perf_counter() - begun_s
         threads = m.exchange.tracing.stop()
         transfers, lost = m.engine.spans()

@@ -8,11 +8,13 @@ from ratel.trace.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step did. ``loss`` is the mean over target tokens; ``grad_norm`` is taken before clipping.
+    """What one step did. ``loss`` is the mean over target tokens; ``grad_norm`` is taken before
+    clipping.
 
-    ``seconds`` is wall time; ``bound_s`` the busy time of the busiest resource, named by ``bound_by``. A step whose
-    gradients are not finite is ``skipped``: no state has changed. ``early_units`` were updated before the norm was known,
-    ``redone_units`` of them again. ``timeline`` is that of a step that was traced.
+    ``seconds`` is wall time; ``bound_s`` the busy time of the busiest resource, named by
+    ``bound_by``. A step whose gradients are not finite is ``skipped``: no state has changed.
+    ``early_units`` were updated before the norm was known, ``redone_units`` of them again.
+    ``timeline`` is that of a step that was traced.
     """
 
     step: int

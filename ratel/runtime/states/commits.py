@@ -1,5 +1,6 @@
-"""Which SSD files belong to a directory of commits: spoken of by its manifest, and stamped with this very directory. What a copy of
-it speaks of is the original's: read, never written to, never removed."""
+"""Which SSD files belong to a directory of commits: spoken of by its manifest, and stamped with
+this very directory. What a copy of it speaks of is the original's: read, never written to, never
+removed."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,13 @@ from ratel.runtime.states.format import read_manifest
 
 Folders = Sequence["str | os.PathLike[str]"]
 _SUFFIXES = ("", ".old", ".removed", ".partial")
-"""Under which a directory of commits may lie: its own, those of one that is replaced or given up, and of one in the making."""
+"""Under which a directory of commits may lie: its own, those of one that is replaced or given up,
+and of one in the making."""
 
 
 def located(state: Path, manifest: dict[str, Any], folders: Folders = ()) -> list[Path]:
-    """The files with the planes of a state. One that is not where it was when it was written may be in ``folders`` by now: drives
-    are mounted elsewhere, directories are renamed."""
+    """The files with the planes of a state. One that is not where it was when it was written may be
+    in ``folders`` by now: drives are mounted elsewhere, directories are renamed."""
     return [_located(state / name, folders) for name in manifest["files"]]
 
 
@@ -30,7 +32,8 @@ def _located(path: Path, folders: Folders) -> Path:
 
 
 def files_of(commits: Path, folders: Folders = ()) -> set[str]:
-    """The SSD files that a directory of commits speaks of and owns; none where there is no such directory."""
+    """The SSD files that a directory of commits speaks of and owns; none where there is no such
+    directory."""
     with suppress(ValueError, OSError, KeyError, TypeError):
         manifest = read_manifest(commits)
         if manifest["num_slots"] > 1:
@@ -39,14 +42,15 @@ def files_of(commits: Path, folders: Folders = ()) -> set[str]:
 
 
 def committed_files(commits: Path, folders: Folders = ()) -> set[str]:
-    """Of the directory, and of those beside it that a killed run has not done with."""
+    """The files of the directory's commits, and of those directories beside it that a killed run
+    has not done with."""
     return set().union(*(files_of(commits.with_name(commits.name + suffix), folders) for suffix in _SUFFIXES))
 
 
 def remove_leftovers(commits: Path | None, directories: Iterable[str]) -> None:
-    """Remove what killed runs have left on the SSDs: files that no commit was ever to speak of, those that the
-    first commit to this directory would have spoken of, and those that hold nothing yet. Whatever else is there, and what is
-    in use, stays."""
+    """Remove what killed runs have left on the SSDs: files that no commit was ever to speak of,
+    those that the first commit to this directory would have spoken of, and those that hold nothing
+    yet. Whatever else is there, and what is in use, stays."""
     unborn = None if commits is None else commits.with_name(commits.name + ".partial")
     for folder in {os.path.realpath(directory) for directory in directories}:
         for entry in list(os.scandir(folder)) if os.path.isdir(folder) else []:
@@ -70,7 +74,8 @@ def discard_partial(partial: Path, folders: Folders) -> None:
 
 
 def discard_commits(commits: Path, *, but: Iterable[str] = (), folders: Folders = ()) -> None:
-    """Remove a directory of commits with the SSD files that it owns, except ``but``. What somebody else put into it stays.
+    """Remove a directory of commits with the SSD files that it owns, except ``but``. What somebody
+    else put into it stays.
 
     It loses its name first: a kill in the middle must not leave records of files that are gone.
     """

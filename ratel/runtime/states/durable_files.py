@@ -27,7 +27,8 @@ def existing_part(path: Path) -> Path:
 
 
 def replaceable(path: Path, field: str) -> Path:
-    """Where a directory of that name goes, links followed. Raises RatelError for what no other can take the name of."""
+    """Where a directory of that name goes, links followed. Raises RatelError for what no other can
+    take the name of."""
     if path.exists() and not path.is_dir():
         raise RatelError("is a file", field=field, value=path, remedy="Give a directory")
     if path.name in ("", "..") or os.path.ismount(path):
@@ -37,8 +38,8 @@ def replaceable(path: Path, field: str) -> Path:
 
 
 def replace_directory(partial: Path, path: Path, discard: Callable[[Path], object], *, suffix: str = ".old") -> None:
-    """Put a complete directory under its name; an older one waits beside it and is given to ``discard`` only then. Whatever
-    else has the name that it would wait under stays."""
+    """Put a complete directory under its name; an older one waits beside it and is given to
+    ``discard`` only then. Whatever else has the name that it would wait under stays."""
     old = None
     if path.exists():
         names = chain((f"{path.name}{suffix}",), (f"{path.name}{suffix}-{number}" for number in count(2)))
@@ -51,7 +52,8 @@ def replace_directory(partial: Path, path: Path, discard: Callable[[Path], objec
 
 
 def move_others(others: Iterable[str], old: Path, into: Path) -> None:
-    """What somebody else put into a directory goes with its name, under another where ``into`` has such a file."""
+    """What somebody else put into a directory goes with its name, under another where ``into`` has
+    such a file."""
     for name in others:
         os.rename(old / name, _free_name(into / name))
     sync_path(into)
@@ -72,7 +74,8 @@ def beside(path: Path) -> Path:
 
 
 def settled(path: Path) -> Path:
-    """Where the directory is. A kill between the two renames of a replacement has left the older one beside its name."""
+    """Where the directory is. A kill between the two renames of a replacement has left the older
+    one beside its name."""
     return path if path.exists() or not beside(path).exists() else beside(path)
 
 
@@ -94,7 +97,8 @@ def is_state(path: Path) -> bool:
 
 
 def remove_state(state: Path, name: Path | None = None) -> None:
-    """Remove a directory with a state. Where it holds something else that stays, in a directory called ``name``."""
+    """Remove a directory with a state. Where it holds something else that stays, in a directory
+    called ``name``."""
     if not state.is_dir() or state.is_symlink() or not (is_state(state) or _is_part(state)):
         return
     for name_there in filter(is_state_file, os.listdir(state)):
@@ -116,8 +120,8 @@ _PART = re.compile(r".+\.(partial|removed|old(-\d+)?)")
 
 
 def check_state_target(path: Path, field: str, *beside: str) -> None:
-    """Refuse a directory whose files of a state's names are somebody else's; and those beside it, with these suffixes, that
-    would go with it."""
+    """Refuse a directory whose files of a state's names are somebody else's; and those beside it,
+    with these suffixes, that would go with it."""
     for there in (path, *(path.with_name(path.name + suffix) for suffix in (".partial", *beside))):
         if not os.path.lexists(there):
             continue

@@ -12,15 +12,16 @@ from ratel.store.planes import Store
 from ratel.store.transfer import PIECE_ELEMENTS, UnitTransfer
 
 THREADS = 8
-"""That read files, one piece of 8 MiB each: as many as a disk needs requests in flight, and beside each other they copy faster
-out of the page cache, add up checksums and write to SSDs faster than any disk reads."""
+"""That read files, one piece of 8 MiB each: as many as a disk needs requests in flight, and beside
+each other they copy faster out of the page cache, add up checksums and write to SSDs faster than
+any disk reads."""
 
 Stream = tuple[UnitSpec, StoredBits]
 
 
 def import_weights(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTransfer) -> None:
-    """All planes of new storage. What is bf16 in files goes straight to its tier, in the order of the files; any other unit
-    is made in memory, one at a time."""
+    """All planes of new storage. What is bf16 in files goes straight to its tier, in the order of
+    the files; any other unit is made in memory, one at a time."""
     streams = [(unit, bits) for unit in spec.units if (bits := parts.stored_bits(unit)) is not None]
     streamed = {unit.index for unit, _ in streams}
     _stream(streams, transfer)

@@ -1,4 +1,5 @@
-"""AdamW's moments between their tiers and files that PyTorch reads, one plane of one unit in memory at a time."""
+"""AdamW's moments between their tiers and files that PyTorch reads, one plane of one unit in memory
+at a time."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ PLANES = dict(zip(("m", "v"), MOMENTS))
 
 
 def export_moments(spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor], step: int, directory: Path) -> None:
-    """Write the moments of all trained parameters into ``directory``. ``read_plane`` gives a plane on the CPU."""
+    """Write the moments of all trained parameters into ``directory``. ``read_plane`` gives a plane
+    on the CPU."""
     pieces = [Piece(outlines={key_of(PLANES[plane], p.name): Outline(shape=p.shape, dtype=torch.float32)
                               for p in unit.params if p.trainable},
                     make=partial(_tensors_of, unit, plane, read_plane))
@@ -44,7 +46,8 @@ def check_moments(files: MomentFiles | None, parts: Parts) -> None:
 
 
 def import_moments(spec: ModelSpec, transfer: UnitTransfer, files: MomentFiles) -> None:
-    """Bring the moments of every unit to their tiers. `check_moments` comes before; the caller waits for the copies."""
+    """Bring the moments of every unit to their tiers. `check_moments` comes before; the caller
+    waits for the copies."""
     units = [unit for unit in spec.units if unit.num_trainable]
     buffer = aligned_empty(max((unit.num_trainable for unit in units), default=0), torch.float32)
     for unit in units:

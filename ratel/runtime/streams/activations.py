@@ -1,4 +1,5 @@
-"""What forward keeps for backward (block inputs and inner activations): on the GPU, in DRAM, or through DRAM on SSD."""
+"""What forward keeps for backward (block inputs and inner activations): on the GPU, in DRAM, or
+through DRAM on SSD."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -22,16 +23,18 @@ from ratel.runtime.streams.slot_sums import SlotSums
 from ratel.units import align_up
 
 Key = tuple[int, int, str]
-"""Block, micro-batch, and which group of the block: `INPUT`, or the tier that inner activations go to."""
+"""Block, micro-batch, and which group of the block: `INPUT`, or the tier that inner activations go
+to."""
 
 MAX_COPIES_BEHIND = 2
-"""Checkpoints whose copy to DRAM may still run while the next blocks are launched: what bounds the GPU memory that a
-main thread far ahead of the GPU can hold on to."""
+"""Checkpoints whose copy to DRAM may still run while the next blocks are launched: what bounds the
+GPU memory that a main thread far ahead of the GPU can hold on to."""
 
 
 @dataclass(slots=True)
 class Leaving:
-    """A group while its tensors are copied out, one after the other, into ``host``. They must stay until they are."""
+    """A group while its tensors are copied out, one after the other, into ``host``. They must stay
+    until they are."""
 
     group: Group
     key: Key
@@ -49,8 +52,8 @@ class Leaving:
 
 @dataclass(slots=True)
 class Left:
-    """A group outside the GPU: in DRAM once ``copied``, on SSD once ``written``; bit for bit. ``ranges``: where its bytes
-    are; none where forward has not kept what the plan had room for."""
+    """A group outside the GPU: in DRAM once ``copied``, on SSD once ``written``; bit for bit.
+    ``ranges``: where its bytes are; none where forward has not kept what the plan had room for."""
 
     ranges: list[tuple[int, int]]
     copied: Event
@@ -59,7 +62,8 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Something on its way back. ``slot`` and ``ticket``: the staging slot and the read of what was on SSD."""
+    """Something on its way back. ``slot`` and ``ticket``: the staging slot and the read of what was
+    on SSD."""
 
     left: Left
     host: Tensor
@@ -68,7 +72,8 @@ class Fetch:
 
 
 class Activations:
-    """Saves on the main thread, returns through the streamer (it is the Source of these gathers)."""
+    """Saves on the main thread, returns through the streamer (it is the Source of these
+    gathers)."""
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, exchange: Exchange, lanes: Lanes,
                  copies: Retirer, writes: Retirer, engine: "native.nvme_ds.Engine | None",
@@ -82,7 +87,8 @@ class Activations:
         self._kept: dict[Key, list[Tensor]] = {}
         """By block, micro-batch and name."""
         self._parts: dict[Key, dict[str, list[Part]]] = {}
-        """How to find the tensors again in the bytes of what has left, by name; of the main thread alone."""
+        """How to find the tensors again in the bytes of what has left, by name; of the main thread
+        alone."""
         self._open: dict[Key, Leaving] = {}
         """Inner activations of the block that runs."""
         self._left: dict[Key, Left] = {}
@@ -107,14 +113,16 @@ class Activations:
             self._wait_copied(self._leaving.popleft()[0])
 
     def begin(self) -> None:
-        """A block is about to save inner activations. Waits until there is GPU memory for what is on its way out."""
+        """A block is about to save inner activations. Waits until there is GPU memory for what is
+        on its way out."""
         while len(self._leaving_inner) >= self._plan.buffers.inner_slots:
             for copied, _ in self._leaving_inner.popleft():
                 self._wait_copied(copied)
         self._leaving_inner.append([])
 
     def save(self, block: int, micro: int, name: str, tensors: list[Tensor]) -> None:
-        """One inner activation between ``begin`` and ``end``: whole tensors that nobody writes to any more."""
+        """One inner activation between ``begin`` and ``end``: whole tensors that nobody writes to
+        any more."""
         if (block, name) in self._on_gpu:
             self._kept[block, micro, name] = tensors
             return
@@ -141,7 +149,8 @@ class Activations:
         return self._kept.pop((block, micro, name), None)
 
     def returned(self, key: Key, view: Tensor) -> dict[str, list[Tensor]]:
-        """The tensors in the bytes that the streamer has brought back, by name; but those that forward has not kept."""
+        """The tensors in the bytes that the streamer has brought back, by name; but those that
+        forward has not kept."""
         parts = self._parts.pop(key, {})
         return {name: [part_of(view, part) for part in found] for name, found in parts.items()}
 
@@ -206,7 +215,8 @@ class Activations:
         leaving.tensors += tensors
 
     def _send(self, leaving: Leaving) -> Event:
-        """Nothing more comes. Returns when all of it is copied; the GPU's memory must not be reused before."""
+        """Nothing more comes. Returns when all of it is copied; the GPU's memory must not be reused
+        before."""
         copied = self._lanes.record("d2h")
         self._parts[leaving.key] = leaving.parts
         left = Left(leaving.ranges, copied, written=leaving.slot is None)

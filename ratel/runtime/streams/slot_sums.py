@@ -1,4 +1,5 @@
-"""Checksums of buffers that go to SSD as a whole and come back as a whole: what the blocks save for backward."""
+"""Checksums of buffers that go to SSD as a whole and come back as a whole: what the blocks save for
+backward."""
 
 import torch
 
@@ -7,7 +8,8 @@ from ratel.errors import DamagedError
 
 
 class SlotSums:
-    """One CRC-32 for each (block, micro-batch, group), in DRAM. Switched off, nothing is computed and nothing compared."""
+    """One CRC-32 for each (block, micro-batch, group), in DRAM. Switched off, nothing is computed
+    and nothing compared."""
 
     def __init__(self, pool: "native.op_ds.Pool", volume: "native.nvme_ds.Volume | None", *, enabled: bool) -> None:
         self._pool, self._volume, self._enabled = pool, volume, enabled
@@ -19,7 +21,8 @@ class SlotSums:
             self._sums[key] = self._compute(buffer)
 
     def verify(self, key: tuple[int, int, str], buffer: torch.Tensor, offset: int) -> None:
-        """``buffer`` was read from ``offset`` of the volume. Raises DamagedError naming file, block and micro-batch."""
+        """``buffer`` was read from ``offset`` of the volume. Raises DamagedError naming file, block
+        and micro-batch."""
         if not self._enabled:
             return
         found, expected = self._compute(buffer), self._sums.pop(key)

@@ -1,7 +1,8 @@
 """One step of the vertical schedule: every micro-batch passes a stage before the next stage starts.
 
-Forward over the stages, loss and its gradient at the turn, backward with recomputation. Weights are attached to the
-module only while their stage runs; each unit's gradient leaves when its last stage (in backward order) is done.
+Forward over the stages, loss and its gradient at the turn, backward with recomputation. Weights are
+attached to the module only while their stage runs; each unit's gradient leaves when its last stage
+(in backward order) is done.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,11 +45,11 @@ class VerticalStep:
         self._first: FirstStep | None = FirstStep()
         """Until the first step is over: what second runs are compared with."""
         self._balance: Balance | None = None
-        """Of the routers in this step."""
+        """What this step adds to the loss so that routers use all experts."""
 
     def train(self, micros: list[Micro], *, targets: int, step: int, early: bool = True) -> Tensor:
-        """Forward, loss, backward; gradients are handed over as they become complete. Returns the loss (device).
-        ``early``: updates follow at once, those that the plan has so."""
+        """Forward, loss, backward; gradients are handed over as they become complete. Returns the
+        loss (device). ``early``: updates follow at once, those that the plan has so."""
         self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros), early=early))
         routing = self._parts.routing
         self._balance = None if routing is None else Balance(routing.loss, self._lanes.device)
@@ -217,7 +218,8 @@ class VerticalStep:
 
     @contextmanager
     def _accumulating(self, stage: StageSpec) -> Iterator[None]:
-        """Gradients of the stage's units accumulate inside; those of which this was the last stage leave after."""
+        """Gradients of the stage's units accumulate inside; those of which this was the last stage
+        leave after."""
         units = [self._plan.spec.units[i] for i in stage.units if self._plan.spec.units[i].num_trainable]
         for unit in units:
             if unit.index not in self._open:
@@ -242,7 +244,8 @@ class VerticalStep:
 
     @contextmanager
     def _computing(self, stage: StageSpec, micro: Micro, step: int, what: str) -> Iterator[None]:
-        """Random numbers depend on step, stage and micro-batch alone: recomputation draws what forward drew."""
+        """Random numbers depend on step, stage and micro-batch alone: recomputation draws what
+        forward drew."""
         self._seed_for(stage, micro, step)
         with self._lanes.work("compute", f"{stage.name} {what}"):
             yield

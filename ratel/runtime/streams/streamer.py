@@ -1,7 +1,9 @@
-"""Brings weights, checkpoints and inner activations into GPU slots ahead of their use, in the order of the step's schedule.
+"""Brings weights, checkpoints and inner activations into GPU slots ahead of their use, in the order
+of the step's schedule.
 
-Two threads, each a plain loop over the schedule: the *reader* gets the bytes into DRAM (starting SSD reads, or waiting
-for the unit's pending update), the *uploader* moves them into a slot. The main thread calls ``get`` and ``release``.
+Two threads, each a plain loop over the schedule: the *reader* gets the bytes into DRAM (starting
+SSD reads, or waiting for the unit's pending update), the *uploader* moves them into a slot. The
+main thread calls ``get`` and ``release``.
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,8 @@ class Source(Protocol):
         """Reserve DRAM and start reading; may block. On the reader's thread."""
 
     def fill(self, gather: Gather, handle: object, slot: Slot) -> torch.Tensor:
-        """Wait for the bytes, enqueue their copy on the current stream, return the view of the slot that holds them."""
+        """Wait for the bytes, enqueue their copy on the current stream, return the view of the slot
+        that holds them."""
 
     def done(self, gather: Gather, handle: object) -> None:
         """The copy has completed; give the DRAM back."""
@@ -65,7 +68,8 @@ class Streamer:
         self._to_read.put(*schedule)
 
     def get(self, key: Key, name: str) -> torch.Tensor:
-        """The gathered bytes, safe to use by work enqueued on the compute lane from now on. ``name`` is for traces."""
+        """The gathered bytes, safe to use by work enqueued on the compute lane from now on.
+        ``name`` is for traces."""
         with self._exchange.lock:
             self._exchange.wait_for(self._landing, lambda: key in self._landed,
                                     "weights" if key[0] == "unit" else "activations", name)

@@ -1,7 +1,9 @@
-"""AdamW on planes that live where torch lives, bit for bit what ``op_ds`` does to planes in host memory.
+"""AdamW on planes that live where torch lives, bit for bit what ``op_ds`` does to planes in host
+memory.
 
-Two paths. ``reference`` uses plain torch operations that round once each and runs on any device; ``triton`` is one
-kernel that passes over the memory once. Both follow the formula of docs/optimizer.md, operation by operation.
+Two paths. ``reference`` uses plain torch operations that round once each and runs on any device;
+``triton`` is one kernel that passes over the memory once. Both follow the formula of
+docs/optimizer.md, operation by operation.
 """
 
 import functools
@@ -28,9 +30,10 @@ def adamw_(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor, *, lr: fl
            path: str = "auto") -> None:
     """One AdamW step in place. All tensors 1-D, contiguous, of one length and device.
 
-    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` fp32, ``grad`` bf16 or fp32. ``ranges`` are
-    (end element, weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"`` takes Triton on an NVIDIA GPU where it can
-    be imported; a forced path that is impossible raises RatelError.
+    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` fp32, ``grad`` bf16 or
+    fp32. ``ranges`` are (end element, weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"``
+    takes Triton on an NVIDIA GPU where it can be imported; a forced path that is impossible raises
+    RatelError.
     """
     planes = (hi, lo, m, v, grad)
     _check_planes(planes)
@@ -60,7 +63,8 @@ def choose_update(device: torch.device, path: str = "auto") -> Update:
 
 @functools.cache
 def _triton_serves(device_type: str) -> bool:
-    """Asked once per kind of device, so that the choice is logged once. An AMD GPU cannot run the kernel's PTX."""
+    """Asked once per kind of device, so that the choice is logged once. An AMD GPU cannot run the
+    kernel's PTX."""
     if device_type != "cuda" or torch.version.cuda is None:
         return False
     try:
@@ -120,7 +124,8 @@ def split_master(master: Tensor, hi: Tensor, lo: Tensor) -> None:
 def _square_root(x: Tensor) -> Tensor:
     """Correctly rounded fp32 square root, which torch's own is not on the CPU.
 
-    The fp64 root of an fp32 number is further from any fp32 rounding boundary (2^-51, relative) than its own error.
+    The fp64 root of an fp32 number is further from any fp32 rounding boundary (2^-51, relative)
+    than its own error.
     """
     return x.double().sqrt().float()
 
@@ -128,10 +133,11 @@ def _square_root(x: Tensor) -> Tensor:
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """``a * b + c`` of fp32 tensors, rounded once.
 
-    The product is exact in fp64. Rounding the fp64 sum to fp32 would round twice, so the sum is first rounded to odd:
-    where it was inexact and its last bit is even, it moves one fp64 ulp towards the exact value. With two spare bits or
-    more, rounding from there is rounding the exact sum (Boldo and Melquiond, "Emulation of FMA and correctly rounded
-    sums: proved algorithms using rounding to odd", 2008).
+    The product is exact in fp64. Rounding the fp64 sum to fp32 would round twice, so the sum is
+    first rounded to odd: where it was inexact and its last bit is even, it moves one fp64 ulp
+    towards the exact value. With two spare bits or more, rounding from there is rounding the exact
+    sum (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd", 2008).
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend

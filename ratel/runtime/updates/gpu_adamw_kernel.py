@@ -1,8 +1,9 @@
 """The Triton kernel of ``gpu_adamw``. Importing this module needs Triton.
 
-Every operation that rounds is a PTX instruction of its own with ``.rn`` and without ``.ftz``: the compiler can then
-neither fuse a multiplication with an addition nor flush denormals, both of which Triton's own operators may do (its
-precise square root and division go through a library that it compiles with flush-to-zero).
+Every operation that rounds is a PTX instruction of its own with ``.rn`` and without ``.ftz``: the
+compiler can then neither fuse a multiplication with an addition nor flush denormals, both of which
+Triton's own operators may do (its precise square root and division go through a library that it
+compiles with flush-to-zero).
 """
 
 import torch
