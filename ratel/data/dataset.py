@@ -14,14 +14,14 @@ from ratel.data.batches.order import Permutation
 from ratel.data.batches.prefetch import Prefetcher
 from ratel.data.batches.stream import Position, Reader, RowStream
 from ratel.data.chat.own_tokens import renders_itself
-from ratel.data.going_on import go_on
+from ratel.data.going_on import START_ANEW, go_on
 from ratel.data.review.check import ConversationCheck
 from ratel.data.sources.bundled import bundled_sources
 from ratel.data.sources.corpus import Corpus
 from ratel.data.sources.documents import DocumentList
 from ratel.data.sources.files import MIN_TEXT_BYTES, DataArgument, find_sources
 from ratel.data.sources.skipping import SkippedLines
-from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab
+from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab, fingerprint
 from ratel.errors import RatelError
 from ratel.schema import SchemaError, check, listing, record, text, whole
 from ratel.units import format_count
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MIN_SEQ_LEN = 8
 _PREFETCHED_BATCHES = 4
-_CALLED = {"seed": "--seed", "seq_len": "--seq-len", "vocabulary": "the tokenizer's vocabulary"}
+_CALLED = {"seed": "--seed", "seq_len": "--seq-len", "vocabulary": "the size of the tokenizer's vocabulary", "task": "--task"}
 _STATE = record({"data": record({"documents": whole(1)}, {"content": text()}, is_open=True)}, {"evaluated": listing(whole())}, is_open=True)
 _HELD_OUT_KEY = -1
 """In place of an epoch, of held-out documents: in the key of the permutation that picks them."""
@@ -71,7 +71,7 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
                   marks_padding=marks_padding, today=today)
     writes_date = corpus.has_chat and "strftime_now" in str(tokenizer.chat_template)
     return Dataset(corpus, form, today=today if writes_date else None, seq_len=seq_len, batch_size=batch_size, seed=seed,
-                   vocabulary=len(tokenizer),
+                   vocabulary=len(tokenizer), tokenizer=fingerprint(tokenizer, renders=corpus.has_chat),
                    eval_fraction=eval_fraction, eval_corpus=eval_corpus, eval_max_sequences=eval_max_sequences)
 
 
@@ -92,7 +92,10 @@ class Dataset:
     """
 
     def __init__(self, corpus: Corpus, form: Form, *, seq_len: int, batch_size: int, seed: int, vocabulary: int,
-                 eval_fraction: float, eval_corpus: Corpus | None, eval_max_sequences: int | None, today: date | None = None) -> None:
+                 tokenizer: str, eval_fraction: float, eval_corpus: Corpus | None, eval_max_sequences: int | None,
+                 today: date | None = None) -> None:
+        """``tokenizer``: its `fingerprint`."""
+        self._tokenizer = tokenizer
         self._today = {} if today is None else {"today": today.isoformat()}
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -194,14 +197,15 @@ class Dataset:
 
     def _fingerprint(self) -> dict[str, Any]:
         held_out = zlib.crc32(repr(sorted(self.documents.held_out)).encode())
-        return {**self._told, **self._today, "documents": len(self._reader), "bytes": self._reader.corpus.num_bytes, "content": self.documents.content,
+        return {**self._told, **self._today, "tokenizer": self._tokenizer, "documents": len(self._reader), "bytes": self._reader.corpus.num_bytes, "content": self.documents.content,
                 "held_out": held_out}
 
     def _check_told(self, before: Mapping[str, Any]) -> None:
-        differing = [name for name, value in self._told.items() if before.get(name) != value]
+        now = {**self._told, "tokenizer": self._tokenizer}
+        differing = [_changed(name, before.get(name), value) for name, value in now.items() if before.get(name, value if name == "tokenizer" else None) != value]
         if differing:
-            raise RatelError(f"not what the run was started with; different: {', '.join(_CALLED.get(name, name) for name in differing)}",
-                             field="data", remedy="Resume with the same tokenizer, seed, sequence length and task")
+            raise RatelError(f"not what the run was started with; different: {', '.join(differing)}", field="data",
+                             remedy=f"Resume with the same tokenizer, seed, sequence length and task, or {START_ANEW}")
 
     def _is_same(self, before: Mapping[str, Any]) -> bool:
         """States of earlier versions have no digest of the content."""
@@ -261,6 +265,12 @@ class Dataset:
         documents = iter(picked)
         rows = self._form.rows(lambda: next(documents, None), [], lambda: _HELD_OUT_KEY)
         return [row for row in iter(rows.next_row, None) if row.num_targets]
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    if name == "tokenizer":
+        return "what the tokenizer makes of a text"
+    return f"{_CALLED.get(name, name)} (was {before}, is {now})"
 
 
 class _BatchIterator(Iterator[Batch]):

@@ -12,7 +12,8 @@ from ratel.data.sources.documents import DocumentList, find
 from ratel.errors import RatelError
 from ratel.units import format_count
 
-_WAY_ON = "Put the data back as it was and resume, or start a new run with --model OUT/model (`ratel export` writes it from a state)"
+START_ANEW = "start a new run with --model OUT/model (`ratel export` writes it from a state)"
+_WAY_ON = f"Put the data back as it was and resume, or {START_ANEW}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,11 @@ def describe_memory() -> dict[str, Any]:
     }
 
 
+def library_versions() -> dict[str, str]:
+    """Of those that the results of a run depend on."""
+    return {name: metadata.version(name) for name in ("torch", "transformers")}
+
+
 def available_memory() -> int:
     """Bytes of DRAM that can still be taken: what the kernel says, or what the container's limit leaves."""
     import psutil

@@ -11,8 +11,9 @@ from typing import Any
 from ratel import interrupt
 from ratel.config import TrainConfig
 from ratel.hardware.doctor import describe_cuda
-from ratel.hardware.host import describe_host
+from ratel.hardware.host import describe_host, library_versions
 from ratel.interrupt import Finishing, Interrupted
+from ratel.models.checkpoints.settings import settings_of
 from ratel.monitor.metrics import MetricsWriter, MissingMetricsError
 from ratel.monitor.progress import ProgressDisplay
 from ratel.planner.forecast.durability import saving
@@ -101,6 +102,10 @@ class Attempt:
                               "left as they are; the run goes on in files of its own")
         for line in changes(self.config, earlier.options):
             self.display.note(line)
+        for name, version in library_versions().items():
+            before = earlier.extra.get("versions", {}).get(name, version)
+            if before != version:
+                self.display.note(f"{name}: was {before}, is {version}; sums may be rounded differently")
         was, now = earlier.extra["micro_batch"], self.session.plan.work.micro_rows
         if was != now:
             self.display.note(f"sequences in a block at once: was {was}, is {now}; sums are rounded differently")
@@ -181,7 +186,8 @@ class Attempt:
         extra = {"step": progress.steps, "data": self.inputs.position(),
                  "micro_batch": self.session.plan.work.micro_rows,
                  "chat_template": getattr(self.inputs.tokenizer, "chat_template", None),
-                 "has_tokenizer": self.inputs.tokenizer is not None}
+                 "has_tokenizer": self.inputs.tokenizer is not None, "versions": library_versions(),
+                 "model": settings_of(getattr(self.session.parts.module, "config", None))}
         if self.session.plan.commits and not copies:
             self.session.wait_saved()
             self._drop_superseded_copies()  # before the next commit: it may be making directories among those looked at here

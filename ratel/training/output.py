@@ -13,7 +13,8 @@ from ratel.errors import RatelError
 from ratel.ownership import exports
 from ratel.runtime.states.commits import Folders
 from ratel.runtime.states.durable_files import existing_part, make_directory
-from ratel.runtime.states.format import DamagedStateError
+from ratel.runtime.states.format import DamagedStateError, MissingFileError
+from ratel.runtime.states.saved_state import MOUNT_IT
 from ratel.synced import replace_synced
 from ratel.training.claims import JSON_FILES, METRICS, check_inputs, check_out, is_empty, is_runs, marked, results
 from ratel.training.states import StateDirectory
@@ -151,7 +152,10 @@ def beside_a_run(state: Path, field: str) -> Iterator[None]:
         yield
     except DamagedStateError as error:
         run = RunDirectory(state.parent.parent)
-        if not run.is_being_written:
-            raise
-        raise RatelError("was written over by its run, which goes on", field=field, value=state,
-                         remedy="Do it again when that run has ended, or make states last by copies: --durable checkpoint") from error
+        if run.is_being_written:
+            raise RatelError("was written over by its run, which goes on", field=field, value=state,
+                             remedy="Do it again when that run has ended, or make states last by copies: --durable checkpoint") from error
+        older = run.states.before(state)
+        way_back = f"use {older}, the state before it" if older is not None else "there is no older state beside it"
+        remedy = f"{MOUNT_IT}; else {way_back}" if isinstance(error, MissingFileError) else f"Check the drive; {way_back}"
+        raise RatelError(error.message, field=field, value=error.value, remedy=remedy) from error

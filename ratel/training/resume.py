@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ratel.errors import DamagedError, RatelError, WorkerError
+from ratel.models.checkpoints.settings import differing, settings_of
 from ratel.reading import open_regular, parse_json, read_regular
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.format import DamagedStateError, MissingFileError
-from ratel.runtime.states.saved_state import SavedState
+from ratel.runtime.states.saved_state import MOUNT_IT, SavedState
 from ratel.schema import SchemaError, anything, boolean, check, mapping, nullable, number, record, text, whole
 from ratel.synced import replace_synced
 from ratel.training.loop import Progress
@@ -61,6 +63,7 @@ def take_up(out: RunDirectory, session: Session) -> Resumption:
                          remedy="Load it with Session.load")
     with naming_an_older(out, state):
         _check_extra(extra, state)
+    _check_settings(extra.get("model"), session)
     return Resumption(out=out, state=state, options=options, extra=extra)
 
 
@@ -68,7 +71,8 @@ MOST_STEPS = 10**8
 """More than any run makes; whoever resumes counts them."""
 
 _EXTRA = record({"step": whole(0, MOST_STEPS), "data": mapping(text(), anything), "micro_batch": whole(1),
-                 "has_tokenizer": boolean, "chat_template": anything}, is_open=True)
+                 "has_tokenizer": boolean, "chat_template": anything},
+                {"model": mapping(text(), anything), "versions": mapping(text(), text())}, is_open=True)
 _LOSS = nullable(number())
 _METRICS = record({"step": whole(1, MOST_STEPS), "loss": _LOSS, "grad_norm": _LOSS, "tokens": whole(), "step_s": number(0),
                    "bound_s": nullable(number(0)), "bound_by": nullable(text()), "skipped": boolean},
@@ -82,16 +86,25 @@ def _check_extra(extra: dict[str, Any], state: Path) -> None:
         raise DamagedStateError(f"its commit record is damaged: {error}", value=state) from error
 
 
+def _check_settings(before: dict[str, Any] | None, session: Session) -> None:
+    """The weights come from the state, but what they are computed with is the model's."""
+    found = differing(before or {}, settings_of(getattr(session.parts.module, "config", None)))
+    if found:
+        raise RatelError(f"its configuration is not that of the run to be continued: {'; '.join(found[:4])}", field="--model",
+                         value=session.parts.name, remedy="Give the model that the run was started with, or start a new run with "
+                         "--model OUT/model (`ratel export` writes it from a state)")
+
+
 @contextmanager
 def naming_an_older(out: RunDirectory, state: Path) -> Iterator[None]:
     """A damaged state is never passed over silently: steps would be lost. The message says how to go back."""
     try:
         yield
     except (DamagedStateError, DamagedError) as error:
-        moved = isinstance(error, MissingFileError) and "If its drive is mounted elsewhere now, name that directory with --ssd; else "
-        way_back = _way_back(out, state)
+        way_back = f"{_way_back(out, state)}, and check the drive"
+        is_elsewhere = isinstance(error, MissingFileError)
         raise RatelError(error.message, field="--resume", value=getattr(error, "value", None) or error.path,
-                         remedy=f"{moved}{way_back[0].lower()}{way_back[1:]}" if moved else f"{way_back}, and check the drive") from error
+                         remedy=f"{MOUNT_IT}. If it is lost: {way_back}" if is_elsewhere else way_back) from error
 
 
 @contextmanager
@@ -109,7 +122,7 @@ def saying_what_next(out: RunDirectory) -> Iterator[None]:
 
 def _way_back(out: RunDirectory, state: Path) -> str:
     older = out.states.before(state)
-    return (f"Remove {state} to resume from {older}" if older is not None else
+    return (f"Remove {state} to resume from {older} (`rm -r {quote(str(state))}`, then --resume)" if older is not None else
             "There is no older state in it: start anew with --overwrite")
 
 

@@ -13,6 +13,7 @@ from ratel.ownership.regular import is_plain
 from ratel.runtime.states.commits import Folders, committed_files, discard_commits, discard_partial, files_of
 from ratel.runtime.states.durable_files import beside, is_state, remove_state, settled
 from ratel.runtime.states.format import is_state_file, read_commit
+from ratel.runtime.states.saved_state import SavedState
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"(step-\d{8,}|commits)\.(old(?:-\d+)?|partial|removed)")
@@ -33,8 +34,12 @@ class StateDirectory:
         """The steps after which there is a complete state, ascending."""
         if not self.path.is_dir():
             return []
-        matches = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir() if (entry / _COMPLETE).is_file())
-        return sorted(int(match[1]) for match in matches if match)
+        matches = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match and self._is_complete(match[0]))
+
+    def _is_complete(self, name: str) -> bool:
+        """It had its manifest when it got its name. One that has lost it since is damaged, and not passed over."""
+        return (self.path / name / _COMPLETE).is_file() or is_state(self.path / name)
 
     def path_of(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
@@ -55,9 +60,9 @@ class StateDirectory:
         return sys.maxsize
 
     def before(self, state: Path) -> Path | None:
-        """The newest copy that is older than this state."""
+        """The newest copy that is older than this state, and whole as far as its small files tell."""
         older = [path for path in map(self.path_of, self.steps()) if state == self.commits or path.name < state.name]
-        return older[-1] if older else None
+        return next(filter(_looks_whole, reversed(older)), None)
 
     def prune(self, keep: int, *, eval_losses: Mapping[int, float] | None = None) -> None:
         """Remove all but the ``keep`` newest copies and, given ``eval_losses`` by step, the best; and what killed runs left
@@ -122,6 +127,14 @@ class StateDirectory:
     def _holds_names_of_a_state(self, path: Path, name: str) -> bool:
         """Where no kill leaves them: a directory in the making, or one being removed, has some of them."""
         return not _PART.fullmatch(name) and any(map(is_state_file, os.listdir(path)))
+
+
+def _looks_whole(state: Path) -> bool:
+    try:
+        SavedState(state).check_files()
+    except RatelError:
+        return False
+    return True
 
 
 def find_state(path: Path, field: str) -> Path:

@@ -16,7 +16,7 @@ from ratel.data.sources.corpus import Corpus
 from ratel.data.sources.files import Source, find_sources
 from ratel.data.sources.labelled import Labels, parse_text
 from ratel.data.sources.skipping import SkippedLines
-from ratel.data.tokens.tokenizer import OwnTokenizer, check_vocab, load_for, pad_id, tokenizer_source
+from ratel.data.tokens.tokenizer import OwnTokenizer, check_vocab, fingerprint, load_for, pad_id, tokenizer_source
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.calls.tasks import REGRESSION, Task
@@ -48,7 +48,7 @@ class TaskInputs:
         form = Examples(self.task.name, copy.deepcopy(self.tokenizer), self.labels, seq_len=config.seq_len,
                         vocab_size=parts.spec.vocab_size, takes_types=parts.task_runner.takes_types, seed=config.seed)
         return Dataset(self.corpus, form, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
-                       vocabulary=len(self.tokenizer), eval_fraction=eval_fraction, eval_corpus=self.eval_corpus,
+                       vocabulary=len(self.tokenizer), tokenizer=fingerprint(self.tokenizer, renders=False), eval_fraction=eval_fraction, eval_corpus=self.eval_corpus,
                        eval_max_sequences=config.eval_sequences or None)
 
 

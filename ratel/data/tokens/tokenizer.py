@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass
+from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +138,17 @@ def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     if hasattr(tokenizer, "get_added_vocab"):
         return tokenizer.get_added_vocab()
     return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))  # of mistral-common
+
+
+_SAMPLE = "Two  words, \t(1234) déjà-vu\r\n\n 語。 don't <x> A_b ½"
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerBase", *, renders: bool) -> str:
+    """What it makes of texts, as a digest: its vocabulary, the tokens of a sample, and (``renders``) its chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=itemgetter(1))
+    content = ["\0".join(token for token, _ in vocabulary), affixes(tokenizer), tokenizer(_SAMPLE)["input_ids"],
+               [tokenizer.eos_token_id, tokenizer.pad_token_id], str(tokenizer.chat_template) if renders else ""]
+    return blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

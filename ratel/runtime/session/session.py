@@ -403,7 +403,7 @@ class Session:
             saved.check_model(self.parts.spec)
         if saved.training["seed"] != self.seed:
             raise RatelError(f"the state was made with seed {saved.training['seed']}", field="seed", value=self.seed,
-                             remedy="Give the same seed: dropout depends on it")
+                             remedy=f"Give seed {saved.training['seed']}: dropout depends on it")
         other = saved.other_state()
         if other is not None:
             self.parts.set_other_state(other)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ratel.config import MOST_SEED, TASKS
 from ratel.errors import RatelError
+from ratel.ownership.regular import begins_with
 from ratel.planner.placement import ELEMENT_BYTES
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import GRAIN_ELEMENTS, SlotLayout
@@ -109,6 +110,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         text = read_regular(path / MANIFEST)
     except OSError as error:
+        if any(begins_with(path / name, STATE_BEGINNINGS[name]) for name in COMMITS):
+            raise DamagedStateError(f"its manifest cannot be read: {error.strerror}", value=path) from error
         raise RatelError(f"is not a complete state: {error.strerror} ({MANIFEST})", field="state", value=path,
                          remedy="Give the --out of a run that saved states, or a state in it") from error
     try:

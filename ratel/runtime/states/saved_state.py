@@ -31,6 +31,8 @@ from ratel.runtime.states.durable_files import settled
 from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, read_commit, read_manifest, read_other_state
 from ratel.store.planes import DTYPES
 
+MOUNT_IT = "Mount its drive again, or name the directory that it is mounted at now with --ssd"
+_MISSING = "a file that planes of the state are in is not there"
 READERS = 8
 PIECE_GRAINS = 8
 
@@ -71,10 +73,9 @@ class SavedState:
         """Refuse a state whose planes are not there, before anything is made of it."""
         for path in self.files:
             if not path.is_file() and self.is_in_place:
-                raise MissingFileError("is not there, and planes of the state are in it", value=path, remedy=(
-                    "If its drive is mounted elsewhere now, name that directory with --ssd; else resume from an older state"))
+                raise MissingFileError(_MISSING, value=path, remedy=f"{MOUNT_IT}; else use an older state")
             if not path.is_file():
-                raise DamagedStateError("is not there, and planes of the state are in it", value=path)
+                raise DamagedStateError(_MISSING, value=path)
 
     def planes(self) -> Iterator[tuple[int, str]]:
         for unit, entry in enumerate(self.manifest["planes"]):

@@ -248,8 +248,8 @@ def raise_failure(save: Save | None) -> None:
     if save is None or save.error is None:
         return
     if isinstance(save.error, OSError):
-        reason = getattr(save.error, "strerror", None) or save.error
+        reason = (getattr(save.error, "strerror", None) or str(save.error)).split(". ")[0]  # what helps is said here
         raise RatelError(f"the state could not be written: {reason}", field="state", value=getattr(save.target, "path", None),
-                         remedy=remedy_for(save.error, "Free space or give another directory; an earlier state there is untouched")
+                         remedy=remedy_for(save.error, "Free space there or give another directory; an earlier state is untouched, and can be resumed from")
                          ) from save.error
     raise save.error
