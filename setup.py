@@ -1,4 +1,5 @@
-"""Packaging. The native libraries are plain shared objects without torch, so building takes seconds, not minutes."""
+"""Packaging. The native libraries are plain shared objects without torch, so building takes
+seconds, not minutes."""
 
 import importlib
 import sys
@@ -18,7 +19,8 @@ NATIVE = ("nvme_ds", "op_ds")
 
 
 def compile_native(package: str, out_dir: Path) -> None:
-    """Call the package's own ``build``: standard library only, and from this tree, not from an older install."""
+    """Call the package's own ``build``: standard library only, and from this tree, not from an
+    older install."""
     sys.path.insert(0, str(ROOT))
     try:
         importlib.import_module(f"{package}.build").build(out_dir)

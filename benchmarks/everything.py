@@ -1,10 +1,11 @@
-"""Everything that evaluation_data.md has of a machine with a GPU, in one command, what matters most first.
+"""Everything that evaluation_data.md has of a machine with a GPU, in one command, what matters most
+first.
 
     python -m benchmarks.everything --machine h200 --ssd /mnt/a --ram-disk /dev/shm/a
     python -m benchmarks.everything --machine h200 --ssd /mnt/a --budget-s 580 --only reality pays
 
-Each measurement is a command of its own, which is printed before it runs and has a time limit. What is not likely to end within
-the budget is not begun. The tables are made anew at the end.
+Each measurement is a command of its own, which is printed before it runs and has a time limit. What
+is not likely to end within the budget is not begun. The tables are made anew at the end.
 """
 
 import argparse
@@ -28,7 +29,7 @@ DONE = "done"
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     kind: str
-    """Of the results: MACHINE_KIND.json."""
+    """The KIND in the name of the results: MACHINE_KIND.json."""
     arguments: tuple[str, ...]
     """What Python runs, but for where the results go."""
     about_s: float
@@ -84,7 +85,8 @@ def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
 
 
 def run(measurement: Measurement, results: Path, machine: str) -> str:
-    """How it ended, in a word or two. What was measured before stays where a command ends without a result."""
+    """How it ended, in a word or two. What was measured before stays where a command ends without a
+    result."""
     target = results / f"{machine}_{measurement.kind}.json"
     command, limit_s = [sys.executable, *measurement.arguments], 1.5 * measurement.about_s
     if not measurement.prints_json:
@@ -100,7 +102,8 @@ def run(measurement: Measurement, results: Path, machine: str) -> str:
 
 
 def _run(command: list[str], limit_s: float, stdout: TextIO | None = None) -> str:
-    # Where packages came without bytecode and none is written, each of a hundred processes would spend 15 s on compiling it.
+    # Where packages came without bytecode and none is written, each of a hundred processes would
+    # spend 15 s on compiling it.
     bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "ratel-bytecode")}
     child = subprocess.Popen(command, stdout=stdout, cwd=ROOT, start_new_session=True, env={**os.environ, **bytecode})
     try:

@@ -1,4 +1,5 @@
-"""A transformers model: from a directory if one is given, else a small new one; then it writes a few words.
+"""A transformers model: from a directory if one is given, else a small new one; then it writes a
+few words.
 
     python examples/huggingface.py
     python examples/huggingface.py --model /path/to/model --data my.jsonl
@@ -20,7 +21,8 @@ def new_model() -> Any:
 
 
 def write(directory: str, prompt: str) -> str:
-    """What the trained model makes of the prompt; Ratel's output is an ordinary transformers directory."""
+    """What the trained model makes of the prompt; Ratel's output is an ordinary transformers
+    directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)

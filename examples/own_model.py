@@ -1,4 +1,5 @@
-"""A model of one's own: any nn.Module with repeated blocks and a loss. Here it learns to continue noisy waves.
+"""A model of one's own: any nn.Module with repeated blocks and a loss. Here it learns to continue
+noisy waves.
 
     python examples/own_model.py
 """

@@ -1,4 +1,5 @@
-"""Native NVMe I/O: asynchronous, O_DIRECT, striped over directories, with priorities. Standard library only.
+"""Native NVMe I/O: asynchronous, O_DIRECT, striped over directories, with priorities. Standard
+library only.
 
 The shared library is loaded when the first Engine is made; ``python -m nvme_ds.build`` compiles it.
 """

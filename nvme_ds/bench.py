@@ -1,8 +1,8 @@
 """Measures the engine against the plain reference on the same files, past every cache.
 
-The engine runs as training does: tickets of tens of MiB through registered memory, reads as optimizer traffic, writes
-as write-back. Engine and reference take turns, so that a device that changes its mind does so to both; medians are
-compared.
+The engine runs as training does: tickets of tens of MiB through registered memory, reads as
+optimizer traffic, writes as write-back. Engine and reference take turns, so that a device that
+changes its mind does so to both; medians are compared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class IoBenchSpec:
-    """num_bytes: transferred per pattern, repeat and directory; larger than a disk's own cache for a sustained rate.
-    file_bytes: what each directory must hold; transfers wrap around in it."""
+    """num_bytes: transferred per pattern, repeat and directory; larger than a disk's own cache for
+    a sustained rate. file_bytes: what each directory must hold; transfers wrap around in it."""
 
     directories: tuple[str, ...]
     num_bytes: int = 1024 * MIB
@@ -51,8 +51,8 @@ class IoBenchSpec:
 
     @property
     def window(self) -> int:
-        """Tickets under way: four times the queue depth of every directory, so that a late wake-up of this thread, or
-        reads that overtake the writes submitted before them, leave no gap."""
+        """Tickets under way: four times the queue depth of every directory, so that a late wake-up
+        of this thread, or reads that overtake the writes submitted before them, leave no gap."""
         depth_bytes = 4 * self.queue_depth * self.request_bytes * len(self.directories)
         return max(4, -(-depth_bytes // self.ticket_bytes))
 
@@ -100,7 +100,8 @@ class EngineRunner:
 
 
 def measure(spec: IoBenchSpec, progress: Callable[[str], None] = lambda line: None) -> dict:
-    """Rates in bytes/s of engine and references for each pattern, with ``percent`` of the best reference.
+    """Rates in bytes/s of engine and references for each pattern, with ``percent`` of the best
+    reference.
 
     OSError as from the engine: NoSpaceError, or no O_DIRECT."""
     with nvme_ds.Engine(backend=spec.backend, queue_depth=spec.queue_depth, num_threads=spec.num_threads,

@@ -1,4 +1,5 @@
-"""Compiles csrc/ into one shared library with the machine's C++ compiler: ``python -m nvme_ds.build``."""
+"""Compiles csrc/ into one shared library with the machine's C++ compiler: ``python -m
+nvme_ds.build``."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from nvme_ds.native import LIBRARY_NAME
 SOURCES = Path(__file__).parent / "csrc"
 DEFAULT_OUT_DIR = Path(__file__).parent / "_lib"
 FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-std=c++17", "-Wall", "-Wextra"]
-# A Python distribution may bring a C++ runtime older than the compiler's: carry our own, unseen by others.
+# A Python distribution may bring a C++ runtime older than the compiler's: carry our own, unseen by
+# others.
 OWN_RUNTIME = ["-static-libstdc++", "-static-libgcc"]
 EXPORTS = "{ global: nds_*; local: *; };"  # visibility flags alone leave the standard library's templates visible
 
@@ -35,8 +37,8 @@ def find_compiler() -> list[str]:
 
 
 def build(out_dir: str | Path | None = None, *, sanitize: str | None = None) -> Path:
-    """Compile and link; returns the library. ``sanitize``: ``"thread"`` or ``"address"``, for tests of the engine
-    itself."""
+    """Compile and link; returns the library. ``sanitize``: ``"thread"`` or ``"address"``, for tests
+    of the engine itself."""
     compiler = find_compiler()
     out_dir = Path(out_dir) if out_dir else DEFAULT_OUT_DIR
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""The engine's Python face: volumes, waiting that Ctrl-C can end, errors with their place. Data never passes through
-Python."""
+"""The engine's Python face: volumes, waiting that Ctrl-C can end, errors with their place. Data
+never passes through Python."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def _nothing() -> None:
 
 
 class IoSpan(NamedTuple):
-    """A stretch of a transfer on one directory. Times are those of ``time.perf_counter`` on Linux (CLOCK_MONOTONIC); what a
-    bandwidth cap holds back has begun. ``volume`` is a handle; ``offset`` is in that volume."""
+    """A stretch of a transfer on one directory. Times are those of ``time.perf_counter`` on Linux
+    (CLOCK_MONOTONIC); what a bandwidth cap holds back has begun. ``volume`` is a handle; ``offset``
+    is in that volume."""
 
     directory: str
     op: str
@@ -52,14 +53,16 @@ class IoSpan(NamedTuple):
 
 
 class Engine:
-    """Asynchronous reads and writes between memory and striped volumes, with one queue per directory.
+    """Asynchronous reads and writes between memory and striped volumes, with one queue per
+    directory.
 
-    backend: ``auto`` takes io_uring where the kernel allows it, else threads; a forced choice that is impossible raises
-    OSError. queue_depth: requests the kernel holds per directory. num_threads: per directory, of the ``threads``
-    backend. request_bytes: longest single request. bandwidth_bps: cap per directory on reads and writes together, one
-    number or ``{directory: bytes per second}``. stall_timeout_s: how long the kernel may hold requests of a directory
-    without answering any before waiting raises StallError. while_waiting: called ten times a second by a thread that waits
-    for a transfer; it may raise, and the ticket can be waited for again.
+    backend: ``auto`` takes io_uring where the kernel allows it, else threads; a forced choice that
+    is impossible raises OSError. queue_depth: requests the kernel holds per directory. num_threads:
+    per directory, of the ``threads`` backend. request_bytes: longest single request. bandwidth_bps:
+    cap per directory on reads and writes together, one number or ``{directory: bytes per second}``.
+    stall_timeout_s: how long the kernel may hold requests of a directory without answering any
+    before waiting raises StallError. while_waiting: called ten times a second by a thread that
+    waits for a transfer; it may raise, and the ticket can be waited for again.
     """
 
     def __init__(self, backend: str = "auto", queue_depth: int = 32, num_threads: int = 16, request_bytes: int = 1 << 20,
@@ -75,7 +78,8 @@ class Engine:
                                        int(stall_timeout_s * 1e9))
         self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
         self.scratch: dict[int, list[tuple[str, files.Inode]]] = {}
-        """By volume: files that go with it, or else with the engine. Only these, not what took their names since."""
+        """By volume: files that go with it, or else with the engine. Only these, not what took
+        their names since."""
         self._process = os.getpid()
         self._while_waiting = while_waiting
         self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle, self._process, self.scratch)
@@ -98,12 +102,14 @@ class Engine:
                       may_replace: files.MayReplace = lambda fd: True) -> Volume:
         """New files ``<directory>/<name>.<index>``, allocated in full and read as zeros.
 
-        weights: share of each directory, its bandwidth for example; equal by default. direct: O_DIRECT ``auto`` (fall
-        back to buffered I/O with a warning, now or when a transfer is refused; see ``Volume.direct``), ``on`` (raise instead)
-        or ``off``. keep: leave the files. tail: by index, what a file carries behind the volume's bytes, a multiple of 4096
-        bytes; it is on disk before the file takes space. may_replace: of a file that has such a name already, whether it may
-        go. Raises NoSpaceError before anything is written, OSError for a directory that is missing or not writable, and for a
-        name that a link has, a file in use, one with other names, or one that may not go.
+        weights: share of each directory, its bandwidth for example; equal by default. direct:
+        O_DIRECT ``auto`` (fall back to buffered I/O with a warning, now or when a transfer is
+        refused; see ``Volume.direct``), ``on`` (raise instead) or ``off``. keep: leave the files.
+        tail: by index, what a file carries behind the volume's bytes, a multiple of 4096 bytes; it
+        is on disk before the file takes space. may_replace: of a file that has such a name already,
+        whether it may go. Raises NoSpaceError before anything is written, OSError for a directory
+        that is missing or not writable, and for a name that a link has, a file in use, one with
+        other names, or one that may not go.
         """
         def make(paths: list[str], sizes: list[int]) -> list[int]:
             tails = [tail(index) for index in range(len(paths))]
@@ -114,7 +120,8 @@ class Engine:
     def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
                     stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
                     keep: bool = True, *, tail_bytes: int = 0) -> Volume:
-        """Files made by ``create_volume`` with the same arguments. Files of another size raise OSError (EINVAL)."""
+        """Files made by ``create_volume`` with the same arguments. Files of another size raise
+        OSError (EINVAL)."""
         def find(paths: list[str], sizes: list[int]) -> list[int]:
             return files.open_files(paths, [size + tail_bytes for size in sizes])
 
@@ -178,10 +185,12 @@ class Engine:
     # Memory
 
     def register_buffer(self, address: int, num_bytes: int) -> None:
-        """Let the kernel keep this memory mapped (io_uring fixed buffers). Only speed depends on it.
+        """Let the kernel keep this memory mapped (io_uring fixed buffers). Only speed depends on
+        it.
 
         Where it is impossible (RLIMIT_MEMLOCK, the threads backend) plain requests are used, and
-        ``stats()["fixed_buffers"]`` says why. Unregister before the memory is freed: its pages stay in use until then.
+        ``stats()["fixed_buffers"]`` says why. Unregister before the memory is freed: its pages stay
+        in use until then.
         """
         _checked(self._native.buffer_register(self._handle, address, num_bytes), "registering a buffer")
         self._buffers[address] = num_bytes
@@ -193,16 +202,18 @@ class Engine:
     # Transfers
 
     def submit_read(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
-        """Start ``memory[address:] = volume[offset:offset + num_bytes]``; returns a ticket. The memory must stay valid
-        until the ticket is done. Offset, address and size are multiples of 4096."""
+        """Start ``memory[address:] = volume[offset:offset + num_bytes]``; returns a ticket. The
+        memory must stay valid until the ticket is done. Offset, address and size are multiples of
+        4096."""
         if self._closed:
             self._require_open()
         ticket = self._native.submit(self._handle, volume.handle, 0, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
     def submit_write(self, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
-        """Start ``volume[offset:offset + num_bytes] = memory[address:]``; otherwise as ``submit_read``. Transfers in
-        flight together are not ordered: wait for one before submitting another that overlaps it."""
+        """Start ``volume[offset:offset + num_bytes] = memory[address:]``; otherwise as
+        ``submit_read``. Transfers in flight together are not ordered: wait for one before
+        submitting another that overlaps it."""
         if self._closed:
             self._require_open()
         ticket = self._native.submit(self._handle, volume.handle, 1, offset, address, num_bytes, priority)
@@ -218,10 +229,12 @@ class Engine:
         return bool(status)
 
     def wait(self, ticket: int, timeout_s: float | None = None) -> None:
-        """Block until the transfer is over, without the GIL. Once per ticket, from any thread. IoError if it failed.
+        """Block until the transfer is over, without the GIL. Once per ticket, from any thread.
+        IoError if it failed.
 
-        TimeoutError (after ``timeout_s``) and StallError (its device has stopped answering) say that it still runs:
-        the memory stays in use and the ticket can be waited for again. Ctrl-C gets through.
+        TimeoutError (after ``timeout_s``) and StallError (its device has stopped answering) say
+        that it still runs: the memory stays in use and the ticket can be waited for again. Ctrl-C
+        gets through.
         """
         if self._closed:
             self._require_open()
@@ -235,8 +248,9 @@ class Engine:
             self._raise_for(status, failure)
 
     def wait_all(self, tickets: Iterable[int]) -> None:
-        """Wait for every ticket, then raise the first error among them, if any: the memory is free to reuse either
-        way. StallError is raised at once, and leaves this ticket and those after it to be waited for again."""
+        """Wait for every ticket, then raise the first error among them, if any: the memory is free
+        to reuse either way. StallError is raised at once, and leaves this ticket and those after it
+        to be waited for again."""
         first_error: OSError | None = None
         for ticket in tickets:
             try:
@@ -266,8 +280,8 @@ class Engine:
     def stats(self) -> dict:
         """Counters since the start or ``reset_stats``, in all and per directory.
 
-        Bytes are those the kernel reported as transferred; ``busy_s`` is the time with a request in flight
-        or held back by the bandwidth cap.
+        Bytes are those the kernel reported as transferred; ``busy_s`` is the time with a request in
+        flight or held back by the bandwidth cap.
         """
         with self._lock:
             devices = dict(self._devices)
@@ -292,14 +306,16 @@ class Engine:
         return "on" if error == 0 else f"off: {os.strerror(error)}"
 
     def watch(self, capacity: int) -> None:
-        """Record what each directory does from now on, ``capacity`` spans (64 bytes each) at most; 0 ends it and forgets."""
+        """Record what each directory does from now on, ``capacity`` spans (64 bytes each) at most;
+        0 ends it and forgets."""
         _checked(self._native.watch(self._handle, capacity), "watching")
         self._watching = capacity
 
     def spans(self) -> tuple[list[IoSpan], int]:
         """What has been recorded since ``watch``, and how many requests found no room.
 
-        Requests of one transfer that a directory worked on together are one span. Only what is over is in it.
+        Requests of one transfer that a directory worked on together are one span. Only what is over
+        is in it.
         """
         found, lost, count = [], 0, ctypes.c_uint64()
         buffer = (native.Span * max(self._watching, 1))()
@@ -322,15 +338,17 @@ class Engine:
                direct_errno: int = 0) -> None:
         """Test hook; each call replaces the last, so a call without arguments turns everything off.
 
-        What is random follows ``seed``. Operations are counted as they are handed to the kernel: ``request_bytes`` of a
-        transfer at most, each continuation of a short one anew, a sync once per file. *op* is ``read``, ``write``,
-        ``sync`` or ``any``; after *after_n* of them the next *count* are hit.
+        What is random follows ``seed``. Operations are counted as they are handed to the kernel:
+        ``request_bytes`` of a transfer at most, each continuation of a short one anew, a sync once
+        per file. *op* is ``read``, ``write``, ``sync`` or ``any``; after *after_n* of them the next
+        *count* are hit.
 
-        max_delay_us: finished requests are held back at random. fail: they fail with ``errno``. short_transfers: about
-        half of the requests are cut short. no_direct: volumes made from now on find no O_DIRECT. flip: one bit is
-        inverted without a word, of a read in the memory, of a write in the file. torn: a write reports success, and
-        only a prefix of it (a multiple of 512 bytes, or nothing) is in the file. stall: from then on they get no answer
-        at all, until the next call of this function. direct_errno: what transfers with O_DIRECT fail with.
+        max_delay_us: finished requests are held back at random. fail: they fail with ``errno``.
+        short_transfers: about half of the requests are cut short. no_direct: volumes made from now
+        on find no O_DIRECT. flip: one bit is inverted without a word, of a read in the memory, of a
+        write in the file. torn: a write reports success, and only a prefix of it (a multiple of 512
+        bytes, or nothing) is in the file. stall: from then on they get no answer at all, until the
+        next call of this function. direct_errno: what transfers with O_DIRECT fail with.
         """
         faults = native.Faults(
             seed=seed, max_delay_us=max_delay_us, short_transfers=short_transfers, fail_errno=errno,
@@ -344,9 +362,10 @@ class Engine:
     # The end
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Cancel what waits, let the kernel finish what it has (it writes into the caller's memory), end the threads,
-        close the volumes. Waiters of cancelled tickets get IoError(ECANCELED). TimeoutError when a device keeps
-        requests longer than ``timeout_s`` or has stopped answering; then close() may be called again, or abandon().
+        """Cancel what waits, let the kernel finish what it has (it writes into the caller's
+        memory), end the threads, close the volumes. Waiters of cancelled tickets get
+        IoError(ECANCELED). TimeoutError when a device keeps requests longer than ``timeout_s`` or
+        has stopped answering; then close() may be called again, or abandon().
         """
         self._closed = True
         if self._abandoned or self.is_foreign:
@@ -365,11 +384,12 @@ class Engine:
             volume.close()
 
     def abandon(self) -> None:
-        """Give up an engine that close() cannot end: every further call is refused, nothing waits for it any more, not
-        even the interpreter at its exit. Idempotent.
+        """Give up an engine that close() cannot end: every further call is refused, nothing waits
+        for it any more, not even the interpreter at its exit. Idempotent.
 
-        Threads, files, locks on them and registered memory stay with the process. The device may still answer: memory
-        of transfers that were not seen to be over must stay mapped and unused until the process ends.
+        Threads, files, locks on them and registered memory stay with the process. The device may
+        still answer: memory of transfers that were not seen to be over must stay mapped and unused
+        until the process ends.
         """
         self._closed = self._abandoned = True
         self._finalizer.detach()
@@ -442,8 +462,8 @@ class Engine:
 
 
 def _is_stalled(before: int, status: int) -> bool:
-    """Silence must show twice in a row: a process that was stopped for minutes finds the answers of that time still
-    unread, and its engine's threads need a moment."""
+    """Silence must show twice in a row: a process that was stopped for minutes finds the answers of
+    that time still unread, and its engine's threads need a moment."""
     return before == status == native.STALLED
 
 
@@ -467,15 +487,16 @@ os.register_at_fork(after_in_child=_give_to_parent)
 
 
 def remove_scratch() -> None:
-    """For a process that is going to end without closing anything: nobody would look for these files."""
+    """For a process that is going to end without closing anything: nobody would look for these
+    files."""
     for engine in list(_engines):
         for made in list(engine.scratch.values()) if not engine.is_foreign else []:
             remove_files(made)
 
 
 def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[tuple[str, files.Inode]]]) -> None:
-    """For an engine that was dropped without close(), also at interpreter exit; a dead device must not keep the
-    process. In a forked child nothing is: threads and files are the parent's."""
+    """For an engine that was dropped without close(), also at interpreter exit; a dead device must
+    not keep the process. In a forked child nothing is: threads and files are the parent's."""
     if os.getpid() != process:
         return
     deadline_s = time.monotonic() + _EXIT_PATIENCE_S

@@ -11,8 +11,8 @@ class BuildError(RuntimeError):
 
 
 class IoError(OSError):
-    """A transfer failed. ``errno`` and ``filename`` as in OSError; ``offset`` and ``num_bytes`` are the range of that
-    file that did not make it; ``op`` is ``"read"``, ``"write"`` or ``"sync"``."""
+    """A transfer failed. ``errno`` and ``filename`` as in OSError; ``offset`` and ``num_bytes`` are
+    the range of that file that did not make it; ``op`` is ``"read"``, ``"write"`` or ``"sync"``."""
 
     def __init__(self, errno: int, path: str, *, op: str, offset: int, num_bytes: int) -> None:
         where = f"{op} of {num_bytes} bytes at offset {offset}" if num_bytes else op
@@ -22,7 +22,8 @@ class IoError(OSError):
 
 
 class DirectError(IoError):
-    """The file system has taken O_DIRECT and refuses a transfer with it, where nothing else is allowed."""
+    """The file system has taken O_DIRECT and refuses a transfer with it, where nothing else is
+    allowed."""
 
     def __init__(self, errno: int, path: str, *, op: str, offset: int, num_bytes: int) -> None:
         super().__init__(errno, path, op=op, offset=offset, num_bytes=num_bytes)
@@ -30,15 +31,17 @@ class DirectError(IoError):
 
 
 class StallError(IoError):
-    """A device has requests and has answered none of them for ``stall_timeout_s``; ``filename`` is a file on it.
+    """A device has requests and has answered none of them for ``stall_timeout_s``; ``filename`` is
+    a file on it.
 
-    ``errno`` is ETIMEDOUT. The transfer goes on, and so does the kernel's use of its memory: wait again, or close the
-    engine and give it up.
+    ``errno`` is ETIMEDOUT. The transfer goes on, and so does the kernel's use of its memory: wait
+    again, or close the engine and give it up.
     """
 
 
 class NoSpaceError(OSError):
-    """A directory cannot hold its share of a volume. Raised when the volume is created, before anything is written."""
+    """A directory cannot hold its share of a volume. Raised when the volume is created, before
+    anything is written."""
 
     def __init__(self, errno: int, directory: str, *, needed_bytes: int, free_bytes: int) -> None:
         if errno == errno_module.EFBIG:

@@ -1,7 +1,8 @@
-"""The files of a volume: made at full size, locked, and opened past the page cache where the file system can.
+"""The files of a volume: made at full size, locked, and opened past the page cache where the file
+system can.
 
-Directories may be shared with others. No link is followed, and a file counts only if it is regular and has one name: what
-is written to it changes nothing else.
+Directories may be shared with others. No link is followed, and a file counts only if it is regular
+and has one name: what is written to it changes nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ MayReplace = Callable[[int], bool]
 
 
 def create_files(paths: Sequence[str], sizes: Sequence[int], tails: Sequence[bytes], may_replace: MayReplace) -> list[int]:
-    """Descriptors of new files, fully allocated; none is left behind when one fails. ``tails``: their last bytes."""
+    """Descriptors of new files, fully allocated; none is left behind when one fails. ``tails``:
+    their last bytes."""
     with ExitStack() as undo:
         return _keep(undo, [_create(path, num_bytes, tail, may_replace, undo)
                             for path, num_bytes, tail in zip(paths, sizes, tails)])
@@ -59,7 +61,8 @@ def _create(path: str, num_bytes: int, tail: bytes, may_replace: MayReplace, und
     fd = _open_locked(path, os.O_CREAT | os.O_EXCL, undo)
     undo.callback(os.unlink, path)
     if tail:
-        # Before it takes space: whatever is found in its place after a kill or a power failure holds nothing, or says what it is.
+        # Before it takes space: whatever is found in its place after a kill or a power failure
+        # holds nothing, or says what it is.
         os.ftruncate(fd, num_bytes)
         os.pwrite(fd, tail, num_bytes - len(tail))
         os.fsync(fd)
@@ -79,7 +82,8 @@ def _remove_older(path: str, may_replace: MayReplace) -> None:
 
 
 def _holds_nothing(found: os.stat_result) -> bool:
-    """Not a byte was ever written to it. (A small file may be kept where a file system has its names, and take no blocks.)"""
+    """Not a byte was ever written to it. (A small file may be kept where a file system has its
+    names, and take no blocks.)"""
     return found.st_size == 0 or (found.st_blocks == 0 and found.st_size >= ALIGNMENT)
 
 
@@ -120,7 +124,8 @@ def _allocate(fd: int, path: str, num_bytes: int) -> None:
     directory = os.path.dirname(path)
     stat = os.fstatvfs(fd)
     free_bytes = stat.f_bavail * stat.f_frsize
-    # Asked first: an allocation that cannot succeed may fill the disk for everybody else before it fails.
+    # Asked first: an allocation that cannot succeed may fill the disk for everybody else before it
+    # fails.
     if num_bytes > free_bytes:
         raise NoSpaceError(errno.ENOSPC, directory, needed_bytes=num_bytes, free_bytes=free_bytes)
     try:
@@ -132,8 +137,8 @@ def _allocate(fd: int, path: str, num_bytes: int) -> None:
 
 
 def bypass_page_cache(fds: Sequence[int], paths: Sequence[str], mode: str, *, refuse: bool = False) -> bool:
-    """Turn on O_DIRECT for all files or none. ``mode`` is auto, on or off; ``refuse`` acts as a file system without
-    it."""
+    """Turn on O_DIRECT for all files or none. ``mode`` is auto, on or off; ``refuse`` acts as a
+    file system without it."""
     if mode == "off":
         return False
     for fd, path in zip(fds, paths):
@@ -160,7 +165,8 @@ def _set_direct(fd: int, on: bool) -> None:
 
 
 def _direct_refusal(fd: int) -> str | None:
-    """Why O_DIRECT does not work here; some file systems take the flag and then refuse the transfer."""
+    """Why O_DIRECT does not work here; some file systems take the flag and then refuse the
+    transfer."""
     try:
         _set_direct(fd, True)
         if os.fstat(fd).st_size >= ALIGNMENT:

@@ -1,4 +1,5 @@
-"""How a volume is dealt to its directories: stripes in a repeating pattern that follows small integer weights."""
+"""How a volume is dealt to its directories: stripes in a repeating pattern that follows small
+integer weights."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ SHARE_TOLERANCE = 0.03  # a directory's share may differ this much, relatively, 
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest integers whose shares follow the weights (bandwidths, say) within SHARE_TOLERANCE, or the nearest
-    ones of a cycle of MAX_CYCLE. Small integers are taken as they are."""
+    """The smallest integers whose shares follow the weights (bandwidths, say) within
+    SHARE_TOLERANCE, or the nearest ones of a cycle of MAX_CYCLE. Small integers are taken as they
+    are."""
     if any(not weight > 0 for weight in weights):
         raise ValueError(f"weights: every directory needs a positive weight (given: {list(weights)})")
     if all(float(weight).is_integer() for weight in weights) and sum(weights) <= MAX_CYCLE:
@@ -31,7 +33,8 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 
 
 def stripe_pattern(weights: Sequence[float]) -> list[int]:
-    """The directory of each stripe of one cycle, every directory spread as evenly over it as its weight allows."""
+    """The directory of each stripe of one cycle, every directory spread as evenly over it as its
+    weight allows."""
     shares = integer_weights(weights)
     credit, pattern = [0] * len(shares), []
     for _ in range(sum(shares)):

@@ -56,7 +56,8 @@ class ReferenceSpec(ctypes.Structure):
                 ("memory_bytes", c_uint64), ("writes_per_16", c_uint32)]
 
 
-# name -> (result, arguments). Those of _SHORT never sleep, so they keep the GIL: getting it back can take 5 ms.
+# name -> (result, arguments). Those of _SHORT never sleep, so they keep the GIL: getting it back
+# can take 5 ms.
 _LONG = {
     "engine_close": (c_int32, [c_int64, c_int64]),
     "engine_abandon": (c_int32, [c_int64]),
@@ -104,8 +105,8 @@ def _bind(library: ctypes.CDLL, table: dict) -> dict:
 
 @cache
 def library() -> SimpleNamespace:
-    """The native functions, named without their prefix. ImportError when the library is missing or of another
-    version."""
+    """The native functions, named without their prefix. ImportError when the library is missing or
+    of another version."""
     path = library_path()
     if not path.exists():
         raise ImportError(f"the native I/O engine is not built: {path} is missing. Run: {BUILD_COMMAND}")

@@ -1,4 +1,5 @@
-"""What a caller may ask of an engine and of a volume; every refusal names the argument, the value and what is right."""
+"""What a caller may ask of an engine and of a volume; every refusal names the argument, the value
+and what is right."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ METHODS = ("io_uring", "threads")
 
 def reference_io(paths: Sequence[str], pattern: str, *, num_bytes: int, region_bytes: int, request_bytes: int,
                  depth: int, memory_bytes: int, method: str = "io_uring") -> float:
-    """Seconds for ``num_bytes`` of each file in sequential O_DIRECT requests, all files at once, ``depth`` in flight
-    each.
+    """Seconds for ``num_bytes`` of each file in sequential O_DIRECT requests, all files at once,
+    ``depth`` in flight each.
 
-    ``read`` and ``write`` walk the first ``region_bytes`` of the file and wrap; ``mixed`` alternates between reads in
-    its lower half and writes in its upper half. ``io_uring`` is a bare ring with one thread per file, ``threads`` is
-    ``depth`` threads of pread/pwrite per file. Requests rotate through ``memory_bytes`` of memory per file. OSError when
-    the kernel refuses.
+    ``read`` and ``write`` walk the first ``region_bytes`` of the file and wrap; ``mixed``
+    alternates between reads in its lower half and writes in its upper half. ``io_uring`` is a bare
+    ring with one thread per file, ``threads`` is ``depth`` threads of pread/pwrite per file.
+    Requests rotate through ``memory_bytes`` of memory per file. OSError when the kernel refuses.
     """
     fds = [os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC) for path in paths]
     try:

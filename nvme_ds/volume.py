@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Volume:
     """Made by ``Engine.create_volume`` or ``Engine.open_volume``.
 
-    ``num_bytes`` is the usable size (rounded up to 4096), ``paths`` the files, ``direct`` whether they bypass the page
-    cache, which may end when a transfer is refused that way.
+    ``num_bytes`` is the usable size (rounded up to 4096), ``paths`` the files, ``direct`` whether
+    they bypass the page cache, which may end when a transfer is refused that way.
     """
 
     def __init__(self, engine: Engine, handle: int, paths: list[str], inodes: list[Inode], num_bytes: int, direct: bool,
@@ -30,7 +30,8 @@ class Volume:
 
     @property
     def keep(self) -> bool:
-        """Whether the files stay. Otherwise they go with the engine, should nobody close the volume."""
+        """Whether the files stay. Otherwise they go with the engine, should nobody close the
+        volume."""
         return self._keep
 
     @keep.setter
@@ -50,24 +51,26 @@ class Volume:
         return self.paths[index], before * self._stripe_bytes + rest
 
     def sync(self) -> None:
-        """Make every completed write durable (fdatasync of every file). Wait for the writes' tickets first.
+        """Make every completed write durable (fdatasync of every file). Wait for the writes'
+        tickets first.
 
-        IoError names the first file that failed, StallError one whose device does not answer. After a failure nothing
-        is known about writes since the last sync that succeeded, and the next one may succeed all the same (the kernel
-        reports a lost write once): write them again first.
+        IoError names the first file that failed, StallError one whose device does not answer. After
+        a failure nothing is known about writes since the last sync that succeeded, and the next one
+        may succeed all the same (the kernel reports a lost write once): write them again first.
         """
         self._engine._sync_volume(self)
 
     def check_files(self) -> None:
-        """Raise OSError (ESTALE) naming the first file that its name does not lead to any more, or that was cut short:
-        transfers go on as if nothing had happened, but nobody will find what they write."""
+        """Raise OSError (ESTALE) naming the first file that its name does not lead to any more, or
+        that was cut short: transfers go on as if nothing had happened, but nobody will find what
+        they write."""
         for path, expected in self._files:
             if _inode_at(path) != expected:
                 raise OSError(errno.ESTALE, "the file was removed, replaced or cut short while it was in use", path)
 
     def close(self, unlink: bool | None = None) -> None:
-        """Take no more transfers; those under way finish. ``unlink`` removes the files, by default unless made with
-        keep=True."""
+        """Take no more transfers; those under way finish. ``unlink`` removes the files, by default
+        unless made with keep=True."""
         if self._closed:
             return
         self._closed = True

@@ -1,5 +1,5 @@
-"""Native CPU optimizer on fp32 masters stored as two 16-bit planes. Stands alone: no torch, no other package
-(numpy only inside the call that returns an array).
+"""Native CPU optimizer on fp32 masters stored as two 16-bit planes. Stands alone: no torch, no
+other package (numpy only inside the call that returns an array).
 
 The library is loaded by the first ``Pool``, so that ``python -m op_ds.build`` can make it.
 """

@@ -1,4 +1,5 @@
-"""Measures the optimizer against the memory it streams through, and against torch's fused AdamW if the caller has one.
+"""Measures the optimizer against the memory it streams through, and against torch's fused AdamW if
+the caller has one.
 
 This package knows no torch: a caller that wants the comparison passes the module in.
 """
@@ -23,7 +24,8 @@ ADAM = dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8)
 DEFAULT_NUM_PARAMS = 1 << 25
 """872 MB of planes: several times the last-level cache of any current processor."""
 
-# Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and writes all but that.
+# Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and
+# writes all but that.
 BYTES = {"op_ds bf16 grad": 26, "to other planes": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
          "crc32": 4, "triad (streaming)": 12, "rescale": 8}
 CRC_PIECE_BYTES = 1 << 20
@@ -46,11 +48,12 @@ class Buffer:
 def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = None, repeats: int = 7,
             isa: str = "auto", huge_pages: bool = False, only: Collection[str] = (),
             torch: ModuleType | None = None) -> dict[str, Any]:
-    """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each of them alike; or those
-    that ``only`` names, beside "rescale", which tells the bandwidth.
+    """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each
+    of them alike; or those that ``only`` names, beside "rescale", which tells the bandwidth.
 
-    Needs about 40 bytes of memory per parameter, 56 with ``torch`` (the module, for its fused AdamW on fp32). Returns a
-    dict that ``json`` can write: ``settings``, ``machine``, ``results`` by contestant and ``best_bandwidth_bps``.
+    Needs about 40 bytes of memory per parameter, 56 with ``torch`` (the module, for its fused AdamW
+    on fp32). Returns a dict that ``json`` can write: ``settings``, ``machine``, ``results`` by
+    contestant and ``best_bandwidth_bps``.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
     with Pool(num_threads, isa=isa) as pool, _torch_threads(torch, num_threads):
@@ -91,7 +94,8 @@ def _native_actions(pool: Pool, n: int, huge_pages: bool) -> dict[str, Action]:
     def buffer(size: int, byte: int = 0) -> Buffer:
         return Buffer(pool, size * n, byte, huge_pages=huge_pages)
 
-    # 0x3c3c is 0.0115 as bf16 and 0x3c3c3c3c as fp32: ordinary numbers, no denormals to slow anything down.
+    # 0x3c3c is 0.0115 as bf16 and 0x3c3c3c3c as fp32: ordinary numbers, no denormals to slow
+    # anything down.
     hi, lo, grad = buffer(2, 0x3c), buffer(2), buffer(4, 0x3c)
     m, v, spare = buffer(4), buffer(4), buffer(4)
     planes, others = [hi, lo, m, v], [buffer(size) for size in (2, 2, 4, 4)]
@@ -115,8 +119,8 @@ def _native_actions(pool: Pool, n: int, huge_pages: bool) -> dict[str, Action]:
 
 @contextmanager
 def _torch_threads(torch: ModuleType | None, count: int) -> Iterator[None]:
-    """What runs in this process afterwards has the threads that it had: more than cores, and OpenMP's waiting by spinning
-    made small tensors twelve times slower."""
+    """What runs in this process afterwards has the threads that it had: more than cores, and
+    OpenMP's waiting by spinning made small tensors twelve times slower."""
     if torch is None:
         yield
         return
@@ -137,8 +141,9 @@ def _torch_action(torch: ModuleType, n: int) -> Action:
 
 
 SETTLE_S = 0.3
-"""Before each measurement. OpenMP's threads, torch's among them, go on spinning for 0.2 s after their work by default;
-what runs next on as many threads then shares its cores with them and looks half as fast."""
+"""Before each measurement. OpenMP's threads, torch's among them, go on spinning for 0.2 s after
+their work by default; what runs next on as many threads then shares its cores with them and looks
+half as fast."""
 
 
 def _alternate(actions: dict[str, Action], repeats: int) -> dict[str, list[float]]:

@@ -1,4 +1,5 @@
-"""Compiles op_ds/csrc into one shared library with the machine's C++ compiler; needs neither torch nor setuptools."""
+"""Compiles op_ds/csrc into one shared library with the machine's C++ compiler; needs neither torch
+nor setuptools."""
 
 import os
 import shutil
@@ -12,13 +13,15 @@ from op_ds.library import LIBRARY_PATH
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
 
-# The same for every file: what a file needs beyond the baseline it asks for itself, function by function, so that the
-# library loads on any machine of the architecture. No contraction: each rounding is written down in the source.
+# The same for every file: what a file needs beyond the baseline it asks for itself, function by
+# function, so that the library loads on any machine of the architecture. No contraction: each
+# rounding is written down in the source.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off")
 
 
 class BuildError(RuntimeError):
-    """The native library could not be compiled; the message says what to install or shows the compiler's words."""
+    """The native library could not be compiled; the message says what to install or shows the
+    compiler's words."""
 
 
 def find_compiler() -> str:
@@ -39,7 +42,8 @@ def _run(command: list[str]) -> None:
 
 
 def build(out_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Compile and link; returns the library's path. A library that is in use is replaced, never written into."""
+    """Compile and link; returns the library's path. A library that is in use is replaced, never
+    written into."""
     target = Path(out_dir or LIBRARY_PATH.parent) / LIBRARY_PATH.name
     compiler = find_compiler().split()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The scalars of one Adam step, computed in doubles and handed on as fp32, as torch's single-tensor path does."""
+"""The scalars of one Adam step, computed in doubles and handed on as fp32, as torch's single-tensor
+path does."""
 
 import struct
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ def to_fp32(value: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamCoefficients:
-    """Every field is exactly representable in fp32. Same names as in the formula of docs/optimizer.md."""
+    """Every field is exactly representable in fp32. Same names as in the formula of
+    docs/optimizer.md."""
 
     grad_scale: float
     lerp_weight: float
@@ -24,7 +26,8 @@ class AdamCoefficients:
 
 def adam_coefficients(*, lr: float, beta1: float, beta2: float, eps: float, step: int,
                       grad_scale: float = 1.0) -> AdamCoefficients:
-    """Coefficients of step ``step`` (the first is 1). Raises ValueError for values no Adam step can have."""
+    """Coefficients of step ``step`` (the first is 1). Raises ValueError for values no Adam step can
+    have."""
     check_hyperparameters(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step)
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
@@ -40,7 +43,8 @@ def adam_coefficients(*, lr: float, beta1: float, beta2: float, eps: float, step
 
 
 def decay_factor(lr: float, weight_decay: float) -> float:
-    """What decoupled decay multiplies a parameter by; 1 where there is none, which changes no bit."""
+    """What decoupled decay multiplies a parameter by; 1 where there is none, which changes no
+    bit."""
     return to_fp32(1 - lr * weight_decay)
 
 

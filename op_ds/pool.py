@@ -1,4 +1,5 @@
-"""The optimizer's threads and what they do. Addresses are plain integers; the caller owns and outlives the memory."""
+"""The optimizer's threads and what they do. Addresses are plain integers; the caller owns and
+outlives the memory."""
 
 import ctypes
 import errno
@@ -22,7 +23,8 @@ Planes = tuple[int, int, int, int]
 
 
 class UnsupportedIsaError(ValueError):
-    """An instruction set was forced that this processor, or this build of the library, does not have."""
+    """An instruction set was forced that this processor, or this build of the library, does not
+    have."""
 
 
 def _choose_isa(isa: str) -> str:
@@ -54,10 +56,11 @@ def _check_targets(planes: Planes, to: Planes, n: int) -> None:
 class Pool:
     """``num_threads`` threads, the calling one included, that update optimizer planes.
 
-    Calls block, release the GIL and may come from any thread; they run one after another. No result depends on the
-    number of threads, the instruction set or how a vector is cut into calls (``sum_squares``: one call per vector).
-    ``isa`` forces a path and raises UnsupportedIsaError where the processor lacks it; with ``"auto"`` the environment
-    variable ``RATEL_ISA`` may do the same. ``pool.isa`` is what runs.
+    Calls block, release the GIL and may come from any thread; they run one after another. No result
+    depends on the number of threads, the instruction set or how a vector is cut into calls
+    (``sum_squares``: one call per vector). ``isa`` forces a path and raises UnsupportedIsaError
+    where the processor lacks it; with ``"auto"`` the environment variable ``RATEL_ISA`` may do the
+    same. ``pool.isa`` is what runs.
     """
 
     def __init__(self, num_threads: int, isa: str = "auto") -> None:
@@ -80,11 +83,13 @@ class Pool:
     def adamw(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
               beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
               to: Planes | None = None) -> None:
-        """One AdamW step on ``n`` parameters: fp32 master in ``hi``/``lo``, fp32 ``m`` and ``v``, all updated in place.
+        """One AdamW step on ``n`` parameters: fp32 master in ``hi``/``lo``, fp32 ``m`` and ``v``,
+        all updated in place.
 
-        ``ranges`` are (end element, weight decay) with increasing ends, the last one ``n``; default: no decay.
-        ``grad_scale`` multiplies every gradient first (clipping, unscaling); ``step`` counts from 1. ``to``: write the
-        result there and leave what was read as it is; each plane is another place altogether, or the same one.
+        ``ranges`` are (end element, weight decay) with increasing ends, the last one ``n``;
+        default: no decay. ``grad_scale`` multiplies every gradient first (clipping, unscaling);
+        ``step`` counts from 1. ``to``: write the result there and leave what was read as it is;
+        each plane is another place altogether, or the same one.
         """
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([decay_factor(lr, decay) for _, decay in ranges], False, (hi, lo, m, v), to, grad, n,
@@ -93,7 +98,8 @@ class Pool:
     def adam(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
              beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
              to: Planes | None = None) -> None:
-        """As ``adamw``, but with the decay added to the scaled gradient (L2), as ``torch.optim.Adam`` does."""
+        """As ``adamw``, but with the decay added to the scaled gradient (L2), as
+        ``torch.optim.Adam`` does."""
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([to_fp32(decay) for _, decay in ranges], True, (hi, lo, m, v), to, grad, n,
                    grad_dtype, ranges, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
@@ -113,7 +119,8 @@ class Pool:
         self._call("adam", ctypes.byref(given), ctypes.byref(scalars), n, ends, factors, len(ranges))
 
     def split(self, fp32: int, hi: int, lo: int, n: int) -> None:
-        """fp32 -> ``hi`` (bf16, rounded half up on the bits) and ``lo`` (int16 remainder); exact, any bits."""
+        """fp32 -> ``hi`` (bf16, rounded half up on the bits) and ``lo`` (int16 remainder); exact,
+        any bits."""
         _check_count(n)
         self._call("split", fp32, hi, lo, n)
 
@@ -123,7 +130,8 @@ class Pool:
         self._call("merge", hi, lo, fp32, n)
 
     def sum_squares(self, values: int, n: int, dtype: str) -> tuple[float, int]:
-        """Sum of squares in doubles, and how many values are infinite or NaN (then the sum is not finite either)."""
+        """Sum of squares in doubles, and how many values are infinite or NaN (then the sum is not
+        finite either)."""
         _check_count(n)
         total, num_nonfinite = ctypes.c_double(), ctypes.c_int64()
         self._call("sum_squares", values, _dtype_code(dtype), n, ctypes.byref(total), ctypes.byref(num_nonfinite))
@@ -131,10 +139,12 @@ class Pool:
 
     def crc32(self, address: int, num_bytes: int, piece_bytes: int,
               out: "numpy.ndarray | None" = None) -> "numpy.ndarray":
-        """CRC-32, as ``zlib.crc32`` gives it, of each ``piece_bytes`` of memory; the last piece is what is left.
+        """CRC-32, as ``zlib.crc32`` gives it, of each ``piece_bytes`` of memory; the last piece is
+        what is left.
 
-        Returns uint32, one per piece: ``out`` where it is given (contiguous, of exactly that size), else a new array.
-        Pieces are what the threads share, so one large piece is the work of one thread. Needs numpy.
+        Returns uint32, one per piece: ``out`` where it is given (contiguous, of exactly that size),
+        else a new array. Pieces are what the threads share, so one large piece is the work of one
+        thread. Needs numpy.
         """
         import numpy
 
@@ -152,7 +162,8 @@ class Pool:
         return out
 
     def touch(self, address: int, num_bytes: int) -> None:
-        """Make the kernel map fresh memory, in parallel. What is there stays, also what others write meanwhile."""
+        """Make the kernel map fresh memory, in parallel. What is there stays, also what others
+        write meanwhile."""
         _check_count(num_bytes, "num_bytes")
         self._call("touch", address, num_bytes)
 
@@ -170,12 +181,14 @@ class Pool:
         self._call("copy", target, source, num_bytes)
 
     def triad(self, a: int, b: int, c: int, scale: float, n: int) -> None:
-        """fp32 ``a = b + scale * c`` with streaming stores: 12 bytes of traffic an element. For measuring bandwidth."""
+        """fp32 ``a = b + scale * c`` with streaming stores: 12 bytes of traffic an element. For
+        measuring bandwidth."""
         _check_count(n)
         self._call("triad", a, b, c, scale, n)
 
     def rescale(self, a: int, scale: float, n: int) -> None:
-        """fp32 ``a = scale * a``: 8 bytes of traffic an element, read before written. For measuring bandwidth."""
+        """fp32 ``a = scale * a``: 8 bytes of traffic an element, read before written. For measuring
+        bandwidth."""
         _check_count(n)
         self._call("rescale", a, scale, n)
 

@@ -6,8 +6,8 @@ import errno
 class RatelError(ValueError):
     """A mistake in what the user gave: which field, which value, and what to do about it.
 
-    Raised before anything is touched. ``field`` is the option as the user wrote it (``--dram``, ``data``), ``value``
-    what was given, ``remedy`` one sentence that begins with a verb.
+    Raised before anything is touched. ``field`` is the option as the user wrote it (``--dram``,
+    ``data``), ``value`` what was given, ``remedy`` one sentence that begins with a verb.
     """
 
     def __init__(self, message: str, *, field: str | None = None, value: object = None, remedy: str | None = None) -> None:
@@ -21,7 +21,8 @@ class RatelError(ValueError):
 
 
 def remedy_for(error: OSError, otherwise: str) -> str:
-    """What helps where something could not be written: against a limit on the size of files room does not."""
+    """What helps where something could not be written: against a limit on the size of files room
+    does not."""
     if error.errno == errno.EFBIG:
         return "Raise the limit on the size of a file (`ulimit -f`), or give a directory whose file system takes one that large"
     return otherwise
@@ -32,7 +33,8 @@ _SHOWN = 200
 
 
 def out_of(error: BaseException) -> str | None:
-    """What the system has refused this process, where that is what the error tells of; None where it is another."""
+    """What the system has refused this process, where that is what the error tells of; None where
+    it is another."""
     whole = " ".join(f"{type(error).__name__}: {error}".split())
     text = whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]} ..."
     if isinstance(error, MemoryError) or any(words in whole for words in ("failed to map segment", "allocate memory", "Cannot allocate")):
@@ -45,15 +47,18 @@ def out_of(error: BaseException) -> str | None:
 
 
 class NonFiniteError(RuntimeError):
-    """A gradient that is not finite reached an update that cannot be taken back (eager optimizer)."""
+    """A gradient that is not finite reached an update that cannot be taken back (eager
+    optimizer)."""
 
 
 class WorkerError(RuntimeError):
-    """A background thread failed; ``__cause__`` is its own exception. Raised at the caller's next call."""
+    """A background thread failed; ``__cause__`` is its own exception. Raised at the caller's next
+    call."""
 
 
 class DamagedError(RuntimeError):
-    """Bytes came back from a drive other than they were written. ``path`` is the file, ``message`` says what was in it."""
+    """Bytes came back from a drive other than they were written. ``path`` is the file, ``message``
+    says what was in it."""
 
     def __init__(self, message: str, *, path: str) -> None:
         self.message, self.path = message, path

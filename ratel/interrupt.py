@@ -1,9 +1,11 @@
 """Ctrl-C, SIGTERM and SIGHUP without an exception between two lines of our own book-keeping.
 
-A handler counts and returns. Code looks where it can end: every wait of the main thread, every piece of work of a start and an
-end calls ``check``, which raises once a request is due. The first one is due at once, and in a block of ``finishing`` the second
-is, since the first lets the work there come to its own end. Who asks once more than that is not made to wait for a place: in
-somebody else's program the signal does then what it did before, and a command ends (``ratel/cli/process.py``).
+A handler counts and returns. Code looks where it can end: every wait of the main thread, every
+piece of work of a start and an end calls ``check``, which raises once a request is due. The first
+one is due at once, and in a block of ``finishing`` the second is, since the first lets the work
+there come to its own end. Who asks once more than that is not made to wait for a place: in somebody
+else's program the signal does then what it did before, and a command ends
+(``ratel/cli/process.py``).
 """
 
 import os
@@ -18,8 +20,8 @@ from typing import Any, NoReturn
 POLL_S = 0.1
 """Between two looks of the main thread at what it waits for."""
 TWICE_S = 1.0
-"""`timeout`, service managers and a terminal that closes tell a process and its group, that is the process twice: what comes within
-so long is one request. Not of SIGINT: people press keys twice."""
+"""`timeout`, service managers and a terminal that closes tell a process and its group, that is the
+process twice: what comes within so long is one request. Not of SIGINT: people press keys twice."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _current: "Watch | None" = None
@@ -37,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Count:
-    """Of requests; a signal may be the echo of one."""
+    """A count of requests; a signal may be the echo of one."""
 
     def __init__(self) -> None:
         self.number, self.last, self._at_s = 0, int(signal.SIGINT), -TWICE_S
@@ -51,10 +53,12 @@ class Count:
 
 
 class Watch:
-    """Handlers of the main thread from ``begin`` to ``end``; one at a time counts, others inside it do nothing."""
+    """Handlers of the main thread from ``begin`` to ``end``; one at a time counts, others inside it
+    do nothing."""
 
     def __init__(self, numbers: tuple[int, ...], *, answer: "Answer", insist: "Answer") -> None:
-        """``answer`` is called where a request is due and everything in order, ``insist`` where nobody can be made to wait."""
+        """``answer`` is called where a request is due and everything in order, ``insist`` where
+        nobody can be made to wait."""
         self._numbers, self._answer, self._insist = numbers, answer, insist
         self.count, self._answered = Count(), 0
         self.is_finishing = self.is_outside = False
@@ -74,7 +78,8 @@ class Watch:
             raise
 
     def end(self) -> None:
-        """Put back what was there. A request that nobody has answered is made again, of whoever is there now."""
+        """Put back what was there. A request that nobody has answered is made again, of whoever is
+        there now."""
         global _current
         if _current is not self:
             return
@@ -129,7 +134,8 @@ def say(text: str) -> None:
 
 
 def check() -> None:
-    """Raise what a signal asks for, if it is due. A place to call this from is one where everything is in order."""
+    """Raise what a signal asks for, if it is due. A place to call this from is one where everything
+    is in order."""
     if _current is not None and _current.is_due and threading.current_thread() is threading.main_thread():
         _current.answer()
 
@@ -149,7 +155,8 @@ def join(thread: threading.Thread) -> None:
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """A run in this block is asked to end by SIGINT, SIGTERM and, unless it is ignored (`nohup`), SIGHUP."""
+    """A run in this block is asked to end by SIGINT, SIGTERM and, unless it is ignored (`nohup`),
+    SIGHUP."""
     numbers = tuple(n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN)
     with _begun(Watch(numbers, answer=end_here, insist=end_here)):
         yield
@@ -157,7 +164,8 @@ def watching() -> Iterator[None]:
 
 @contextmanager
 def deferring() -> Iterator[None]:
-    """In this block Python's handlers, Ctrl-C's own among them, are called at a ``check`` or at the end, or for a second signal."""
+    """In this block Python's handlers, Ctrl-C's own among them, are called at a ``check`` or at the
+    end, or for a second signal."""
     numbers = tuple(n for n in SIGNALS if callable(signal.getsignal(n)) and not isinstance(signal.getsignal(n), int))
     with _begun(Watch(numbers, answer=_as_before, insist=_as_before)):
         yield
@@ -185,7 +193,8 @@ class Finishing:
 
 @contextmanager
 def finishing() -> Iterator[Finishing]:
-    """A step half done leaves states that belong to no step: the first request waits for the work in this block to end."""
+    """A step half done leaves states that belong to no step: the first request waits for the work
+    in this block to end."""
     with watching():
         check()
         watch = _current if threading.current_thread() is threading.main_thread() else None

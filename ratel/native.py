@@ -1,4 +1,5 @@
-"""The one door to native code: the rest of the package imports ``op_ds`` and ``nvme_ds`` from here."""
+"""The one door to native code: the rest of the package imports ``op_ds`` and ``nvme_ds`` from
+here."""
 
 import nvme_ds
 import nvme_ds.bench

@@ -1,4 +1,5 @@
-"""What was found out about this machine, kept in the user's cache directory: one file for each thing that it depends on."""
+"""What was found out about this machine, kept in the user's cache directory: one file for each
+thing that it depends on."""
 
 import hashlib
 import json
@@ -29,7 +30,8 @@ def cache_file(key: Key) -> Path:
 
 
 def load(key: Key, read: Callable[[dict[str, Any]], T]) -> T | None:
-    """What was stored under this key, as ``read`` makes it of JSON; None if there is nothing, or nothing that can be used."""
+    """What was stored under this key, as ``read`` makes it of JSON; None if there is nothing, or
+    nothing that can be used."""
     try:
         content = check(read_json(cache_file(key)), _FILE)
         if content["key"] != json.loads(json.dumps(key)):
@@ -45,7 +47,8 @@ def load(key: Key, read: Callable[[dict[str, Any]], T]) -> T | None:
 
 
 def store(key: Key, result: dict[str, Any]) -> None:
-    """Replaces the file at once: a reader never sees half of it. A cache that cannot be written is only said."""
+    """Replaces the file at once: a reader never sees half of it. A cache that cannot be written is
+    only said."""
     path = cache_file(key)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -57,5 +60,5 @@ def store(key: Key, result: dict[str, Any]) -> None:
 
 
 def _digest(result: Any) -> str:
-    """Of a result as JSON has it: tuples are lists in it."""
+    """The digest of a result as JSON has it: tuples are lists in it."""
     return hashlib.sha256(json.dumps(result).encode()).hexdigest()[:16]

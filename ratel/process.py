@@ -14,7 +14,8 @@ from ratel import interrupt
 
 EXIT_INTERRUPTED = 130
 _SHOWN_S = 1.0
-"""For so long a run waits for a reader of its progress who does not read; then it drops lines until he does."""
+"""For so long a run waits for a reader of its progress who does not read; then it drops lines until
+he does."""
 _CHUNK_BYTES = 4096
 """PIPE_BUF: what a pipe that is ready takes without blocking."""
 _ENDING_S = 30.0
@@ -25,7 +26,8 @@ _HANDLED_S = 0.5
 
 
 class Channel(io.RawIOBase):
-    """A descriptor for a text stream. Nothing that happens to it is raised; ``error`` is what did."""
+    """A descriptor for a text stream. Nothing that happens to it is raised; ``error`` is what
+    did."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self.is_dropping, self.may_drop = descriptor, False, False
@@ -68,8 +70,9 @@ class Channel(io.RawIOBase):
 
 
 def settle_streams() -> tuple[Channel, Channel]:
-    """Standard output and error as channels. A descriptor that is closed leads nowhere from now on: else the next file that is
-    opened, of states perhaps, would have its number, and what is meant for a terminal be written into it."""
+    """Standard output and error as channels. A descriptor that is closed leads nowhere from now on:
+    else the next file that is opened, of states perhaps, would have its number, and what is meant
+    for a terminal be written into it."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -97,7 +100,8 @@ def watch_signals() -> None:
 
 
 def _guard(reader: int, watch: interrupt.Watch) -> None:
-    """Handlers run when the main thread comes back to Python. In a library's long call, or in the kernel, it does not."""
+    """Handlers run when the main thread comes back to Python. In a library's long call, or in the
+    kernel, it does not."""
     seen = interrupt.Count()
     until_s = math.inf
     while time.monotonic() < until_s:
@@ -116,7 +120,8 @@ def _guard(reader: int, watch: interrupt.Watch) -> None:
 
 
 def leave() -> NoReturn:
-    """At once, as if killed, but for the files that no later start would look for. States on disk are whole at any moment."""
+    """At once, as if killed, but for the files that no later start would look for. States on disk
+    are whole at any moment."""
     engines = sys.modules.get("nvme_ds.engine")
     if engines is not None:
         engines.remove_scratch()

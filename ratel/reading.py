@@ -1,8 +1,9 @@
-"""The door through which every file comes in: regular files only, no more than a limit of them, and JSON that says one thing.
+"""The door through which every file comes in: regular files only, no more than a limit of them, and
+JSON that says one thing.
 
-A named pipe would wait for a writer, a device may have no end, and both may take the place of a file between a look and
-the opening. So a file is looked at, opened without waiting, and looked at again. Errors are OSErrors, which whoever reads
-handles anyway: `strerror` says what is wrong.
+A named pipe would wait for a writer, a device may have no end, and both may take the place of a
+file between a look and the opening. So a file is looked at, opened without waiting, and looked at
+again. Errors are OSErrors, which whoever reads handles anyway: `strerror` says what is wrong.
 """
 
 import errno
@@ -17,7 +18,8 @@ from ratel.schema import shown
 StrPath = str | os.PathLike[str]
 
 SMALL_FILE_BYTES = 256 << 20
-"""More than any configuration, index or manifest has: that of a model of a thousand layers takes a few MB."""
+"""More than any configuration, index or manifest has: that of a model of a thousand layers takes a
+few MB."""
 
 _PIECE_BYTES = 1 << 20
 
@@ -30,11 +32,13 @@ class NotRegularError(OSError):
 
 
 class JsonError(ValueError):
-    """Not JSON, or JSON that readers could take for different things. One line, which names the place."""
+    """Not JSON, or JSON that readers could take for different things. One line, which names the
+    place."""
 
 
 def open_regular(path: StrPath) -> BinaryIO:
-    """The file, to be read. Links are followed. Raises OSError, also for whatever is not a regular file."""
+    """The file, to be read. Links are followed. Raises OSError, also for whatever is not a regular
+    file."""
     return open(descriptor_of(path), "rb")
 
 
@@ -72,8 +76,9 @@ def read_json(path: StrPath, *, allow_infinity: bool = False) -> Any:
 
 
 def parse_json(content: bytes | str, *, allow_infinity: bool = False) -> Any:
-    """JSON as the standard has it, with each key once and without halves of characters. ``allow_infinity``: with what Python
-    writes for numbers that are none. Raises JsonError for anything else, however deep or long."""
+    """JSON as the standard has it, with each key once and without halves of characters.
+    ``allow_infinity``: with what Python writes for numbers that are none. Raises JsonError for
+    anything else, however deep or long."""
     text = content if isinstance(content, str) else _decoded(content)
     try:
         value = json.loads(text, object_pairs_hook=_each_once, parse_constant=None if allow_infinity else _refuse_constant)
@@ -91,8 +96,8 @@ def parse_json(content: bytes | str, *, allow_infinity: bool = False) -> Any:
 
 
 def refuse_odd_entries(directory: Path, depth: int = 2) -> None:
-    """Raise NotRegularError for a pipe, socket or device among the files of a directory: for readers that are not ours, and open
-    what they find by its name."""
+    """Raise NotRegularError for a pipe, socket or device among the files of a directory: for
+    readers that are not ours, and open what they find by its name."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         try:
             mode = entry.stat().st_mode

@@ -1,7 +1,9 @@
-"""What a value from a file must be: small checks that are put together to say what a whole file must be.
+"""What a value from a file must be: small checks that are put together to say what a whole file
+must be.
 
-A check takes a value and its place (``units[3].name``) and raises SchemaError, one line with both, if the value is another.
-Numbers have limits everywhere: what is larger than any file or machine is damage, and would only fail later.
+A check takes a value and its place (``units[3].name``) and raises SchemaError, one line with both,
+if the value is another. Numbers have limits everywhere: what is larger than any file or machine is
+damage, and would only fail later.
 """
 
 import math

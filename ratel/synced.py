@@ -1,4 +1,5 @@
-"""Files and names that are on the disk when a function returns: a power failure later changes nothing about them."""
+"""Files and names that are on the disk when a function returns: a power failure later changes
+nothing about them."""
 
 import os
 from pathlib import Path
@@ -29,7 +30,8 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """In place, without cutting the file first: a file of the same length needs no new blocks. Links are not followed."""
+    """In place, without cutting the file first: a file of the same length needs no new blocks.
+    Links are not followed."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with open(descriptor, "wb") as file:
         file.write(content)
@@ -38,12 +40,13 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def partial_name(name: str) -> str:
-    """Of a file until it is complete and has its own."""
+    """The name of a file until it is complete and has its own."""
     return f".{name}.ratel-partial"
 
 
 def replace_synced(path: Path, content: bytes) -> None:
-    """A file of that name is replaced as a whole: a reader, and a power failure, finds the old one or the new one."""
+    """A file of that name is replaced as a whole: a reader, and a power failure, finds the old one
+    or the new one."""
     partial = path.with_name(partial_name(path.name))
     partial.unlink(missing_ok=True)
     write_synced(partial, content)

@@ -76,7 +76,7 @@ class Moving(Killing):
         return copy
 
     def _renamed_drives(self, out: Path, setting: Setting) -> tuple[str, ...]:
-        """Of the directories in which the state is; where it is on none, of those that the next start is given."""
+        """Rename some of the directories in which the state is; where it is on none, of those that the next start is given."""
         used = [path.parent.name for path in files_in_place(out, self._folders())] or [n for n in setting.folders if self._site.folder(n).is_dir()]
         renamed = []
         for name in used:

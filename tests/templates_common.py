@@ -25,7 +25,7 @@ def directory() -> Path | None:
 
 
 def names(*, twins: bool) -> list[str]:
-    """Of the templates with a twin, or without one."""
+    """The names of the templates with a twin, or without one."""
     folder = directory()
     stems = {path.stem for path in folder.glob("*.jinja")} if folder else set()
     return sorted(stem for stem in stems if not stem.endswith("_training") and (f"{stem}_training" in stems) == twins)

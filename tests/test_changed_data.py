@@ -33,7 +33,7 @@ def opened(path: Path, **options: Any) -> Dataset:
 
 
 def numbers_in(batches: list[dict[str, Any]]) -> list[int]:
-    """Of the documents that begin in some batches."""
+    """The numbers of the documents that begin in some batches."""
     tokenizer = byte_level_tokenizer()
     text = "".join(tokenizer.decode(row[row >= 0]) for batch in batches for row in batch["input_ids"])
     return [int(part.split(" ")[1]) for part in text.split("<|bos|>")[1:] if len(part.split(" ")) > 1 and len(part.split(" ")[1]) == 4]

@@ -1,4 +1,4 @@
-"""Of a conversation, only what the assistant says is learned, whatever the template looks like."""
+"""Only what the assistant says in a conversation is learned, whatever the template looks like."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_a_conversation_may_begin_with_the_assistant_or_end_with_the_user() -> N
 
 
 def test_what_a_template_writes_before_the_last_answer_is_learned_with_it() -> None:
-    """Of every answer, since each was the last when it was written."""
+    """This holds for every answer, since each was the last when it was written."""
     talk = messages(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     assert said(THINKING, talk) == ["<think></think>b[end]", "<think></think>d[end]"]
     talk[3]["thought"] = "hm"

@@ -30,7 +30,7 @@ REPRESENTATIVE = {
     "BertForTokenClassification": "attention both ways",
 }
 EVERY = 40
-"""Of the other classes one in so many."""
+"""One in so many of the other classes is checked."""
 
 
 def sample() -> list[Entry]:

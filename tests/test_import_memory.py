@@ -45,7 +45,7 @@ def rise(action: Callable[[], object]) -> int:
 
 @pytest.fixture
 def rises(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of whatever a session imports, with its arena there already."""
+    """By how much memory rises for whatever a session imports, with its arena there already."""
     found: list[int] = []
 
     def watched(importing: Callable[..., None]) -> Callable[..., None]:

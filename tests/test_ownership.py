@@ -109,7 +109,7 @@ def test_a_moved_run_goes_on_in_the_same_files(inputs: tuple, ssd_dir: Path, tmp
 
 
 def test_a_directory_and_its_snapshot(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two that no number tells apart the one that is where the stamp says is the owner; alone, either is."""
+    """When no number tells two apart, the one that is where the stamp says is the owner; alone, either is."""
     monkeypatch.setattr(stamps, "mark_of", lambda directory: "the same" if directory.is_dir() else None)
     volume, file = new_volume_name(), None
     file = ssd_dir / f"{volume}.0"
@@ -417,7 +417,7 @@ def test_a_state_that_was_kept_beside_stays(ssd_dir: Path, tmp_path: Path) -> No
 
 
 def test_moments_replace_moments_only(tmp_path: Path) -> None:
-    """Of another program's file of that name nothing is known, so it stays."""
+    """Nothing is known of another program's file of that name, so it stays."""
     import ratel
 
     module = torch.nn.Linear(2, 2)

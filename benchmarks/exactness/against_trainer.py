@@ -1,13 +1,16 @@
-"""Fine-tuning by Ratel beside transformers' Trainer: the same model, batches and AdamW, in fp32 on the CPU.
+"""Fine-tuning by Ratel beside transformers' Trainer: the same model, batches and AdamW, in fp32 on
+the CPU.
 
     pip install --no-deps accelerate
     python -m benchmarks.exactness.against_trainer --model DIR --json benchmarks/results/NAME_trainer.json
 
-Text, completions and conversations are made into batches by `ratel.data` once, and both are given these. Compared are every step's loss
-and gradient norm, and what the two exported models generate, greedily, from a few prompts. The status is 1 if losses or norms differ by
-more than 1e-6 (relative), or one generated token does. Trainer's norm is taken from its gradients in fp64: the one that it logs is a sum in
-fp32, which is noted beside. Trainer also runs with the rows of each batch in another order, which is the same in exact numbers: AdamW makes
-steps of one size from gradients of rounding, and where its two runs differ by more than 5e-7, twice that is the limit for Ratel.
+Text, completions and conversations are made into batches by `ratel.data` once, and both are given
+these. Compared are every step's loss and gradient norm, and what the two exported models generate,
+greedily, from a few prompts. The status is 1 if losses or norms differ by more than 1e-6
+(relative), or one generated token does. Trainer's norm is taken from its gradients in fp64: the one
+that it logs is a sum in fp32, which is noted beside. Trainer also runs with the rows of each batch
+in another order, which is the same in exact numbers: AdamW makes steps of one size from gradients
+of rounding, and where its two runs differ by more than 5e-7, twice that is the limit for Ratel.
 """
 
 import argparse
@@ -32,8 +35,8 @@ BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """``losses`` and ``norms`` (before clipping) by step, and the directory of the trained model. ``logged``: norms as Trainer logs
-    them."""
+    """``losses`` and ``norms`` (before clipping) by step, and the directory of the trained model.
+    ``logged``: norms as Trainer logs them."""
 
     losses: list[float]
     norms: list[float]
@@ -43,7 +46,8 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """``loss_error``, ``norm_error``, and how far Trainer's logged norm is from its own gradients': the largest of any step, relative."""
+    """``loss_error``, ``norm_error``, and how far Trainer's logged norm is from its own gradients':
+    the largest of any step, relative."""
 
     kind: str
     steps: int
@@ -57,7 +61,7 @@ class Outcome:
 
     own_loss_error: float
     own_norm_error: float
-    """Of Trainer, with rows in another order."""
+    """By how much Trainer's norms differ with rows in another order."""
     generates_the_same: bool
 
     @property

@@ -1,4 +1,5 @@
-"""Whether work that is done again has the same bits: digests of what is too large to keep, differences of the rest."""
+"""Whether work that is done again has the same bits: digests of what is too large to keep,
+differences of the rest."""
 
 from functools import cache
 from typing import Any
@@ -13,11 +14,13 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """int64 scalar on the tensor's device, which is not waited for. Equal bits have equal digests, in whatever order
-    they are summed; another value, or values that have changed places, make another one (but for one case in 2^64).
+    """int64 scalar on the tensor's device, which is not waited for. Equal bits have equal digests,
+    in whatever order they are summed; another value, or values that have changed places, make
+    another one (but for one case in 2^64).
 
-    The bytes are words of 64 bits in rows of 4096. The sum of each column and of each row is mixed with its position:
-    sums weighted by position alone lose two words that have changed places and differ in the highest bit.
+    The bytes are words of 64 bits in rows of 4096. The sum of each column and of each row is mixed
+    with its position: sums weighted by position alone lose two words that have changed places and
+    differ in the highest bit.
     """
     words, rest = _words(tensor)
     whole = words.numel() // COLUMNS * COLUMNS
@@ -44,7 +47,8 @@ def _places(count: int, device: torch.device) -> Tensor:
 
 
 def difference(first: Tensor, later: Tensor) -> dict[str, Any] | None:
-    """How many elements have other bits, of how many, and the largest difference; None where all have the same."""
+    """How many elements have other bits, of how many, and the largest difference; None where all
+    have the same."""
     kind = BITS[first.element_size()]
     differs = first.contiguous().view(kind) != later.contiguous().view(kind)
     count = int(differs.sum())
@@ -72,7 +76,8 @@ class Repetitions:
         self.note({name: one for name, one in found.items() if one})
 
     def note(self, found: dict[str, dict[str, Any]]) -> None:
-        """What the next repetition differs in, by tensor; numbers are None where they are not known."""
+        """What the next repetition differs in, by tensor; numbers are None where they are not
+        known."""
         self.count += 1
         self.different += bool(found)
         for name, one in found.items():

@@ -1,12 +1,14 @@
-"""Every class of the installed transformers that Ratel might train: is it trained rightly? Writes docs/families.md.
+"""Every class of the installed transformers that Ratel might train: is it trained rightly? Writes
+docs/families.md.
 
     python -m benchmarks.exactness.families                          # all of them, on two cores within 30 minutes
     python -m benchmarks.exactness.families --only Qwen3ForCausalLM  # checked again, the others as they were found
     python -m benchmarks.exactness.families --task classify --processes 4
     python -m benchmarks.exactness.families --table                  # docs/families.md again, from what was found
 
-Each class is made small, with random parameters and buffers, saved by transformers, trained for two steps from the directory and as an
-object, and compared with autograd (`ratel/verify`). The status is 1 if a class is neither trained rightly nor refused with a reason.
+Each class is made small, with random parameters and buffers, saved by transformers, trained for two
+steps from the directory and as an object, and compared with autograd (`ratel/verify`). The status
+is 1 if a class is neither trained rightly nor refused with a reason.
 """
 
 import argparse
@@ -65,7 +67,8 @@ def _check(args: argparse.Namespace) -> list[Verdict]:
 
 
 def _merged(path: Path, verdicts: list[Verdict], is_whole: bool) -> dict[str, Any]:
-    """The file's content: all new, or what is new in the place of what was known of the same classes."""
+    """The file's content: all new, or what is new in the place of what was known of the same
+    classes."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     now = commit()
     kept = {} if is_whole else {(v["name"], v["task"]): v for v in before.get("verdicts", [])}

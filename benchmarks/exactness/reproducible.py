@@ -1,11 +1,13 @@
-"""Whether the same work gives the same bits: single operations, a block, and steps of a session, each many times.
+"""Whether the same work gives the same bits: single operations, a block, and steps of a session,
+each many times.
 
     python -m benchmarks.exactness.reproducible --json reproducible.json
     python -m benchmarks.exactness.reproducible --only attention "session: states in DRAM" --repeats 50
 
-Each case does one piece of work again and again on the same inputs, and compares all results with those of the first
-time, bit for bit. Where plain PyTorch on its own differs, the kernels do; where a block differs only beside copies or
-in a session, or a hand-over does, something is read before it is there or written before it has been read.
+Each case does one piece of work again and again on the same inputs, and compares all results with
+those of the first time, bit for bit. Where plain PyTorch on its own differs, the kernels do; where
+a block differs only beside copies or in a session, or a hand-over does, something is read before it
+is there or written before it has been read.
 """
 
 import argparse
@@ -124,7 +126,8 @@ def of_session(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def deterministic_points(args: argparse.Namespace) -> Iterator[Point]:
-    """In a process of its own, which is told by its environment: cuBLAS in this one has read it already."""
+    """In a process of its own, which is told by its environment: cuBLAS in this one has read it
+    already."""
     name = "session, deterministic"
     if not wanted(name, args):
         return

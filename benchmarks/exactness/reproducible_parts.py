@@ -1,4 +1,5 @@
-"""The single operations of a model, and one of its blocks, as plain PyTorch runs them: work to be done repeatedly."""
+"""The single operations of a model, and one of its blocks, as plain PyTorch runs them: work to be
+done repeatedly."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ Work = Callable[[], Results]
 
 BACKENDS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 COPIED_BYTES = 128 << 20
-"""Of each copy beside a block: one of 64 MiB and more runs at the full rate of PCIe."""
+"""Bytes of each copy beside a block: one of 64 MiB and more runs at the full rate of PCIe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class AttentionCall:
     """What autograd calls the backend that was taken."""
 
     def works(self) -> Iterator[tuple[str, Work]]:
-        """The call as it is, and by each backend alone. One that cannot do it raises RuntimeError when it runs."""
+        """The call as it is, and by each backend alone. One that cannot do it raises RuntimeError
+        when it runs."""
         yield "attention", self.run
         for backend in BACKENDS:
             yield f"attention, {backend.name.lower()}", partial(self.run, backend)
@@ -55,7 +57,8 @@ class AttentionCall:
 
 
 class Pieces:
-    """A model with the weights of its ends and its first block. Hidden states and gradients that go in are random."""
+    """A model with the weights of its ends and its first block. Hidden states and gradients that go
+    in are random."""
 
     def __init__(self, config: Any, ids: Tensor, device: torch.device) -> None:
         self._parts = models.load(config, dtype=torch.bfloat16, device=device)
@@ -73,7 +76,7 @@ class Pieces:
 
     @property
     def _units(self) -> list[UnitSpec]:
-        """Of the first block and of what is around the blocks."""
+        """The units of the first block and of what is around the blocks."""
         return [u for u in self._parts.spec.units if u.kind != "block" or u.index in self._parts.spec.stages[1].units]
 
     def block(self) -> Results:
@@ -162,7 +165,8 @@ def _filled(unit: UnitSpec, device: torch.device) -> Tensor:
 
 @contextmanager
 def busy_machine(device: torch.device) -> Iterator[None]:
-    """What a session does beside a block: copies of pinned memory in both directions, and threads that copy, too."""
+    """What a session does beside a block: copies of pinned memory in both directions, and threads
+    that copy, too."""
     ended = threading.Event()
     ways = ["host"] * worker_cores() + (["in", "out"] if device.type == "cuda" else [])
     threads = [threading.Thread(target=_copy, args=(way, device, ended), daemon=True) for way in ways]

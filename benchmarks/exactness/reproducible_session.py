@@ -1,4 +1,5 @@
-"""Steps of a session that must have the same bits, and hand-overs within steps that must leave them alone."""
+"""Steps of a session that must have the same bits, and hand-overs within steps that must leave them
+alone."""
 
 import gc
 import statistics
@@ -23,17 +24,19 @@ PLANS: dict[str, dict[str, Any]] = {
     "states in DRAM, insides kept there": dict(tier="dram", activations="dram", checkpoint_tier="dram"),
     "states in DRAM, block inputs there": dict(tier="dram", activations="recompute", checkpoint_tier="dram"),
 }
-"""Made without a machine's rates: they do what they are called. In the last one nothing of a block stays on the GPU."""
+"""Made without a machine's rates: they do what they are called. In the last one nothing of a block
+stays on the GPU."""
 
 DETERMINISTIC = "states in DRAM"
 HANDED_OVER = {"states in DRAM, insides kept there": PLANS["states in DRAM, insides kept there"],
                "states in DRAM, updated early": {**PLANS["states in DRAM"], "optimizer": "speculative"}}
 
 LOOKED_AT = 8
-"""Gradients that are compared by elements where more differ: all after the first one do, and a CPU takes seconds."""
+"""Gradients that are compared by elements where more differ: all after the first one do, and a CPU
+takes seconds."""
 
 UNKNOWN = {"elements": None, "of": None, "largest": None}
-"""Of what is known by its digest alone."""
+"""What is said of a tensor that is known by its digest alone."""
 
 
 @contextmanager
@@ -55,9 +58,11 @@ def give_memory_back() -> None:
 
 
 def repeat_steps(session: Session, batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:
-    """The same step again and again, with a learning rate of 0: weights, loss and gradients must have the same bits.
+    """The same step again and again, with a learning rate of 0: weights, loss and gradients must
+    have the same bits.
 
-    ``begins``: the first repetition that differs, whether its loss does, and what does first in the order of the step.
+    ``begins``: the first repetition that differs, whether its loss does, and what does first in the
+    order of the step.
     """
     found, begins = Repetitions(), None
     with Watch(session) as watch:
@@ -90,8 +95,9 @@ def _differences(session: Session, first: dict[str, Tensor], names: list[str]) -
 def check_hand_overs(session: Session, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Steps that train: all digests of one thing within a step must be the same.
 
-    ``begins``: the first step in which some are not, the first such thing, and its places, those with one digest each.
-    ``moved``: the weights of every unit were others in every step; only then would those of the step before be noticed.
+    ``begins``: the first step in which some are not, the first such thing, and its places, those
+    with one digest each. ``moved``: the weights of every unit were others in every step; only then
+    would those of the step before be noticed.
     """
     found, outs, begins, steps = Repetitions(), [], None, []
     with Watch(session, planes=True) as watch:

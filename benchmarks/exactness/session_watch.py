@@ -1,7 +1,9 @@
-"""A session watched from outside: digests of its gradients and of whatever is handed over on the way.
+"""A session watched from outside: digests of its gradients and of whatever is handed over on the
+way.
 
-They are enqueued on the stream that computes, between what is there anyway, so that nothing waits for what it did not
-wait for before. What a session's parts are called is known here, and nowhere else outside the package but in tests.
+They are enqueued on the stream that computes, between what is there anyway, so that nothing waits
+for what it did not wait for before. What a session's parts are called is known here, and nowhere
+else outside the package but in tests.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +28,10 @@ Noted = dict[str, list[Digest]]
 
 
 class Watch:
-    """Of one session that has been prepared, while the context lasts. Notes the weights at the begin and the end of
-    each use, what forward saves and what backward gets of it, and the gradients of a unit's parameters; with ``planes``
-    also what is in DRAM before the next updates, for which every step then waits.
+    """A watch on one session that has been prepared, while the context lasts. It notes the weights
+    at the begin and the end of each use, what forward saves and what backward gets of it, and the
+    gradients of a unit's parameters; with ``planes`` also what is in DRAM before the next updates,
+    for which every step then waits.
     """
 
     def __init__(self, session: Session, *, planes: bool = False) -> None:
@@ -59,7 +62,8 @@ class Watch:
         self._patches.close()
 
     def _after(self, owner: object, name: str, note: Callable[..., None]) -> None:
-        """Until the context ends this method of the object is followed by ``note(result, *arguments)``."""
+        """Until the context ends this method of the object is followed by ``note(result,
+        *arguments)``."""
         real = getattr(owner, name)
 
         def watched(*args: Any) -> Any:
@@ -116,7 +120,8 @@ class Watch:
             self._note_saved(*key[1:3], self._returned.pop(key[1:]), "at the end of backward")
 
     def _note_planes(self) -> None:
-        """Backward is over as soon as the device is done, and no update that writes to them has begun."""
+        """Backward is over as soon as the device is done, and no update that writes to them has
+        begun."""
         self._machinery.lanes.synchronize()
         for unit, name, plane in planes_in_memory(self._session):
             if not self._session.plan.placement(unit).on_gpu:

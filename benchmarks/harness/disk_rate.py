@@ -1,4 +1,5 @@
-"""What a directory's disk carries while it is read and written at once: the plain loop that bounds are taken from."""
+"""What a directory's disk carries while it is read and written at once: the plain loop that bounds
+are taken from."""
 
 import os
 from typing import Any
@@ -11,8 +12,9 @@ TICKET_BYTES = 16 << 20
 
 
 def mixed_bps(directory: str, num_bytes: int) -> float | None:
-    """Bytes/s of both directions together, half of them written, past the page cache: of the faster of two plain loops,
-    one on io_uring and one on threads. None where the file system has no O_DIRECT (RAM disks of older kernels)."""
+    """Bytes/s of both directions together, half of them written, past the page cache: of the faster
+    of two plain loops, one on io_uring and one on threads. None where the file system has no
+    O_DIRECT (RAM disks of older kernels)."""
     spec = IoBenchSpec(directories=(directory,), num_bytes=num_bytes, file_bytes=num_bytes, ticket_bytes=TICKET_BYTES)
     try:
         with Engine(queue_depth=spec.queue_depth, num_threads=spec.num_threads) as engine:

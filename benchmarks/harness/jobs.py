@@ -1,5 +1,5 @@
-"""Jobs of systems.py in processes of their own, with a time limit each; what a process leaves behind on SSDs is
-removed."""
+"""Jobs of systems.py in processes of their own, with a time limit each; what a process leaves
+behind on SSDs is removed."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from benchmarks.harness.watched import run_watched
 
 SYSTEMS = script_command("harness.systems")
 LEAST_S = 20.0
-"""Less than a process needs to import PyTorch and make its first step: nothing is begun with less time left."""
+"""Less than a process needs to import PyTorch and make its first step: nothing is begun with less
+time left."""
 
 NOT_BEGUN = "not begun: the time budget was used up"
 
@@ -23,8 +24,8 @@ RunJob = Callable[[Job, float], list[dict[str, Any]]]
 
 
 def run_job(job: Job, limit_s: float) -> list[dict[str, Any]]:
-    """A result for each batch size, ``error`` in those that have none. ``dram_peak_bytes`` is of the whole process,
-    taken from outside and in the same way for every system."""
+    """A result for each batch size, ``error`` in those that have none. ``dram_peak_bytes`` is of
+    the whole process, taken from outside and in the same way for every system."""
     with tempfile.TemporaryDirectory() as folder:
         spec, target = Path(folder) / "spec.json", Path(folder) / "results.json"
         spec.write_text(json.dumps(asdict(job)), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""What a machine has of memory, and two ways of leaving a program less of it: huge pages and control groups."""
+"""What a machine has of memory, and two ways of leaving a program less of it: huge pages and
+control groups."""
 
 import os
 import signal
@@ -13,7 +14,8 @@ _STATE_NAME = "ratel-limit-dram"
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where the kernel shows and takes its numbers; tests give a directory that looks like ``/``."""
+    """Where the kernel shows and takes its numbers; tests give a directory that looks like
+    ``/``."""
 
     root: Path = Path("/")
 
@@ -55,7 +57,8 @@ class Machine:
                 pass  # not in every kernel; what is missing in the end is noticed
 
     def state_file(self, method: str) -> Path:
-        """Reservations of huge pages write the same counters and so exclude each other; the rest do not."""
+        """Reservations of huge pages write the same counters and so exclude each other; the rest do
+        not."""
         number = "" if method == "huge-pages" else f"-{os.getpid()}"
         return self._state_folder() / f"{_STATE_NAME}{number}.json"
 
@@ -79,8 +82,8 @@ def meminfo(path: Path) -> dict[str, int]:
 
 
 def reserve_pages(machine: Machine, num_bytes: int) -> int:
-    """Add huge pages of ``num_bytes`` in all; returns the bytes that the kernel really gave. Undo by writing back what
-    the counters held."""
+    """Add huge pages of ``num_bytes`` in all; returns the bytes that the kernel really gave. Undo
+    by writing back what the counters held."""
     page, everywhere, room_was_made = machine.page_bytes(), machine.counters(), False
     wanted, got, giving = num_bytes // page, 0, everywhere
     while got < wanted:

@@ -1,4 +1,5 @@
-"""What the benchmarks that last minutes share: a time budget, and a report that is on disk after every point."""
+"""What the benchmarks that last minutes share: a time budget, and a report that is on disk after
+every point."""
 
 import json
 import os
@@ -15,7 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def script_command(name: str) -> list[str]:
-    """What runs a script of a room (``"harness.systems"``) in a process of its own, with `script_path` in its environment."""
+    """What runs a script of a room (``"harness.systems"``) in a process of its own, with
+    `script_path` in its environment."""
     return [sys.executable, "-m", f"benchmarks.{name}"]
 
 
@@ -37,7 +39,8 @@ class Clock:
 
 
 class Report:
-    """A JSON file that is whole whenever somebody looks. Points of an earlier call on the same machine are kept."""
+    """A JSON file that is whole whenever somebody looks. Points of an earlier call on the same
+    machine are kept."""
 
     def __init__(self, path: str | None, **facts: Any) -> None:
         self._path = Path(path) if path else None
@@ -63,7 +66,8 @@ class Report:
 
 
 def origin() -> dict[str, str | None]:
-    """What a result must say for benchmarks/tables to show it: the command that gave it, and the commit."""
+    """What a result must say for benchmarks/tables to show it: the command that gave it, and the
+    commit."""
     return {"command": _command(sys.argv), "commit": commit()}
 
 
@@ -78,6 +82,6 @@ def _command(argv: list[str]) -> str:
 
 
 def commit() -> str | None:
-    """Of the working tree; where only a copy of it is, what RATEL_COMMIT says."""
+    """The commit of the working tree; where only a copy of it is, what RATEL_COMMIT says."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return os.environ.get("RATEL_COMMIT") or done.stdout.strip() or None

@@ -1,10 +1,11 @@
-"""Training steps of one system in a process of its own, for comparisons: same model, weights, tokens and settings.
+"""Training steps of one system in a process of its own, for comparisons: same model, weights,
+tokens and settings.
 
     python -m benchmarks.harness.systems SPEC.json RESULTS.json
     python -m benchmarks.harness.systems --build
 
-`Job` says what SPEC.json holds. RESULTS.json is written after each batch size, so that a process which is ended
-early, or which dies at a larger batch, still has results.
+`Job` says what SPEC.json holds. RESULTS.json is written after each batch size, so that a process
+which is ended early, or which dies at a larger batch, still has results.
 """
 
 import gc
@@ -36,9 +37,10 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """``system``: ratel, memory (everything in the memory of the device) or zero (DeepSpeed). ``model``: a preset, or
-    the arguments of `preset_config`, or those of ``AutoConfig.for_model``. ``options`` are the session's, or the
-    system's own (`InMemory`, `zero_config`). ``clip`` is the largest global norm; no weight decay."""
+    """``system``: ratel, memory (everything in the memory of the device) or zero (DeepSpeed).
+    ``model``: a preset, or the arguments of `preset_config`, or those of ``AutoConfig.for_model``.
+    ``options`` are the session's, or the system's own (`InMemory`, `zero_config`). ``clip`` is the
+    largest global norm; no weight decay."""
 
     system: str
     model: str | dict[str, Any]
@@ -55,8 +57,8 @@ class Job:
 
 
 NEVER, ALWAYS = 1e9, 0.01
-"""Global norms to clip at: one that no gradient has, so that clipping is on and does not fire, and one below all
-(from 0.9 to 15 in this work)."""
+"""Global norms to clip at: one that no gradient has, so that clipping is on and does not fire, and
+one below all (from 0.9 to 15 in this work)."""
 
 
 def read_model(argument: str) -> str | dict[str, Any]:
@@ -86,9 +88,9 @@ def run_ratel(job: Job, batch: int) -> dict[str, Any]:
 
 
 class InMemory:
-    """AdamW where the weights are. ``states="fp32"``: masters and moments in fp32 beside weights that compute, the
-    same arithmetic as Ratel's. ``"compute"``: all in the compute type, which moves less and is no faithful training,
-    but a floor under time."""
+    """AdamW where the weights are. ``states="fp32"``: masters and moments in fp32 beside weights
+    that compute, the same arithmetic as Ratel's. ``"compute"``: all in the compute type, which
+    moves less and is no faithful training, but a floor under time."""
 
     def __init__(self, job: Job) -> None:
         self.model = make_model(job)
@@ -143,8 +145,8 @@ def _free_port() -> str:
 
 
 def zero_config(job: Job) -> dict[str, Any]:
-    """Settings that the peer runs best with on one GPU, tried on the same work: docs/benchmarks.md says which and
-    why."""
+    """Settings that the peer runs best with on one GPU, tried on the same work: docs/benchmarks.md
+    says which and why."""
     place = job.options["place"]
     states = {"device": place, "pin_memory": job.device == "cuda"}
     params = dict(states)
@@ -181,8 +183,8 @@ def make_model(job: Job, device: str | None = None) -> nn.Module:
 
 @contextmanager
 def quick_initialisation() -> Iterator[None]:
-    """Weights are filled where a module makes them: ZeRO cuts a parameter up as soon as its module's constructor is
-    over, too early for anything that comes later."""
+    """Weights are filled where a module makes them: ZeRO cuts a parameter up as soon as its
+    module's constructor is over, too early for anything that comes later."""
     from transformers import PreTrainedModel
 
     random_block()  # ZeRO also changes how tensors are made meanwhile

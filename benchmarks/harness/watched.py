@@ -1,5 +1,5 @@
-"""Runs a command as its own group of processes: with a time limit, and with the DRAM that the machine gave up
-meanwhile."""
+"""Runs a command as its own group of processes: with a time limit, and with the DRAM that the
+machine gave up meanwhile."""
 
 import os
 import signal
@@ -19,8 +19,9 @@ LAST_LINES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """``dram_peak_bytes``: the most memory in use (total less available, so pinned memory and RAM disks count, clean
-    page cache does not) beyond what was in use before. ``exit_status`` is None where the time limit ended it."""
+    """``dram_peak_bytes``: the most memory in use (total less available, so pinned memory and RAM
+    disks count, clean page cache does not) beyond what was in use before. ``exit_status`` is None
+    where the time limit ended it."""
 
     exit_status: int | None
     seconds: float
@@ -36,7 +37,8 @@ class Ended:
 
 
 def run_watched(command: list[str], limit_s: float, env: dict[str, str] | None = None) -> Ended:
-    """``env`` is added to this process's, and the path to this repository's packages. Output goes to a file, so that no full pipe stops the command."""
+    """``env`` is added to this process's, and the path to this repository's packages. Output goes
+    to a file, so that no full pipe stops the command."""
     watch = _Watch()
     with tempfile.TemporaryFile() as output:
         begun = perf_counter()
@@ -56,7 +58,8 @@ def run_watched(command: list[str], limit_s: float, env: dict[str, str] | None =
 
 
 def stop_group(child: subprocess.Popen) -> None:
-    """Also what the child has left behind, which would hold the GPU's memory for whoever comes next."""
+    """Also what the child has left behind, which would hold the GPU's memory for whoever comes
+    next."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:

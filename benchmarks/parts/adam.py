@@ -1,4 +1,5 @@
-"""Native AdamW beside torch's fused one and the memory bandwidth: python -m benchmarks.parts.adam --json adam.json"""
+"""Native AdamW beside torch's fused one and the memory bandwidth: python -m benchmarks.parts.adam
+--json adam.json"""
 
 import argparse
 import itertools

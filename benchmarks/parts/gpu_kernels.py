@@ -1,4 +1,5 @@
-"""Which kernels a step's GPU time goes to, and how long the GPU does nothing: torch's profiler over one step.
+"""Which kernels a step's GPU time goes to, and how long the GPU does nothing: torch's profiler over
+one step.
 
     python -m benchmarks.parts.gpu_kernels --model llama-3b --batch 32 --gpu-memory 24GiB --json kernels.json
 """

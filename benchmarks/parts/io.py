@@ -1,4 +1,5 @@
-"""The I/O engine against a plain O_DIRECT loop: ``python -m benchmarks.parts.io DIR [DIR ...] [--json FILE]``."""
+"""The I/O engine against a plain O_DIRECT loop: ``python -m benchmarks.parts.io DIR [DIR ...]
+[--json FILE]``."""
 
 import argparse
 import json

@@ -1,9 +1,11 @@
-"""What the CPU does for each block and micro-batch of a step: its Python and its launches, without the GPU's work.
+"""What the CPU does for each block and micro-batch of a step: its Python and its launches, without
+the GPU's work.
 
     python -m benchmarks.parts.launches --device cuda --json launches.json
 
-A model so narrow that its kernels take next to no time, as Hugging Face runs it and as Ratel does. On a CPU device the
-kernels are in the times. The fastest of all rounds counts: what else the machine does only adds.
+A model so narrow that its kernels take next to no time, as Hugging Face runs it and as Ratel does.
+On a CPU device the kernels are in the times. The fastest of all rounds counts: what else the
+machine does only adds.
 """
 
 import argparse
@@ -62,7 +64,8 @@ def hugging_face(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
 
 
 def ratel(args: argparse.Namespace, options: dict[str, Any]) -> tuple[float, list[float] | None]:
-    """Seconds of a step; and of launching one visit, forward and backward, as the planner has measured it of a block alone."""
+    """Seconds of a step; and of launching one visit, forward and backward, as the planner has
+    measured it of a block alone."""
     ids = random_tokens(0, ROWS * args.micro_batches, POSITIONS, VOCAB)
     with Session(config_of(args.blocks), device=args.device, dtype="bf16", micro_batch=ROWS, optimizer="deferred",
                  optimizer_threads=1, max_grad_norm=1e9, **options) as session:

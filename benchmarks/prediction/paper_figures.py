@@ -1,7 +1,7 @@
 """Figures that the Ratel paper (ICDE 2025) reports for its system, as data. Sequence 1024, one GPU.
 
-Testbed: RTX 4090 or 3090 with 24 GB, two Xeon Gold 5320, 768 GB of DDR4-3200, up to 12 Intel P5510. TFLOP/s in the
-paper count 8 x parameters x tokens.
+Testbed: RTX 4090 or 3090 with 24 GB, two Xeon Gold 5320, 768 GB of DDR4-3200, up to 12 Intel P5510.
+TFLOP/s in the paper count 8 x parameters x tokens.
 """
 
 SEQ_LEN, VOCAB = 1024, 50257
@@ -21,7 +21,8 @@ TOKENS_3090 = {("13B", 8): 397, ("13B", 16): 640, ("13B", 32): 708, ("13B", 64):
 BEST_TFLOPS_4090 = {"13B": 155.7, "30B": 148.9, "70B": 148.2, "135B": 101.6, "175B": 86.8}
 
 BEST_BATCH = {"13B": 64, "135B": 24, "175B": 16}
-"""Where another figure tells: the batch of its best tokens/s; for 135B see benchmarks/prediction/paper.py."""
+"""Where another figure tells: the batch of its best tokens/s; for 135B see
+benchmarks/prediction/paper.py."""
 
 GRADIENT_OFFLOADING = {
     "after backward": {("13B", 8): 340, ("13B", 16): 606, ("13B", 32): 869, ("13B", 64): 1127,
@@ -54,4 +55,5 @@ LARGEST_BY_TIER = {
     ("dram", 256): {12: "135B", 24: "30B", 36: "30B", 60: "13B"},
     ("ssd", 256): {12: "276B", 24: "135B", 36: "135B", 60: "13B"},
 }
-"""By where activations may go and GB of DRAM, then by batch. The paper's axis calls the 70B shape 65B here."""
+"""By where activations may go and GB of DRAM, then by batch. The paper's axis calls the 70B shape
+65B here."""

@@ -2,13 +2,15 @@
 
     python -m benchmarks.prediction.pays --set gpu --ssd /mnt/a --json results.json
 
-*activations*: the insides of all blocks recomputed, all moved to DRAM, or what the planner chooses. With sequences of 8192
-tokens attention is worth its bytes, and what the products make is not: a part should move, and all else is planned alike (blocks of 1024
-channels are launched no faster than they are computed there; docs/log.md). *tiers*:
-the simple rule (GPU, then DRAM, then SSD, hottest planes first; insides recomputed) against the planner, on three budgets: one
-that leaves states on SSD, one whose updates do not hide under a small batch, one with memory to spare for activations.
+*activations*: the insides of all blocks recomputed, all moved to DRAM, or what the planner chooses.
+With sequences of 8192 tokens attention is worth its bytes, and what the products make is not: a
+part should move, and all else is planned alike (blocks of 1024 channels are launched no faster than
+they are computed there; docs/log.md). *tiers*: the simple rule (GPU, then DRAM, then SSD, hottest
+planes first; insides recomputed) against the planner, on three budgets: one that leaves states on
+SSD, one whose updates do not hide under a small batch, one with memory to spare for activations.
 
-Every result says what the step was predicted to take, at the rates that were probed before. Clipping is on and does not fire.
+Every result says what the step was predicted to take, at the rates that were probed before.
+Clipping is on and does not fire.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Predicted against measured: step seconds and peak memory of configurations that are unlike each other.
+"""Predicted against measured: step seconds and peak memory of configurations that are unlike each
+other.
 
     python -m benchmarks.prediction.reality --set gpu --ssd /mnt/a --json results.json
     python -m benchmarks.prediction.reality --set cpu --ssd /tmp/a --json results.json
 
-The machine is probed first; each configuration is then planned, predicted from the probe, and trained for a few steps. Norms are
-clipped at what no gradient has, so that clipping is on and does nothing, unless the name says something else.
+The machine is probed first; each configuration is then planned, predicted from the probe, and
+trained for a few steps. Norms are clipped at what no gradient has, so that clipping is on and does
+nothing, unless the name says something else.
 """
 
 import argparse
@@ -88,7 +90,8 @@ def parse() -> argparse.Namespace:
 def make_config(hidden: int, layers: int) -> Any:
     from transformers import LlamaConfig
 
-    # Without rounding 2048 gives 5461: rows of bf16 that begin at odd addresses, as no real model has them.
+    # Without rounding 2048 gives 5461: rows of bf16 that begin at odd addresses, as no real model
+    # has them.
     wide = -(-hidden * 8 // 3 // 128) * 128
     return LlamaConfig(hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
                        num_attention_heads=max(1, hidden // 128), num_key_value_heads=max(1, hidden // 512),

@@ -1,5 +1,5 @@
-"""Large things really trained under a cap on GPU memory: a model far larger than GPU memory and DRAM, a very long sequence,
-as many sequences in a step as fit.
+"""Large things really trained under a cap on GPU memory: a model far larger than GPU memory and
+DRAM, a very long sequence, as many sequences in a step as fit.
 
     python -m benchmarks.size.largest model --ssd /mnt/a --dram 112GiB --json results.json
     python -m benchmarks.size.largest sequence --steps 2 --dram 60GiB --json results.json

@@ -1,17 +1,19 @@
-"""Runs a command on a machine that seems to have less memory: ``python -m benchmarks.size.limit_dram 64GiB -- COMMAND ...``
+"""Runs a command on a machine that seems to have less memory: ``python -m
+benchmarks.size.limit_dram 64GiB -- COMMAND ...``
 
 Three ways, chosen by name and never by themselves:
 
-- ``huge-pages`` (the default; root): reserves huge pages until only that much is available. What is reserved is gone
-  for everybody, the page cache included, as if the modules had been pulled out. Taken from each NUMA node in proportion
-  to what it has free.
-- ``cgroup`` (root, or a writable cgroup): the command's own control group may hold that much, page cache included; the
-  rest of the machine stays as it is.
+- ``huge-pages`` (the default; root): reserves huge pages until only that much is available. What is
+  reserved is gone for everybody, the page cache included, as if the modules had been pulled out.
+  Taken from each NUMA node in proportion to what it has free.
+- ``cgroup`` (root, or a writable cgroup): the command's own control group may hold that much, page
+  cache included; the rest of the machine stays as it is.
 - ``mlock``: a process holds the rest in locked memory. Needs ``ulimit -l``, and no root.
 
-A watcher process undoes it all when the command is over, and also when this program is killed: it waits for the end of
-a pipe whose other end only this program holds. What is to be undone stands in a state file too. If the watcher is
-killed as well, ``--restore`` does its work. The command's exit status is passed on.
+A watcher process undoes it all when the command is over, and also when this program is killed: it
+waits for the end of a pipe whose other end only this program holds. What is to be undone stands in
+a state file too. If the watcher is killed as well, ``--restore`` does its work. The command's exit
+status is passed on.
 """
 
 import argparse
@@ -36,7 +38,8 @@ from ratel.units import MIB, format_bytes, parse_bytes
 
 METHODS = ("huge-pages", "cgroup", "mlock")
 TOLERANCE = 0.01
-"""Of what is to be taken: pages that a busy kernel may keep without the limit counting as missed."""
+"""The share of what is to be taken that a busy kernel may keep without the limit counting as
+missed."""
 _PR_SET_PDEATHSIG = 1
 _LOCK_BYTES = 64 * MIB
 _SMALLEST_BYTES = 256 * MIB
@@ -47,7 +50,8 @@ _SMALLEST_BYTES = 256 * MIB
 
 
 def watch(state_file: Path) -> int:
-    """In a process of its own: hold what is to be held, say so, wait until nobody needs it any more, undo."""
+    """In a process of its own: hold what is to be held, say so, wait until nobody needs it any
+    more, undo."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     state = json.loads(state_file.read_text())
@@ -84,7 +88,8 @@ def undo(state: dict[str, Any]) -> None:
 
 
 def restore(machine: Machine = Machine()) -> bool:
-    """Undo what killed programs and killed watchers left; False if there is nothing. RatelError if one is in use."""
+    """Undo what killed programs and killed watchers left; False if there is nothing. RatelError if
+    one is in use."""
     found = machine.state_files()
     in_use = [path for path in found if not _restore_one(path, machine)]
     if in_use:
@@ -114,7 +119,8 @@ def _lock_state(descriptor: int) -> bool:
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> int:
-    """The locked file's descriptor. The lock belongs to all who inherit it, and falls when the last of them is gone."""
+    """The locked file's descriptor. The lock belongs to all who inherit it, and falls when the last
+    of them is gone."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
@@ -143,7 +149,8 @@ class Limit:
 
 @contextmanager
 def limit_dram(limit_bytes: int, method: str = "huge-pages", machine: Machine = Machine()) -> Iterator[Limit]:
-    """Leave ``limit_bytes`` until the block ends, however it ends. RatelError where the method cannot be had."""
+    """Leave ``limit_bytes`` until the block ends, however it ends. RatelError where the method
+    cannot be had."""
     available = machine.available_bytes()
     take_bytes = available - limit_bytes
     if limit_bytes < _SMALLEST_BYTES or take_bytes <= 0:
@@ -171,7 +178,8 @@ def _make_group() -> Cgroup:
 
 
 def _counts(machine: Machine) -> dict[str, str]:
-    """What the counters hold, by path; refused before anything is touched where they cannot be written."""
+    """What the counters hold, by path; refused before anything is touched where they cannot be
+    written."""
     counters = machine.counters()
     closed = [str(path) for path in counters if not os.access(path, os.R_OK | os.W_OK)]
     if closed:
@@ -192,7 +200,8 @@ def _take_pages(machine: Machine, num_bytes: int) -> int:
 
 @contextmanager
 def _watcher(state_file: Path, state: dict[str, Any]) -> Iterator[subprocess.Popen]:
-    """Started before anything is taken, and the only one that gives back: one path for every ending."""
+    """Started before anything is taken, and the only one that gives back: one path for every
+    ending."""
     try:
         descriptor = _write_state(state_file, state)
     except BaseException:
@@ -216,7 +225,8 @@ def _watcher(state_file: Path, state: dict[str, Any]) -> Iterator[subprocess.Pop
 
 
 def run(command: list[str], limit_bytes: int, method: str, machine: Machine = Machine()) -> int:
-    """The command under the limit; its exit status, 128 + n after signal n, and 1 if the limit did not last."""
+    """The command under the limit; its exit status, 128 + n after signal n, and 1 if the limit did
+    not last."""
     with limit_dram(limit_bytes, method, machine) as limit:
         print(f"limit_dram: {format_bytes(limit_bytes)} for {command[0]}, {format_bytes(limit.taken_bytes)} taken away "
               f"({method}), {format_bytes(machine.available_bytes())} available", file=sys.stderr)
@@ -245,9 +255,10 @@ class _Passing:
 
 @contextmanager
 def _passing_signals() -> Iterator[_Passing]:
-    """Ctrl-C reaches the command by itself, SIGTERM is passed on, and this program waits in both cases. Not ignored but
-    handled: a command would inherit that a signal is ignored. From before there is a command, whose first word may be what
-    somebody waits for who then ends this program."""
+    """Ctrl-C reaches the command by itself, SIGTERM is passed on, and this program waits in both
+    cases. Not ignored but handled: a command would inherit that a signal is ignored. From before
+    there is a command, whose first word may be what somebody waits for who then ends this
+    program."""
     passing = _Passing()
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: passing.ask}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -3,9 +3,10 @@
     git worktree add ../before COMMIT
     python -m benchmarks.speed.before_after --before ../before --ssd /mnt/a --json benchmarks/results/MACHINE_change.json
 
-Steps are `ratel bench step`, the start is `ratel train` from a checkpoint whose files are in memory, up to the first line
-of metrics.jsonl. Every figure is a process of its own, and the checkouts take turns, so that what else the machine does
-meets both. Each checkout keeps its caches apart from the other's; what a first start finds out does not count.
+Steps are `ratel bench step`, the start is `ratel train` from a checkpoint whose files are in
+memory, up to the first line of metrics.jsonl. Every figure is a process of its own, and the
+checkouts take turns, so that what else the machine does meets both. Each checkout keeps its caches
+apart from the other's; what a first start finds out does not count.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Ratel beside DeepSpeed's ZeRO-Offload and ZeRO-Infinity, and beside training without offloading: same work, same
-machine, by turns.
+"""Ratel beside DeepSpeed's ZeRO-Offload and ZeRO-Infinity, and beside training without offloading:
+same work, same machine, by turns.
 
     python -m benchmarks.speed.compare_deepspeed --ssd /mnt/a --json benchmarks/results/MACHINE_compare.json
     python -m benchmarks.speed.compare_deepspeed --ssd /mnt/a --states ssd --budget-s 580 --json ...
 
-Every system gets the same model (Hugging Face's, gradient checkpointing), weights, tokens, learning rate, clipping
-and cap on GPU memory; each run is a process of its own. The losses are held to those of plain PyTorch with fp32
-masters in GPU memory (no cap). A second call with the same file adds to it. Needs `pip install -e .[deepspeed]` for
-DeepSpeed's rows; the others run without.
+Every system gets the same model (Hugging Face's, gradient checkpointing), weights, tokens, learning
+rate, clipping and cap on GPU memory; each run is a process of its own. The losses are held to those
+of plain PyTorch with fp32 masters in GPU memory (no cap). A second call with the same file adds to
+it. Needs `pip install -e .[deepspeed]` for DeepSpeed's rows; the others run without.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def _on_ssd(args: argparse.Namespace, work: dict[str, Any]) -> Iterator[Entry]:
     for dram in args.ssd_dram:
         yield Entry(name=f"Ratel, {dram} of DRAM and the SSD", group="ssd", limit_s=240,
                     job=Job(system="ratel", options={"dram": dram, "ssd": [folder]}, **slow))
-    # Each of its steps takes a minute here, and it has no state that the second step would be slow for.
+    # Each of its steps takes a minute here, and it has no state that the second step would be slow
+    # for.
     yield Entry(name="ZeRO-Infinity", group="ssd", limit_s=420,
                 job=Job(system="zero", options={"place": "nvme", "directory": folder}, **{**slow, "warmup": 1}))
 
@@ -113,7 +114,8 @@ def has_deepspeed() -> bool:
 
 
 def build_operators(found: bool) -> dict[str, Any]:
-    """DeepSpeed compiles its native operators on first use: before anything is timed, and only once."""
+    """DeepSpeed compiles its native operators on first use: before anything is timed, and only
+    once."""
     if not found:
         print(MISSING, flush=True)
         return {"problem": MISSING}

@@ -1,9 +1,10 @@
-"""What durability costs a step: checksums, commits in place and background copies, as ratios of one run's step time.
+"""What durability costs a step: checksums, commits in place and background copies, as ratios of one
+run's step time.
 
     python -m benchmarks.speed.durable --layers 12 --ssd /mnt/a --out /mnt/a/out --json results.json
 
-Each way of working trains the same Llama-shaped model with all states on SSD (and once in DRAM); ways take turns, so that a
-machine that slows down slows them alike.
+Each way of working trains the same Llama-shaped model with all states on SSD (and once in DRAM);
+ways take turns, so that a machine that slows down slows them alike.
 """
 
 import argparse
@@ -72,7 +73,8 @@ def opened(args: argparse.Namespace, way: str) -> Iterator[Session]:
 
 
 def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
-    """Seconds of each measured step; the first step, which reads everything once more, is left out."""
+    """Seconds of each measured step; the first step, which reads everything once more, is left
+    out."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
     seconds: list[float] = []
     with opened(args, way) as session:

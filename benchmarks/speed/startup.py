@@ -1,12 +1,13 @@
-"""Seconds from a command to its first step, for a checkpoint that no cache holds, against reading it at the disk's
-rate.
+"""Seconds from a command to its first step, for a checkpoint that no cache holds, against reading
+it at the disk's rate.
 
     python -m benchmarks.speed.startup --ssd /mnt/a --json benchmarks/results/MACHINE_startup.json
 
-A Hugging Face checkpoint with random weights is written to the disk and dropped from the page cache before each run.
-Each run is `ratel train` in a new process, seen from outside: what counts is when OUT/metrics.jsonl gets its first
-line. *first run*: nothing is known about the machine and no kernel compiled; its rates are measured first. *known
-machine*: as every later run, again on cold files. *cached*: files in memory.
+A Hugging Face checkpoint with random weights is written to the disk and dropped from the page cache
+before each run. Each run is `ratel train` in a new process, seen from outside: what counts is when
+OUT/metrics.jsonl gets its first line. *first run*: nothing is known about the machine and no kernel
+compiled; its rates are measured first. *known machine*: as every later run, again on cold files.
+*cached*: files in memory.
 """
 
 import argparse
@@ -101,8 +102,8 @@ def drop_from_cache(files: list[Path]) -> None:
 
 
 def read_bps(files: list[Path]) -> float:
-    """Of one file after the other with O_DIRECT, whole MiB of each, by the faster of two loops: 1 MiB requests, 32 in
-    flight."""
+    """Bytes/s of reading one file after the other with O_DIRECT, whole MiB of each, by the faster
+    of two loops: 1 MiB requests, 32 in flight."""
     rates = []
     for method in ("io_uring", "threads"):
         moved, seconds = 0, 0.0
@@ -183,8 +184,9 @@ def _run(args: argparse.Namespace, root: Path, clock: Clock) -> dict[str, Any]:
     command = [sys.executable, "-m", "ratel", "train", "--model", str(root / "model"), "--out", str(out), "--steps", "3",
                "--batch-size", str(args.batch), "--seq-len", str(args.seq_len), "--device", args.device, *budgets,
                "--eval-fraction", "0", "--no-export"]
-    # Caches of its own: what earlier commands found out about the machine, or compiled, must not shorten the first run. Python's
-    # bytecode is among them, as wherever packages were installed by hand; some containers come without, and write none.
+    # Caches of its own: what earlier commands found out about the machine, or compiled, must not
+    # shorten the first run. Python's bytecode is among them, as wherever packages were installed by
+    # hand; some containers come without, and write none.
     caches = {"XDG_CACHE_HOME": str(root / "cache"), "TRITON_CACHE_DIR": str(root / "cache" / "triton"),
               "PYTHONPYCACHEPREFIX": str(root / "cache" / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     return time_run(command, out, caches, min(LIMIT_S, clock.left_s))

@@ -1,4 +1,5 @@
-"""Steps of the 3.0 B Llama shape under budgets, one JSON object per configuration (what `ratel bench step` runs).
+"""Steps of the 3.0 B Llama shape under budgets, one JSON object per configuration (what `ratel
+bench step` runs).
 
     python -m benchmarks.speed.step --batch 8 32 --clip 1e9 0.01 --gpu-memory 24GiB --json results.json
 """

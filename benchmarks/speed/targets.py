@@ -1,4 +1,5 @@
-"""How near whole steps come to what the machine allows, in the situations that the project promises something for.
+"""How near whole steps come to what the machine allows, in the situations that the project promises
+something for.
 
     python -m benchmarks.speed.targets ssd --ssd /mnt/a --ram-disk /dev/shm/a --json benchmarks/results/MACHINE_ssd.json
     python -m benchmarks.speed.targets dram47 --ssd /mnt/a --compare ...MACHINE_compare.json --json ...MACHINE_dram47.json
@@ -6,12 +7,13 @@
     python -m benchmarks.speed.targets shapes --ssd /mnt/a --json ...MACHINE_shapes.json
     python -m benchmarks.speed.targets sustained --json ...MACHINE_sustained.json
 
-*ssd*: states on SSD, against the bytes of a step over the rate of a plain O_DIRECT loop just before and after; also
-with the disk slowed down, and with a RAM disk slowed down to what faster disks do. *dram47*: with the DRAM that
-ZeRO-Infinity took. *curve*: tokens/s over batch sizes beside the prediction. *shapes*: other models and mixes of
-tiers. *sustained*: many steps, twice: drift of time and memory, equal losses. Points that the time budget
-(--budget-s) leaves no time for are in the results with that as their error. A second call with the same file adds to
-it (--only: cases by their number).
+*ssd*: states on SSD, against the bytes of a step over the rate of a plain O_DIRECT loop just before
+and after; also with the disk slowed down, and with a RAM disk slowed down to what faster disks do.
+*dram47*: with the DRAM that ZeRO-Infinity took. *curve*: tokens/s over batch sizes beside the
+prediction. *shapes*: other models and mixes of tiers. *sustained*: many steps, twice: drift of time
+and memory, equal losses. Points that the time budget (--budget-s) leaves no time for are in the
+results with that as their error. A second call with the same file adds to it (--only: cases by
+their number).
 """
 
 import argparse
@@ -77,7 +79,8 @@ def ratel_job(args: argparse.Namespace, model: Any = None, *, batches: tuple[int
 
 
 def ssd_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """The first two steps of a session find planes in DRAM that later ones do not, so three do not count."""
+    """The first two steps of a session find planes in DRAM that later ones do not, so three do not
+    count."""
     places = [("disk", args.ssd, None), ("RAM disk", args.ram_disk, "3.2GB/s"), ("RAM disk", args.ram_disk, "6.4GB/s"),
               ("disk", args.ssd, "0.8GB/s")]
     for name, directory, cap in places:

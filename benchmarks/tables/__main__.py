@@ -1,4 +1,5 @@
-"""`python -m benchmarks.tables` writes evaluation_data.md, its pictures and README's tables anew; --check writes nothing."""
+"""`python -m benchmarks.tables` writes evaluation_data.md, its pictures and README's tables anew;
+--check writes nothing."""
 
 import argparse
 import sys

@@ -1,5 +1,5 @@
-"""What the runs of compare_deepspeed.py say: medians over rounds, ratios to the floor of the same rounds, equal
-losses."""
+"""What the runs of compare_deepspeed.py say: medians over rounds, ratios to the floor of the same
+rounds, equal losses."""
 
 import statistics
 from collections.abc import Iterable
@@ -10,17 +10,18 @@ from ratel.units import GIB
 
 REFERENCE, FLOOR = "in GPU memory, fp32 states", "in GPU memory"
 FIRST_WITHIN, LATER_WITHIN = 2.0**-12, 2.0**-10
-"""Of the loss. The first one is a mean over thousands of tokens whose logits are rounded to bf16 (2^-9 of values up
-to 4), so that equal weights give it to 2^-16; a sixteenth of the rounding unit would show weights or tokens that
-differ. Later ones come after updates in which AdamW turns gradients near zero, whose rounding depends on the order of
-sums, into steps of full size."""
+"""The relative differences that losses may have. The first loss is a mean over thousands of tokens
+whose logits are rounded to bf16 (2^-9 of values up to 4), so that equal weights give it to 2^-16; a
+sixteenth of the rounding unit would show weights or tokens that differ. Later ones come after
+updates in which AdamW turns gradients near zero, whose rounding depends on the order of sums, into
+steps of full size."""
 
 Point = dict[str, Any]
 
 
 def loss_checks(points: Iterable[Point]) -> list[dict[str, Any]]:
-    """Each run against the reference of the same batch size and clipping, as far as both went; states in bf16 only at
-    the first."""
+    """Each run against the reference of the same batch size and clipping, as far as both went;
+    states in bf16 only at the first."""
     points = [point for point in points if "losses" in point]
     references = {_work(point): point["losses"] for point in points if point["name"] == REFERENCE}
     checks = []
@@ -37,8 +38,8 @@ def loss_checks(points: Iterable[Point]) -> list[dict[str, Any]]:
 
 
 def compare_lines(points: list[Point]) -> list[str]:
-    """A table in Markdown. A system that failed in every round has its error in the place of numbers; what a time budget
-    left no room for is left out."""
+    """A table in Markdown. A system that failed in every round has its error in the place of
+    numbers; what a time budget left no room for is left out."""
     points = [point for point in points if point.get("error") != NOT_BEGUN]
     lines = ["| batch | clipping | system | s/step | range | tokens/s | TFLOP/s | to the floor | of its bound | GPU peak "
              "| DRAM peak | SSD read + written per step | start s | losses |", "|" + "---|" * 14]

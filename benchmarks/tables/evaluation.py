@@ -1,4 +1,5 @@
-"""Writes evaluation_data.md from the JSON files in benchmarks/results: no figure in it was typed by hand.
+"""Writes evaluation_data.md from the JSON files in benchmarks/results: no figure in it was typed by
+hand.
 
     python -m benchmarks.tables            rewrite evaluation_data.md, its pictures (needs matplotlib) and README's tables
     python -m benchmarks.tables --check    exit 1 if one of the pages is not up to date

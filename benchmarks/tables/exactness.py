@@ -1,4 +1,5 @@
-"""Whether the same work has the same bits, and whether Ratel trains as transformers' Trainer does."""
+"""Whether the same work has the same bits, and whether Ratel trains as transformers' Trainer
+does."""
 
 from typing import Any
 

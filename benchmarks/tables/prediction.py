@@ -14,7 +14,8 @@ PAPER_INTRODUCTION = (
 
 
 def reality_lines(report: dict[str, Any]) -> list[str]:
-    """Predictions beside measurements. Peaks are what PyTorch reserved and what the process had resident."""
+    """Predictions beside measurements. Peaks are what PyTorch reserved and what the process had
+    resident."""
     return [f"The machine was probed first. {report.get('note', '')}\"of planned\" is the measured peak over the plan's.", "",
             REALITY_HEAD, "|" + "---|" * 11, *map(_reality_row, report["results"])]
 
@@ -48,7 +49,8 @@ def _pays_row(case: str, way: str, r: dict[str, Any]) -> str:
 
 
 def paper_lines(result: dict[str, Any]) -> list[str]:
-    """Figures of another system as its paper gives them, beside the cost model's for the same system and for Ratel."""
+    """Figures of another system as its paper gives them, beside the cost model's for the same
+    system and for Ratel."""
     lines = [PAPER_INTRODUCTION, "", f"Mean error {result['mean_error']:.1%}; {result['sizes_met']} of {result['sizes']} model sizes met.",
              "", "| figure | case | unit | paper | model | error | Ratel, eager | Ratel, deferred | not counted because |",
              "|---|---|---|---|---|---|---|---|---|"]

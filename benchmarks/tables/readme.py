@@ -1,4 +1,5 @@
-"""The two tables of README.md: what fits, from `ratel plan` lines, and how fast it is, from benchmarks/results.
+"""The two tables of README.md: what fits, from `ratel plan` lines, and how fast it is, from
+benchmarks/results.
 
     python -m benchmarks.tables writes them between their marks, and the rest of the page as it is.
 """
@@ -26,7 +27,8 @@ PLANS = (
     "--model qwen3-32b --hardware 5090 --dram 128GiB --ssds 2 --batch-size 32",
     "--model llama-70b --hardware 4090 --dram 128GiB --ssds 4 --batch-size 32",
 )
-"""Machines that are described in ratel/planner/machines: a plan for one of them needs no GPU and comes out the same everywhere."""
+"""Machines that are described in ratel/planner/machines: a plan for one of them needs no GPU and
+comes out the same everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

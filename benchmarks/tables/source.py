@@ -1,4 +1,5 @@
-"""Where figures come from: machine, PyTorch, commit and command of a file under benchmarks/results."""
+"""Where figures come from: machine, PyTorch, commit and command of a file under
+benchmarks/results."""
 
 from typing import Any
 

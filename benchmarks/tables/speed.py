@@ -1,4 +1,5 @@
-"""What a step takes: tables of single steps (`speed.step`) and of what saving adds. target_tables.py has the other measurements of speed."""
+"""What a step takes: tables of single steps (`speed.step`) and of what saving adds.
+target_tables.py has the other measurements of speed."""
 
 from typing import Any
 

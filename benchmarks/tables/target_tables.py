@@ -122,8 +122,8 @@ def _shapes(content: Content) -> list[str]:
 
 
 def drift(point: Point) -> dict[str, float]:
-    """Of a long run, after its warm-up: medians of the first and the last quarter, slope per 100 steps over the
-    median, growth of memory in bytes since the tenth step."""
+    """What a long run shows after its warm-up: medians of the first and the last quarter, slope per
+    100 steps over the median, growth of memory in bytes since the tenth step."""
     seconds = point["all_steps_s"][point["warmup"] :]
     quarter, middle = max(1, len(seconds) // 4), statistics.median(seconds)
     steps = range(len(seconds))

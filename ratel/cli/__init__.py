@@ -1,6 +1,7 @@
 """The command line: one module per command, each with ``add(commands)``.
 
-Heavy imports stay inside the functions that run a command, so that ``--help`` and mistakes in flags answer at once.
+Heavy imports stay inside the functions that run a command, so that ``--help`` and mistakes in flags
+answer at once.
 """
 
 import argparse
@@ -28,7 +29,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status says whose turn it is: 0 nobody's, 1 the program's, 2 the user's."""
+    """Run one command; the exit status says whose turn it is: 0 nobody's, 1 the program's, 2 the
+    user's."""
     if argv is not None:
         return _main(argv)
     output, _ = process.begin()

@@ -1,4 +1,5 @@
-"""``ratel bench``: how near the parts come to what the machine allows. Progress goes to stderr, results to stdout."""
+"""``ratel bench``: how near the parts come to what the machine allows. Progress goes to stderr,
+results to stdout."""
 
 import argparse
 import json

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SIZE_INCHES = (11.0, 6.5)
 CHARACTERS = 150
-"""Of the small print, across the whole width of a bar."""
+"""How many characters of the small print fit across the whole width of a bar."""
 
 
 def check_can_draw(path: Path) -> None:
@@ -30,7 +30,8 @@ def check_can_draw(path: Path) -> None:
 
 
 def draw(report: "Report", path: Path) -> None:
-    """Write the picture; the suffix of ``path`` decides about its format. `check_can_draw` has been asked."""
+    """Write the picture; the suffix of ``path`` decides about its format. `check_can_draw` has been
+    asked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")

@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """What imports make stays: half a million objects, among which the collector of garbage would look again and again (0.7 of
-    4 s), and whenever it is due while the run goes on. In a process that has more to do than this run it is left alone."""
+    """What imports make stays: half a million objects, among which the collector of garbage would
+    look again and again (0.7 of 4 s), and whenever it is due while the run goes on. In a process
+    that has more to do than this run it is left alone."""
     if "torch" in sys.modules:
         yield
         return
@@ -64,8 +65,9 @@ def _nothing_collected() -> Iterator[None]:
 
 @contextmanager
 def _passed_over(*packages: str) -> Iterator[None]:
-    """They count as not installed. transformers imports what it finds of them, for assisted generation, object detection and images:
-    a third of its time on a machine that has all three. Afterwards they can be imported as ever."""
+    """They count as not installed. transformers imports what it finds of them, for assisted
+    generation, object detection and images: a third of its time on a machine that has all three.
+    Afterwards they can be imported as ever."""
     packages = tuple(name for name in packages if name not in sys.modules)
     sys.modules.update(dict.fromkeys(packages))  # None there is Python's own sign for a module that must not be found
     try:

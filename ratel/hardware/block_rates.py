@@ -1,4 +1,5 @@
-"""How fast the device runs transformer blocks: seconds by rows of a micro-batch, and the curve through them."""
+"""How fast the device runs transformer blocks: seconds by rows of a micro-batch, and the curve
+through them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,19 +13,22 @@ from ratel.models import Parts
 from ratel.planner.shape import UnitSpec
 
 BlockSeconds = tuple[tuple[int, float, float], ...]
-"""As ``BlockProfile.seconds``: ``(rows, forward, backward with everything recomputed)``, by rows."""
+"""As ``BlockProfile.seconds``: ``(rows, forward, backward with everything recomputed)``, by
+rows."""
 
 WEIGHT_SCALE = 0.02
-"""As models are initialised. Zeros would draw less power, and so run at a higher clock than training does."""
+"""As models are initialised. Zeros would draw less power, and so run at a higher clock than
+training does."""
 
 
 def measure_block(parts: Parts, batches: Sequence[tuple[int, Any]], device: torch.device, *, block: int | None = None,
                   limit_s: float = 1.0) -> BlockSeconds:
-    """Seconds of one block at several numbers of rows: forward alone, and backward with the block run once more.
+    """Seconds of one block at several numbers of rows: forward alone, and backward with the block
+    run once more.
 
-    ``batches`` are ``(rows, batch on the device)`` with growing rows; ``block`` is by default the largest one. Weights
-    are random. ``limit_s`` is what each of the two may take for one batch. Sizes that do not fit are left out, as long
-    as one does; else torch.OutOfMemoryError.
+    ``batches`` are ``(rows, batch on the device)`` with growing rows; ``block`` is by default the
+    largest one. Weights are random. ``limit_s`` is what each of the two may take for one batch.
+    Sizes that do not fit are left out, as long as one does; else torch.OutOfMemoryError.
     """
     block = largest_block(parts) if block is None else block
     points: list[tuple[int, float, float]] = []
@@ -40,7 +44,7 @@ def measure_block(parts: Parts, batches: Sequence[tuple[int, Any]], device: torc
 
 
 def forward_flops(parts: Parts, batch: Any, device: torch.device, block: int | None = None) -> float:
-    """Of the block on the whole batch; a multiply and an add count as two."""
+    """FLOPs of the block's forward pass on the whole batch; a multiply and an add count as two."""
     block = largest_block(parts) if block is None else block
     with attached(parts, block, device, torch.zeros), _generators_restored(device), torch.no_grad():
         hidden, inputs = parts.head(batch)
@@ -50,7 +54,8 @@ def forward_flops(parts: Parts, batch: Any, device: torch.device, block: int | N
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """QK' and PV. PyTorch's own formula refuses query heads that share keys and values; a causal mask is not taken off."""
+    """QK' and PV. PyTorch's own formula refuses query heads that share keys and values; a causal
+    mask is not taken off."""
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
 
@@ -64,10 +69,12 @@ def largest_block(parts: Parts) -> int:
 
 
 def fit_saturation(points: Sequence[tuple[float, float]], flops_per_token: float) -> tuple[float, float]:
-    """FLOP/s that many tokens attain, and the tokens that attain half of it, from ``(tokens, seconds)``.
+    """FLOP/s that many tokens attain, and the tokens that attain half of it, from ``(tokens,
+    seconds)``.
 
-    The line ``seconds = a (tokens + half)`` with the least relative errors, so that small micro-batches count as much
-    as large ones. A fit with less than no time for no tokens is noise, and becomes a line through the origin.
+    The line ``seconds = a (tokens + half)`` with the least relative errors, so that small
+    micro-batches count as much as large ones. A fit with less than no time for no tokens is noise,
+    and becomes a line through the origin.
     """
     xx, x, n, xy, y = (sum(f(t, s) / s**2 for t, s in points) for f in (
         lambda t, s: t * t, lambda t, s: t, lambda t, s: 1.0, lambda t, s: t * s, lambda t, s: s))

@@ -1,4 +1,5 @@
-"""What memory and the link between host and device carry. On a CPU device copies are copies within memory."""
+"""What memory and the link between host and device carry. On a CPU device copies are copies within
+memory."""
 
 from typing import Any
 
@@ -11,11 +12,13 @@ from ratel.memory.jobs import Crew
 from ratel.memory.lanes import Lanes
 
 TRIAD_BYTES, RESCALE_BYTES = 12, 8
-"""DRAM traffic of an element: two read and one written; one read and written. Both use streaming or in-place stores."""
+"""DRAM traffic of an element: two read and one written; one read and written. Both use streaming or
+in-place stores."""
 
 
 def measure_dram(pool: Any, num_bytes: int, limit_s: float) -> float:
-    """Bytes/s of reads and writes together over three arrays of ``num_bytes`` in all; the best of three patterns."""
+    """Bytes/s of reads and writes together over three arrays of ``num_bytes`` in all; the best of
+    three patterns."""
     count = num_bytes // 12
     a, b, c = (native.op_ds.bench.Buffer(pool, 4 * count) for _ in range(3))
     patterns = {
@@ -27,7 +30,8 @@ def measure_dram(pool: Any, num_bytes: int, limit_s: float) -> float:
 
 
 class Link:
-    """Copies between an arena, pinned as in training, and the device; one lane for each direction."""
+    """Copies between an arena, pinned as in training, and the device; one lane for each
+    direction."""
 
     def __init__(self, device: torch.device, pool: Any, num_bytes: int) -> None:
         self._num_bytes = num_bytes
@@ -54,7 +58,8 @@ class Link:
             done.result()
 
     def both_to_the_end(self) -> None:
-        """For a thread that keeps the link busy: without waiting it would queue copies without end."""
+        """For a thread that keeps the link busy: without waiting it would queue copies without
+        end."""
         self.both()
         self._lanes.synchronize()
 

@@ -12,7 +12,8 @@ log = logging.getLogger(__name__)
 
 
 def require_device(device: "str | torch.device" = "auto") -> torch.device:
-    """The device asked for, or why it cannot be had. ``auto`` takes a CUDA device where there is one."""
+    """The device asked for, or why it cannot be had. ``auto`` takes a CUDA device where there is
+    one."""
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -39,8 +40,8 @@ def _require_cuda(wanted: torch.device) -> torch.device:
 
 
 def choose_dtype(device: torch.device) -> str:
-    """``bf16`` where it is the faster one. Without bf16 instructions a processor emulates it, tens of times slower than
-    fp32 on AVX2."""
+    """``bf16`` where it is the faster one. Without bf16 instructions a processor emulates it, tens
+    of times slower than fp32 on AVX2."""
     has_bf16 = {"avx512_bf16", "amx_bf16"} & set(describe_cpu()["isa"])
     return "bf16" if device.type == "cuda" or has_bf16 else "fp32"
 
@@ -48,8 +49,8 @@ def choose_dtype(device: torch.device) -> str:
 def avoid_fragmentation() -> None:
     """Let PyTorch's allocator grow its segments instead of adding others that nothing fits into.
 
-    With 22 of 24 GiB in use, 2 GiB lay in pieces too small for 256 MiB. Where it cannot be set (older versions, platforms
-    without virtual memory management) the plan's slack has to do.
+    With 22 of 24 GiB in use, 2 GiB lay in pieces too small for 256 MiB. Where it cannot be set
+    (older versions, platforms without virtual memory management) the plan's slack has to do.
     """
     setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # its older name warns from torch 2.10 on
     setter = setter or getattr(torch.cuda.memory, "_set_allocator_settings", None)
@@ -70,6 +71,7 @@ def why_no_cuda() -> str | None:
 
 
 def quiet_first_product() -> None:
-    """Autograd runs on a thread of its own, whose first product finds no CUDA context there and takes the device's: nothing
-    that a user could do about, so PyTorch's warning about it is not shown."""
+    """Autograd runs on a thread of its own, whose first product finds no CUDA context there and
+    takes the device's: nothing that a user could do about, so PyTorch's warning about it is not
+    shown."""
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")

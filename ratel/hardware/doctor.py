@@ -77,7 +77,8 @@ def _measure(report: dict[str, Any]) -> None:
 
 
 def existing(path: str) -> str:
-    """Who examines a machine leaves it as it is: a directory that is not there is a mistake, not a place to make."""
+    """Who examines a machine leaves it as it is: a directory that is not there is a mistake, not a
+    place to make."""
     if not os.path.isdir(path):
         raise RatelError("is not a directory", field="--ssd", value=path, remedy="Make it, or give the one that you mean")
     return path

@@ -1,4 +1,5 @@
-"""Limits that the kernel sets on this process's control group: what a container or a scheduler leaves of a machine."""
+"""Limits that the kernel sets on this process's control group: what a container or a scheduler
+leaves of a machine."""
 
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def cpu_quota(root: Path = _ROOT, membership: Path = Path("/proc/self/cgroup")) 
 
 
 def _memory(root: Path, membership: Path) -> list[tuple[int, int]]:
-    """(limit, used) of each limiting group, without the page cache, which is given back when memory is asked for."""
+    """(limit, used) of each limiting group, without the page cache, which is given back when memory
+    is asked for."""
     pairs = []
     for group in _groups(root, membership, "memory"):
         limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
@@ -45,7 +47,8 @@ def _file_cache(group: Path) -> int:
 
 
 def _groups(root: Path, membership: Path, controller: str) -> list[Path]:
-    """Directories of this process's group and those above it, in version 2 and version 1 hierarchies."""
+    """Directories of this process's group and those above it, in version 2 and version 1
+    hierarchies."""
     found: list[Path] = []
     for line in read_text(membership).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -53,7 +56,8 @@ def _groups(root: Path, membership: Path, controller: str) -> list[Path]:
             continue
         base = root / controller if controllers else root
         own = base / path.lstrip("/")
-        # Inside a container the path can be the host's, which is not mounted there: the mount itself is the group.
+        # Inside a container the path can be the host's, which is not mounted there: the mount
+        # itself is the group.
         found.extend([own, *(p for p in own.parents if p.is_relative_to(base))] if own.is_dir() else [base])
     return found
 

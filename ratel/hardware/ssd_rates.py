@@ -1,4 +1,5 @@
-"""What SSDs carry past every cache of the host: through the I/O engine, with O_DIRECT, as training moves data."""
+"""What SSDs carry past every cache of the host: through the I/O engine, with O_DIRECT, as training
+moves data."""
 
 import os
 from contextlib import ExitStack
@@ -13,16 +14,18 @@ from ratel.units import MIB, align_up
 
 TICKET_BYTES = 16 * MIB
 _FIRST_LOOK = 4
-"""A rate is first taken over this fraction of the file, to know how much to move in the time given."""
+"""A rate is first taken over this fraction of the file, to know how much to move in the time
+given."""
 _SUM_IS_LIMITED = 0.9
-"""Of the drives' own rates. Below that something that they share is the limit, not noise."""
+"""Below this share of the drives' own rates something that they share is the limit, not noise."""
 
 
 def measure_ssds(directories: tuple[str, ...], file_bytes: int, limit_s: float) -> tuple[tuple[Ssd, ...], float | None]:
     """Rates of each directory alone, and of all together where that is less than their sum.
 
-    ``file_bytes`` are written in each one first, and removed. ``limit_s``: seconds of each of three patterns. Raises
-    RatelError for a directory that cannot be written, has no space, or no O_DIRECT.
+    ``file_bytes`` are written in each one first, and removed. ``limit_s``: seconds of each of three
+    patterns. Raises RatelError for a directory that cannot be written, has no space, or no
+    O_DIRECT.
     """
     with ExitStack() as stack:
         drives = [_open(stack, directory, file_bytes) for directory in directories]
@@ -57,7 +60,8 @@ def _whole_tickets(num_bytes: float) -> int:
 
 
 def _shared_limit(drives: list[Any], ssds: tuple[Ssd, ...], limit_s: float) -> float | None:
-    """Each drive gets what it moves alone in the time given; together they take longer if they share a limit."""
+    """Each drive gets what it moves alone in the time given; together they take longer if they
+    share a limit."""
     amounts = [_whole_tickets(ssd.mixed_bps * limit_s) for ssd in ssds]
     with crew(len(drives), "ratel-drives") as threads:
         seconds = list(threads.map(lambda pair: pair[0].run("mixed", pair[1]), zip(drives, amounts)))

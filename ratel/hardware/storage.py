@@ -44,7 +44,8 @@ def require_directory(path: str) -> Path:
 
 
 def supports_direct(directory: Path) -> bool:
-    """Whether the file system takes O_DIRECT writes: some accept the flag at open and refuse the transfer."""
+    """Whether the file system takes O_DIRECT writes: some accept the flag at open and refuse the
+    transfer."""
     descriptor, name = tempfile.mkstemp(dir=directory)
     os.close(descriptor)
     try:

@@ -15,11 +15,12 @@ def median_seconds(action: Callable[[], object], *, limit_s: float, settle: Call
                    between: Callable[[], object] | None = None) -> float:
     """Seconds of one call among many; ``settle`` waits for what the calls have started.
 
-    Calls of a group follow each other without waiting, as in training, where the next kernel is launched while the last
-    one runs. With ``between`` each call is timed by itself, after a call of that. The first call warms up and does not
-    count. If the second takes ``limit_s`` by itself, it is the result;
-    else at least two groups are timed, and then until ``limit_s``. The result is the median over the later half of them: a
-    GPU takes a moment to reach its power limit, and from then on its clock is lower (an H200's by a tenth to a sixth).
+    Calls of a group follow each other without waiting, as in training, where the next kernel is
+    launched while the last one runs. With ``between`` each call is timed by itself, after a call of
+    that. The first call warms up and does not count. If the second takes ``limit_s`` by itself, it
+    is the result; else at least two groups are timed, and then until ``limit_s``. The result is the
+    median over the later half of them: a GPU takes a moment to reach its power limit, and from then
+    on its clock is lower (an H200's by a tenth to a sixth).
     """
     action()
     settle()
@@ -37,8 +38,8 @@ def median_seconds(action: Callable[[], object], *, limit_s: float, settle: Call
 
 
 def launch_seconds(action: Callable[[], object], *, settle: Callable[[], object]) -> float:
-    """Seconds of the processor for one call that gives a device work: the median over pairs of calls that nothing waits
-    for. Two calls in a row, so that a device's queue has room for both."""
+    """Seconds of the processor for one call that gives a device work: the median over pairs of
+    calls that nothing waits for. Two calls in a row, so that a device's queue has room for both."""
     found = []
     for _ in range(_LAUNCHES):
         settle()
@@ -60,7 +61,8 @@ def _group_seconds(action: Callable[[], object], calls: int, settle: Callable[[]
 
 @contextmanager
 def repeated_beside(action: Callable[[], object]) -> Iterator[None]:
-    """``action`` runs again and again in a thread of its own while the block runs; its error is raised at the end."""
+    """``action`` runs again and again in a thread of its own while the block runs; its error is
+    raised at the end."""
     over, failures = threading.Event(), []
 
     def repeat() -> None:

@@ -40,7 +40,7 @@ def touch(pool: "native.op_ds.Pool", region: mmap.mmap, begin: int, num_bytes: i
 
 
 def region_bytes(num_bytes: int) -> int:
-    """Of address space for an arena of this size, which begins at a huge page."""
+    """Bytes of address space for an arena of this size, which begins at a huge page."""
     return align_up(max(num_bytes, PAGE_BYTES), PAGE_BYTES) + HUGE_PAGE_BYTES
 
 

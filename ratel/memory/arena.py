@@ -1,13 +1,14 @@
 """One pinned region of host memory, reserved up front and laid out once.
 
-Anonymous memory (transparent huge pages where the kernel gives them), touched by several threads, then registered with
-CUDA. The kernel clears 4 to 5 GB/s, so a thread of the arena's own does both while its parts are handed out
-and filled: fresh memory is zero, and whoever writes to a page first maps it. Registering own memory is exact to the page,
-where a caching pinned allocator rounds each request up to a power of two, and several times faster than asking CUDA for
-pinned memory.
+Anonymous memory (transparent huge pages where the kernel gives them), touched by several threads,
+then registered with CUDA. The kernel clears 4 to 5 GB/s, so a thread of the arena's own does both
+while its parts are handed out and filled: fresh memory is zero, and whoever writes to a page first
+maps it. Registering own memory is exact to the page, where a caching pinned allocator rounds each
+request up to a power of two, and several times faster than asking CUDA for pinned memory.
 
-Some drivers register no region of 512 GiB or more, so it is done in pieces of 64 GiB at most. A copy's host memory must lie in
-one registered region: pieces end where parts do, and no copy is of more than a part.
+Some drivers register no region of 512 GiB or more, so it is done in pieces of 64 GiB at most. A
+copy's host memory must lie in one registered region: pieces end where parts do, and no copy is of
+more than a part.
 """
 
 import threading
@@ -24,9 +25,11 @@ from ratel.units import align_up, format_bytes
 
 
 class Arena:
-    """Hands out parts of the region until it is used up; parts live as long as the arena, and begin as zeros.
+    """Hands out parts of the region until it is used up; parts live as long as the arena, and begin
+    as zeros.
 
-    They can be used at once. Only after ``settle`` is their memory there for certain, and pinned if ``pin``.
+    They can be used at once. Only after ``settle`` is their memory there for certain, and pinned if
+    ``pin``.
     """
 
     def __init__(self, num_bytes: int, *, pin: bool, pool: "native.op_ds.Pool", memory: Taken | None = None) -> None:
@@ -37,7 +40,7 @@ class Arena:
         skip = arena_in(self._map)[0] - whole.data_ptr()
         self._bytes = whole[skip : skip + self.num_bytes]
         self._ends: list[int] = []
-        """Of the parts handed out."""
+        """Where each of the parts that were handed out ends."""
         self._is_laid_out = threading.Event()
         self._pinned_at: list[int] = [self.address] if memory is not None and memory.is_pinned else []
         self._given_up = threading.Event()
@@ -107,7 +110,8 @@ class Arena:
         self._pinned_at = pinned
 
     def abandon(self) -> None:
-        """Instead of ``close``, where transfers are not known to be over: the memory stays as it is."""
+        """Instead of ``close``, where transfers are not known to be over: the memory stays as it
+        is."""
         self._give_up()
         keep_mapped(self)
 
@@ -133,7 +137,8 @@ _never_freed: list[object] = []
 
 
 def pinned_pieces(ends: Sequence[int], num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of what is pinned together: as many parts, which end at ``ends``, as may be; a larger one by itself."""
+    """Begin and end of what is pinned together: as many parts, which end at ``ends``, as may be; a
+    larger one by itself."""
     begin = last = 0
     if num_bytes > MOST_PINNED_BYTES:
         for end in ends:

@@ -1,7 +1,7 @@
 """One lock, one failure, one end for all threads of a session.
 
-Every blocking wait in the runtime goes through an Exchange, so that the first error of any thread, or the close of the
-session, wakes every waiter with that error instead of leaving it asleep.
+Every blocking wait in the runtime goes through an Exchange, so that the first error of any thread,
+or the close of the session, wakes every waiter with that error instead of leaving it asleep.
 """
 
 import threading
@@ -39,9 +39,11 @@ class Exchange:
         return condition
 
     def wait_for(self, condition: threading.Condition, ready: Callable[[], bool], cause: str = "", name: str = "") -> None:
-        """Block until ``ready()``; raises if a thread has failed or the session was closed. The lock is held.
+        """Block until ``ready()``; raises if a thread has failed or the session was closed. The
+        lock is held.
 
-        ``cause`` and ``name`` say in a trace what for; without them the thread just has nothing to do.
+        ``cause`` and ``name`` say in a trace what for; without them the thread just has nothing to
+        do.
         """
         if not ready():
             poll_s = interrupt.POLL_S if threading.current_thread() is threading.main_thread() else None
@@ -53,7 +55,8 @@ class Exchange:
         self.check()
 
     def check(self) -> None:
-        """Raise what a background thread failed with, as a new error whose cause is the original."""
+        """Raise what a background thread failed with, as a new error whose cause is the
+        original."""
         if isinstance(self._failure, NonFiniteError):
             raise NonFiniteError(str(self._failure)) from self._failure
         if self._failure is not None:
@@ -68,8 +71,9 @@ class Exchange:
             self._wake_all()
 
     def close(self) -> None:
-        """Whoever does this is not in the middle of anything: if the lock is this thread's, an exception that came between two
-        lines has left it so, and everybody else would wait for it for ever."""
+        """Whoever does this is not in the middle of anything: if the lock is this thread's, an
+        exception that came between two lines has left it so, and everybody else would wait for it
+        for ever."""
         with suppress(RuntimeError):
             while True:
                 self.lock.release()
@@ -120,7 +124,8 @@ def join_all(workers: "Iterable[Worker]", timeout_s: float) -> bool:
 
 
 class Mailbox:
-    """A queue between two threads of one session; ``take`` blocks until there is something or the session ends."""
+    """A queue between two threads of one session; ``take`` blocks until there is something or the
+    session ends."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange

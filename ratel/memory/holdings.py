@@ -1,7 +1,9 @@
-"""What a session has taken of the machine: threads, an engine with its files, memory. Given back once, by whoever comes to it.
+"""What a session has taken of the machine: threads, an engine with its files, memory. Given back
+once, by whoever comes to it.
 
-Held apart from the session's parts, so that it can be given back when these are dropped, or the interpreter ends, with nobody having
-closed them: an exception of a signal may come between any two lines of the program that uses a session.
+Held apart from the session's parts, so that it can be given back when these are dropped, or the
+interpreter ends, with nobody having closed them: an exception of a signal may come between any two
+lines of the program that uses a session.
 """
 
 import os
@@ -14,7 +16,8 @@ from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 
 _PATIENCE_S = 60.0
-"""For threads that were told to end. They hold what they work on; memory stays mapped where one does not."""
+"""For threads that were told to end. They hold what they work on; memory stays mapped where one
+does not."""
 
 
 class Joinable(Protocol):
@@ -32,8 +35,8 @@ class Holdings:
         self._process = os.getpid()
 
     def close(self) -> None:
-        """End the threads, then the engine, then the memory. Can be called again where it was interrupted. A child that was
-        forked has none of the threads, and nothing here is its own.
+        """End the threads, then the engine, then the memory. Can be called again where it was
+        interrupted. A child that was forked has none of the threads, and nothing here is its own.
 
         A device that has stopped answering is given up, with the memory that it may still write to.
         """

@@ -1,7 +1,7 @@
 """Random delays at hand-overs, for tests: a run that is right only by luck of timing shows it.
 
-Every place where one thread, stream or device gives bytes to another calls ``pause``. It costs one global read unless a
-test has switched delays on.
+Every place where one thread, stream or device gives bytes to another calls ``pause``. It costs one
+global read unless a test has switched delays on.
 """
 
 import random
@@ -29,7 +29,8 @@ class Delays:
 
 
 def pause(on_stream: bool = False) -> None:
-    """Sleep for a random time if a test asked for it. ``on_stream`` also delays the current CUDA stream."""
+    """Sleep for a random time if a test asked for it. ``on_stream`` also delays the current CUDA
+    stream."""
     delays = _delays
     if delays is None:
         return
@@ -49,7 +50,8 @@ def _sleep_on_stream(delay_s: float) -> None:
 
 @contextmanager
 def injected(max_delay_s: float, seed: int = 0, probability: float = 0.5) -> Iterator[Delays]:
-    """Delay every hand-over by up to ``max_delay_s`` seconds, with the given probability, while the context lasts."""
+    """Delay every hand-over by up to ``max_delay_s`` seconds, with the given probability, while the
+    context lasts."""
     global _delays
     previous, _delays = _delays, Delays(max_delay_s, seed, probability)
     try:

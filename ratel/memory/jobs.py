@@ -1,7 +1,8 @@
 """Threads for work beside the main thread, which nobody has to end.
 
-They are daemons: one that was started, and of which nobody knows because an exception came between, does not keep the process from
-ending, as a thread of `concurrent.futures` would. The main thread waits for their results and looks at signals meanwhile.
+They are daemons: one that was started, and of which nobody knows because an exception came between,
+does not keep the process from ending, as a thread of `concurrent.futures` would. The main thread
+waits for their results and looks at signals meanwhile.
 """
 
 import threading
@@ -13,7 +14,8 @@ from typing import Any
 from ratel import interrupt
 
 _PATIENCE_S = 60.0
-"""For a job that was begun, once its pool is to end. It holds what it works on, so leaving it alone harms nobody."""
+"""For a job that was begun, once its pool is to end. It holds what it works on, so leaving it alone
+harms nobody."""
 
 
 class Job:

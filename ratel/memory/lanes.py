@@ -1,7 +1,7 @@
 """Streams and events behind names, so that one code path serves CUDA and CPU.
 
-Three lanes: ``compute`` (the caller's current stream), ``h2d`` and ``d2h``. On a CPU device work is done when a call
-returns, so events carry no state and waiting for one is free.
+Three lanes: ``compute`` (the caller's current stream), ``h2d`` and ``d2h``. On a CPU device work is
+done when a call returns, so events carry no state and waiting for one is free.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,8 @@ class Event:
 
 @dataclass(slots=True)
 class Span:
-    """Work of one lane between two moments: CUDA events, or seconds of ``time.perf_counter`` on a CPU device."""
+    """Work of one lane between two moments: CUDA events, or seconds of ``time.perf_counter`` on a
+    CPU device."""
 
     lane: str
     label: str
@@ -62,7 +63,8 @@ class Mark:
 
 
 MARK_TRIES = 8
-"""Round trips of which the shortest counts: the first one after a while takes 50 us, the others 10."""
+"""Round trips of which the shortest counts: the first one after a while takes 50 us, the others
+10."""
 
 
 class Lanes:
@@ -76,7 +78,8 @@ class Lanes:
         """What `take_spans` has handed out since `start_trace`."""
         self._streams: dict[str, torch.cuda.Stream] = {}
         if self.is_cuda:
-            # The session's compute stream is the stream current at construction: what the user's own code uses.
+            # The session's compute stream is the stream current at construction: what the user's
+            # own code uses.
             self._streams["compute"] = torch.cuda.current_stream(device)
             self._streams["h2d"] = torch.cuda.Stream(device)
             self._streams["d2h"] = torch.cuda.Stream(device)
@@ -86,7 +89,8 @@ class Lanes:
         return torch.cuda.stream(self._streams[lane]) if self.is_cuda else nullcontext()
 
     def computing(self) -> AbstractContextManager:
-        """Make the compute lane current, after what the caller's own current stream was given: perhaps the batch."""
+        """Make the compute lane current, after what the caller's own current stream was given:
+        perhaps the batch."""
         if self.is_cuda:
             self._streams["compute"].wait_stream(torch.cuda.current_stream(self.device))
         return self.on("compute")
@@ -100,7 +104,8 @@ class Lanes:
         return Event(event)
 
     def wait(self, lane: str, event: Event | None) -> None:
-        """Let nothing more of the lane run before the event is reached. Does not block the caller."""
+        """Let nothing more of the lane run before the event is reached. Does not block the
+        caller."""
         if self.is_cuda and event is not None and event._event is not None:
             self._streams[lane].wait_event(event._event)
 
@@ -131,7 +136,8 @@ class Lanes:
         self._traced = []
 
     def stop_trace(self) -> tuple[list[timeline.Span], float]:
-        """All work since `start_trace`, complete, in seconds of ``perf_counter``; and how far the clocks grew apart.
+        """All work since `start_trace`, complete, in seconds of ``perf_counter``; and how far the
+        clocks grew apart.
 
         The device's times are stretched between two marks, so that they are right at both.
         """

@@ -13,7 +13,8 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The largest resident set since the process began, or since ``reset_peak`` where that works."""
+    """The largest resident set since the process began, or since ``reset_peak`` where that
+    works."""
     return _field("VmHWM")
 
 
@@ -26,8 +27,9 @@ def reset_peak() -> None:
 
 
 def trim() -> None:
-    """Give the kernel what the heap holds free, where the C library can: memory that is used again without growing the resident
-    set would not be seen in it. A heap of 900 MB was measured as 30."""
+    """Give the kernel what the heap holds free, where the C library can: memory that is used again
+    without growing the resident set would not be seen in it. A heap of 900 MB was measured as
+    30."""
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
     if give_back is not None:
         give_back(0)

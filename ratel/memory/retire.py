@@ -1,7 +1,7 @@
 """Threads that wait for what completes by itself (copies, writes) and then give its buffers back.
 
-What is handed over here must need no further action of any thread to complete; so the wait cannot be part of a cycle,
-and FIFO order is safe.
+What is handed over here must need no further action of any thread to complete; so the wait cannot
+be part of a cycle, and FIFO order is safe.
 """
 
 from collections.abc import Callable

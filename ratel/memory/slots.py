@@ -10,17 +10,20 @@ from ratel.memory.lanes import Event
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """``buffer`` may be overwritten once ``last_use`` is reached; ``uses`` counts the releases still to come."""
+    """``buffer`` may be overwritten once ``last_use`` is reached; ``uses`` counts the releases
+    still to come."""
 
     buffer: torch.Tensor
     pool: "SlotPool | None" = None
-    """While it is lent. Free ones are the pool's: if they had it, too, the buffers would outlive both until a collection."""
+    """While it is lent. Free ones are the pool's: if they had it, too, the buffers would outlive
+    both until a collection."""
     last_use: Event = field(default_factory=Event)
     uses: int = 0
 
 
 class SlotPool:
-    """Equal buffers. A slot is given back as soon as its last user is *enqueued*; ``last_use`` orders the device."""
+    """Equal buffers. A slot is given back as soon as its last user is *enqueued*; ``last_use``
+    orders the device."""
 
     def __init__(self, exchange: Exchange, buffers: list[torch.Tensor]) -> None:
         self._exchange = exchange
@@ -28,7 +31,8 @@ class SlotPool:
         self._free = [Slot(buffer) for buffer in buffers]
 
     def acquire(self, cause: str, name: str) -> Slot:
-        """Block until one is free. ``cause`` and ``name`` say in a trace what its last user still waits for, and who asks."""
+        """Block until one is free. ``cause`` and ``name`` say in a trace what its last user still
+        waits for, and who asks."""
         with self._exchange.lock:
             self._exchange.wait_for(self._freed, lambda: bool(self._free), cause, name)
             slot = self._free.pop(0)

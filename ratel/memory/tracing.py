@@ -1,7 +1,8 @@
 """What a session's threads wait for and work on, recorded while a step is traced.
 
-A thread notes what it is about to do in an object of its own, and a record is made when that is over: a wait that began
-before the traced step is in its trace, and one that is made while nothing is traced costs two readings of the clock.
+A thread notes what it is about to do in an object of its own, and a record is made when that is
+over: a wait that began before the traced step is in its trace, and one that is made while nothing
+is traced costs two readings of the clock.
 """
 
 import threading
@@ -15,7 +16,7 @@ SHORTEST_S = 10e-6
 
 
 class Activity:
-    """Of one thread: one thing at a time. ``with activity:`` is the time that it takes."""
+    """What one thread does, one thing at a time. ``with activity:`` is the time that it takes."""
 
     __slots__ = ("_lane", "_tracing", "cause", "name", "num_bytes", "lane", "since_s")
 
@@ -60,7 +61,8 @@ class Tracing:
         self.is_on = True
 
     def stop(self) -> list[Span]:
-        """The spans since ``start``, in seconds of ``time.perf_counter``; what still goes on ends now."""
+        """The spans since ``start``, in seconds of ``time.perf_counter``; what still goes on ends
+        now."""
         for activity in list(self._all):
             self.add(activity)
         self.is_on = False

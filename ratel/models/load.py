@@ -31,13 +31,15 @@ ATTENTIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flash": "flash_at
 
 def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0, loss_fn: LossFn | None = None,
          attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True, task: Task | None = None) -> Parts:
-    """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what cannot be trained.
+    """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what
+    cannot be trained.
 
-    ``source``: a Hugging Face directory, a preset's name, a `PretrainedConfig`, a `PreTrainedModel` or any
-    `nn.Module`. Whatever is not a causal language model needs ``loss_fn(module, batch) -> scalar`` or a ``task``. With a task, a
-    directory may be of another class of the model: what follows the blocks is then initialised from the seed.
-    ``dtype``: of the computation, bf16 or fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights``
-    False: for shapes alone; of a directory only config.json is read.
+    ``source``: a Hugging Face directory, a preset's name, a `PretrainedConfig`, a `PreTrainedModel`
+    or any `nn.Module`. Whatever is not a causal language model needs ``loss_fn(module, batch) ->
+    scalar`` or a ``task``. With a task, a directory may be of another class of the model: what
+    follows the blocks is then initialised from the seed. ``dtype``: of the computation, bf16 or
+    fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights`` False: for shapes
+    alone; of a directory only config.json is read.
     """
     assert dtype in (torch.bfloat16, torch.float32)
     if attention not in ATTENTIONS:
@@ -197,9 +199,9 @@ def is_causal_lm(module: nn.Module) -> bool:
 
 
 def _precision(module: nn.Module, dtype: torch.dtype) -> tuple[set[str], dict[str, torch.dtype]]:
-    """Which parameters compute in fp32 in any case, and what the floating buffers become. A plain module's follow
-    ``module.to(dtype)``; a Hugging Face model's are what they would be had it been loaded in that dtype, which keeps rotary
-    frequencies and routers of experts in fp32."""
+    """Which parameters compute in fp32 in any case, and what the floating buffers become. A plain
+    module's follow ``module.to(dtype)``; a Hugging Face model's are what they would be had it been
+    loaded in that dtype, which keeps rotary frequencies and routers of experts in fp32."""
     floating = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     if not hasattr(module, "_init_weights"):
         return set(), dict.fromkeys(floating, dtype)

@@ -48,8 +48,9 @@ class Parts:
             hidden = parts.block(i, hidden, inputs)            # units of stage 1 + i
         logits = parts.tail_logits(hidden)                     # units of stage post; or tail_loss(hidden, batch)
 
-    Everything runs in the caller's grad mode, on the caller's stream, from one thread. ``spec`` exists once the model
-    has been traced: at load for a causal language model or one with a task, at ``probe(batch)`` for one with a ``loss_fn``.
+    Everything runs in the caller's grad mode, on the caller's stream, from one thread. ``spec``
+    exists once the model has been traced: at load for a causal language model or one with a task,
+    at ``probe(batch)`` for one with a ``loss_fn``.
     """
 
     def __init__(self, module: nn.Module, *, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
@@ -68,7 +69,8 @@ class Parts:
             CausalLMRunner(module, device, dtype) if self.is_causal_lm else TaskRunner(module, task, device, dtype)
             if task is not None else LossRunner(module, loss_fn, device, dtype))
         self.isolates_documents = False
-        """Whether tokens of a causal language model see only their own document when ``position_ids`` restart."""
+        """Whether tokens of a causal language model see only their own document when
+        ``position_ids`` restart."""
         self.routing: Routing | None = None
         """Where the loss of routers is added."""
         self._trace: Trace | None = None
@@ -94,7 +96,8 @@ class Parts:
         return self._runner if self.task is not None else None
 
     def sample(self, rows: int, seq_len: int) -> dict[str, Tensor]:
-        """A batch of that shape that nothing is learned from. However many rows are asked for, it is one in memory."""
+        """A batch of that shape that nothing is learned from. However many rows are asked for, it
+        is one in memory."""
         if self.task is not None:
             return self._runner.sample(rows, seq_len)
         return {"input_ids": torch.zeros(1, 1, dtype=torch.long).expand(rows, seq_len)}
@@ -153,7 +156,8 @@ class Parts:
         return self._layout.spec
 
     def add_router_loss(self, asked: float | str) -> None:
-        """Have blocks say what their routers do, if the model has a loss for it; see `find_router_loss`."""
+        """Have blocks say what their routers do, if the model has a loss for it; see
+        `find_router_loss`."""
         if not self.is_causal_lm:
             if not isinstance(asked, str):
                 raise RatelError("is a part of the loss of causal language models only", field="router_aux_loss", value=asked,
@@ -173,8 +177,8 @@ class Parts:
             self.routing = Routing(found)
 
     def _rehearse(self, batch: Any) -> None:
-        """Run head and tail in outline: a model that looks at more of a block's output fails here, not later. Twice, as a step
-        does: they must leave nothing behind that changes every time."""
+        """Run head and tail in outline: a model that looks at more of a block's output fails here,
+        not later. Twice, as a step does: they must leave nothing behind that changes every time."""
         states = []
         try:
             for _ in range(2):
@@ -227,7 +231,8 @@ class Parts:
         return torch.float32 if unit.fp32 else self.dtype
 
     def attach(self, unit: int, flat: Tensor | None) -> None:
-        """Make the unit's parameters views of ``flat`` (1-D, compute dtype, on the device); None: placeholders."""
+        """Make the unit's parameters views of ``flat`` (1-D, compute dtype, on the device); None:
+        placeholders."""
         if flat is None:
             for (param, _, _), empty in zip(self._params[unit], self._placeholders[unit]):
                 param.data = empty
@@ -238,7 +243,8 @@ class Parts:
             param.data = flat.as_strided(spec.shape, strides, start + spec.offset)
 
     def take_grads(self, unit: int) -> list[Tensor | None]:
-        """The gradients that autograd has left on the unit's trained parameters, in its order; none is left there."""
+        """The gradients that autograd has left on the unit's trained parameters, in its order; none
+        is left there."""
         grads = []
         for param, spec, _ in self._params[unit]:
             if spec.trainable:
@@ -249,23 +255,28 @@ class Parts:
     # -- stages --------------------------------------------------------------------------------------------------
 
     def begin(self, batch: Any) -> None:
-        """Before the rows of a batch of a causal language model, in however many pieces: what depends on all of them."""
+        """Before the rows of a batch of a causal language model, in however many pieces: what
+        depends on all of them."""
         self._longrope.begin(batch)
 
     def head(self, batch: Any) -> tuple[Tensor, BlockInputs]:
-        """Run up to the blocks: what the first takes as hidden states, and every block's other arguments.
+        """Run up to the blocks: what the first takes as hidden states, and every block's other
+        arguments.
 
-        None of them is memory of the stage's weights, which others have as soon as the stage is over.
+        None of them is memory of the stage's weights, which others have as soon as the stage is
+        over.
         """
         gate = self._run_head(batch, self.num_blocks - 1)
         weights = {param.untyped_storage()._cdata for unit in self.spec.stages[0].units for param, _, _ in self._params[unit]}
         inputs = BlockInputs(gate.calls, self._traced.differentiable)
-        # The trace cannot tell: `contiguous` copies there and not here, dropout returns what it is given in evaluation.
+        # The trace cannot tell: `contiguous` copies there and not here, dropout returns what it is
+        # given in evaluation.
         copies = {id(t): t.clone() for t in [gate.hidden, *inputs.tensors] if t.untyped_storage()._cdata in weights}
         return copies.get(id(gate.hidden), gate.hidden), inputs.with_others(copies)
 
     def pre(self, batch: Any) -> list[Tensor]:
-        """The stage before the blocks for its backward: hidden states, then ``inputs.differentiable`` in its order."""
+        """The stage before the blocks for its backward: hidden states, then
+        ``inputs.differentiable`` in its order."""
         last = max((block for block, _ in self._traced.differentiable), default=0)
         gate = self._run_head(batch, last)
         return [gate.hidden, *BlockInputs(gate.calls, self._traced.differentiable).differentiable]
@@ -301,10 +312,12 @@ class Parts:
                                                      "_backward_pre_hooks"))
 
     def tail_logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., vocab]`` of the last block's output ``[..., hidden_size]``, any number of tokens; or of
-        ``[rows, tokens, streams, hidden_size]``, where blocks hand on several streams of each token."""
+        """Logits ``[..., vocab]`` of the last block's output ``[..., hidden_size]``, any number of
+        tokens; or of ``[rows, tokens, streams, hidden_size]``, where blocks hand on several streams
+        of each token."""
         assert self.is_causal_lm
-        # One token per row: whatever the model prepares for attention (masks) is then of one element.
+        # One token per row: whatever the model prepares for attention (masks) is then of one
+        # element.
         tokens = hidden.shape[: min(hidden.ndim - 1, 2)]
         rows = hidden.reshape(-1, 1, *hidden.shape[len(tokens) :])
         logits = self._run_tail(rows, lambda: self._runner.run_on_nothing(rows.shape[0]))
@@ -337,7 +350,8 @@ class Parts:
     # -- weights -------------------------------------------------------------------------------------------------
 
     def check_source(self) -> None:
-        """Refuse missing, wrongly shaped or unreadable weights before any is used. Reads headers only.
+        """Refuse missing, wrongly shaped or unreadable weights before any is used. Reads headers
+        only.
 
         Works before `probe`, too.
         """
@@ -348,7 +362,8 @@ class Parts:
             for places in owners(self.module).values()])
 
     def read_unit(self, unit: int | UnitSpec, out: Tensor) -> None:
-        """Fill ``out`` (CPU, fp32, ``num_elements``) with the unit's weights in its layout, padding zero."""
+        """Fill ``out`` (CPU, fp32, ``num_elements``) with the unit's weights in its layout, padding
+        zero."""
         spec = self.spec.units[unit] if isinstance(unit, int) else unit
         assert out.dtype is torch.float32 and out.device.type == "cpu" and out.numel() == spec.num_elements
         with torch.no_grad():
@@ -364,8 +379,9 @@ class Parts:
         return self._source.element_bytes
 
     def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
-        """Give the module the user gave its own parameters again, with the weights ``get_unit`` returns (fp32, unit
-        layout), at `close`. They keep their dtype and device. One that came without weights stays a skeleton.
+        """Give the module the user gave its own parameters again, with the weights ``get_unit``
+        returns (fp32, unit layout), at `close`. They keep their dtype and device. One that came
+        without weights stays a skeleton.
         """
         if not self._originals.has_weights:
             return
@@ -385,13 +401,14 @@ class Parts:
         return self.spec.num_params + (self.unused.num_params if self.unused else 0)
 
     def export_layout(self, dtype: torch.dtype) -> ExportLayout:
-        """What an export has, in weights of that dtype: all of the state dict, as the model's checkpoint stores it."""
+        """What an export has, in weights of that dtype: all of the state dict, as the model's
+        checkpoint stores it."""
         with self._guard.lifted():
             return ExportLayout(self.module, self.spec.units, self.unused, self.other_state(), dtype)
 
     def other_state(self) -> dict[str, Any]:
-        """What the model's state dict has besides parameters, by name: buffers and extra state, on the CPU. A buffer that is
-        as it came has the precision it came with."""
+        """What the model's state dict has besides parameters, by name: buffers and extra state, on
+        the CPU. A buffer that is as it came has the precision it came with."""
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         with self._guard.lifted():
             state = self.module.state_dict()
@@ -405,7 +422,8 @@ class Parts:
         return first
 
     def set_other_state(self, state: dict[str, Any]) -> None:
-        """Give the model what `other_state` gave. Raises RatelError, with nothing changed, if it has something else."""
+        """Give the model what `other_state` gave. Raises RatelError, with nothing changed, if it
+        has something else."""
         ours = self.other_state()
         differing = [name for name in ours.keys() ^ state.keys()] or [
             name for name, value in state.items() if isinstance(value, Tensor) and value.shape != ours[name].shape]
@@ -422,15 +440,16 @@ class Parts:
                     buffers[name].copy_(value)
 
     def write_beside(self, directory: Path, dtype: torch.dtype) -> None:
-        """Write what an export has beside its weights: config.json, and the files that lay beside the weights it began with."""
+        """Write what an export has beside its weights: config.json, and the files that lay beside
+        the weights it began with."""
         found = self.task_runner.found_problem if self.task is not None else None
         origin = self._origin if found is None else self._origin.with_change("problem_type", found)
         with self._caches.as_given():
             write_beside(origin, self.module, directory, dtype)
 
     def close(self) -> None:
-        """Take the gates off the blocks and give a module the user gave its parameters, buffers and flags back: the
-        trained ones after `restore`, else those it came with."""
+        """Take the gates off the blocks and give a module the user gave its parameters, buffers and
+        flags back: the trained ones after `restore`, else those it came with."""
         if self.routing is not None:
             self.routing.remove()
         self._gates.remove()

@@ -57,8 +57,8 @@ PRESETS: dict[str, Settings] = {
 
 
 def preset_config(name: str, *, num_blocks: int | None = None) -> Any:
-    """The configuration of a preset, or of one as wide with another number of blocks. Raises RatelError with the names that
-    come close."""
+    """The configuration of a preset, or of one as wide with another number of blocks. Raises
+    RatelError with the names that come close."""
     from transformers import AutoConfig
 
     if name not in PRESETS:

@@ -1,4 +1,5 @@
-"""OUT/metrics.jsonl, written by a thread of its own: a slow file system must not show up in a step."""
+"""OUT/metrics.jsonl, written by a thread of its own: a slow file system must not show up in a
+step."""
 
 import json
 import math
@@ -18,10 +19,12 @@ class MissingMetricsError(WorkerError):
 
 
 class MetricsWriter:
-    """One JSON object per line. ``write`` returns at once unless ``max_pending`` records wait for the disk.
+    """One JSON object per line. ``write`` returns at once unless ``max_pending`` records wait for
+    the disk.
 
-    What the file system does not take is kept and tried again with every further record: a disk that is full for a while must
-    not end a run of weeks. Only ``flush`` and ``close`` raise, while something is missing.
+    What the file system does not take is kept and tried again with every further record: a disk
+    that is full for a while must not end a run of weeks. Only ``flush`` and ``close`` raise, while
+    something is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False, max_pending: int = 1024) -> None:

@@ -1,4 +1,5 @@
-"""What the user watches: a live line on a terminal, plain lines anywhere else, nothing when quiet."""
+"""What the user watches: a live line on a terminal, plain lines anywhere else, nothing when
+quiet."""
 
 from collections import deque
 from statistics import median

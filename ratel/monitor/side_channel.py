@@ -6,8 +6,8 @@ from typing import Any
 
 
 class SideChannel(io.TextIOBase):
-    """Standard output as it is at each moment. It may be closed, a pipe without a reader, on a full disk, of an encoding without
-    the character: none of that is the run's matter."""
+    """Standard output as it is at each moment. It may be closed, a pipe without a reader, on a full
+    disk, of an encoding without the character: none of that is the run's matter."""
 
     def write(self, text: str) -> int:
         try:

@@ -27,12 +27,14 @@ class Trained:
 
 
 def load_adamw_state(path: "str | os.PathLike[str]", model: "nn.Module", optimizer: "AdamW") -> None:
-    """Give ``optimizer`` the moments and the step count of ``path``, for parameters of the same name in ``model``.
+    """Give ``optimizer`` the moments and the step count of ``path``, for parameters of the same
+    name in ``model``.
 
-    ``path``: what `save_adamw_state` or ``ratel export --optimizer`` wrote: a directory, or the file in it. Every
-    parameter that the optimizer has and that requires grad gets ``exp_avg`` and ``exp_avg_sq`` in its own dtype and on
-    its device; tied weights get one. Learning rates, betas and groups stay as they are. Raises RatelError if a name or
-    shape differs, and for amsgrad or an optimizer that is not AdamW; then nothing has changed.
+    ``path``: what `save_adamw_state` or ``ratel export --optimizer`` wrote: a directory, or the
+    file in it. Every parameter that the optimizer has and that requires grad gets ``exp_avg`` and
+    ``exp_avg_sq`` in its own dtype and on its device; tied weights get one. Learning rates, betas
+    and groups stay as they are. Raises RatelError if a name or shape differs, and for amsgrad or an
+    optimizer that is not AdamW; then nothing has changed.
     """
     from ratel.optimizer_state.files import MOMENTS, MomentFiles
 
@@ -55,10 +57,11 @@ def _read(moments: "MomentFiles", moment: str, spec: ParamSpec) -> "Tensor":
 def save_adamw_state(path: "str | os.PathLike[str]", model: "nn.Module", optimizer: "AdamW") -> Path:
     """Write the moments and the step count of ``optimizer``; returns ``path``.
 
-    ``path``: a directory, in which ``optimizer.safetensors`` is written (sharded if it is large), or the name of one
-    file that ends in ``.safetensors``. Older files of that name are replaced once the new ones are complete. Moments
-    are stored as fp32. Raises RatelError before the first step, if the parameters' step counts differ (Ratel has one
-    for all), and for what `load_adamw_state` refuses.
+    ``path``: a directory, in which ``optimizer.safetensors`` is written (sharded if it is large),
+    or the name of one file that ends in ``.safetensors``. Older files of that name are replaced
+    once the new ones are complete. Moments are stored as fp32. Raises RatelError before the first
+    step, if the parameters' step counts differ (Ratel has one for all), and for what
+    `load_adamw_state` refuses.
     """
     from ratel.models.safetensors.files import SUFFIX
     from ratel.models.safetensors.writer import SHARD_BYTES

@@ -31,8 +31,8 @@ def key_of(moment: str, name: str) -> str:
 class MomentFiles:
     """Moments and step count (``step``) on disk. Raises RatelError for what is not such a file.
 
-    ``path``: a directory with ``optimizer.safetensors`` or its shards and their index, or that file or index itself.
-    ``field``: what the user calls it. Only headers are read before `read`.
+    ``path``: a directory with ``optimizer.safetensors`` or its shards and their index, or that file
+    or index itself. ``field``: what the user calls it. Only headers are read before `read`.
     """
 
     def __init__(self, path: Path, field: str) -> None:

@@ -20,11 +20,11 @@ def write_moments(directory: Path, pieces: Sequence[Piece], *, step: int, shard_
 
 
 def replace_moments(directory: Path, pieces: Sequence[Piece], *, step: int, shard_bytes: int, stem: str) -> None:
-    """As `write_moments`, but an older set of that stem goes only when the new one is complete and on disk. Files of these names
-    that are no moments are refused.
+    """As `write_moments`, but an older set of that stem goes only when the new one is complete and
+    on disk. Files of these names that are no moments are refused.
 
-    What makes a set readable, its single file or its index, is removed first and put in place last: shards of two sets
-    are never read as one.
+    What makes a set readable, its single file or its index, is removed first and put in place last:
+    shards of two sets are never read as one.
     """
     unfinished = directory / f"{stem}.partial"
     older = _older(directory, stem)
@@ -56,7 +56,8 @@ def _put_in_place(unfinished: Path, directory: Path, older: list[Path]) -> None:
 
 
 def _older(directory: Path, stem: str) -> list[Path]:
-    """Files that would be read with the new ones, or go with them; what makes the set readable comes first."""
+    """Files that would be read with the new ones, or go with them; what makes the set readable
+    comes first."""
     names = [stem + INDEX_SUFFIX, stem + SUFFIX]
     shards = sorted(directory.glob(f"{glob.escape(stem)}-?????-of-?????{SUFFIX}"))
     found = [*(directory / name for name in names if os.path.lexists(directory / name)), *shards]

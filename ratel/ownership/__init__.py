@@ -1,1 +1,2 @@
-"""Whose a file is: nothing is written to or removed that is not known to be Ratel's, and of the run that does it."""
+"""Whose a file is: nothing is written to or removed that is not known to be Ratel's, and of the run
+that does it."""

@@ -10,8 +10,9 @@ from ratel.ownership.stamps import Stamp, belongs_to, is_in_use, is_ssd_file, re
 
 
 def files_in(folder: "str | os.PathLike[str]") -> list[dict[str, Any]]:
-    """The stamped files: path, bytes, and of what they are: a run that goes on (``in use``), one whose commits are there
-    (``kept``), one that was killed (``left over``), one whose commits are not where they were (``without commits``)."""
+    """The stamped files: path, bytes, and of what they are: a run that goes on (``in use``), one
+    whose commits are there (``kept``), one that was killed (``left over``), one whose commits are
+    not where they were (``without commits``)."""
     found = []
     for entry in sorted(os.scandir(os.path.realpath(folder)), key=lambda entry: entry.name):
         stamp = read_stamp(entry.path) if is_ssd_file(entry.name) else None

@@ -1,4 +1,5 @@
-"""Opening what may be anything: no link is followed, nothing but a regular file with one name is read, nothing blocks."""
+"""Opening what may be anything: no link is followed, nothing but a regular file with one name is
+read, nothing blocks."""
 
 import os
 import stat
@@ -9,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def opened(path: "str | os.PathLike[str]", flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A descriptor. OSError for what is not there, a link, not a regular file, or a file with further names."""
+    """A descriptor. OSError for what is not there, a link, not a regular file, or a file with
+    further names."""
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if not is_plain(os.fstat(descriptor)):

@@ -1,9 +1,11 @@
-"""The stamp at the end of every file on an SSD: which volume it is of, and whose commits speak of it.
+"""The stamp at the end of every file on an SSD: which volume it is of, and whose commits speak of
+it.
 
-A copy of a run's directory holds the same records, so records alone do not say whose the SSD files are. The stamp names the
-directory of commits that they belong to by what no copy shares with it: its number in the file system and the time of its
-birth. Both stay when it is renamed or moved within its file system. Where neither is certain, a file counts as somebody else's,
-which is read and never written to or removed.
+A copy of a run's directory holds the same records, so records alone do not say whose the SSD files
+are. The stamp names the directory of commits that they belong to by what no copy shares with it:
+its number in the file system and the time of its birth. Both stay when it is renamed or moved
+within its file system. Where neither is certain, a file counts as somebody else's, which is read
+and never written to or removed.
 """
 
 import ctypes
@@ -36,7 +38,8 @@ class Stamp:
     volume: str
     index: int
     commits: str = ""
-    """Where the directory of commits was when it was written; for messages, and to see whether there are two."""
+    """Where the directory of commits was when it was written; for messages, and to see whether
+    there are two."""
     owner: str = ""
     """`mark_of` that directory; empty as long as no commit speaks of the file."""
 
@@ -50,7 +53,7 @@ class Stamp:
 
 
 def new_volume_name() -> str:
-    """Of files that commits are going to speak of: the name of no other."""
+    """A name for files that commits are going to speak of, and the name of no other file."""
     return f"ratel-{secrets.token_hex(8)}"
 
 
@@ -66,7 +69,8 @@ def is_ssd_file(name: str) -> bool:
 
 
 def read_stamp(path: "str | os.PathLike[str]") -> Stamp | None:
-    """None for whatever is not a regular file with one name and a whole stamp that is of this name."""
+    """None for whatever is not a regular file with one name and a whole stamp that is of this
+    name."""
     try:
         with opened(path) as descriptor:
             stamp = stamp_in(descriptor)
@@ -104,7 +108,8 @@ def write_stamp(path: "str | os.PathLike[str]", stamp: Stamp) -> None:
 
 
 def is_superseded(descriptor: int) -> bool:
-    """Of a file that nobody has locked: no commit speaks of it, so that it went out of use with its process."""
+    """Whether a file that nobody has locked went out of use with its process, since no commit
+    speaks of it."""
     stamp = stamp_in(descriptor)
     return stamp is not None and not stamp.owner
 
@@ -116,8 +121,8 @@ def belongs_to(path: "str | os.PathLike[str]", commits: Path) -> bool:
 
 
 def _has_twin(stamp: Stamp, commits: Path) -> bool:
-    """A snapshot of a file system has directories with the numbers and times of the original's. As long as one is where the
-    stamp says, that one is the owner."""
+    """A snapshot of a file system has directories with the numbers and times of the original's. As
+    long as one is where the stamp says, that one is the owner."""
     try:
         there, here = os.stat(stamp.commits), os.stat(commits)
     except (OSError, ValueError):
@@ -126,7 +131,8 @@ def _has_twin(stamp: Stamp, commits: Path) -> bool:
 
 
 def mark_of(directory: Path) -> str | None:
-    """What tells a directory from its copies; the same after a rename, and as a rule after a restart of the machine."""
+    """What tells a directory from its copies; the same after a rename, and as a rule after a
+    restart of the machine."""
     try:
         found = os.stat(directory)
     except OSError:
@@ -135,7 +141,8 @@ def mark_of(directory: Path) -> str | None:
 
 
 def _birth_of(path: Path) -> str | None:
-    """Seconds and nanoseconds; None where the system, the C library or the file system does not say it."""
+    """Seconds and nanoseconds; None where the system, the C library or the file system does not say
+    it."""
     buffer = ctypes.create_string_buffer(256)
     try:
         status = ctypes.CDLL(None).statx(_AT_CWD, os.fsencode(path), 0, _BIRTH_TIME, buffer)
@@ -159,7 +166,8 @@ def remove_if_free(path: "str | os.PathLike[str]") -> bool:
 
 
 def is_empty(path: "str | os.PathLike[str]") -> bool:
-    """Whether it holds no data at all: it was made by a process that ended, with the machine perhaps, before it was stamped."""
+    """Whether it holds no data at all: it was made by a process that ended, with the machine
+    perhaps, before it was stamped."""
     try:
         with opened(path) as descriptor:
             os.lseek(descriptor, 0, os.SEEK_DATA)

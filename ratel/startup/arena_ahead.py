@@ -1,9 +1,11 @@
-"""Memory for the arena that is mapped from the moment a command starts, before anything is known but about how much it will be.
+"""Memory for the arena that is mapped from the moment a command starts, before anything is known
+but about how much it will be.
 
-The kernel clears memory at 4 to 5 GB/s, so 30 GiB take longer than reading the checkpoint of the model that needs them; while
-Python imports its modules on one core, the others have nothing to do. The arena takes what is mapped, gives back what is
-too much and maps what is missing. Pinned it can be as a whole only, so that is done ahead where its size is known from an
-earlier start, and undone if it has become another. A plan must see the machine as if nothing were held here: see ``paused``.
+The kernel clears memory at 4 to 5 GB/s, so 30 GiB take longer than reading the checkpoint of the
+model that needs them; while Python imports its modules on one core, the others have nothing to do.
+The arena takes what is mapped, gives back what is too much and maps what is missing. Pinned it can
+be as a whole only, so that is done ahead where its size is known from an earlier start, and undone
+if it has become another. A plan must see the machine as if nothing were held here: see ``paused``.
 """
 
 import atexit
@@ -59,8 +61,9 @@ class _Early:
 
 
 def begin(num_bytes: int, threads: int, *, pins: bool = False) -> None:
-    """Map up to so much, in the background. Where the system has not that much to give, nothing is done. ``pins``: it is just
-    what an arena is going to take, and is to be pinned for the GPU, too."""
+    """Map up to so much, in the background. Where the system has not that much to give, nothing is
+    done. ``pins``: it is just what an arena is going to take, and is to be pinned for the GPU,
+    too."""
     global _current
     drop()
     if num_bytes <= 0:
@@ -112,7 +115,8 @@ def take(num_bytes: int) -> Taken | None:
 
 
 def drop() -> None:
-    """Give everything back. What is being pinned, which keeps others from the driver, is waited for."""
+    """Give everything back. What is being pinned, which keeps others from the driver, is waited
+    for."""
     global _current
     early, _current = _current, None
     if early is not None:

@@ -1,9 +1,9 @@
-"""The GPU's CUDA context, made from the moment a command starts, while Python imports its modules on another core; and memory
-that is pinned in it before PyTorch is there.
+"""The GPU's CUDA context, made from the moment a command starts, while Python imports its modules
+on another core; and memory that is pinned in it before PyTorch is there.
 
-A process has one primary context per device, whoever asks for it first, so PyTorch finds this one and nothing has to be handed
-over. The driver is called without the interpreter's lock. What fails here fails in the same way when PyTorch asks, and is
-reported there.
+A process has one primary context per device, whoever asks for it first, so PyTorch finds this one
+and nothing has to be handed over. The driver is called without the interpreter's lock. What fails
+here fails in the same way when PyTorch asks, and is reported there.
 """
 
 import ctypes
@@ -47,7 +47,8 @@ class _Context:
 
 
 def begin() -> None:
-    """In the background, on the first device. Nothing where PyTorch is there already: another one may be chosen in it."""
+    """In the background, on the first device. Nothing where PyTorch is there already: another one
+    may be chosen in it."""
     global _current
     if "torch" not in sys.modules and _current is None:
         os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # PyTorch's own choice, which the driver reads once
@@ -55,7 +56,8 @@ def begin() -> None:
 
 
 def pin(address: int, num_bytes: int) -> bool:
-    """Whether the memory is pinned now, as ``cudaHostRegister`` would do it. Not where `begin` has made no context."""
+    """Whether the memory is pinned now, as ``cudaHostRegister`` would do it. Not where `begin` has
+    made no context."""
     return _current is not None and _current.do("cuMemHostRegister_v2", ctypes.c_void_p(address),
                                                 ctypes.c_size_t(num_bytes), _PORTABLE_AND_MAPPED)
 

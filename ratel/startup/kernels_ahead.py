@@ -1,8 +1,10 @@
-"""The GPU's libraries and kernels that every first step begins with, loaded while Python imports transformers on another core.
+"""The GPU's libraries and kernels that every first step begins with, loaded while Python imports
+transformers on another core.
 
-cuBLAS and cuDNN open their libraries, and CUDA loads kernels, when they are first called, for which the interpreter's lock is not
-held. A block no larger than a tile calls them ahead. Nothing of it stays but what has been loaded: no memory of PyTorch's, no
-state of a random generator. What fails here fails again where it counts, and is reported there.
+cuBLAS and cuDNN open their libraries, and CUDA loads kernels, when they are first called, for which
+the interpreter's lock is not held. A block no larger than a tile calls them ahead. Nothing of it
+stays but what has been loaded: no memory of PyTorch's, no state of a random generator. What fails
+here fails again where it counts, and is reported there.
 """
 
 import logging
@@ -23,7 +25,8 @@ _thread: threading.Thread | None = None
 
 
 def begin(device: str) -> None:
-    """In the background. ``wait`` must follow before anybody measures the GPU's memory or asks for other kernels."""
+    """In the background. ``wait`` must follow before anybody measures the GPU's memory or asks for
+    other kernels."""
     global _thread
     # No daemon: the interpreter must not end beside a library that is opening.
     _thread = threading.Thread(target=_load, args=(torch.device(device),), name="ratel-kernels")
@@ -56,8 +59,8 @@ def _load(device: torch.device) -> None:
 
 
 def _use(device: torch.device) -> None:
-    """Forward and backward of what most transformers are made of, in bf16. Nothing here makes Python import anything: beside the
-    imports of the main thread, each could wait for the other."""
+    """Forward and backward of what most transformers are made of, in bf16. Nothing here makes
+    Python import anything: beside the imports of the main thread, each could wait for the other."""
     hidden = torch.ones(_ROWS, _POSITIONS, _CHANNELS, dtype=torch.bfloat16, device=device, requires_grad=True)
     weight = torch.ones(_CHANNELS, _CHANNELS, dtype=torch.bfloat16, device=device, requires_grad=True)
     wide = hidden.float()

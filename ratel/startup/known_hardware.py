@@ -1,4 +1,5 @@
-"""The machine as a session's planner takes it: measured before, named by the user, or measured now, briefly."""
+"""The machine as a session's planner takes it: measured before, named by the user, or measured now,
+briefly."""
 
 from dataclasses import asdict
 
@@ -12,19 +13,20 @@ from ratel.startup import arena_ahead
 from ratel.startup import readahead
 
 BRIEF = probe.Effort(rate_s=0.15, copy_bytes=128 << 20, ssd_file_bytes=256 << 20, ssd_s=0.5, all_ssds_s=4.0, cuda_rows=(2, 8))
-"""Some seconds, once per machine and directories, where nobody has run `ratel doctor --probe`. It spares time, not memory: an
-optimizer on states of 0.5 GB was measured in the processor's cache, at twice what steps attain (docs/log.md)."""
+"""Some seconds, once per machine and directories, where nobody has run `ratel doctor --probe`. It
+spares time, not memory: an optimizer on states of 0.5 GB was measured in the processor's cache, at
+twice what steps attain (docs/log.md)."""
 
 AUTO, NONE = "auto", "none"
 
 
 def hardware_for(given: "str | Hardware", device: torch.device, directories: tuple[str, ...], cap_bps: float | None,
                  dram_bytes: int | None) -> Hardware | None:
-    """``given``: a machine, its name or file; ``auto``: this one; ``none``: plan by the simple rule, without predicting.
-    ``dram_bytes``: the run's budget, which measuring keeps to.
+    """``given``: a machine, its name or file; ``auto``: this one; ``none``: plan by the simple
+    rule, without predicting. ``dram_bytes``: the run's budget, which measuring keeps to.
 
-    On a CPU device, where nothing is transferred, ``auto`` is ``none``. Raises RatelError for a name that is not known, and
-    a machine without SSDs where directories are given.
+    On a CPU device, where nothing is transferred, ``auto`` is ``none``. Raises RatelError for a
+    name that is not known, and a machine without SSDs where directories are given.
     """
     if given == NONE or (given == AUTO and device.type != "cuda"):
         return None
@@ -52,7 +54,8 @@ def _this_machine(device: torch.device, directories: tuple[str, ...], dram_bytes
 
 
 def _is_small(found: probe.Probe, dram_bytes: int | None) -> bool:
-    """A run with a small budget found it, and this one may measure on more than twice the memory."""
+    """A run with a small budget found it, and this one may measure on more than twice the
+    memory."""
     with arena_ahead.paused() as ahead_bytes:
         room_bytes = probe.room(dram_bytes) + ahead_bytes
     return 2 * found.adam_params < probe.adam_params(worker_cores(), room_bytes, BRIEF)

@@ -1,10 +1,12 @@
-"""Reads a checkpoint into the page cache from the moment a command starts, while imports, planning and pinning go on.
+"""Reads a checkpoint into the page cache from the moment a command starts, while imports, planning
+and pinning go on.
 
-On a machine whose disk gives 1.4 GB/s the 6 GB of a model with 3 B parameters take longer than all of that together. It
-is an optimisation and nothing else: what cannot be read here is read, and reported, by the import. Pages that are read are
-the kernel's to give back whenever memory is asked for, and count as available to everyone; no more is read than a
-limit, because pages that push each other out would be read twice. What the import has overtaken is in
-memory, so that going over it again costs next to nothing.
+On a machine whose disk gives 1.4 GB/s the 6 GB of a model with 3 B parameters take longer than all
+of that together. It is an optimisation and nothing else: what cannot be read here is read, and
+reported, by the import. Pages that are read are the kernel's to give back whenever memory is asked
+for, and count as available to everyone; no more is read than a limit, because pages that push each
+other out would be read twice. What the import has overtaken is in memory, so that going over it
+again costs next to nothing.
 """
 
 import os
@@ -18,8 +20,8 @@ from ratel.trace import phases
 
 _STEM = "model.safetensors"
 _PIECE_BYTES = 128 << 20
-"""What one thread reads at a time. It is large, because an import holds the interpreter while the loader maps a library of a gigabyte:
-for so long no thread gets its next piece."""
+"""What one thread reads at a time. It is large, because an import holds the interpreter while the
+loader maps a library of a gigabyte: for so long no thread gets its next piece."""
 _THREADS = 8
 """On a virtual disk 8 of them read 1.6 GB at 2.1 GB/s, one at 1.5."""
 
@@ -61,7 +63,8 @@ class ReadAhead:
             return next(self._pieces, None)
 
     def _read(self, sink: int, path: Path, begin: int, num_bytes: int) -> None:
-        """Through the page cache to nowhere: no buffer, no copy, 0.05 s of processor time for 1.6 GB."""
+        """Through the page cache to nowhere: no buffer, no copy, 0.05 s of processor time for 1.6
+        GB."""
         source = descriptor_of(path)
         try:
             done = 0
@@ -81,8 +84,8 @@ class ReadAhead:
 
 
 def weight_files(model: str) -> list[Path]:
-    """The files with a directory's weights, in order. None of whatever is not a directory with weights: it is refused later,
-    with the reason."""
+    """The files with a directory's weights, in order. None of whatever is not a directory with
+    weights: it is refused later, with the reason."""
     try:
         directory = Path(model).expanduser()
         index = directory / f"{_STEM}.index.json"

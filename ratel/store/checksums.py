@@ -1,7 +1,8 @@
-"""A checksum for every grain of every plane on SSD, made before it is written and compared after it is read.
+"""A checksum for every grain of every plane on SSD, made before it is written and compared after it
+is read.
 
-Drives, cables and firmware do return wrong bytes without an error. A wrong weight would be trained on, and every state
-saved afterwards would have it.
+Drives, cables and firmware do return wrong bytes without an error. A wrong weight would be trained
+on, and every state saved afterwards would have it.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ Key = tuple[int, str]
 class Checksums:
     """CRC-32 by slot, unit and plane, in DRAM: 4 bytes for 0.5 to 1 MiB.
 
-    ``grain`` is in elements. Switched off (``enabled`` False), nothing is computed and nothing compared.
+    ``grain`` is in elements. Switched off (``enabled`` False), nothing is computed and nothing
+    compared.
     """
 
     def __init__(self, spec: ModelSpec, pool: "native.op_ds.Pool", *, grain: int, num_slots: int, enabled: bool) -> None:
@@ -36,7 +38,8 @@ class Checksums:
             table[unit, name] = np.zeros(count, dtype=np.uint32)
 
     def record(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor) -> None:
-        """``values`` (CPU, contiguous) are about to be written at element ``begin`` of the plane."""
+        """``values`` (CPU, contiguous) are about to be written at element ``begin`` of the
+        plane."""
         if self.enabled:
             self._grains(slot, unit, name, begin, values)[:] = self.compute(unit, begin, values)
 
@@ -52,7 +55,8 @@ class Checksums:
             table[unit, name][:] = [sums[size] for size in sizes]
 
     def restore(self, slot: int, unit: int, name: str, sums: np.ndarray) -> None:
-        """Of a plane that an earlier run wrote. Its frozen part is the same in every slot."""
+        """Take over the checksums of a plane that an earlier run wrote. Its frozen part is the same
+        in every slot."""
         self._tables[slot][unit, name][:] = sums
         spec = self._spec.units[unit]
         frozen = first_grain(spec, spec.num_trainable, self.grain) if 0 < spec.num_trainable else 0
@@ -61,8 +65,8 @@ class Checksums:
 
     def verify(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor,
                where: Callable[[int], tuple[str, int]]) -> None:
-        """``values`` were read from element ``begin`` on. Raises DamagedError naming file, unit, plane and chunk; ``where``
-        gives file and position of an element."""
+        """``values`` were read from element ``begin`` on. Raises DamagedError naming file, unit,
+        plane and chunk; ``where`` gives file and position of an element."""
         if not self.enabled:
             return
         expected, found = self._grains(slot, unit, name, begin, values), self.compute(unit, begin, values)
@@ -75,7 +79,8 @@ class Checksums:
                                f"{int(found[index]):08x}, {int(expected[index]):08x} was written", path=path)
 
     def compute(self, unit: int, begin: int, values: torch.Tensor) -> np.ndarray:
-        """uint32, one for each grain of ``values``, which start at element ``begin`` of a plane of the unit."""
+        """uint32, one for each grain of ``values``, which start at element ``begin`` of a plane of
+        the unit."""
         item, size = values.element_size(), self.grain * values.element_size()
         split = min(max(self._spec.units[unit].num_trainable - begin, 0), values.numel())
         parts = [self._pool.crc32(values.data_ptr() + at * item, (end - at) * item, size)

@@ -22,7 +22,8 @@ class Read:
 
 
 class PlaneIO:
-    """``begin`` counts elements of the plane; ``values`` are 1-D, contiguous, page aligned and in its dtype."""
+    """``begin`` counts elements of the plane; ``values`` are 1-D, contiguous, page aligned and in
+    its dtype."""
 
     def __init__(self, store: Store, engine: "native.nvme_ds.Engine | None", tracing: Tracing) -> None:
         self._store, self._engine, self._tracing = store, engine, tracing
@@ -35,7 +36,8 @@ class PlaneIO:
         return Read(ticket, slot, unit, name, begin, values)
 
     def wait(self, read: Read) -> None:
-        """Block until the bytes are there. Raises OSError for a failed transfer, DamagedError for wrong bytes."""
+        """Block until the bytes are there. Raises OSError for a failed transfer, DamagedError for
+        wrong bytes."""
         name = self._store.plan.spec.units[read.unit].name
         with self._tracing.waiting("SSD read", name):
             self._engine.wait(read.ticket)

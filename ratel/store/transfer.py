@@ -1,4 +1,5 @@
-"""Whole-unit transfers outside the hot path: import of weights, and reading states back for export and tests."""
+"""Whole-unit transfers outside the hot path: import of weights, and reading states back for export
+and tests."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
 
 PIECE_ELEMENTS = 1 << 22
-"""Moved at once, a multiple of every grain: the halves of a large unit never exist beside its master as a whole."""
+"""Moved at once, a multiple of every grain: the halves of a large unit never exist beside its
+master as a whole."""
 
 
 class UnitTransfer:
@@ -26,7 +28,8 @@ class UnitTransfer:
         self._store, self._io, self._pool, self._engine = store, io, pool, engine
 
     def write_weights(self, unit: UnitSpec, master: torch.Tensor) -> None:
-        """Split a fp32 CPU master (1-D, the unit's layout) and write `hi` and `lo` where they live."""
+        """Split a fp32 CPU master (1-D, the unit's layout) and write `hi` and `lo` where they
+        live."""
         size = min(PIECE_ELEMENTS, master.numel())
         halves = {"hi": aligned_empty(size, torch.bfloat16), "lo": aligned_empty(size, torch.int16)}
         for begin, end in pieces(unit, master.numel(), size):
@@ -37,8 +40,8 @@ class UnitTransfer:
                     self._move(unit, name, begin, half[: end - begin], write=True)
 
     def fill_upper_half(self, unit: UnitSpec, begin: int, end: int, fill: Callable[[Tensor], None]) -> None:
-        """Let ``fill`` write elements of `hi`: in place where that is DRAM, else into a buffer that is moved from there. From
-        any thread."""
+        """Let ``fill`` write elements of `hi`: in place where that is DRAM, else into a buffer that
+        is moved from there. From any thread."""
         plane = self._store.plane(unit.index, "hi")
         if plane.tier == DRAM:
             fill(plane.tensor[begin:end])
@@ -48,14 +51,16 @@ class UnitTransfer:
         self._move(unit, "hi", begin, buffer, write=True)
 
     def read_weights(self, unit: UnitSpec) -> torch.Tensor:
-        """The fp32 master, 1-D on the CPU; frozen parameters in bf16 runs have no `lo` and come back as bf16 values."""
+        """The fp32 master, 1-D on the CPU; frozen parameters in bf16 runs have no `lo` and come
+        back as bf16 values."""
         master = torch.empty(self._count(unit, "hi"), dtype=torch.float32)
         for begin, values in self.weight_pieces(unit):
             master[begin : begin + values.numel()] = values
         return master
 
     def weight_pieces(self, unit: UnitSpec) -> Iterator[tuple[int, torch.Tensor]]:
-        """As `read_weights`, in pieces from the first to the last: ``(begin, values)``, each in the memory of the one before."""
+        """As `read_weights`, in pieces from the first to the last: ``(begin, values)``, each in the
+        memory of the one before."""
         count = self._count(unit, "hi")
         size = min(PIECE_ELEMENTS, count)
         hi, lo, master = (aligned_empty(size, dtype) for dtype in (torch.bfloat16, torch.int16, torch.float32))
@@ -91,7 +96,8 @@ class UnitTransfer:
             plane.tensor[begin:end].copy_(values)
 
     def copy_frozen(self, unit: UnitSpec, name: str) -> None:
-        """From the current version into the others: while the unit lived elsewhere, commits have written one or two."""
+        """From the current version into the others: while the unit lived elsewhere, commits have
+        written one or two."""
         plane, current = self._store.plane(unit.index, name), self._store.slot_to_read(unit.index)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
         others = [slot for slot in range(self._store.versions.num_slots) if slot != current]
@@ -101,8 +107,9 @@ class UnitTransfer:
                 self._write(unit, name, begin, buffer[: end - begin], others)
 
     def start_at_zero(self, unit: UnitSpec, name: str) -> None:
-        """A plane that nothing was written to yet is to be zeros. It is: in a new volume, in the arena, where the system has
-        given fresh memory, and on the GPU, where the store has asked for zeros. Only the checksums do not know it."""
+        """A plane that nothing was written to yet is to be zeros. It is: in a new volume, in the
+        arena, where the system has given fresh memory, and on the GPU, where the store has asked
+        for zeros. Only the checksums do not know it."""
         plane = self._store.plane(unit.index, name)
         if plane.tier == SSD:
             self._store.checksums.record_zeros(unit.index, name, plane.dtype)
@@ -122,7 +129,8 @@ class UnitTransfer:
             self._read(unit, name, begin, values)
 
     def _import(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
-        """In the current version. Updates leave the frozen part alone, so it goes into every version that will be."""
+        """In the current version. Updates leave the frozen part alone, so it goes into every
+        version that will be."""
         frozen = 0 < unit.num_trainable <= begin
         self._write(unit, name, begin, values, range(self._store.versions.num_slots) if frozen
                     else [self._store.slot_to_read(unit.index)])
@@ -149,7 +157,8 @@ def aligned_empty(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def kept_if_stalled(values: torch.Tensor) -> Iterator[None]:
-    """A device that has stopped answering may answer yet: the memory of its transfer is never used again."""
+    """A device that has stopped answering may answer yet: the memory of its transfer is never used
+    again."""
     try:
         yield
     except native.nvme_ds.StallError:

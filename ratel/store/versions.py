@@ -1,9 +1,10 @@
-"""Which of the slots on SSD holds each unit's planes, so that no version that is still needed is overwritten.
+"""Which of the slots on SSD holds each unit's planes, so that no version that is still needed is
+overwritten.
 
-An update reads a unit's current version and writes its successor: another slot where the current version is a
-committed one, else the same. An early update, which may be taken back, always writes a slot that is neither. A unit
-without planes on SSD has versions there only through commits, which copy it. With neither commits nor early updates
-there is one slot, and every version is in it.
+An update reads a unit's current version and writes its successor: another slot where the current
+version is a committed one, else the same. An early update, which may be taken back, always writes a
+slot that is neither. A unit without planes on SSD has versions there only through commits, which
+copy it. With neither commits nor early updates there is one slot, and every version is in it.
 """
 
 NEVER = -1
@@ -30,13 +31,15 @@ class Versions:
         return next(slot for slot in range(self.num_slots) if slot not in taken)
 
     def advance(self, unit: int, slot: int | None = None) -> None:
-        """An update is complete: what it wrote, to the successor or to ``slot``, is the current version."""
+        """An update is complete: what it wrote, to the successor or to ``slot``, is the current
+        version."""
         self._updates[unit] += 1
         if self._on_ssd[unit]:
             self.current[unit] = self.successor(unit) if slot is None else slot
 
     def include(self, unit: int) -> bool:
-        """The commit in the making takes the unit as it is. Whether that differs from what is committed."""
+        """The commit in the making takes the unit as it is. Whether that differs from what is
+        committed."""
         self._included[unit] = self._updates[unit]
         changed = self._included[unit] != self._committed_updates[unit]
         if changed and not self._on_ssd[unit]:

@@ -1,4 +1,5 @@
-"""Volumes on the SSD directories of a session: opened, made, and refused in the words of its options."""
+"""Volumes on the SSD directories of a session: opened, made, and refused in the words of its
+options."""
 
 import errno
 import os
@@ -16,7 +17,7 @@ from ratel.planner.stripes import Weights
 class IoOptions:
     directories: tuple[str, ...] = ()
     stripes: Weights = ()
-    """Of each directory in one round; (): one each."""
+    """How many stripes each directory gets in one round; (): one each."""
     backend: str = "auto"
     bandwidth_bps: float | None = None
     direct: str = "auto"

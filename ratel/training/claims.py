@@ -1,4 +1,5 @@
-"""Whose the files in OUT are, by what they hold; and what a run reads, held against what it replaces."""
+"""Whose the files in OUT are, by what they hold; and what a run reads, held against what it
+replaces."""
 
 import json
 import os
@@ -17,7 +18,8 @@ from ratel.training.states import StateDirectory
 JSON_FILES: dict[str, set[str]] = {
     "documents.json": {"lists"}, "skipped.json": {"skipped", "lines"}, "startup.json": {"phases"}, "plan.json": {"model", "parameters", "units"}, "hardware.json": {"host", "cuda"},
     "config.json": {"model", "data", "steps", "batch_size", "seq_len"}}
-"""By name, what is in one that a run has written; config.json is the last to go: it says that the others are a run's."""
+"""By name, what is in one that a run has written; config.json is the last to go: it says that the
+others are a run's."""
 METRICS = "metrics.jsonl"
 REPLACED = ("model", "model.partial", "model.replaced", "state")
 """Directories in OUT that a run fills, empties or renames."""
@@ -54,7 +56,8 @@ def results(out: Path, states: StateDirectory) -> list[str]:
 
 
 def check_out(out: Path, states: StateDirectory, *, exports_model: bool, saves: bool, resumes: bool) -> None:
-    """Refuse a directory in which the run would have to write over or remove what is somebody else's."""
+    """Refuse a directory in which the run would have to write over or remove what is somebody
+    else's."""
     for name in (*JSON_FILES, METRICS):
         found = _status(out / name)
         continues = resumes and name == METRICS  # a power failure may have cut it short anywhere, which resuming repairs
@@ -71,7 +74,8 @@ def check_out(out: Path, states: StateDirectory, *, exports_model: bool, saves: 
 
 
 def check_inputs(out: Path, config: TrainConfig) -> None:
-    """Refuse what is read or worked on in a place that the run replaces, and results among what is read."""
+    """Refuse what is read or worked on in a place that the run replaces, and results among what is
+    read."""
     for flag, path in inputs_of(config):
         check_input(out, flag, path)
     for flag, path in inputs_of(config):

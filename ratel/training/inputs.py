@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Inputs:
     """``evaluation`` gives the held-out batches anew at each call; None where there are none.
 
-    ``position`` says, as JSON, what comes after the batches handed out so far. ``sample``, only where the run is
-    resumed: a batch, for its shape. ``evaluates_own``: the held-out batches are the user's own.
+    ``position`` says, as JSON, what comes after the batches handed out so far. ``sample``, only
+    where the run is resumed: a batch, for its shape. ``evaluates_own``: the held-out batches are
+    the user's own.
     """
 
     batches: Iterator[Any]
@@ -37,7 +38,8 @@ class Inputs:
     own_tokenizer: Any = None
     """The model directory's, if that is where the tokenizer comes from."""
     lists: Callable[[], dict[str, Any]] | None = None
-    """For OUT/documents.json: which documents there are, and were where the state that is resumed was saved."""
+    """For OUT/documents.json: which documents there are, and were where the state that is resumed
+    was saved."""
     skipped: "SkippedLines | None" = None
 
     def write_tokenizer(self, directory: Path) -> None:
@@ -59,8 +61,9 @@ def is_text(data: Any) -> bool:
 def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tokenizer: Any,
                 vocab_size: int | None, position: dict[str, Any] | None = None,
                 task: "TaskInputs | None" = None, parts: "Parts | None" = None, listed: Path | None = None) -> Iterator[Inputs]:
-    """``position``: of the run to be continued; None: from the beginning. ``task``: what has been opened of one already; with
-    the ``parts`` of its model it makes the batches. ``listed``: a file with lists of the documents that there were."""
+    """``position``: of the run to be continued; None: from the beginning. ``task``: what has been
+    opened of one already; with the ``parts`` of its model it makes the batches. ``listed``: a file
+    with lists of the documents that there were."""
     if position is not None and ("batches" in position) == is_text(data):
         raise RatelError("was batches in the run to be continued, and is text now" if is_text(data) else
                          "was text in the run to be continued, and is batches now", field="data")
@@ -165,7 +168,8 @@ class _Counted(Iterator[Any]):
 
 
 def endless(batches: Iterable[Any]) -> Iterator[Any]:
-    """Pass after pass over ``batches``; once only over what cannot be started again, as a generator."""
+    """Pass after pass over ``batches``; once only over what cannot be started again, as a
+    generator."""
     begins_again = iter(batches) is not batches
     while True:
         is_empty = True

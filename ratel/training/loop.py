@@ -1,4 +1,5 @@
-"""The training loop: one step after another, each recorded, until the steps, the data or the user's patience end."""
+"""The training loop: one step after another, each recorded, until the steps, the data or the user's
+patience end."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,8 @@ from ratel.training.schedule import Schedule
 
 MAX_SKIPPED_IN_A_ROW = 10
 TRACED_STEP = 3
-"""Of a start: the first one imports and has no updates to wait for, the second one has all buffers still empty."""
+"""The step of a start that is traced: the first one imports and has no updates to wait for, the
+second one has all buffers still empty."""
 _NONE_LEFT = object()
 
 
@@ -40,7 +42,7 @@ class Progress:
     bound_by: dict[str, int] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     steps_before: int = 0
-    """Of these steps, how many were made before the run was resumed."""
+    """How many of these steps were made before the run was resumed."""
 
     @property
     def steps(self) -> int:
@@ -66,10 +68,11 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """``evaluation`` gives the held-out batches anew at each call; ``record`` takes one metrics object per step.
+    """``evaluation`` gives the held-out batches anew at each call; ``record`` takes one metrics
+    object per step.
 
-    ``save`` is called every ``save_every`` steps, and where the loop ends; ``save_best`` after an evaluation that is the
-    best so far.
+    ``save`` is called every ``save_every`` steps, and where the loop ends; ``save_best`` after an
+    evaluation that is the best so far.
     """
 
     session: Trainer
@@ -80,7 +83,8 @@ class Loop:
     evaluation: Callable[[], Iterable[Any]] | None = None
     eval_every: int = 0
     tries_evaluation: bool = False
-    """Its first batch is evaluated after the first step, too: what cannot be shall end a run then and not after its last."""
+    """Its first batch is evaluated after the first step, too: what cannot be shall end a run then
+    and not after its last."""
     save: Callable[[Progress], None] | None = None
     save_every: int = 0
     save_best: Callable[[Progress], None] | None = None
@@ -111,7 +115,8 @@ class Loop:
         return progress.steps >= self.steps or self.stop.requested
 
     def evaluate_late(self, progress: Progress) -> bool:
-        """Make the evaluation due after the last step, if a stop was requested before it. Whether it was made."""
+        """Make the evaluation due after the last step, if a stop was requested before it. Whether
+        it was made."""
         number = progress.steps
         if number == 0 or number in progress.eval_losses or not self._evaluates_after(number):
             return False

@@ -1,4 +1,5 @@
-"""The learning rate as a pure function of the step, so that a resumed run continues on the same curve."""
+"""The learning rate as a pure function of the step, so that a resumed run continues on the same
+curve."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +8,11 @@ Schedule = Callable[[int], float]
 
 
 def make_schedule(kind: str, *, lr: float, steps: int, warmup_steps: int = 0, min_lr: float = 0.0) -> Schedule:
-    """``schedule(step)`` for steps counted from 0: a linear rise to ``lr``, then ``kind`` down towards ``min_lr``.
+    """``schedule(step)`` for steps counted from 0: a linear rise to ``lr``, then ``kind`` down
+    towards ``min_lr``.
 
-    The first step already learns (``lr / (warmup_steps + 1)``); a decay would reach ``min_lr`` at step ``steps``, the
-    first one not taken.
+    The first step already learns (``lr / (warmup_steps + 1)``); a decay would reach ``min_lr`` at
+    step ``steps``, the first one not taken.
     """
     decay = _DECAYS[kind]
 

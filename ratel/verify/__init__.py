@@ -1,2 +1,3 @@
-"""Whether Ratel trains a model of transformers rightly, found out on a small copy of it and compared from outside: with autograd,
-with the documents apart, with what transformers reads back."""
+"""Whether Ratel trains a model of transformers rightly, found out on a small copy of it and
+compared from outside: with autograd, with the documents apart, with what transformers reads
+back."""

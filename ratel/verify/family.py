@@ -1,4 +1,5 @@
-"""The check of one class: everything that Ratel promises of a model, one property after the other."""
+"""The check of one class: everything that Ratel promises of a model, one property after the
+other."""
 
 import tempfile
 import time
@@ -23,9 +24,11 @@ SAME_LOSS = 1e-5
 
 
 def check_class(model_class: type[nn.Module], config: Any, task: str, *, is_quick: bool = False) -> Verdict:
-    """Everything about a class with a configuration that is small already (`ratel.models.checks.shrink`), on the CPU.
+    """Everything about a class with a configuration that is small already
+    (`ratel.models.checks.shrink`), on the CPU.
 
-    ``is_quick``: gradients in fp32, causality and documents that share a row; not exports, resuming, bf16 and other losses.
+    ``is_quick``: gradients in fp32, causality and documents that share a row; not exports,
+    resuming, bf16 and other losses.
     """
     begun = time.perf_counter()
     findings: tuple[Finding, ...] = ()
@@ -102,7 +105,8 @@ def _exact(subject: Subject, loss: Loss, batch: Batch, plain: Pass) -> Callable[
 
 
 def _causal(subject: Subject, session: Session) -> Finding:
-    """The loss of the first half, with other tokens in the second, and with another one in the first."""
+    """The loss of the first half, with other tokens in the second, and with another one in the
+    first."""
     batch, half = subject.batch(), LENGTH // 2
     batch["labels"] = torch.where(torch.arange(LENGTH) < half, batch["labels"], IGNORED)
     later, earlier = (batch["input_ids"].clone() for _ in range(2))
@@ -145,7 +149,8 @@ def _moved(subject: Subject, session: Session, ours: Pass) -> Finding:
 
 
 def _export(subject: Subject, session: Session, trained: dict[str, Tensor], path: Path) -> Finding:
-    """Everything in the state dict: what was trained as it is in the session, the rest as it was."""
+    """Everything in the state dict: what was trained as it is in the session, the rest as it
+    was."""
     session.export(path, dtype="fp32")
     model_class = type(session.parts.module)
     back, info = model_class.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
@@ -184,7 +189,8 @@ def _loading(subject: Subject) -> Finding:
 
 
 def _bf16(subject: Subject, exact: Pass) -> Finding:
-    """Plain PyTorch's error is that of the batch at once or of its rows apart: a router may be in doubt in one of them."""
+    """Plain PyTorch's error is that of the batch at once or of its rows apart: a router may be in
+    doubt in one of them."""
     batch = subject.batch()
     plain = _plain(subject, subject.task_loss, batch, torch.bfloat16)
     with _session(subject, torch.bfloat16) as session:

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 HOLDS, SAID, FAILED, BROKE = "holds", "said", "failed", "broke"
-"""``said``: a limit of the model that Ratel names to the user and keeps to, such as one document a row; ``failed``: a result was
-wrong; ``broke``: there was none, for an error."""
+"""``said``: a limit of the model that Ratel names to the user and keeps to, such as one document a
+row; ``failed``: a result was wrong; ``broke``: there was none, for an error."""
 
 TITLES = {
     "loading": "loading gives what from_pretrained gives",
@@ -34,7 +34,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Of one class and task. ``refused``: why Ratel does not train it; then nothing was found out."""
+    """What was found of one class and task. ``refused``: why Ratel does not train it; then nothing
+    was found out."""
 
     name: str
     task: str

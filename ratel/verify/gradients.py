@@ -1,8 +1,9 @@
 """Gradients of a session beside those of autograd.
 
-Two that are equal in every bit need no more. Where they are not, the error against the same model in a higher precision counts: it may
-be twice that of plain PyTorch, and a rounding of the type itself. Plain PyTorch's error is that in the parameter, or in the gradient as a
-whole where that is more: in a scalar it may be small by chance.
+Two that are equal in every bit need no more. Where they are not, the error against the same model
+in a higher precision counts: it may be twice that of plain PyTorch, and a rounding of the type
+itself. Plain PyTorch's error is that in the parameter, or in the gradient as a whole where that is
+more: in a scalar it may be small by chance.
 """
 
 import math
@@ -18,12 +19,14 @@ from ratel.verify.findings import FAILED, HOLDS, Finding
 Grads = dict[str, Tensor]
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7}
 SHARE = 1e-3
-"""Of the whole gradient's norm: below it a parameter's own is noise (the bias of keys, which attention does not feel)."""
+"""Below this share of the whole gradient's norm a parameter's own is noise (the bias of keys, which
+attention does not feel)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A forward and backward pass: its loss, and the gradients that are not None, in fp32 or fp64."""
+    """A forward and backward pass: its loss, and the gradients that are not None, in fp32 or
+    fp64."""
 
     loss: float
     grads: Grads
@@ -48,7 +51,8 @@ def pass_of(session: Session, batch: dict[str, Tensor]) -> Pass:
 
 
 def compare(about: str, ours: Pass, plain: Pass, exact: Callable[[], Pass], rounding: float) -> Finding:
-    """``plain``: what autograd makes in the same precision; ``exact``: in a higher one, where that is needed."""
+    """``plain``: what autograd makes in the same precision; ``exact``: in a higher one, where that
+    is needed."""
     problem = _unlike_names(ours, plain)
     if problem:
         return Finding(about=about, outcome=FAILED, detail=problem)

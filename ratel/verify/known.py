@@ -1,4 +1,5 @@
-"""Families that were checked before, kept in the user's cache directory: by class, small configuration, versions and Ratel's sources."""
+"""Families that were checked before, kept in the user's cache directory: by class, small
+configuration, versions and Ratel's sources."""
 
 import hashlib
 import json
@@ -27,7 +28,8 @@ CHECKED_SOURCES = ("models", "runtime", "verify")
 
 
 def check_model(source: str, task: str | None = None) -> Verdict:
-    """Everything about a small copy of the model in a directory, or of a preset. Raises RatelError for one that is refused.
+    """Everything about a small copy of the model in a directory, or of a preset. Raises RatelError
+    for one that is refused.
 
     Without ``task`` it is what the directory's class is for.
     """
@@ -48,8 +50,9 @@ def _task_of(config: Any) -> str:
 
 
 def quick_verdict(module: nn.Module, task: str, note: Any) -> Verdict | None:
-    """What is known of a module's family, or found out now, in seconds, by the most telling checks; None if it is no family of the
-    installed transformers. ``note(line)`` is told where it takes time."""
+    """What is known of a module's family, or found out now, in seconds, by the most telling checks;
+    None if it is no family of the installed transformers. ``note(line)`` is told where it takes
+    time."""
     model_class = type(module)
     if not model_class.__module__.startswith("transformers.models."):
         return None
@@ -72,7 +75,8 @@ def quick_verdict(module: nn.Module, task: str, note: Any) -> Verdict | None:
 
 
 def refuse_wrong(verdict: Verdict) -> None:
-    """Raises RatelError if a result was found to be wrong. What the check could not do is no reason."""
+    """Raises RatelError if a result was found to be wrong. What the check could not do is no
+    reason."""
     if verdict.wrong:
         found = "; ".join(finding.describe() for finding in verdict.wrong)
         raise RatelError(f"a check of this kind of model failed: {found}", field="model", value=verdict.name,

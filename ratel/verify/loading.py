@@ -1,4 +1,5 @@
-"""Whether a session would compute with the state that `from_pretrained` loads: tensor by tensor, from outside."""
+"""Whether a session would compute with the state that `from_pretrained` loads: tensor by tensor,
+from outside."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -13,10 +14,11 @@ from ratel.models.parts import Parts
 
 
 def compare_loading(directory: "str | Path", dtype: torch.dtype = torch.float32) -> list[str]:
-    """Every difference between the two, each in a line; none if they are equal. For models that fit in memory twice.
+    """Every difference between the two, each in a line; none if they are equal. For models that fit
+    in memory twice.
 
-    Compared are the names of the state dict, values and dtypes of parameters and of all buffers, extra state, and which
-    parameters are one. Raises RatelError for a directory that Ratel refuses.
+    Compared are the names of the state dict, values and dtypes of parameters and of all buffers,
+    extra state, and which parameters are one. Raises RatelError for a directory that Ratel refuses.
     """
     parts = load(directory, dtype=dtype, device=torch.device("cpu"))
     try:
@@ -56,7 +58,8 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], kind: str) -> l
 
 
 def _compare_state(parts: Parts, theirs: nn.Module) -> list[str]:
-    """Names of all that is in the state dict, and the values that are neither parameters nor buffers."""
+    """Names of all that is in the state dict, and the values that are neither parameters nor
+    buffers."""
     ours, other = parts.other_state(), theirs.state_dict()
     tensors = {name for name, _ in [*theirs.named_parameters(remove_duplicate=False), *theirs.named_buffers(remove_duplicate=False)]}
     extra = {name: value for name, value in other.items() if name not in tensors}

@@ -1,4 +1,5 @@
-"""The check of every class that the installed transformers knows for text, each in a process of its own."""
+"""The check of every class that the installed transformers knows for text, each in a process of its
+own."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -47,7 +48,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 SMALL: dict[str, dict[str, Any]] = {
-    # Configurations that cannot be made small from what they write, because they write something else than they read.
+    # Configurations that cannot be made small from what they write, because they write something
+    # else than they read.
     "dory": dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, n_input_layers=1, n_recurrent_layers=2,
                  n_output_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=16, sliding_window=8,
                  max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2),
@@ -57,7 +59,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 FAULTS: dict[str, str] = {
-    # What differs for a reason that lies in the model, and is found by the check at the start of a run.
+    # What differs for a reason that lies in the model, and is found by the check at the start of a
+    # run.
     "RwkvForCausalLM": "in evaluation its forward divides its own weights in place, which are with the session",
     "YoutuForCausalLM": "transformers clears the row of the padding token after it has loaded it (in _init_weights, past its own marks "
                         "of what is loaded); Ratel keeps what is stored",
@@ -73,7 +76,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Of the installed transformers; a class that two registries have is in both."""
+    """The classes of the installed transformers; a class that two registries have is in both."""
     from transformers.models.auto import modeling_auto
 
     found = set()
@@ -102,7 +105,8 @@ def check_entry(entry: Entry) -> Verdict:
 
 
 def small_config(model_class: Any, task: str) -> Any:
-    """Of the class's defaults. A class that can be both is the decoder where it is to learn the next token."""
+    """A small configuration, made of the class's defaults. A class that can be both is the decoder
+    where it is to learn the next token."""
     from ratel.models.checks.shrink import shrunken
 
     config_class = model_class.config_class

@@ -1,5 +1,5 @@
-"""What is checked: a small copy of a model with random state, as an object and as a directory, batches for it, and plain PyTorch's
-answers."""
+"""What is checked: a small copy of a model with random state, as an object and as a directory,
+batches for it, and plain PyTorch's answers."""
 
 import copy
 import inspect
@@ -31,7 +31,8 @@ class PlainError(Exception):
 
 
 class Subject:
-    """Of one class, configuration (small already) and task. ``directory`` is written here."""
+    """The models, batches and losses of one class, configuration (small already) and task.
+    ``directory`` is written here."""
 
     def __init__(self, model_class: type[nn.Module], config: Any, task: str, directory: Path) -> None:
         self.task, self.directory = task, directory
@@ -93,12 +94,13 @@ class Subject:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).to(_wide(logits)), batch["labels"][:, 1:].flatten(), reduction="sum")
 
     def apart_loss(self, apart: list[Batch]) -> Loss:
-        """Of documents each alone, as if they were one batch."""
+        """The loss of documents each alone, as if they were one batch."""
         targets = sum(int((part["labels"][:, 1:] != IGNORED).sum()) for part in apart)
         return lambda module, _: torch.stack([self._next_token_sum(module, part) for part in apart]).sum() / targets
 
     def own_loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """What a user writes: the model's own loss; where it has none, something that depends on all logits. Caches stay on."""
+        """What a user writes: the model's own loss; where it has none, something that depends on
+        all logits. Caches stay on."""
         if "labels" in self._accepted:
             return module(**batch).loss
         output = module(input_ids=batch["input_ids"])
@@ -118,8 +120,8 @@ class Subject:
 
 
     def rows_apart(self, loss: Loss, batch: Batch, whole: Pass, dtype: torch.dtype = torch.float32) -> Pass:
-        """The same gradient in another order of sums: how far plain PyTorch is from it says how far its roundings reach. A
-        batch of documents is apart already, and given back as it is."""
+        """The same gradient in another order of sums: how far plain PyTorch is from it says how far
+        its roundings reach. A batch of documents is apart already, and given back as it is."""
         if "position_ids" in batch:
             return whole
         rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(ROWS)]
@@ -152,8 +154,8 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 
 def _complete(config: Any) -> None:
-    """Classifiers look for the last token that is no padding (batches here have none), and draw a dropout that many configurations
-    do not name."""
+    """Classifiers look for the last token that is no padding (batches here have none), and draw a
+    dropout that many configurations do not name."""
     config.classifier_dropout = 0.0
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False  # losses of routers are added where it is on: other tests

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Tokens of one record, closed by EOS. ``ids`` int32 [n]; ``targets`` bool [n]: is this token to be learned?"""
+    """Tokens of one record, closed by EOS. ``ids`` int32 [n]; ``targets`` bool [n]: is this token
+    to be learned?"""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -25,15 +26,16 @@ class Document:
     """The targets need their beginning (a prompt): cut only what is longer than a sequence."""
 
     starts: tuple[int, ...] = (0,)
-    """Where texts begin that know nothing of each other: more than one of a conversation that its template rewrites."""
+    """Where texts begin that know nothing of each other: more than one of a conversation that its
+    template rewrites."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 class Encoder:
-    """Deterministic: one record gives the same tokens always, which is what makes a position resumable. ``today`` is for
-    templates that write the date."""
+    """Deterministic: one record gives the same tokens always, which is what makes a position
+    resumable. ``today`` is for templates that write the date."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int | None = None, today: date | None = None) -> None:
         self._tokenizer = tokenizer
@@ -44,8 +46,8 @@ class Encoder:
         self._chat = ChatEncoder(tokenizer, today)
 
     def encode(self, record: Record) -> Document:
-        """Raises RecordError where the chat template refuses, or what it renders cannot be split, or an id has no
-        embedding."""
+        """Raises RecordError where the chat template refuses, or what it renders cannot be split,
+        or an id has no embedding."""
         document = self._encode_chat(record) if isinstance(record, Chat) else self._encode_text(record)
         check_ids(document.ids, self._tokenizer, self._vocab_size)
         return document
@@ -60,7 +62,8 @@ class Encoder:
         if isinstance(record, Text):
             ids, prompt = self._begin(self._pieces.first(record.text)), 0
         else:
-            # The prompt as it is at inference, where it ends; the completion as what follows it directly.
+            # The prompt as it is at inference, where it ends; the completion as what follows it
+            # directly.
             begun = self._begin(self._pieces.first(record.prompt))
             prompt = len(begun)
             ids = np.concatenate([begun, (self._pieces.next if record.prompt else self._pieces.first)(record.completion)])
@@ -74,9 +77,11 @@ class Encoder:
         return ids if is_begun else np.concatenate([np.array(self._prefix, dtype=np.int32), ids])
 
     def _close(self, ids: np.ndarray, targets: np.ndarray, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
-        """With EOS after it, unless it is there already (before a newline, as chat templates write it).
+        """With EOS after it, unless it is there already (before a newline, as chat templates write
+        it).
 
-        EOS is a target where the token before it is one, and (``learn``) not the end of a turn by itself.
+        EOS is a target where the token before it is one, and (``learn``) not the end of a turn by
+        itself.
         """
         if self._eos in ids[-2:]:
             return ids, targets

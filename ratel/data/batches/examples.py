@@ -1,4 +1,5 @@
-"""Batches for tasks: one document a row, padded, with its label, its words' labels or hidden tokens."""
+"""Batches for tasks: one document a row, padded, with its label, its words' labels or hidden
+tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PADDED_TO = 64
-"""Batches are as long as their longest row, rounded up to a multiple of this: what a block does is learned once per length."""
+"""Batches are as long as their longest row, rounded up to a multiple of this: what a block does is
+learned once per length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One record as tokens. ``labels``: of the record, or of each token; None where tokens are still to be hidden."""
+    """One record as tokens. ``labels``: of the record, or of each token; None where tokens are
+    still to be hidden."""
 
     ids: np.ndarray
     types: np.ndarray | None = None
@@ -45,8 +48,9 @@ class Example:
 class Examples:
     """The form of data with labels, and of text for `masked-lm`.
 
-    Texts are cut to ``seq_len`` tokens, special ones included, a pair at the longer of the two first; text for `masked-lm` is
-    not, but goes on in a row of its own. ``takes_types``: the model tells the texts of a pair apart by ``token_type_ids``.
+    Texts are cut to ``seq_len`` tokens, special ones included, a pair at the longer of the two
+    first; text for `masked-lm` is not, but goes on in a row of its own. ``takes_types``: the model
+    tells the texts of a pair apart by ``token_type_ids``.
     """
 
     def __init__(self, task: str, tokenizer: "PreTrainedTokenizerBase", labels: Labels | None, *, seq_len: int, vocab_size: int,
@@ -79,7 +83,8 @@ class Examples:
                        labels=label.astype(np.float32 if label.dtype.kind == "f" else np.int64))
 
     def _tagged(self, record: LabelledWords) -> Example:
-        """A word's label is that of its first token; its other tokens and the special ones have none."""
+        """A word's label is that of its first token; its other tokens and the special ones have
+        none."""
         out = self._cut(list(record.words), is_split_into_words=True)
         labels = np.full(len(out["input_ids"]), NO_LOSS, dtype=np.int64)
         before = None

@@ -24,7 +24,8 @@ class RowMaker(Protocol):
 
     @property
     def waiting(self) -> list[tuple[int, int]]:
-        """Number and start of each piece drawn and not yet in a row: with these it can be made again."""
+        """Number and start of each piece drawn and not yet in a row: with these it can be made
+        again."""
 
     def next_row(self) -> Any:
         """The next row, with its ``num_targets``; None when all documents are in one."""
@@ -40,7 +41,7 @@ class Form(Protocol):
         """The record as tokens: something with a length. Raises RecordError."""
 
     def size(self, document: Any) -> int:
-        """Of the tokens of sequences, how many it takes up."""
+        """How many of the tokens of sequences a document takes up."""
 
     def rows(self, draw: Draw, pool: list[Piece], epoch: Callable[[], int]) -> RowMaker:
         """``pool``: pieces that come first. ``epoch``: which one the document drawn last is of."""

@@ -1,8 +1,9 @@
-"""Hiding tokens for `masked-lm`: of a text's tokens 15 percent are targets; of these 80 percent become the mask token, 10
-percent some token of the vocabulary, and the others stay.
+"""Hiding tokens for `masked-lm`: of a text's tokens 15 percent are targets; of these 80 percent
+become the mask token, 10 percent some token of the vocabulary, and the others stay.
 
-Which ones depends on the seed, the epoch, the document and the place in it alone, by a hash of them that is ours: a run that is
-resumed hides what it would have hidden, whatever version of a library it meets.
+Which ones depends on the seed, the epoch, the document and the place in it alone, by a hash of them
+that is ours: a run that is resumed hides what it would have hidden, whatever version of a library
+it meets.
 """
 
 from typing import TYPE_CHECKING
@@ -30,8 +31,8 @@ class Hiding:
         self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
 
     def hide(self, ids: np.ndarray, key: tuple[int, ...], start: int) -> tuple[np.ndarray, np.ndarray]:
-        """``ids`` int32 ``[n]`` of a document's tokens from ``start`` on, with some of them hidden; and int32 ``[n]`` what they
-        were, `NO_LOSS` elsewhere."""
+        """``ids`` int32 ``[n]`` of a document's tokens from ``start`` on, with some of them hidden;
+        and int32 ``[n]`` what they were, `NO_LOSS` elsewhere."""
         places = np.arange(start, start + len(ids), dtype=np.uint64)
         chance, fate, other = (uniform(places, (self._seed, *key, stream)) for stream in range(3))
         is_target = (chance < TARGETS) & ~np.isin(ids, self._special)
@@ -42,7 +43,8 @@ class Hiding:
 
 
 def uniform(places: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    """For each place (uint64) a number in ``[0, 1)`` that the key fixes: the finalizer of splitmix64, twice for each part."""
+    """For each place (uint64) a number in ``[0, 1)`` that the key fixes: the finalizer of
+    splitmix64, twice for each part."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in key:

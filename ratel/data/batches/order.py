@@ -1,4 +1,5 @@
-"""The order of documents: a new permutation each epoch that costs no memory and can be entered at any place."""
+"""The order of documents: a new permutation each epoch that costs no memory and can be entered at
+any place."""
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
@@ -7,9 +8,9 @@ _MASK = (1 << 64) - 1
 class Permutation:
     """A permutation of ``range(size)`` fixed by ``key``.
 
-    A Feistel network over the smallest even number of bits that holds ``size``, walked until it lands inside. A
-    shuffled array would need 8 bytes per document and depend on a library's generator staying as it is; resuming must
-    not.
+    A Feistel network over the smallest even number of bits that holds ``size``, walked until it
+    lands inside. A shuffled array would need 8 bytes per document and depend on a library's
+    generator staying as it is; resuming must not.
     """
 
     def __init__(self, size: int, key: tuple[int, ...]) -> None:

@@ -1,9 +1,9 @@
 """Documents into sequences of one length, boundaries kept.
 
-A sequence begins with the document that waits longest; then the longest that still fits is added, again and again. If
-none fits, plain text is cut to fill the rest, and its remainder begins the next sequence; without plain text the rest
-is padding. So plain text fills sequences without a gap, and a prompt is never parted from its answer unless both
-together are longer than a sequence.
+A sequence begins with the document that waits longest; then the longest that still fits is added,
+again and again. If none fits, plain text is cut to fill the rest, and its remainder begins the next
+sequence; without plain text the rest is padding. So plain text fills sequences without a gap, and a
+prompt is never parted from its answer unless both together are longer than a sequence.
 
 For models that cannot keep documents apart every sequence holds one, or a part of one, and padding.
 """
@@ -39,7 +39,8 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sequence. int64 [seq_len] each; ``labels`` is not shifted, and ``NO_LOSS`` where nothing is to be learned."""
+    """One sequence. int64 [seq_len] each; ``labels`` is not shifted, and ``NO_LOSS`` where nothing
+    is to be learned."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -55,8 +56,8 @@ class Row:
 class Packer:
     def __init__(self, draw: Callable[[], tuple[int, Document] | None], *, seq_len: int, pad_id: int,
                  pool: list[Piece] | None = None, alone: bool = False) -> None:
-        """``draw`` gives the next document and its number, None at the end. ``pool`` continues an earlier packer. ``alone``: one
-        document in a sequence."""
+        """``draw`` gives the next document and its number, None at the end. ``pool`` continues an
+        earlier packer. ``alone``: one document in a sequence."""
         self._draw = draw
         self._seq_len = seq_len
         self._pad_id = pad_id
@@ -65,7 +66,8 @@ class Packer:
 
     @property
     def waiting(self) -> list[tuple[int, int]]:
-        """Number and start of each piece drawn and not yet in a row: with these the packer can be built again."""
+        """Number and start of each piece drawn and not yet in a row: with these the packer can be
+        built again."""
         return [(piece.number, piece.start) for piece in self._pool]
 
     def next_row(self) -> Row | None:
@@ -97,7 +99,8 @@ class Packer:
             waiting += len(document)
 
     def _place(self, piece: Piece, row: Row, used: int) -> int:
-        """Write a piece at ``used``, as much as there is room for; the remainder waits at the front."""
+        """Write a piece at ``used``, as much as there is room for; the remainder waits at the
+        front."""
         length = min(len(piece), self._seq_len - used)
         span, part = slice(used, used + length), slice(piece.start, piece.start + length)
         ids, targets = piece.document.ids[part], piece.document.targets[part]

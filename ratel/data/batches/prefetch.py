@@ -10,7 +10,8 @@ from ratel import interrupt
 from ratel.errors import RatelError, WorkerError
 
 _JOIN_S = 2.0
-"""Closing waits this long for the item in the making. A thread deep in one huge document is left to end alone."""
+"""Closing waits this long for the item in the making. A thread deep in one huge document is left to
+end alone."""
 
 T = TypeVar("T")
 
@@ -18,8 +19,9 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Calls ``produce`` again and again in a thread, at most ``depth`` items ahead of ``get``.
 
-    An error of ``produce`` is raised by the ``get`` that would have had its item: a RatelError as it is, anything else
-    as the cause of a WorkerError. After ``close``, ``get`` raises StopIteration.
+    An error of ``produce`` is raised by the ``get`` that would have had its item: a RatelError as
+    it is, anything else as the cause of a WorkerError. After ``close``, ``get`` raises
+    StopIteration.
     """
 
     def __init__(self, produce: Callable[[], T], *, depth: int, name: str) -> None:

@@ -1,4 +1,5 @@
-"""The endless stream of training sequences, and a position in it that can be written down and taken up again."""
+"""The endless stream of training sequences, and a position in it that can be written down and taken
+up again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from ratel.schema import SchemaError, check, listing, record, text, whole
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Before which sequence the stream stands: next document of the epoch, and the pieces drawn but not yet packed."""
+    """Before which sequence the stream stands: next document of the epoch, and the pieces drawn but
+    not yet packed."""
 
     epoch: int = 0
     cursor: int = 0
     waiting: tuple[tuple[int, int], ...] = ()
     learned: frozenset[int] = frozenset()
-    """Of this epoch, documents that came before its cursor was set to 0 again: the data was changed then."""
+    """The documents of this epoch that came before its cursor was set to 0 again, because the data
+    was changed then."""
 
     def to_dict(self, size: int) -> dict[str, Any]:
         """``size``: of the corpus."""
@@ -42,7 +45,8 @@ class Position:
 
 
 _LONG = 1 << 20
-"""Tokens. A document of more takes seconds to be made, and more than one reader of the same place asks for it."""
+"""Tokens. A document of more takes seconds to be made, and more than one reader of the same place
+asks for it."""
 
 
 class Reader:
@@ -90,7 +94,8 @@ class RowStream:
         return Position(epoch=self._epoch, cursor=self._cursor, waiting=tuple(self._rows.waiting), learned=self._learned)
 
     def next_row(self) -> Any:
-        """The next sequence that has a target; others (all prompt, say) would be computed for nothing."""
+        """The next sequence that has a target; others (all prompt, say) would be computed for
+        nothing."""
         row = self._rows.next_row()
         first_epoch = self._epoch  # after a row: of a few documents the packer's first one draws many epochs at once
         while True:
@@ -102,7 +107,8 @@ class RowStream:
             row = self._rows.next_row()
 
     def next_number(self) -> int:
-        """The next document of the order, those held out and those that the epoch has had passed over."""
+        """The next document of the order, those held out and those that the epoch has had passed
+        over."""
         while True:
             if self._cursor == len(self._reader):
                 self._epoch, self._cursor, self._learned = self._epoch + 1, 0, frozenset()

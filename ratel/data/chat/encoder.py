@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """Token ids int32 [n] of one text, and whether each is to be learned. ``is_ended``: the last token is the end of
-    an answer that the template writes itself, or no answer stands last."""
+    """Token ids int32 [n] of one text, and whether each is to be learned. ``is_ended``: the last
+    token is the end of an answer that the template writes itself, or no answer stands last."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -61,7 +61,8 @@ class ChatEncoder:
             try:
                 return self._rows_in(chat, source, shape)
             except RecordError as error:
-                # What is wrong with them as they are written; rather that something is left out than Jinja's words.
+                # What is wrong with them as they are written; rather that something is left out
+                # than Jinja's words.
                 if refusal is None or shape.content is None and refusal.__cause__ and not error.__cause__:
                     refusal = error
         assert refusal is not None
@@ -115,8 +116,8 @@ class ChatEncoder:
         return found.group() if found else ""
 
     def _tokenize(self, row: Row) -> Sequence:
-        """Part by part, cut where turns begin and end: at inference, too, the last token of what a model is given ends
-        where the generation prompt does."""
+        """Part by part, cut where turns begin and end: at inference, too, the last token of what a
+        model is given ends where the generation prompt does."""
         text, parts, cursor, answer, is_begun = row.rendering.text, list[np.ndarray](), 0, "", False
         for start, end in [*row.spans, (len(text), len(text))]:
             context = self._pieces.after(answer, text[cursor:start]) if is_begun else self._pieces.first(text[cursor:start])

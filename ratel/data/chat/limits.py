@@ -1,8 +1,9 @@
 """What a chat template may do: it comes with a model, from anywhere, and is a program.
 
-Jinja's sandbox keeps it from everything but its arguments. It may still loop for ever, or make a text of a terabyte out of one
-letter. So work is counted: a unit for each turn of a loop and each call, and one for every 64 characters that a call or an
-operator makes. More than any conversation needs is an error, and always the same one: no clock has a say in it.
+Jinja's sandbox keeps it from everything but its arguments. It may still loop for ever, or make a
+text of a terabyte out of one letter. So work is counted: a unit for each turn of a loop and each
+call, and one for every 64 characters that a call or an operator makes. More than any conversation
+needs is an error, and always the same one: no clock has a say in it.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_WORK = 1_000_000
 MOST_CHARACTERS = 64 << 20
-"""Of one text, made by a call, an operator, or the template as a whole."""
+"""The most characters of one text that a call, an operator, or the template as a whole makes."""
 
 _LARGEST_ARGUMENT = 1_000_000
 _COUNTED = "_turn_of_a_loop"
@@ -79,7 +80,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _measured(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """What a text here has more than in transformers, no template may see: it could do another thing there."""
+        """What a text here has more than in transformers, no template may see: it could do another
+        thing there."""
         return attr != "origins" and super().is_safe_attribute(obj, attr, value)
 
 

@@ -1,7 +1,8 @@
-"""Conversations for tokenizers that render them themselves, to tokens and by no template (mistral-common's, tekken).
+"""Conversations for tokenizers that render them themselves, to tokens and by no template
+(mistral-common's, tekken).
 
-The same rule on tokens: a turn begins where the tokens end that the model is given before it, and its text is what the
-tokenizer adds for a last message that is to be continued. EOS ends it.
+The same rule on tokens: a turn begins where the tokens end that the model is given before it, and
+its text is what the tokenizer adds for a last message that is to be continued. EOS ends it.
 """
 
 from collections.abc import Sequence as List

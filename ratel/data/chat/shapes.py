@@ -1,8 +1,8 @@
 """Messages in the shapes that templates want, each string marked with the field it is.
 
-Templates differ in what they read: content as a string or in parts, a call's arguments as an object or as its JSON. What
-an absent content, a ``null`` and a thought's field mean does not differ: absent is absent, as transformers has it, and a
-thought is given under every name that is in use.
+Templates differ in what they read: content as a string or in parts, a call's arguments as an object
+or as its JSON. What an absent content, a ``null`` and a thought's field mean does not differ:
+absent is absent, as transformers has it, and a thought is given under every name that is in use.
 """
 
 import json
@@ -27,8 +27,8 @@ TOOLS = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """``code``: the origin of its characters. ``is_said``: text of the message, not a name or a role.
-    ``is_required``: to be found in the text, all of it, where it is to be learned."""
+    """``code``: the origin of its characters. ``is_said``: text of the message, not a name or a
+    role. ``is_required``: to be found in the text, all of it, where it is to be learned."""
 
     message: int
     name: str
@@ -40,7 +40,8 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """``content``: "string", "parts", or None for as it is. ``empties``: write "" where there is no content."""
+    """``content``: "string", "parts", or None for as it is. ``empties``: write "" where there is no
+    content."""
 
     content: str | None = None
     arguments: str = "object"
@@ -49,7 +50,8 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Shaped:
-    """A conversation in one shape: for a rendering (``plain``) and for one with origins (``traced``)."""
+    """A conversation in one shape: for a rendering (``plain``) and for one with origins
+    (``traced``)."""
 
     plain: tuple[dict[str, Any], ...]
     traced: tuple[dict[str, Any], ...]
@@ -59,8 +61,8 @@ class Shaped:
 
 
 def shapes_of(messages: Sequence[Mapping[str, Any]], *, in_parts: bool) -> Iterator[Shape]:
-    """As the messages are written first, then what else they can be turned into without a loss. ``in_parts``: the
-    template takes contents in no other way."""
+    """As the messages are written first, then what else they can be turned into without a loss.
+    ``in_parts``: the template takes contents in no other way."""
     contents: list[str | None] = [None]
     if any(isinstance(message.get("content"), list) for message in messages):
         contents.append("string")
@@ -132,7 +134,8 @@ class _Marker:
         return marked
 
     def value(self, value: Any, index: int, name: str, *, keys: bool = False) -> Any:
-        """``keys``: mark an object's keys as well, which the assistant wrote in a call's arguments."""
+        """``keys``: mark an object's keys as well, which the assistant wrote in a call's
+        arguments."""
         if isinstance(value, str):
             return self._text(value, index, name)
         if isinstance(value, list):
@@ -157,8 +160,8 @@ class _Marker:
 
 
 def field_finder(fields: Sequence[Field]) -> Callable[[str], str]:
-    """From origins of fields to origins of messages: ``chr(2 + index)``, ``\\1`` for names and roles, ``\\0`` for what
-    the template writes and for the tools' list, with or without marks."""
+    """From origins of fields to origins of messages: ``chr(2 + index)``, ``\\1`` for names and
+    roles, ``\\0`` for what the template writes and for the tools' list, with or without marks."""
     table: dict[int, str] = {0: "\0", 1: "\0"}
     for field in fields:
         owner = "\0" if field.message == TOOLS else chr(2 + field.message) if field.is_said else "\1"

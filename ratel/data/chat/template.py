@@ -19,8 +19,9 @@ _AFTER_LOOP = "_after_a_loop"
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """``origins``: a code for each character of ``text``. ``end``: where the last message ends; what follows there is
-    written once, after all messages (Phi-3 closes a conversation with another token than a turn)."""
+    """``origins``: a code for each character of ``text``. ``end``: where the last message ends;
+    what follows there is written once, after all messages (Phi-3 closes a conversation with another
+    token than a turn)."""
 
     text: str
     origins: str
@@ -29,9 +30,9 @@ class Rendering:
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
-    """What a template does with the plainest talk. ``header``: what it writes for the model to go on from.
-    ``closes``: it writes something after an answer that is not the beginning of the next turn. ``in_parts``: it takes
-    contents in parts only."""
+    """What a template does with the plainest talk. ``header``: what it writes for the model to go
+    on from. ``closes``: it writes something after an answer that is not the beginning of the next
+    turn. ``in_parts``: it takes contents in parts only."""
 
     header: str
     closes: bool
@@ -165,7 +166,8 @@ def _generation_tag() -> type:
 
 
 def _mark_ends_of_loops(node: Any) -> None:
-    """Write an ``_AfterLoop`` after every loop that is in no other loop and in no block that is put together first."""
+    """Write an ``_AfterLoop`` after every loop that is in no other loop and in no block that is put
+    together first."""
     from jinja2 import nodes
 
     for name, value in list(node.iter_fields()):

@@ -1,7 +1,8 @@
 """Strings that know of each character where it comes from.
 
-A chat template takes messages apart and joins them again (strips, splits, escapes, puts markers between). Rendered from
-these strings, its text still says of every character which field of which message it was, or that the template wrote it.
+A chat template takes messages apart and joins them again (strips, splits, escapes, puts markers
+between). Rendered from these strings, its text still says of every character which field of which
+message it was, or that the template wrote it.
 """
 
 import json
@@ -9,14 +10,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 LITERAL = "\0"
-"""The origin of what the template writes itself. Even codes are origins; the odd one above each is the same origin,
-inside the marks of the template (``{% generation %}``)."""
+"""The origin of what the template writes itself. Even codes are origins; the odd one above each is
+the same origin, inside the marks of the template (``{% generation %}``)."""
 
 
 class Traced(str):
     """``origins`` has one character for each of the string: the code of where it comes from.
 
-    Whatever is done to it in a way that is not below gives a plain string: text of unknown origin, never a wrong one.
+    Whatever is done to it in a way that is not below gives a plain string: text of unknown origin,
+    never a wrong one.
     """
 
     __slots__ = ("origins",)
@@ -104,7 +106,8 @@ class Traced(str):
         return self._changed(str.capitalize(self))
 
     def _changed(self, text: str) -> str:
-        """Character by character; where the number changed (an ``ß`` becomes ``SS``), only if all have one origin."""
+        """Character by character; where the number changed (an ``ß`` becomes ``SS``), only if all
+        have one origin."""
         if len(text) == len(self):
             return Traced(text, self.origins)
         return Traced(text, self.origins[0] * len(text)) if len(set(self.origins)) == 1 else text

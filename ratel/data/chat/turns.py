@@ -1,10 +1,10 @@
 """Which characters of a conversation the assistant wrote.
 
-What counts is what a model sees and writes at inference. Before a turn it is given the earlier messages and the
-generation prompt: what a template renders of those is context. The turn ends where the conversation up to it ends. As
-long as the text of all messages begins with both, one text holds all turns; a template that renders a turn otherwise
-once others follow (Qwen3 drops its thought, gpt-oss changes its end) gives that turn a text of its own, as it was when
-the turn was written.
+What counts is what a model sees and writes at inference. Before a turn it is given the earlier
+messages and the generation prompt: what a template renders of those is context. The turn ends where
+the conversation up to it ends. As long as the text of all messages begins with both, one text holds
+all turns; a template that renders a turn otherwise once others follow (Qwen3 drops its thought,
+gpt-oss changes its end) gives that turn a text of its own, as it was when the turn was written.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,8 @@ Span = tuple[int, int]
 
 @dataclass(kw_only=True, eq=False)
 class Row:
-    """A rendering of the messages before ``until``, and where the turns lie in it that are learned here.
+    """A rendering of the messages before ``until``, and where the turns lie in it that are learned
+    here.
 
     ``owners``: of each character, the message that it is the text of (see ``field_finder``).
     """
@@ -39,14 +40,16 @@ class Row:
 
 
 class Turns:
-    """``markers``: the tokens that end or begin something, as texts (added tokens), longest first."""
+    """``markers``: the tokens that end or begin something, as texts (added tokens), longest
+    first."""
 
     def __init__(self, template: Template, shaped: Shaped, learned: list[int], markers: Callable[[str], str]) -> None:
         self._template, self._shaped, self._learned, self._marker_at = template, shaped, learned, markers
         self._owners_of = field_finder(shaped.fields)
 
     def rows(self) -> list[Row]:
-        """In the order of the turns; each learned turn is in one of them, as the model will have to write it."""
+        """In the order of the turns; each learned turn is in one of them, as the model will have to
+        write it."""
         rows = [self.whole]
         for turn in reversed(self._learned):
             row, start, end = self._find(turn, rows)
@@ -69,7 +72,8 @@ class Turns:
         return Row(rendering=rendering, owners=self._owners_of(rendering.origins), until=until)
 
     def _find(self, turn: int, rows: list[Row]) -> tuple[Row, int, int]:
-        """The row that has this turn as it is when it is the last, and where the turn begins and ends there."""
+        """The row that has this turn as it is when it is the last, and where the turn begins and
+        ends there."""
         row, end = self._find_end(turn, rows)
         prompt = self._template.prompt(self._shaped.plain[:turn], self._shaped.tools)
         start = self._start(row, turn, end, None if prompt is None else prompt.text)
@@ -98,7 +102,8 @@ class Turns:
         return own, len(own.rendering.text)
 
     def _is_ended(self, row: Row, turn: int) -> bool:
-        """Whether the turn has an end of its own before what the template writes after all messages."""
+        """Whether the turn has an end of its own before what the template writes after all
+        messages."""
         after = row.owners.rfind(chr(2 + turn)) + 1
         return bool(row.rendering.text[after:row.rendering.end].strip()) or not row.rendering.text[after:].strip()
 
@@ -127,12 +132,13 @@ class Turns:
         return self._marked(row, turn, start, end, said)
 
     def _start(self, row: Row, turn: int, end: int, prompt: str | None) -> int:
-        """Where the model begins to write: after what it is given; else after the header that the template writes
-        before every answer; else where the message's own text begins."""
+        """Where the model begins to write: after what it is given; else after the header that the
+        template writes before every answer; else where the message's own text begins."""
         text, said, habits = row.rendering.text, row.owners.find(chr(2 + turn), 0, end), self._template.habits
         given = self._given(text[:end], row.owners, turn, prompt)
         if given >= 0 and self._template.knows_generation_prompt:
-            # After a tool's result some templates give nothing to go on from, and write a header all the same.
+            # After a tool's result some templates give nothing to go on from, and write a header
+            # all the same.
             return given + len(habits.header) * (bool(habits.header) and text.startswith(habits.header, given))
         if given >= 0 and not text[given:max(said, given)].strip():
             return given
@@ -150,8 +156,9 @@ class Turns:
         return len(text[:first].rstrip(" "))  # a space before the first word is written with it
 
     def _given(self, text: str, owners: str, turn: int, prompt: str | None) -> int:
-        """How much of a text the model is given: the prompt by default, or the one with thinking switched off or on that
-        fits better (an empty thought that is not the model's). -1: none fits."""
+        """How much of a text the model is given: the prompt by default, or the one with thinking
+        switched off or on that fits better (an empty thought that is not the model's). -1: none
+        fits."""
         given = len(prompt) if prompt is not None and text.startswith(prompt) else -1
         if owners[given:given + 1] == chr(2 + turn):
             return given
@@ -162,7 +169,8 @@ class Turns:
         return given
 
     def _header_of(self, turn: int) -> str | None:
-        """What the template writes before the content of an answer that has nothing but a content."""
+        """What the template writes before the content of an answer that has nothing but a
+        content."""
         kept = {key: value for key, value in self._shaped.plain[turn].items() if key in ("role", "name")}
         word: Any = Traced("x", _STRANGER)
         in_parts = any(isinstance(message.get("content"), list) for message in self._shaped.plain)
@@ -175,7 +183,8 @@ class Turns:
         return found.text[:at] if at >= 0 else None
 
     def _marked(self, row: Row, turn: int, start: int, end: int, said: int) -> list[Span]:
-        """By the template's own marks where it has some: what they leave out of its own writing is not learned."""
+        """By the template's own marks where it has some: what they leave out of its own writing is
+        not learned."""
         is_marked, owners = _codes(row.rendering.origins) & 1 == 1, _codes(row.owners)
         if not is_marked.any():
             return [(start, end)]
@@ -200,8 +209,8 @@ class Turns:
                                   "or remove the part from the data")
 
     def _check_thought(self, turn: int, text: str) -> None:
-        """A thought in a content may be taken for no thought, and an empty one be written before it (Qwen3.8; others where a
-        content only ends it)."""
+        """A thought in a content may be taken for no thought, and an empty one be written before it
+        (Qwen3.8; others where a content only ends it)."""
         own = [item for item in self._shaped.fields if item.message == turn and item.is_required]
         ends = sum(item.text.count(_THOUGHT_END) for item in own)
         if ends and text.count(_THOUGHT_END) > ends + any(item.name in THOUGHTS for item in own):
@@ -213,7 +222,8 @@ class Turns:
         missing: dict[tuple[int, str], Field] = {}
         for item in self._shaped.fields:
             role = "" if item.message == TOOLS else self._shaped.plain[item.message]["role"]
-            # What an assistant said before may be left out of a history: that is the template's way at inference, too.
+            # What an assistant said before may be left out of a history: that is the template's way
+            # at inference, too.
             must = item.is_required and role != "assistant" or item.name == "tools" or item.name == "name" and role != "tool"
             if must and item.message < row.until:
                 missing.setdefault((item.message, item.name), item)

@@ -1,7 +1,9 @@
-"""Every conversation rendered before a run comes to it: a bad line must end a run at its start, not after days.
+"""Every conversation rendered before a run comes to it: a bad line must end a run at its start, not
+after days.
 
-What is read in the first seconds is checked before the run starts. The rest is checked in a thread, which works a
-quarter of the time so that steps are not held up; what it finds is raised with the next batch.
+What is read in the first seconds is checked before the run starts. The rest is checked in a thread,
+which works a quarter of the time so that steps are not held up; what it finds is raised with the
+next batch.
 """
 
 import threading
@@ -42,7 +44,8 @@ class ConversationCheck:
         self.raise_found()
 
     def go_on(self, own_encode: Callable[[], Callable[[Any], Any]]) -> None:
-        """In a thread, from where it stands. ``own_encode`` makes an encoder for it: a tokenizer serves one thread."""
+        """In a thread, from where it stands. ``own_encode`` makes an encoder for it: a tokenizer
+        serves one thread."""
         if not self.is_done and self._thread is None:
             self._encode = own_encode()
             self._stopped.clear()
@@ -50,7 +53,8 @@ class ConversationCheck:
             self._thread.start()
 
     def describe(self) -> str:
-        """What is worth a line about the conversations seen: nothing, if all is as one would think."""
+        """What is worth a line about the conversations seen: nothing, if all is as one would
+        think."""
         parts = []
         if self.seen.rewritten:
             parts.append(f"{self.seen.rewritten} are learned in {self.seen.texts - self.seen.records + self.seen.rewritten} texts, because "
@@ -93,7 +97,7 @@ class ConversationCheck:
 
 
 def _entries(corpora: list[Corpus], encode: Callable[[Any], Any]) -> Iterator[tuple[Corpus, Entry]]:
-    """Of what a corpus has checked of its records' own form."""
+    """The entries whose records have a form that their corpus has checked."""
     def encode_chat(record: Any) -> Any:
         return encode(record) if isinstance(record, Chat) else None
 

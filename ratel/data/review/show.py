@@ -1,4 +1,5 @@
-"""A record as it is trained on: which text is context, which is to be learned, and the tokens at each border."""
+"""A record as it is trained on: which text is context, which is to be learned, and the tokens at
+each border."""
 
 import json
 from collections.abc import Sequence

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One record: with its ``document``, or with an ``error``. ``line``: its first one. ``offset``: of its byte."""
+    """One record: with its ``document``, or with an ``error``. ``line``: its first one. ``offset``:
+    of its byte."""
 
     source: Source
     line: int
@@ -42,7 +43,7 @@ class Survey:
 
 
 def open_survey(data: DataArgument, *, model: str | None, tokenizer: str | None, seq_len: int, first_line: int = 1) -> Survey:
-    """Of the records as a run with these options would learn from them."""
+    """A survey of the records as a run with these options would learn from them."""
     sources = find_sources(data)
     if first_line > 1 and len(sources) > 1:
         raise RatelError("there are several files", field="--line", value=first_line, remedy="Name one of them")
@@ -57,7 +58,8 @@ def open_survey(data: DataArgument, *, model: str | None, tokenizer: str | None,
 
 def survey(sources: Sequence[Source], encode: Callable[[Any], Any], *, text_bytes: int = MIN_TEXT_BYTES, first_line: int = 1,
            parse: Callable[[bytes], Any] = parse_line) -> Iterator[Entry]:
-    """All records in the order of the files; blank ones are passed over. ``first_line``: of the first file."""
+    """All records in the order of the files; blank ones are passed over. ``first_line``: of the
+    first file."""
     for source in sources:
         records = _lines(source, parse, first_line) if source.suffix == ".jsonl" else _texts(source, text_bytes, first_line)
         for entry in records:
@@ -67,8 +69,9 @@ def survey(sources: Sequence[Source], encode: Callable[[Any], Any], *, text_byte
 
 @dataclass(kw_only=True)
 class Totals:
-    """``cut``: texts longer than a sequence, ``bare``: those of them that have a prompt, which parts of the answer lose.
-    ``rewritten``: conversations whose template changes what was said before, so that they are several texts."""
+    """``cut``: texts longer than a sequence, ``bare``: those of them that have a prompt, which
+    parts of the answer lose. ``rewritten``: conversations whose template changes what was said
+    before, so that they are several texts."""
 
     records: int = 0
     texts: int = 0
@@ -101,7 +104,8 @@ def texts_of(document: Document) -> list[tuple[int, int]]:
 
 
 def learned_of(document: Document) -> np.ndarray:
-    """Its targets, without the first token of each text: nothing comes before it that would predict it."""
+    """Its targets, without the first token of each text: nothing comes before it that would predict
+    it."""
     learned = document.targets.copy()
     learned[list(document.starts)] = False
     return learned

@@ -1,4 +1,5 @@
-"""The text that is always there: what the running Python's standard library says about itself, and our examples."""
+"""The text that is always there: what the running Python's standard library says about itself, and
+our examples."""
 
 import ast
 import sys
@@ -17,7 +18,8 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def bundled_sources() -> tuple[Source, ...]:
-    """The standard library's documentation, and the example corpus where this is a checkout of the project."""
+    """The standard library's documentation, and the example corpus where this is a checkout of the
+    project."""
     data = _documentation()
     sources = [Source(name="<documentation of the Python standard library>", suffix=".txt", num_bytes=len(data),
                       data=data)] if data else []
@@ -42,7 +44,7 @@ def _documentation() -> bytes:
 
 
 def _version(path: Path) -> list[str | int]:
-    """Of a source file, which may be missing."""
+    """What tells one version of a source file from others; the file may be missing."""
     try:
         status = path.stat()
     except OSError:
@@ -51,7 +53,8 @@ def _version(path: Path) -> list[str | int]:
 
 
 def _extracted(modules: list[Path], topics: Path) -> Iterator[str]:
-    """Docstrings of the top-level modules, then the language reference. Sources are parsed; nothing is imported."""
+    """Docstrings of the top-level modules, then the language reference. Sources are parsed; nothing
+    is imported."""
     for path in modules:
         tree = _parse(path)
         if tree is not None:

@@ -1,4 +1,5 @@
-"""Documents by number: an index of byte offsets, built in one pass, over files that need not fit in memory."""
+"""Documents by number: an index of byte offsets, built in one pass, over files that need not fit in
+memory."""
 
 from array import array
 from bisect import bisect_right
@@ -16,22 +17,25 @@ from ratel.errors import RatelError
 from ratel.units import GIB, format_bytes, format_count
 
 CHECKED_BYTES = GIB
-"""How much of a corpus is checked record by record before training starts (some seconds). What lies beyond is checked
-as it is read, with the same message; checking all of a terabyte first would cost an hour."""
+"""How much of a corpus is checked record by record before training starts (some seconds). What lies
+beyond is checked as it is read, with the same message; checking all of a terabyte first would cost
+an hour."""
 
 
 class Corpus:
     """Documents of some files, read by number in any order.
 
-    Holds 16 bytes per document. Raises RatelError, naming file and line, for anything that is not as documented.
+    Holds 16 bytes per document. Raises RatelError, naming file and line, for anything that is not
+    as documented.
     """
 
     def __init__(self, sources: Sequence[Source], *, text_bytes: int = MIN_TEXT_BYTES, field: str = "data",
                  parse: Callable[[bytes], Any] = parse_line, checked_bytes: float | None = None,
                  skipped: SkippedLines | None = None) -> None:
-        """``text_bytes``: size that documents of plain text are gathered to (see ``scan_text``). ``parse``: what a line of a
-        .jsonl file is read by; it raises RecordError. ``checked_bytes``: how much is checked record by record now, None: a
-        gigabyte. ``skipped``: takes bad lines, which are then no documents; None: they are errors."""
+        """``text_bytes``: size that documents of plain text are gathered to (see ``scan_text``).
+        ``parse``: what a line of a .jsonl file is read by; it raises RecordError.
+        ``checked_bytes``: how much is checked record by record now, None: a gigabyte. ``skipped``:
+        takes bad lines, which are then no documents; None: they are errors."""
         self.field, self.skipped = field, skipped
         self.sources = tuple(sources)
         self.has_chat = False
@@ -45,7 +49,7 @@ class Corpus:
             self._first.append(len(offsets))
         self._offsets = np.frombuffer(offsets, dtype=np.uint64) if offsets else np.zeros(0, dtype=np.uint64)
         self.digests = np.frombuffer(digests, dtype=np.uint64) if digests else np.zeros(0, dtype=np.uint64)
-        """Of each document's bytes."""
+        """A digest of each document's bytes."""
         if not len(self):
             raise RatelError("there is no text in it", field=field, value=self._names(),
                              remedy="Give files that have at least one document that is not blank")
@@ -65,8 +69,9 @@ class Corpus:
             raise self.error(number, error) from error
 
     def record(self, number: int) -> Record | None:
-        """The record of a document; None where it turns out to be blank. Raises RecordError for a bad one, RatelError for a file
-        that is gone or has other contents than when the corpus was opened."""
+        """The record of a document; None where it turns out to be blank. Raises RecordError for a
+        bad one, RatelError for a file that is gone or has other contents than when the corpus was
+        opened."""
         source, start = self._locate(number)
         try:
             with source.open() as file:
@@ -96,7 +101,8 @@ class Corpus:
         return digest(content.rstrip(b"\r\n")) if source.suffix == ".jsonl" else text_digest(content, self._text_bytes)
 
     def error(self, number: int, error: RecordError) -> RatelError:
-        """What is wrong with a document as a RatelError, with its line (counted now, not stored for each)."""
+        """What is wrong with a document as a RatelError, with its line (counted now, not stored for
+        each)."""
         source, start = self._locate(number)
         line = 1 + error.line
         with source.open() as file:

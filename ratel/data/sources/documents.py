@@ -1,4 +1,5 @@
-"""Which documents a run had, to go on with data that was changed: those learned from must still be there, wherever they lie."""
+"""Which documents a run had, to go on with data that was changed: those learned from must still be
+there, wherever they lie."""
 
 import base64
 import hashlib
@@ -14,7 +15,8 @@ from ratel.reading import read_json
 from ratel.schema import SchemaError, anything, check, listing, record, text, whole
 
 MOST_LISTED = 10_000_000
-"""Of a larger corpus no list is kept: 8 bytes a document would become a file of 100 MB and more."""
+"""A larger corpus has no list kept of it: 8 bytes a document would become a file of 100 MB and
+more."""
 
 _PACKED = text("[A-Za-z0-9+/=]*", "base64")
 _LIST = record({"content": text("[0-9a-f]{32}"), "documents": whole(1, MOST_LISTED), "digests": _PACKED,
@@ -33,7 +35,8 @@ def digest_of_all(digests: np.ndarray) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentList:
-    """``digests``: uint64, by number. ``held_out``: the numbers that are evaluated on, in the order in which they are."""
+    """``digests``: uint64, by number. ``held_out``: the numbers that are evaluated on, in the order
+    in which they are."""
 
     digests: np.ndarray
     held_out: tuple[int, ...]
@@ -70,7 +73,8 @@ def read_lists(path: Path) -> dict[str, DocumentList]:
 
 
 def find(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """For each digest the number of a document that has it, no document twice; -1 where there is none (left)."""
+    """For each digest the number of a document that has it, no document twice; -1 where there is
+    none (left)."""
     order = np.argsort(among, kind="stable")
     ranks = np.empty(len(wanted), dtype=np.int64)
     by_value = np.argsort(wanted, kind="stable")

@@ -1,4 +1,5 @@
-"""Where text comes from: files and directories found, and each file cut into documents in one bounded pass."""
+"""Where text comes from: files and directories found, and each file cut into documents in one
+bounded pass."""
 
 import io
 import os
@@ -16,7 +17,8 @@ from ratel.units import KIB, MIB
 DataArgument = str | os.PathLike | Sequence[str | os.PathLike]
 SUFFIXES = (".txt", ".jsonl")
 MAX_LINE_BYTES = 64 * MIB
-"""A longer line of a .jsonl file is an error: it would have to be in memory as a whole, several times over."""
+"""A longer line of a .jsonl file is an error: it would have to be in memory as a whole, several
+times over."""
 
 _COPY_IT = "Write what comes out of it to a .txt or .jsonl file, and give that: documents are read in random order"
 
@@ -80,7 +82,8 @@ def _file_source(path: Path, field: str) -> Source:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Files of a tree. Links to directories are followed, each real directory once, so that a loop of links ends."""
+    """Files of a tree. Links to directories are followed, each real directory once, so that a loop
+    of links ends."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -95,8 +98,8 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def scan_jsonl(file: BinaryIO, skip: Callable[[int, RecordError, int], None] | None = None) -> Iterator[tuple[int, int, bytes]]:
-    """``(offset, line number, line)`` of every line that is not blank. ``skip`` is told of lines that are too long; without it
-    LineError is raised."""
+    """``(offset, line number, line)`` of every line that is not blank. ``skip`` is told of lines
+    that are too long; without it LineError is raised."""
     offset = 0
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -115,16 +118,18 @@ def scan_jsonl(file: BinaryIO, skip: Callable[[int, RecordError, int], None] | N
 
 
 def text_digest(content: bytes, target_bytes: int) -> int:
-    """Of a document of plain text, as `scan_text` cuts it: of its pieces but blank ones, which may lie after it."""
+    """The digest of a document of plain text, as `scan_text` cuts it: of its pieces but blank ones,
+    which may lie after it."""
     return digest(b"".join(piece for piece in _pieces(io.BytesIO(content), target_bytes) if not piece.isspace()))
 
 
 def scan_text(file: BinaryIO, target_bytes: int, check_until: float) -> Iterator[int]:
     """Offsets at which the documents of a plain text begin; each ends where the next begins.
 
-    Paragraphs (separated by blank lines) are gathered until a document has ``target_bytes``; it then ends at the
-    next blank line. Text without blank lines is cut at four times that, at the end of a line, or of a word where
-    there are no lines either. The first ``check_until`` bytes are checked to be UTF-8.
+    Paragraphs (separated by blank lines) are gathered until a document has ``target_bytes``; it
+    then ends at the next blank line. Text without blank lines is cut at four times that, at the end
+    of a line, or of a word where there are no lines either. The first ``check_until`` bytes are
+    checked to be UTF-8.
     """
     start: int | None = None
     offset = 0
@@ -144,7 +149,8 @@ def scan_text(file: BinaryIO, target_bytes: int, check_until: float) -> Iterator
 
 
 def _pieces(file: BinaryIO, limit: int) -> Iterator[bytes]:
-    """Lines, those longer than ``limit`` in pieces that end after a space or at least between two characters."""
+    """Lines, those longer than ``limit`` in pieces that end after a space or at least between two
+    characters."""
     while piece := file.readline(limit):
         if len(piece) == limit and not piece.endswith(b"\n"):
             cut = piece.rfind(b" ") + 1 or _character_boundary(piece)
@@ -154,7 +160,8 @@ def _pieces(file: BinaryIO, limit: int) -> Iterator[bytes]:
 
 
 def _character_boundary(piece: bytes) -> int:
-    """Length of the longest prefix that does not end inside a UTF-8 character (or all of it, if it is not UTF-8)."""
+    """Length of the longest prefix that does not end inside a UTF-8 character (or all of it, if it
+    is not UTF-8)."""
     for back in range(1, 5):
         lead = piece[-back]
         if lead & 0xC0 != 0x80:

@@ -1,5 +1,5 @@
-"""Lines with labels: texts to be classified, and words with a label each. Which labels there are is found in them, or known from
-the model; whatever does not agree is refused at its line."""
+"""Lines with labels: texts to be classified, and words with a label each. Which labels there are is
+found in them, or known from the model; whatever does not agree is refused at its line."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ _STRING, _WHOLE, _NUMBER, _LIST = "a string", "a whole number", "a number", "a l
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledText:
-    """``label``: the number of the label, one 0 or 1 for each label, or the value to be predicted."""
+    """``label``: the number of the label, one 0 or 1 for each label, or the value to be
+    predicted."""
 
     text: str
     pair: str | None
@@ -35,9 +36,11 @@ class LabelledWords:
 
 
 class Labels:
-    """The labels of a task. Those that are not known are gathered while a corpus is read through, then `settle` numbers them.
+    """The labels of a task. Those that are not known are gathered while a corpus is read through,
+    then `settle` numbers them.
 
-    ``known``: names in the order of their numbers. ``problem``: what kind of classification it is, where that is known.
+    ``known``: names in the order of their numbers. ``problem``: what kind of classification it is,
+    where that is known.
     """
 
     def __init__(self, task: str, *, known: Sequence[str] = (), problem: str | None = None) -> None:
@@ -45,7 +48,7 @@ class Labels:
         self._numbers = {name: number for number, name in enumerate(self.names)}
         self._is_known = bool(known)
         self._kind: str | None = None
-        """Of the first label, or of the first one in a list."""
+        """The kind of the first label, or of the first one in a list."""
         self._is_list = False
         self._seen: set[Label] = set()
         self._is_settled = False
@@ -134,7 +137,8 @@ class Labels:
     # -- what they are -------------------------------------------------------------------------------------------
 
     def settle(self, field: str) -> None:
-        """The corpus has been read: give the labels found their numbers, in sorted order, and say what kind of task it is."""
+        """The corpus has been read: give the labels found their numbers, in sorted order, and say
+        what kind of task it is."""
         self._is_settled = True
         if self._task == CLASSIFY and self.problem is None:
             self.problem = MULTI if self._is_list else REGRESSION if self._kind == _NUMBER else SINGLE
@@ -147,7 +151,8 @@ class Labels:
                              "apart", field=field, remedy="Give data with two labels or more")
 
     def number(self, label: Label) -> int:
-        """Its place among the names; a whole number that is no name is the place itself. Raises RecordError."""
+        """Its place among the names; a whole number that is no name is the place itself. Raises
+        RecordError."""
         found = self._numbers.get(str(label))
         if found is None and isinstance(label, int) and self._is_known and 0 <= label < len(self.names):
             return label

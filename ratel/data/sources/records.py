@@ -1,4 +1,5 @@
-"""One line of a ``.jsonl`` file as a record: what may stand there, and what is said when something else does."""
+"""One line of a ``.jsonl`` file as a record: what may stand there, and what is said when something
+else does."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class RecordError(ValueError):
-    """What is wrong with one record. Whoever knows the file and the line makes a RatelError of it."""
+    """What is wrong with one record. Whoever knows the file and the line makes a RatelError of
+    it."""
 
     def __init__(self, message: str, expected: str = EXPECTED, *, line: int = 0) -> None:
         """``line``: how many lines below the record's first one."""
@@ -56,7 +58,8 @@ Record = Text | Completion | Chat
 
 
 def parse_line(line: bytes) -> Record | None:
-    """The record on a line, or None where its text is blank: such a row holds nothing to learn and is passed over."""
+    """The record on a line, or None where its text is blank: such a row holds nothing to learn and
+    is passed over."""
     return _record(read_object(line))
 
 
@@ -79,7 +82,8 @@ def read_object(line: bytes) -> dict[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that stands twice, one value would be lost unseen."""
+    """The pairs as a dictionary. A key that stands twice is refused: one of its values would be
+    lost unseen."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise RecordError(f"the key {shown(first_twice(pairs))} stands twice in one object", "Remove one of them")
@@ -146,8 +150,8 @@ def is_learned(message: Mapping[str, Any]) -> bool:
 
 
 def _check_links(messages: list[dict[str, Any]]) -> None:
-    """A tool's message answers a call that was made before it, where it says which; in the calls' order, because most
-    templates go by it and leave ids out."""
+    """A tool's message answers a call that was made before it, where it says which; in the calls'
+    order, because most templates go by it and leave ids out."""
     made: list[str] = []
     last = -1
     for number, message in enumerate(messages, start=1):

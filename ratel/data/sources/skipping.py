@@ -1,4 +1,5 @@
-"""Lines that are passed over because they are not as documented (``--skip-bad-lines``): counted, and remembered for a list."""
+"""Lines that are passed over because they are not as documented (``--skip-bad-lines``): counted,
+and remembered for a list."""
 
 import logging
 import threading
@@ -13,7 +14,7 @@ _TOLD = 5
 
 
 class SkippedLines:
-    """Of all files of a run, each line once. From any thread."""
+    """The lines that were skipped in all files of a run, each once. Any thread may note one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,7 +1,7 @@
 """Texts as tokens, and texts that go on where others end.
 
-Many tokenizers put a space before a text (SentencePiece's way: Llama 2, Mistral, T5). Before the continuation of a text
-there must be none: then the tokens of both say exactly what was written.
+Many tokenizers put a space before a text (SentencePiece's way: Llama 2, Mistral, T5). Before the
+continuation of a text there must be none: then the tokens of both say exactly what was written.
 
 A long text is tokenised in pieces, which takes a tokenizer 200 to 400 bytes a token otherwise.
 """
@@ -50,8 +50,9 @@ class Pieces:
         return self._in_pieces(text, self._anchored) if text and self._adds_something else self.first(text)
 
     def after(self, before: str, text: str) -> Ids:
-        """The tokens of a text as they are when it is tokenised together with what stands before it, whose tokens stay as
-        they are; else as ``next``. Some tokenizers put a space after every special token, too."""
+        """The tokens of a text as they are when it is tokenised together with what stands before
+        it, whose tokens stay as they are; else as ``next``. Some tokenizers put a space after every
+        special token, too."""
         if text and self._adds_something:
             alone, both = self.next(before), self.next(before + text)
             if _begins_with(both, alone):
@@ -73,7 +74,8 @@ class Pieces:
                         dtype=np.int32)
 
     def _anchored(self, text: str) -> Ids:
-        """Tokenised behind another character whose own tokens stay as they are, so that they can be taken off."""
+        """Tokenised behind another character whose own tokens stay as they are, so that they can be
+        taken off."""
         alone = self._alone(text)
         found = None
         for anchor, anchor_ids in self._anchors:

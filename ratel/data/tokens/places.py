@@ -1,10 +1,12 @@
-"""Where a long text may be cut so that its parts, tokenised one by one, have the tokens of the whole (docs/data.md, "Long lines").
+"""Where a long text may be cut so that its parts, tokenised one by one, have the tokens of the
+whole (docs/data.md, "Long lines").
 
-A tokenizer works in four stages: added tokens are found, the text between them is normalised, split, and each split is given to the
-model by itself. At a place of a kind below none of the first three looks across, for the kinds of normalisers and splitters listed
-here: that is tried on words between every two signs of ASCII. Then the splits of the parts are those of the whole, or at such a place
-two of them are one in the whole. The latter is as good where the model is a BPE none of whose tokens holds such a place inside: all
-that merges make are tokens, so nothing is ever merged across.
+A tokenizer works in four stages: added tokens are found, the text between them is normalised,
+split, and each split is given to the model by itself. At a place of a kind below none of the first
+three looks across, for the kinds of normalisers and splitters listed here: that is tried on words
+between every two signs of ASCII. Then the splits of the parts are those of the whole, or at such a
+place two of them are one in the whole. The latter is as good where the model is a BPE none of whose
+tokens holds such a place inside: all that merges make are tokens, so nothing is ever merged across.
 """
 
 import json
@@ -33,8 +35,8 @@ _LETTERS = "aÉжλאحकあ語한"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """``cut`` finds such places, each beside a letter; ``before``: a text that ends as what stands before one; ``probe``: a text with
-    some, for `str.format`."""
+    """``cut`` finds such places, each beside a letter; ``before``: a text that ends as what stands
+    before one; ``probe``: a text with some, for `str.format`."""
 
     cut: re.Pattern[str]
     before: str
@@ -57,9 +59,10 @@ class Place:
 
 WORDS = Place(cut=re.compile(rf"(?<={_LETTER})(?= {_LETTER})"), before="a", probe="{}ab cd{} Ef gh{}")
 LINES = Place(cut=re.compile(rf"(?<=\S\n)(?={_LETTER})"), before="a\n", probe="{}ab\ncd{}\nEf\nGh{} x")
-"""Of one line break: of several, many splitters part the last one from the others, but not where a text ends."""
+"""After one line break. Many splitters part the last one of several from the others, but not where
+a text ends."""
 SIGNS = Place(cut=re.compile(rf"(?<={_LETTER})(?=[。，、！？；：])"), before="a", probe="{}語。好{}，Ab、é！{}")
-"""Of Chinese and Japanese, which have no spaces."""
+"""Before a sign of Chinese or Japanese, which have no spaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class Part:
 
 
 def parts_of(text: str, places: list[Place], size: int) -> Iterator[Part]:
-    """Of about ``size`` characters, and more where there is no place."""
+    """The parts of a text, of about ``size`` characters each, and more where there is no place."""
     start, before = 0, ""
     while start < len(text):
         end, next_before = _end_of_part(text, start, places, size)
@@ -90,7 +93,8 @@ def _end_of_part(text: str, start: int, places: list[Place], size: int) -> tuple
 
 
 def places_of(tokenizer: "PreTrainedTokenizerBase") -> list[Place]:
-    """The kinds of places at which texts may be cut for this tokenizer; none where that cannot be shown."""
+    """The kinds of places at which texts may be cut for this tokenizer; none where that cannot be
+    shown."""
     if not _is_plain(tokenizer):
         return []
     backend = tokenizer.backend_tokenizer
@@ -125,7 +129,8 @@ def _stages_in(stage: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _replaces_no_letters(stage: dict[str, Any]) -> bool:
-    """There is a letter at every place, so what has none does not reach across. Of expressions those of blanks are known."""
+    """There is a letter at every place, so what has none does not reach across. Of expressions
+    those of blanks are known."""
     if stage["type"] != "Replace":
         return True
     pattern = stage["pattern"]
@@ -170,8 +175,8 @@ def _splits_behind(backend: Any, before: str, text: str) -> list[str] | None:
 
 
 def _joints(whole: list[str], parts: list[list[str]]) -> set[tuple[str, str]] | None:
-    """Where splits of the whole are made of the last one of a part and the first one of the next: the characters there. None where
-    they differ in anything else."""
+    """Where splits of the whole are made of the last one of a part and the first one of the next:
+    the characters there. None where they differ in anything else."""
     flat = [(split, number == 0) for part in parts for number, split in enumerate(part)]
     at, joints = 0, set()
     for split in whole:
@@ -185,8 +190,8 @@ def _joints(whole: list[str], parts: list[list[str]]) -> set[tuple[str, str]] | 
 
 
 def _never_merges(joints: set[tuple[str, str]], model: dict[str, Any]) -> bool:
-    """The character on one side is always the same there, and no token has it so beside another. The model knows it, too: else two
-    unknown characters could become one token."""
+    """The character on one side is always the same there, and no token has it so beside another.
+    The model knows it, too: else two unknown characters could become one token."""
     if model["type"] != "BPE" or any(model.get(key) for key in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")):
         return False
     for side in (1, 0):

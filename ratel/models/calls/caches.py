@@ -1,5 +1,5 @@
-"""Caches of keys and values are off while a model is in a session: a block that runs again would read what its first run
-wrote, which carries no gradient."""
+"""Caches of keys and values are off while a model is in a session: a block that runs again would
+read what its first run wrote, which carries no gradient."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,8 @@ from torch import nn
 
 
 class Caches:
-    """Every ``use_cache`` of a module: of its configurations, nested ones and those of its submodules included."""
+    """Every ``use_cache`` of a module: of its configurations, nested ones and those of its
+    submodules included."""
 
     def __init__(self, module: nn.Module) -> None:
         self._holders: list[tuple[Any, Any]] = []
@@ -17,7 +18,8 @@ class Caches:
         for child in module.modules():
             for holder in (child, getattr(child, "config", None), getattr(child, "generation_config", None)):
                 self._find(holder, seen)
-        # Gemma 4 keeps the keys of some layers for others and for an assistant; where no layer takes them, nobody is to.
+        # Gemma 4 keeps the keys of some layers for others and for an assistant; where no layer
+        # takes them, nobody is to.
         are_shared = any(getattr(child, "is_kv_shared_layer", False) for child in module.modules())
         self._keepers = [] if are_shared else [c for c in module.modules() if getattr(c, "store_full_length_kv", None) is True]
         self._switch_off()

@@ -1,8 +1,10 @@
-"""Keeping documents apart that share a sequence: ``position_ids`` that restart at 0 mark where one begins.
+"""Keeping documents apart that share a sequence: ``position_ids`` that restart at 0 mark where one
+begins.
 
-The mask functions of transformers see restarts and mask attention accordingly, each kind of layer by its own window, if a
-model hands them the positions. Here they are shown to them in every model. For models that make no mask by these functions
-one is made here, if they take one. Whether documents are apart then is not concluded but tried (`ratel.models.checks.family`).
+The mask functions of transformers see restarts and mask attention accordingly, each kind of layer
+by its own window, if a model hands them the positions. Here they are shown to them in every model.
+For models that make no mask by these functions one is made here, if they take one. Whether
+documents are apart then is not concluded but tried (`ratel.models.checks.family`).
 """
 
 import inspect
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 OWN, MADE = "own", "made"
-"""How documents are kept apart: by masks that the model makes itself, or by one that is made here."""
+"""How documents are kept apart: by masks that the model makes itself, or by one that is made
+here."""
 
 _FUNCTIONS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
@@ -60,17 +63,20 @@ def _showing(function: Callable, position_ids: Tensor) -> Callable:
 
 
 def _hides_nothing(attention_mask: Any) -> bool:
-    """Some models make a mask of ones where none is given, and restarts are looked for only where there is none."""
+    """Some models make a mask of ones where none is given, and restarts are looked for only where
+    there is none."""
     return attention_mask is None or isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and bool(attention_mask.all())
 
 
 def restarts(position_ids: Tensor) -> bool:
-    """Whether any row holds more than one document. Free for a CPU tensor; waits for the device otherwise."""
+    """Whether any row holds more than one document. Free for a CPU tensor; waits for the device
+    otherwise."""
     return bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any())
 
 
 def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[batch, 1, query, key]``, to be added to attention scores: causal, and within a document."""
+    """``[batch, 1, query, key]``, to be added to attention scores: causal, and within a
+    document."""
     document = torch.zeros_like(position_ids)
     document[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cumsum(-1)
     length = position_ids.shape[1]

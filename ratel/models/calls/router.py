@@ -1,10 +1,12 @@
-"""The auxiliary loss of routers, which keeps experts in use alike, for a model that runs one block at a time.
+"""The auxiliary loss of routers, which keeps experts in use alike, for a model that runs one block
+at a time.
 
-With T tokens per expert and P probabilities per expert, both summed over all tokens of all layers, and R tokens of all layers,
-it is ``coefficient * experts * sum(T / R * P / R)`` (equations 4 to 6 of https://arxiv.org/abs/2101.03961, as transformers
-computes it over all layers together). T has no gradient. So the first run of the blocks counts, and in the second one every
-token's probabilities of a layer have the same gradient, ``coefficient * experts * T / R**2``. T are whole numbers: how the rows of a
-step are cut into micro-batches changes nothing.
+With T tokens per expert and P probabilities per expert, both summed over all tokens of all layers,
+and R tokens of all layers, it is ``coefficient * experts * sum(T / R * P / R)`` (equations 4 to 6
+of https://arxiv.org/abs/2101.03961, as transformers computes it over all layers together). T has no
+gradient. So the first run of the blocks counts, and in the second one every token's probabilities
+of a layer have the same gradient, ``coefficient * experts * T / R**2``. T are whole numbers: how
+the rows of a step are cut into micro-batches changes nothing.
 """
 
 import inspect
@@ -27,7 +29,8 @@ _FUNCTION = "load_balancing_loss_func"
 
 @dataclass(frozen=True, kw_only=True)
 class RouterLoss:
-    """``places``: the modules that give router logits, and which of their outputs (None: the only one)."""
+    """``places``: the modules that give router logits, and which of their outputs (None: the only
+    one)."""
 
     coefficient: float
     num_experts: int
@@ -48,7 +51,8 @@ class Routing:
         def collect(module: nn.Module, args: Any, output: Any) -> None:
             if self._found is not None:
                 logits = output if index is None else output[index]
-                # Here, in the block: what is saved for its backward is then among what a second run makes.
+                # Here, in the block: what is saved for its backward is then among what a second run
+                # makes.
                 self._found.append(logits.float().softmax(-1).flatten(0, -2))
         return collect
 
@@ -93,7 +97,7 @@ class Balance:
         return (self._gradient() * self._sums).sum().float()
 
     def gradients(self, probabilities: list[Tensor], shown: Tensor | None) -> list[Tensor]:
-        """Of the loss with respect to each of these."""
+        """The gradient of the loss with respect to each of these."""
         gradient = self._gradient().float()
         weight = None if shown is None else (shown.reshape(-1, 1) != 0).float()
         return [gradient.expand_as(each) if weight is None else gradient * weight for each in probabilities]
@@ -105,10 +109,12 @@ class Balance:
 # -- what a class of transformers does ---------------------------------------------------------------------------------
 
 def find_router_loss(module: nn.Module, batch: dict[str, Tensor], asked: "float | str") -> RouterLoss | None:
-    """What the class's own forward adds to its loss for ``batch``; None where it adds nothing. ``asked``: ``auto`` takes it if
-    the configuration has ``output_router_logits``, a number in any case, with that coefficient.
+    """What the class's own forward adds to its loss for ``batch``; None where it adds nothing.
+    ``asked``: ``auto`` takes it if the configuration has ``output_router_logits``, a number in any
+    case, with that coefficient.
 
-    Runs the model once: call it in outline. Raises RatelError where a number was asked for and there is nothing to add.
+    Runs the model once: call it in outline. Raises RatelError where a number was asked for and
+    there is nothing to add.
     """
     config = getattr(module, "config", None)
     if asked == "off" or asked == "auto" and not _says_so(config):
@@ -147,7 +153,8 @@ def _nothing_to_add(module: nn.Module, asked: Any) -> RatelError:
 
 
 class _Watch:
-    """Stands in for transformers' function: notes what it is given, and which modules that came from."""
+    """Stands in for transformers' function: notes what it is given, and which modules that came
+    from."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root

@@ -16,13 +16,15 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class LossRunner:
-    """Any module with a ``loss_fn(module, batch)``. Floating inputs of the module are cast to the compute dtype."""
+    """Any module with a ``loss_fn(module, batch)``. Floating inputs of the module are cast to the
+    compute dtype."""
 
     def __init__(self, module: nn.Module, loss_fn: LossFn, device: torch.device, dtype: torch.dtype) -> None:
         self._module, self._loss_fn, self._device = module, loss_fn, device
         self._cast = None
         if dtype is not torch.float32:
-            # Only what the model is called with: targets, which loss_fn reads from the batch, keep their precision.
+            # Only what the model is called with: targets, which loss_fn reads from the batch, keep
+            # their precision.
             self._cast = module.register_forward_pre_hook(
                 lambda _, args, kwargs: (cast(args, dtype), cast(kwargs, dtype)), with_kwargs=True)
 
@@ -56,7 +58,8 @@ class CausalLMRunner:
         self.documents: str | None = OWN
         """How those of one row are kept apart; None: they are not."""
         self.skips_mask = False
-        """`run_on_nothing` hands the model a finished mask, so that it makes none (nor waits for the device)."""
+        """`run_on_nothing` hands the model a finished mask, so that it makes none (nor waits for
+        the device)."""
 
     def run(self, batch: Mapping[str, Tensor], attention_mask: Tensor | None = None) -> Tensor:
         arguments = dict(self._fixed, input_ids=batch["input_ids"].to(self._device, non_blocking=True))
@@ -78,13 +81,15 @@ class CausalLMRunner:
         return output.logits if hasattr(output, "logits") else output[0]
 
     def _refuse_flash(self, positions: Tensor) -> None:
-        # transformers looks for restarts only in batches of one row there, and mixes documents silently otherwise.
+        # transformers looks for restarts only in batches of one row there, and mixes documents
+        # silently otherwise.
         if positions.shape[0] > 1 and positions.device.type == "cpu" and restarts(positions):
             raise RatelError("flash attention keeps packed documents apart only in micro-batches of one row",
                              field="attention", value="flash", remedy="Use --micro-batch 1, or --attention sdpa")
 
     def probe_batch(self) -> dict[str, Tensor]:
-        """Four tokens, in two documents where these are kept apart: enough to see every path a batch takes."""
+        """Four tokens, in two documents where these are kept apart: enough to see every path a
+        batch takes."""
         positions = [0, 1, 2, 3] if self.documents is None else [0, 1, 0, 1]
         return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "position_ids": torch.tensor([positions])}
 
@@ -94,7 +99,8 @@ class CausalLMRunner:
         return used | {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device=self._device)}
 
     def run_on_nothing(self, num_rows: int) -> Tensor:
-        """A forward on ``num_rows`` sequences of one token each, for what comes after the blocks."""
+        """A forward on ``num_rows`` sequences of one token each, for what comes after the
+        blocks."""
         zeros = torch.zeros(num_rows, 1, dtype=torch.int64, device=self._device)
         mask = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device) if self.skips_mask else None
         return self.run({"input_ids": zeros, "position_ids": zeros}, mask)

@@ -1,5 +1,5 @@
-"""What a model is trained for where that is not the next token: which class of transformers does it, how that is called, and
-its loss."""
+"""What a model is trained for where that is not the next token: which class of transformers does
+it, how that is called, and its loss."""
 
 import inspect
 from collections.abc import Mapping
@@ -25,9 +25,10 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """``labels``: names in the order of their numbers, (): as the model's configuration has them. ``problem``: of `classify`,
-    None: as the configuration says or else the batches show. ``pad_id``: what a classifier that pools the last token of a row
-    passes over, unless its configuration says it."""
+    """``labels``: names in the order of their numbers, (): as the model's configuration has them.
+    ``problem``: of `classify`, None: as the configuration says or else the batches show.
+    ``pad_id``: what a classifier that pools the last token of a row passes over, unless its
+    configuration says it."""
 
     name: str
     labels: tuple[str, ...] = ()
@@ -54,7 +55,8 @@ class Task:
         return None if task == TASKS[0] else cls(name=task)
 
     def class_for(self, config: Any, name: str) -> type[nn.Module]:
-        """The class that does it for a configuration. Raises RatelError where transformers has none."""
+        """The class that does it for a configuration. Raises RatelError where transformers has
+        none."""
         import transformers
 
         mapping = getattr(transformers, _AUTO[self.name])._model_mapping
@@ -94,8 +96,8 @@ class Task:
 
 
 class TaskRunner(LossRunner):
-    """A model of transformers with a head for a task. Its loss is a sum over the targets: `Session` divides it by those of the
-    whole step, so that micro-batches change nothing."""
+    """A model of transformers with a head for a task. Its loss is a sum over the targets: `Session`
+    divides it by those of the whole step, so that micro-batches change nothing."""
 
     def __init__(self, module: nn.Module, task: Task, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(module, self._summed, device, dtype)
@@ -106,7 +108,7 @@ class TaskRunner(LossRunner):
         self.found_problem: str | None = None
         """What the first batch has shown `classify` to be, where nothing else said it."""
         self._counts: Tensor | None = None
-        """Of evaluations: targets whose most likely label is right, and targets."""
+        """What evaluations have counted: targets whose most likely label is right, and targets."""
 
     @property
     def takes_types(self) -> bool:
@@ -121,7 +123,8 @@ class TaskRunner(LossRunner):
     # -- batches -------------------------------------------------------------------------------------------------
 
     def sample(self, rows: int, length: int) -> dict[str, Tensor]:
-        """A batch of that shape with a padding, to try the model out. However many rows, it is one in memory."""
+        """A batch of that shape with a padding, to try the model out. However many rows, it is one
+        in memory."""
         pad = self._pad_id
         ids, shown = torch.full((1, length), 0 if pad else 1), torch.ones(1, length, dtype=torch.long)
         ids[:, -1], shown[:, -1] = pad, 0
@@ -143,7 +146,8 @@ class TaskRunner(LossRunner):
         return getattr(self._config.get_text_config(), "pad_token_id", None) or 0
 
     def checked(self, batch: Any, vocab_size: int | None) -> dict[str, Tensor]:
-        """The batch as a step takes it. On a GPU an index out of bounds would end the process's use of the device."""
+        """The batch as a step takes it. On a GPU an index out of bounds would end the process's use
+        of the device."""
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
             raise RatelError(f"a batch for --task {self._task.name} is a dict with input_ids and labels", field="batch",
                              value=type(batch).__name__)
@@ -207,7 +211,8 @@ class TaskRunner(LossRunner):
         self._counts = counts if self._counts is None else self._counts + counts
 
     def take_accuracy(self) -> float | None:
-        """Share of the targets evaluated since the last call whose most likely label is right; None where none is chosen."""
+        """Share of the targets evaluated since the last call whose most likely label is right; None
+        where none is chosen."""
         counts, self._counts = self._counts, None
         return None if counts is None or self._task.name == MASKED_LM else float(counts[0] / counts[1])
 

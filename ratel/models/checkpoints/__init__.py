@@ -1,1 +1,2 @@
-"""Hugging Face directories, read and written as transformers does: names, conversions, dtypes, ties, and what lies beside."""
+"""Hugging Face directories, read and written as transformers does: names, conversions, dtypes,
+ties, and what lies beside."""

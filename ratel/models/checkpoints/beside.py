@@ -1,5 +1,5 @@
-"""What lies beside the weights of a model directory, in an export of the trained model: config.json with what has changed in
-it, and every other file byte for byte."""
+"""What lies beside the weights of a model directory, in an export of the trained model: config.json
+with what has changed in it, and every other file byte for byte."""
 
 import copy
 import json
@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl",
                    ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz", ".nemo")
-"""Of files that hold weights, which are of the model before training."""
+"""How names of files end that hold weights, which are of the model before training."""
 
 FOLDERS = ("additional_chat_templates",)
-"""That are read with the files beside them. Others hold other models, or what a program keeps for itself."""
+"""That are read with the files beside them. Others hold other models, or what a program keeps for
+itself."""
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -33,7 +34,8 @@ class Origin:
     """Where a model came from, as it was before anything was changed for training."""
 
     config: Any = None
-    """Of transformers, a copy; None for other modules, and where the directory's own file is there to be changed."""
+    """A copy of transformers' configuration; None for other modules, and where the directory's own
+    file is there to be changed."""
     directory: Path | None = None
     settings: dict[str, Any] | None = None
     """What the directory's config.json says."""
@@ -75,7 +77,8 @@ def write_beside(origin: Origin, module: nn.Module, directory: Path, dtype: torc
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file of a model directory goes along. Code (`*.py`) does, since config.json names it; Ratel runs none of it."""
+    """Whether a file of a model directory goes along. Code (`*.py`) does, since config.json names
+    it; Ratel runs none of it."""
     return not name.startswith(".") and name != CONFIG and not name.endswith(WEIGHT_SUFFIXES)
 
 
@@ -97,13 +100,14 @@ def _with_dtype(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _untied(settings: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint whose tensors were never one, whatever its config.json said: servers go by that."""
+    """The settings of a checkpoint whose tensors were never one, whatever its config.json said:
+    servers go by that."""
     found = {key: _untied(value) if isinstance(value, dict) and key == "text_config" else value for key, value in settings.items()}
     return {**found, "tie_word_embeddings": False}
 
 
 def _write_made(origin: Origin, module: nn.Module, directory: Path, dtype: torch.dtype) -> None:
-    """Of a model that came from no directory."""
+    """Write the files of a model that came from no directory."""
     config = copy.deepcopy(origin.config)
     config.architectures = [type(module).__name__]
     config.dtype = dtype
@@ -128,8 +132,8 @@ def _files_beside(directory: Path) -> Iterator[str]:
 
 
 def _copy(path: Path, to: Path) -> None:
-    """Its content: a link (as a cache of a hub has) becomes a file, and permissions are those of new files. One that is gone by now
-    is no reason to lose what was trained."""
+    """Its content: a link (as a cache of a hub has) becomes a file, and permissions are those of
+    new files. One that is gone by now is no reason to lose what was trained."""
     try:
         source = open_regular(path)
     except OSError as error:

@@ -73,8 +73,8 @@ def refuse_config(config: Any, name: str) -> None:
 
 
 def causal_class(config: Any, name: str) -> type | None:
-    """The class that predicts the next token: None where transformers chooses it; of models for images and text the whole class,
-    whose other parts are carried along unchanged."""
+    """The class that predicts the next token: None where transformers chooses it; of models for
+    images and text the whole class, whose other parts are carried along unchanged."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     mapping = AutoModelForImageTextToText._model_mapping

@@ -1,8 +1,10 @@
-"""Weights in a Hugging Face directory: safetensors files, read unit by unit, with what `from_pretrained` would make of them.
+"""Weights in a Hugging Face directory: safetensors files, read unit by unit, with what
+`from_pretrained` would make of them.
 
-Checkpoints differ from modules: names with or without the base model's prefix, tied weights written once, experts
-written one by one that the module holds in one tensor (`ratel.models.checkpoints.recipes`). A conversion is done for one
-parameter at a time: on the meta device to check everything from the headers, on tensors to read.
+Checkpoints differ from modules: names with or without the base model's prefix, tied weights written
+once, experts written one by one that the module holds in one tensor
+(`ratel.models.checkpoints.recipes`). A conversion is done for one parameter at a time: on the meta
+device to check everything from the headers, on tensors to read.
 """
 
 import copy
@@ -29,9 +31,11 @@ EXTRA_STATE = "_extra_state"
 
 
 class CheckpointSource:
-    """The state of ``module`` in ``directory``: its parameters, unit by unit, and what else its state dict has.
+    """The state of ``module`` in ``directory``: its parameters, unit by unit, and what else its
+    state dict has.
 
-    ``dtype``: of the computation. In bf16 the upper half of a master is what `from_pretrained` rounds the stored number to.
+    ``dtype``: of the computation. In bf16 the upper half of a master is what `from_pretrained`
+    rounds the stored number to.
     """
 
     def __init__(self, directory: Path, module: nn.Module, dtype: torch.dtype = torch.float32, *,
@@ -99,8 +103,9 @@ class CheckpointSource:
     # --- what is no parameter -------------------------------------------------------------------------------------
 
     def load_buffers(self) -> None:
-        """Give the module the buffers, and the extra state, that its state dict has. Raises RatelError for one that is
-        missing, which `from_pretrained` would make up, or has another shape."""
+        """Give the module the buffers, and the extra state, that its state dict has. Raises
+        RatelError for one that is missing, which `from_pretrained` would make up, or has another
+        shape."""
         parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
         optional = getattr(self._module, "_keys_to_ignore_on_load_missing", None) or ()
         missing = []
@@ -127,8 +132,8 @@ class CheckpointSource:
         owner._buffers[attribute] = value.to(dtype, copy=True).contiguous()
 
     def untie(self) -> None:
-        """Where the configuration ties two tensors that are stored with unlike values, each gets its own, as in
-        `from_pretrained`."""
+        """Where the configuration ties two tensors that are stored with unlike values, each gets
+        its own, as in `from_pretrained`."""
         for target, origin in getattr(self._module, "all_tied_weights_keys", {}).items():
             if target in self._recipes and origin in self._recipes and not self._are_equal(target, origin):
                 log.warning("%s: config.json ties %s to %s, but their stored values differ: they are not tied", self._directory,
@@ -179,8 +184,8 @@ class CheckpointSource:
         return tensor[0] if isinstance(tensor, list) else tensor
 
     def _tell_of(self, unused: list[str]) -> None:
-        """Some checkpoints hold what a model has no place for, such as rotary frequencies; a config.json with too few layers
-        looks the same."""
+        """Some checkpoints hold what a model has no place for, such as rotary frequencies; a
+        config.json with too few layers looks the same."""
         if not unused:
             return
         known = [*(getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]

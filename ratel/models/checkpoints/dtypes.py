@@ -1,12 +1,14 @@
-"""In which precision `from_pretrained` keeps what: most of a model in the dtype that is asked for, some of it always in fp32."""
+"""In which precision `from_pretrained` keeps what: most of a model in the dtype that is asked for,
+some of it always in fp32."""
 
 import torch
 from torch import nn
 
 
 def kept_in_fp32(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Names, in the state dict, of parameters and buffers that stay fp32 in a model of transformers that was built, and is
-    loaded, in ``dtype``: what the class says, and what its constructor makes in fp32 whatever is asked for."""
+    """Names, in the state dict, of parameters and buffers that stay fp32 in a model of transformers
+    that was built, and is loaded, in ``dtype``: what the class says, and what its constructor makes
+    in fp32 whatever is asked for."""
     if dtype is torch.float32 or not hasattr(module, "_get_dtype_plan"):
         return set()
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

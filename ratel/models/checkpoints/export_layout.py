@@ -1,4 +1,5 @@
-"""What an export of a model has: every tensor's name, shape and dtype, known before the first is made, and what it is made from."""
+"""What an export of a model has: every tensor's name, shape and dtype, known before the first is
+made, and what it is made from."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,8 @@ class UnitToExport:
 
 
 class ExportLayout:
-    """``units``: in their order. ``unused``: of parameters that no stage uses, as many together as have to be."""
+    """``units``: in their order. ``unused``: of parameters that no stage uses, as many together as
+    have to be."""
 
     def __init__(self, module: nn.Module, units: Iterable[UnitSpec], unused: UnitSpec | None, other: dict[str, Any],
                  dtype: torch.dtype) -> None:
@@ -55,7 +57,8 @@ class ExportLayout:
         return self._outlines[name].dtype
 
     def completed(self, unit: UnitToExport, held: dict[str, Tensor], missing: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-        """Stored tensors of the groups all of whose parameters are ``held`` with nothing ``missing``; they are taken out."""
+        """Stored tensors of the groups all of whose parameters are ``held`` with nothing
+        ``missing``; they are taken out."""
         waiting = {unit.stored_names[name] for name, count in missing.items() if count}
         for group in unit.groups:
             if all(name in held and name not in waiting for name in group.names):
@@ -71,14 +74,15 @@ class ExportLayout:
 
 
 def _stored_name(module: nn.Module, param: ParamSpec) -> str:
-    """Of tied weights the one that transformers stores: not a name that is tied to another."""
+    """The name under which transformers stores tied weights: not one that is tied to another."""
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     return next((name for name in (param.name, *param.aliases) if name not in tied), param.name)
 
 
 def _originals(module: nn.Module, outlines: dict[str, Outline], units: list[frozenset[str]], other: frozenset[str]) -> Originals:
-    """As the checkpoint had them; under the module's names, which transformers reads as well, where what would have to be
-    converted together is not together in memory, or transformers cannot turn it back."""
+    """As the checkpoint had them; under the module's names, which transformers reads as well, where
+    what would have to be converted together is not together in memory, or transformers cannot turn
+    it back."""
     found = Originals(module, outlines)
     homes = {name: number for number, names in enumerate([other, *units]) for name in names}
     stored = [name for group in found.groups for name in group.outlines]

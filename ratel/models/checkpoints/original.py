@@ -1,8 +1,9 @@
 """The tensors of a trained model under the names and in the shapes that its checkpoint had them.
 
-Servers read checkpoints as their authors published them: experts one by one, older names. transformers can turn a state
-dict back into that (what `save_pretrained` does), and is asked to here, first in outline, so that everything is known
-before anything is made, then for a few parameters at a time.
+Servers read checkpoints as their authors published them: experts one by one, older names.
+transformers can turn a state dict back into that (what `save_pretrained` does), and is asked to
+here, first in outline, so that everything is known before anything is made, then for a few
+parameters at a time.
 """
 
 import logging
@@ -28,7 +29,7 @@ class Group:
 
 
 class Originals:
-    """Of a model whose state dict has these parameters and buffers, as they are to be stored."""
+    """The stored tensors of a model whose state dict has these parameters and buffers."""
 
     def __init__(self, module: nn.Module, outlines: dict[str, Outline], *, reverts: bool = True) -> None:
         self._module = module
@@ -63,7 +64,8 @@ class Originals:
 
 
 def _reverse_conversions(module: nn.Module) -> list[Any] | None:
-    """Of more than names, as `revert_weight_conversion` will find them; None where it has nothing to do."""
+    """The conversions of more than names, as `revert_weight_conversion` will find them; None where
+    it has nothing to do."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightConverter
 

@@ -1,7 +1,9 @@
-"""What a model's state dict has besides parameters, as bytes: buffers, and what modules say their extra state is.
+"""What a model's state dict has besides parameters, as bytes: buffers, and what modules say their
+extra state is.
 
-A safetensors file. An extra state that is no tensor is in it as the bytes that `torch.save` makes of it; it is read without
-running code, so it must be made of tensors, numbers, strings and containers of them.
+A safetensors file. An extra state that is no tensor is in it as the bytes that `torch.save` makes
+of it; it is read without running code, so it must be made of tensors, numbers, strings and
+containers of them.
 """
 
 import io

@@ -1,7 +1,8 @@
-"""How each tensor of a model's state comes out of stored ones: copied under another name, or converted.
+"""How each tensor of a model's state comes out of stored ones: copied under another name, or
+converted.
 
-transformers has a table of renamings and conversions for each model, and its own functions apply it here, name by name, in
-the order in which `from_pretrained` goes through a checkpoint.
+transformers has a table of renamings and conversions for each model, and its own functions apply it
+here, name by name, in the order in which `from_pretrained` goes through a checkpoint.
 """
 
 from collections.abc import Iterable
@@ -15,8 +16,8 @@ from ratel.errors import RatelError
 
 @dataclass
 class Recipe:
-    """One stored tensor that is copied, or several that are put through a conversion. ``first``: its (first) product's name, by which
-    a conversion finds the others."""
+    """One stored tensor that is copied, or several that are put through a conversion. ``first``:
+    its (first) product's name, by which a conversion finds the others."""
 
     first: str
     converter: Any = None
@@ -27,14 +28,16 @@ class Recipe:
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
     by_name: dict[str, Recipe]
-    """By name in the module's state dict. A recipe with several products is there under each of their names."""
+    """By name in the module's state dict. A recipe with several products is there under each of
+    their names."""
     unused: list[str]
-    """Stored tensors that the model has no place for, under the names that they would have in it."""
+    """Stored tensors that the model has no place for, under the names that they would have in
+    it."""
 
 
 def find_recipes(module: nn.Module, stored: Iterable[str]) -> Recipes:
-    """For every stored tensor the place that `from_pretrained` would put it. What was renamed or converted is left with the
-    module, so that transformers can write the tensors as they were."""
+    """For every stored tensor the place that `from_pretrained` would put it. What was renamed or
+    converted is left with the module, so that transformers can write the tensors as they were."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
@@ -81,7 +84,8 @@ def _add(found: dict[str, Recipe], target: str, name: str, pattern: str | None, 
 
 
 def _add_other_products(first: str, recipe: Recipe, found: dict[str, Recipe]) -> None:
-    """A conversion that splits one stored tensor is named by its first product; the others share it."""
+    """A conversion that splits one stored tensor is named by its first product; the others share
+    it."""
     patterns = recipe.converter.target_patterns
     for other in patterns[1:]:
         found.setdefault(first.replace(patterns[0], other, 1), recipe)

@@ -1,4 +1,5 @@
-"""Directories and models that cannot be trained on the next token, told apart by what lies in them: one line, with the remedy."""
+"""Directories and models that cannot be trained on the next token, told apart by what lies in them:
+one line, with the remedy."""
 
 import json
 from contextlib import suppress
@@ -17,7 +18,8 @@ _OTHER_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePre
 
 
 def refuse_directory(directory: Path) -> None:
-    """What a directory without a model of transformers holds instead, and an adapter that `from_pretrained` would put on one."""
+    """What a directory without a model of transformers holds instead, and an adapter that
+    `from_pretrained` would put on one."""
     adapter = directory / "adapter_config.json"
     if adapter.exists():
         raise RatelError(f"holds an adapter (PEFT){_base_of(adapter)}, not a model alone", field="model", value=directory, remedy="Merge it into its model with peft (merge_and_unload, "
@@ -45,7 +47,8 @@ _FOREIGN = (
 
 
 def refuse_other_weights(directory: Path, config: Any) -> None:
-    """Weights that `from_pretrained` takes in the place of, or beside, those in model*.safetensors."""
+    """Weights that `from_pretrained` takes in the place of, or beside, those in
+    model*.safetensors."""
     named = getattr(config, "transformers_weights", None)
     shard = next((path.name for path in sorted(directory.glob("shard-*-model-*.safetensors"))), None)
     beside = next((name for name in getattr(type(config), "extra_files", None) or () if (directory / name).exists()), None)
@@ -106,7 +109,8 @@ def _values(setting: Any) -> list[str]:
 
 
 def refuse_other_heads(config: Any, name: str) -> None:
-    """Of models that were not made to predict the next token, though transformers would build one that does from them."""
+    """Refuse models that were not made to predict the next token, though transformers would build
+    one that does from them."""
     for architecture in config.architectures or []:
         for ending, task in _TASKS.items():
             if architecture.endswith(ending):

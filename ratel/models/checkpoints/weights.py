@@ -21,16 +21,18 @@ log = logging.getLogger(__name__)
 
 class WeightSource(Protocol):
     element_bytes: int
-    """Of memory that `read` takes for each element of a unit, ``out`` included."""
+    """Bytes of memory that `read` takes for each element of a unit, ``out`` included."""
 
     def check(self, params: Iterable[ParamSpec]) -> None:
         """Raise RatelError if any of these parameters cannot be read. Reads no weights."""
 
     def read(self, unit: UnitSpec, out: Tensor) -> None:
-        """Write the unit's weights into ``out`` (fp32, CPU, ``unit.num_elements``, already zero)."""
+        """Write the unit's weights into ``out`` (fp32, CPU, ``unit.num_elements``, already
+        zero)."""
 
     def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
-        """A way to read the unit in parts, where all of its weights are bf16 in files; else None."""
+        """A way to read the unit in parts, where all of its weights are bf16 in files; else
+        None."""
 
 
 def view(flat: Tensor, param: ParamSpec) -> Tensor:
@@ -44,8 +46,9 @@ def round_half_up(master: Tensor) -> Tensor:
 
 
 def round_ties_to_even(master: Tensor) -> None:
-    """In place, so that the upper half of each master is what PyTorch rounds it to (ties go to even; `hi` rounds them up):
-    a number half way between two of bf16 that goes down is made the next smaller fp32. fp16 weights have many of them."""
+    """In place, so that the upper half of each master is what PyTorch rounds it to (ties go to
+    even; `hi` rounds them up): a number half way between two of bf16 that goes down is made the
+    next smaller fp32. fp16 weights have many of them."""
     for begin in range(0, master.numel(), PIECE_ELEMENTS):
         bits = master[begin : begin + PIECE_ELEMENTS].view(torch.int32)
         bits.sub_(((bits & 0x1FFFF) == 0x8000).to(torch.int32))
@@ -74,7 +77,8 @@ class TensorSource:
 class FreshSource:
     """Weights initialised as the model would initialise them, from a seed and the unit's name.
 
-    A unit's weights do not depend on which other units were read before, nor on where any of them lives.
+    A unit's weights do not depend on which other units were read before, nor on where any of them
+    lives.
     """
 
     element_bytes = 4
@@ -119,7 +123,8 @@ class FreshSource:
             return
         from transformers.initialization import guard_torch_init_functions
 
-        # The flag makes transformers' initialisers pass a tensor by: a parent may touch more than its own unit.
+        # The flag makes transformers' initialisers pass a tensor by: a parent may touch more than
+        # its own unit.
         for param in self._root.parameters():
             param._is_hf_initialized = id(param) not in chosen
         with guard_torch_init_functions():
@@ -130,8 +135,8 @@ class FreshSource:
 
 
 class WithFreshHead:
-    """A checkpoint of another class of the model. What it lacks of the units that follow the blocks, or has in another shape,
-    is initialised from the seed."""
+    """A checkpoint of another class of the model. What it lacks of the units that follow the
+    blocks, or has in another shape, is initialised from the seed."""
 
     def __init__(self, stored: WeightSource, fresh: FreshSource, name: str) -> None:
         self._stored, self._fresh, self._name = stored, fresh, name
@@ -165,9 +170,11 @@ class WithFreshHead:
 
 def _initialisers(module: nn.Module, initialise: Callable[[nn.Module], None],
                   chosen: set[int]) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
-    """Modules around the chosen parameters, each with the `_init_weights` of the innermost model it is in.
+    """Modules around the chosen parameters, each with the `_init_weights` of the innermost model it
+    is in.
 
-    Children come first: some models initialise a grandchild again in its grandparent (GPT-2's residual scaling).
+    Children come first: some models initialise a grandchild again in its grandparent (GPT-2's
+    residual scaling).
     """
     for child in module.children():
         if any(id(p) in chosen for p in child.parameters()):

@@ -1,6 +1,8 @@
-"""What the models of a family do, found out on a shrunken copy: does a token see the next one, are documents kept apart?
+"""What the models of a family do, found out on a shrunken copy: does a token see the next one, are
+documents kept apart?
 
-It takes tenths of a second, once for a class, its settings and the versions of what computes; then it is known.
+It takes tenths of a second, once for a class, its settings and the versions of what computes; then
+it is known.
 """
 
 import copy
@@ -26,11 +28,14 @@ from ratel.models.checks.shrink import FIRST_SPECIAL, random_parameters, shrunke
 from ratel.models.structure.blocks import count_elements
 
 LENGTHS = (21, 13, 17)
-"""Of the documents in one row, in tokens: longer than the windows of a shrunken copy, shorter than its positions."""
+"""Tokens of each of the documents in one row: longer than the windows of a shrunken copy, shorter
+than its positions."""
 ROUNDING = 1e-3
-"""Relative, of the logits of a token. Sums over a whole row come in another order than those over one document."""
+"""Relative, of the logits of a token. Sums over a whole row come in another order than those over
+one document."""
 SEEN = 1e-2
-"""The least that another context must change, or else the copy does not show what its tokens see."""
+"""The least that another context must change, or else the copy does not show what its tokens
+see."""
 SMALL_ELEMENTS = 20_000_000
 """A model below this is tried as it is where its configuration cannot be shrunken."""
 
@@ -40,13 +45,14 @@ class Family:
     is_causal: bool | None
     """No logits depend on later tokens; None: it could not be tried."""
     documents: str | None
-    """`OWN` or `MADE`: how documents in one row are kept apart; None: they are not, or it could not be tried."""
+    """`OWN` or `MADE`: how documents in one row are kept apart; None: they are not, or it could not
+    be tried."""
     reason: str = ""
     """What stood in the way."""
 
 
 def family_of(module: nn.Module) -> Family:
-    """Of a causal language model of transformers; ``module`` itself is not run."""
+    """The family of a causal language model of transformers; ``module`` itself is not run."""
     config = copy.deepcopy(module.config)
     attention = str(getattr(config, "_attn_implementation", None) or "eager")
     attention = "sdpa" if "flash" in attention else attention  # a copy is on the CPU
@@ -102,7 +108,8 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def judge(model: nn.Module) -> Family:
-    """Of a model on the CPU in fp32, whose weights tell tokens apart."""
+    """Find out what the family of a model does; it is on the CPU in fp32, and its weights tell
+    tokens apart."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = min(FIRST_SPECIAL, model.config.get_text_config().vocab_size)
     apart = [torch.randint(3, vocabulary, (1, length), generator=generator) for length in LENGTHS]
@@ -143,7 +150,8 @@ def _documents(runner: CausalLMRunner, row: Tensor, alone: Tensor) -> Family:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest relative one of a token's logits; infinite where shapes differ or numbers are not finite."""
+    """The largest relative one of a token's logits; infinite where shapes differ or numbers are not
+    finite."""
     if found.shape != expected.shape or not found.isfinite().all():
         return float("inf")
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-12)).max())
@@ -159,7 +167,8 @@ def _key(model_class: type, config: Any, attention: str) -> probe_cache.Key:
 
 
 def _source_digest(model_class: type) -> str:
-    """Of a class that is not transformers' own: the user may change it."""
+    """A digest of the source of a class that is not transformers' own, since the user may change
+    it."""
     if model_class.__module__.startswith("transformers."):
         return ""
     path = getattr(sys.modules.get(model_class.__module__), "__file__", None)

@@ -1,4 +1,5 @@
-"""Is a second run of a block what the first was? Tried on random values before planning, and on real ones in the first step."""
+"""Is a second run of a block what the first was? Tried on random values before planning, and on
+real ones in the first step."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     from ratel.models.parts import Parts
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Relative, of a token. With a graph another kernel may run than without one, and some add up in any order."""
+"""Relative, of a token. With a graph another kernel may run than without one, and some add up in
+any order."""
 SAMPLED_TOKENS = 16
 
 
 def refuse_unlike_runs(parts: "Parts", block: int, hidden: Tensor, inputs: BlockInputs, seed: Callable[[], None]) -> None:
-    """Run the block as forward does, twice, and as backward does. Raises RatelError where runs differ, or where one leaves
-    something behind that the next would meet. ``seed`` sets the random generators, always to the same state."""
+    """Run the block as forward does, twice, and as backward does. Raises RatelError where runs
+    differ, or where one leaves something behind that the next would meet. ``seed`` sets the random
+    generators, always to the same state."""
     module, call = parts.blocks[block], parts.call_of(block, hidden, inputs)
     arguments = named_arguments(module, call.args, call.kwargs)
     before = {name: picture(value, content_of) for name, value in arguments.items()}
@@ -58,7 +61,8 @@ def with_graph_dropped(run: Callable[[], Tensor]) -> Tensor:
 
 
 def are_unlike(first: Tensor, second: Tensor) -> bool:
-    """Whether most tokens differ by more than rounding. A few may: a router that is in doubt sends them elsewhere."""
+    """Whether most tokens differ by more than rounding. A few may: a router that is in doubt sends
+    them elsewhere."""
     if first.shape != second.shape:
         return True
     if torch.equal(first, second):
@@ -71,15 +75,16 @@ def are_unlike(first: Tensor, second: Tensor) -> bool:
 
 
 class FirstStep:
-    """A few tokens of what every block made in forward of the first micro-batch, to be compared with its second run."""
+    """A few tokens of what every block made in forward of the first micro-batch, to be compared
+    with its second run."""
 
     def __init__(self) -> None:
         self._made: dict[int, Tensor] = {}
         self._numbers: dict[str, Any] | None = None
 
     def note_head(self, blocks: Sequence[nn.Module]) -> None:
-        """After the stage before the blocks, of each micro-batch. Raises RatelError if it leaves another number in them for each:
-        all blocks run after the last."""
+        """After the stage before the blocks, of each micro-batch. Raises RatelError if it leaves
+        another number in them for each: all blocks run after the last."""
         numbers = {".".join(part for part in (str(number), path, name) if part): value
                    for number, block in enumerate(blocks) for path, child in block.named_modules()
                    for name, value in vars(child).items() if isinstance(value, (int, float, str))}

@@ -1,9 +1,12 @@
-"""A small copy of a model: the same classes and kinds of layers, narrow, few, with windows shorter than a test's row.
+"""A small copy of a model: the same classes and kinds of layers, narrow, few, with windows shorter
+than a test's row.
 
-What such a copy does, the model of that configuration does too, as far as it depends on code and not on sizes: whether
-documents are kept apart, whether a token sees the next one. It takes a few MiB and tenths of a second.
+What such a copy does, the model of that configuration does too, as far as it depends on code and
+not on sizes: whether documents are kept apart, whether a token sees the next one. It takes a few
+MiB and tenths of a second.
 
-No model is listed. Configurations name their sizes alike, so names say what a number is: a width, heads, layers.
+No model is listed. Configurations name their sizes alike, so names say what a number is: a width,
+heads, layers.
 """
 
 import re
@@ -16,7 +19,8 @@ from torch import Tensor, nn
 WIDTH, HEADS, HEAD_DIM, ROPE_DIM, WINDOW, POSITIONS, VOCAB = 64, 4, 16, 8, 8, 128, 128
 MANY_LAYERS = 16
 FIRST_SPECIAL = 100
-"""Token ids from here to the end of the vocabulary are those that a configuration names; tests draw from below."""
+"""Token ids from here to the end of the vocabulary are those that a configuration names; tests draw
+from below."""
 
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "embedding_dim", "emb_dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "depth", "decoder_layers",
@@ -58,7 +62,8 @@ _RULES: tuple[tuple[str, Callable[[int, "_Sizes"], int]], ...] = (
     (r"hidden_size|embedding_size|intermediate|ffn|^d_model$|^n_embd$|n_inner|emb(ed|edding)?_dim$|lru_width|^d_?ff$|^d_inner$"
      r"|^dim_ff$|mlp_dim|proj_dim|conv_dim|^input_size$|output_size|feed_forward", lambda v, s: s.width(v)),
 )
-"""The first that fits a setting's name gives what its number becomes, where it is positive; what none fits stays."""
+"""The first that fits a setting's name gives what its number becomes, where it is positive; what
+none fits stays."""
 
 _INDICES = re.compile(r"(layers|layer_ids|idxs|indexes|indices)$")
 _CHANCES = re.compile(r"dropout|_drop$|pdrop|layerdrop|drop_path|drop_rate|drop_prob|jitter")
@@ -89,8 +94,9 @@ class _Sizes:
 
 
 def shrunken(config: Any, changes: dict[str, Any] | None = None) -> Any:
-    """A configuration of the same class for a small copy, without dropout. ``config`` is not changed. ``changes`` are made to the
-    small settings, by name, also inside those that are dictionaries."""
+    """A configuration of the same class for a small copy, without dropout. ``config`` is not
+    changed. ``changes`` are made to the small settings, by name, also inside those that are
+    dictionaries."""
     small = type(config).from_dict(_changed(_shrink(config.to_dict()), changes or {}))
     for name in ("architectures", "dtype"):
         setattr(small, name, getattr(config, name, None))
@@ -103,8 +109,9 @@ def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 
 
 def random_parameters(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter, and every buffer of the state dict that its constructor fills with one number, values that its absence
-    would show in: weights by which tokens differ and attention chooses, scales and biases that are neither one nor zero."""
+    """Give every parameter, and every buffer of the state dict that its constructor fills with one
+    number, values that its absence would show in: weights by which tokens differ and attention
+    chooses, scales and biases that are neither one nor zero."""
     generator = torch.Generator().manual_seed(seed)
     stored = module.state_dict(keep_vars=True)
     seen: set[int] = set()
@@ -211,8 +218,9 @@ def _shares(values: list[int], total: int) -> list[int]:
 
 
 def _layers_kept(settings: dict[str, Any], num_layers: int) -> int:
-    """The shortest beginning that has every kind of layer, as lists by layer and periods tell them apart: twice, if that does
-    not take many, since some layers of a kind share what they know. Not fewer than three."""
+    """The shortest beginning that has every kind of layer, as lists by layer and periods tell them
+    apart: twice, if that does not take many, since some layers of a kind share what they know. Not
+    fewer than three."""
     lists = {name: list(value) for name, value in settings.items() if isinstance(value, (list, tuple)) and value}
     by_layer = [values for values in lists.values() if len(values) == num_layers]
     marks = [values for name, values in lists.items() if _INDICES.search(name) and _are_indices(values, num_layers)]

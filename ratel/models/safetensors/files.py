@@ -1,4 +1,5 @@
-"""Safetensors files that belong together: what is in them, checked from their headers, and one tensor at a time."""
+"""Safetensors files that belong together: what is in them, checked from their headers, and one
+tensor at a time."""
 
 import os
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype_name: str
     offset: int
-    """Of its first byte in the file."""
+    """Where its first byte lies in the file."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +47,8 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """Raises RatelError, under the name of the option ``field``, if a header is not what the format says."""
+    """Raises RatelError, under the name of the option ``field``, if a header is not what the format
+    says."""
 
     def __init__(self, paths: Iterable[Path], field: str = "model") -> None:
         self.tensors: dict[str, StoredTensor] = {}
@@ -69,8 +71,8 @@ class TensorFiles:
         return values
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """All elements of one tensor into ``out`` (fp32, CPU, 1-D), a piece at a time, and nothing of the file is mapped: its
-        pages would count as this process's."""
+        """All elements of one tensor into ``out`` (fp32, CPU, 1-D), a piece at a time, and nothing
+        of the file is mapped: its pages would count as this process's."""
         stored = self.tensors[name]
         item = stored.dtype.itemsize
         for begin in range(0, out.numel(), PIECE_ELEMENTS):
@@ -96,7 +98,8 @@ class TensorFiles:
 
 
 def read_full(path: Path, offset: int, target: memoryview, field: str = "model") -> None:
-    """Fill ``target`` from byte ``offset`` on. Raises OSError with the file's name, RatelError for one that is shorter."""
+    """Fill ``target`` from byte ``offset`` on. Raises OSError with the file's name, RatelError for
+    one that is shorter."""
     descriptor = descriptor_of(path)
     try:
         while len(target):
@@ -112,8 +115,8 @@ def read_full(path: Path, offset: int, target: memoryview, field: str = "model")
 
 
 def files_of(directory: Path, stem: str, field: str) -> list[Path]:
-    """``stem.safetensors``, or the files that the index ``stem.safetensors.index.json`` names; none without both. Of a
-    directory that has both, transformers, too, reads the first."""
+    """``stem.safetensors``, or the files that the index ``stem.safetensors.index.json`` names; none
+    without both. Of a directory that has both, transformers, too, reads the first."""
     single, index = directory / (stem + SUFFIX), directory / (stem + INDEX_SUFFIX)
     if single.is_file():
         return [single]

@@ -1,8 +1,9 @@
-"""Writing safetensors, header first: the tensors go to their places as they come, and no more than one group of them is in
-memory.
+"""Writing safetensors, header first: the tensors go to their places as they come, and no more than
+one group of them is in memory.
 
-One file below `SHARD_BYTES`, numbered ones and an index above, each tensor in the file that its place in the order gives
-it. Within a file wider dtypes come first, so that every tensor begins at a multiple of its element's size.
+One file below `SHARD_BYTES`, numbered ones and an index above, each tensor in the file that its
+place in the order gives it. Within a file wider dtypes come first, so that every tensor begins at a
+multiple of its element's size.
 """
 
 import json
@@ -48,7 +49,8 @@ class Outline:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tensors that are made together: ``make`` gives each once, by name, on the CPU, and may keep none that it has given."""
+    """Tensors that are made together: ``make`` gives each once, by name, on the CPU, and may keep
+    none that it has given."""
 
     outlines: dict[str, Outline]
     make: Callable[[], Iterable[tuple[str, Tensor]]]
@@ -60,10 +62,11 @@ class Piece:
 
 def write_shards(directory: Path, stem: str, pieces: Sequence[Piece], *, metadata: dict[str, str],
                  shard_bytes: int) -> None:
-    """Write ``stem.safetensors``, or numbered shards and the index ``stem.safetensors.index.json``, all synced.
+    """Write ``stem.safetensors``, or numbered shards and the index ``stem.safetensors.index.json``,
+    all synced.
 
-    A shard has ``shard_bytes`` at most, or one tensor that is larger. Every one carries the ``metadata``. Raises OSError
-    with the file's name.
+    A shard has ``shard_bytes`` at most, or one tensor that is larger. Every one carries the
+    ``metadata``. Raises OSError with the file's name.
     """
     outlines = {name: outline for piece in pieces for name, outline in piece.outlines.items()}
     groups = list(_grouped(outlines, shard_bytes))
@@ -106,7 +109,8 @@ def _grouped(outlines: dict[str, Outline], shard_bytes: int) -> Iterator[list[st
 
 
 class _File:
-    """One file: its header at once, its tensors in any order. It is open while one of them is missing."""
+    """One file: its header at once, its tensors in any order. It is open while one of them is
+    missing."""
 
     def __init__(self, path: Path, outlines: dict[str, Outline], metadata: dict[str, str]) -> None:
         self._path, self._outlines = path, outlines

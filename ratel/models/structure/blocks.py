@@ -1,4 +1,5 @@
-"""Finding the repeated blocks of a module, and refusing what cannot be trained one block at a time."""
+"""Finding the repeated blocks of a module, and refusing what cannot be trained one block at a
+time."""
 
 from collections import defaultdict
 
@@ -9,7 +10,8 @@ from ratel.errors import RatelError
 from ratel.models.checkpoints.config import refuse_config
 
 MIN_BLOCK_SHARE = 0.1
-"""Of all parameters. Below it a list of layers is an accident (a head of two linears), not the body of a model."""
+"""Below this share of all parameters a list of layers is an accident (a head of two linears), not
+the body of a model."""
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a weight may be stored in. All of them fit the fp32 master exactly."""
@@ -20,9 +22,9 @@ def count_elements(module: nn.Module) -> int:
 
 
 def find_blocks(root: nn.Module) -> list[nn.Module]:
-    """The children of the outermost list that holds the most parameters, each object once, in list order; where no list has
-    two, the only child of one (ALBERT calls one layer again and again). Of a model for images and text it is a list of the text's
-    part, however large the other is."""
+    """The children of the outermost list that holds the most parameters, each object once, in list
+    order; where no list has two, the only child of one (ALBERT calls one layer again and again). Of
+    a model for images and text it is a list of the text's part, however large the other is."""
     root, num_layers = _text_part(root), _num_text_layers(root)
     total = count_elements(root)
     found = ([s for s in _stacks(root, least) if total and _elements(s) >= MIN_BLOCK_SHARE * total] for least in (2, 1))
@@ -45,13 +47,14 @@ def _text_part(root: nn.Module) -> nn.Module:
 
 
 def _num_text_layers(root: nn.Module) -> int | None:
-    """Of a model whose configuration has parts, and so perhaps other stacks among the text's own modules."""
+    """How many layers the text part has, for a model whose configuration has parts, and so perhaps
+    other stacks among the text's own modules."""
     config = getattr(root, "config", None)
     return getattr(config.get_text_config(), "num_hidden_layers", None) if getattr(config, "sub_configs", None) else None
 
 
 def _stacks(root: nn.Module, least: int) -> list[list[nn.Module]]:
-    """Of at least so many layers."""
+    """The stacks of at least so many layers."""
     found: list[list[nn.Module]] = []
     pending = [root]
     while pending:
@@ -71,7 +74,8 @@ def _as_stack(module: nn.Module, least: int) -> list[nn.Module]:
         return []
     layers = [child for child in module._modules.values() if child is not None and count_elements(child)]
     if isinstance(module, nn.Sequential):
-        # A whole model may be one Sequential: embedding, layers, head. The layers are the class with most weight.
+        # A whole model may be one Sequential: embedding, layers, head. The layers are the class
+        # with most weight.
         by_class: dict[type, list[nn.Module]] = defaultdict(list)
         for layer in layers:
             by_class[type(layer)].append(layer)
@@ -91,7 +95,8 @@ def refuse_unsupported(root: nn.Module) -> None:
         refuse_config(root.config, type(root).__name__)
     num_empty = sum(p.device.type == "meta" for p in root.parameters())
     if num_empty and (num_empty < len(list(root.parameters())) or any(hasattr(m, "_hf_hook") for m in root.modules())):
-        # Initialising them afresh would throw away what the others, or the offloaded ones, were trained to.
+        # Initialising them afresh would throw away what the others, or the offloaded ones, were
+        # trained to.
         raise RatelError("some of its parameters are elsewhere (on the meta device)", field="model",
                          value=type(root).__name__, remedy="Load it without device_map, or give its directory")
     for name, module in root.named_modules():

@@ -1,8 +1,8 @@
 """Gates on the blocks: running a model's own forward up to its blocks, or from their output on.
 
-A gate stands before the `forward` of each block object. With no handler it lets the call through; a handler sees
-every call and decides what the block returns. The model's own code runs in every case, so what it does before,
-between and after its blocks needs no knowledge of the model.
+A gate stands before the `forward` of each block object. With no handler it lets the call through; a
+handler sees every call and decides what the block returns. The model's own code runs in every case,
+so what it does before, between and after its blocks needs no knowledge of the model.
 """
 
 import functools
@@ -18,7 +18,8 @@ from ratel.models.structure.inputs import BlockCall, HiddenSlot, OutputForm
 
 
 class StopForward(BaseException):
-    """Ends a forward at its last block. Not an Exception, so that a model's own `except Exception` lets it pass."""
+    """Ends a forward at its last block. Not an Exception, so that a model's own `except Exception`
+    lets it pass."""
 
 
 class Handler(Protocol):
@@ -62,7 +63,8 @@ class Gates:
 
 
 class _Passage:
-    """Common to head and tail: counts the calls and holds them to the order seen when the model was traced."""
+    """Common to head and tail: counts the calls and holds them to the order seen when the model was
+    traced."""
 
     def __init__(self, stages: Sequence[nn.Module], slots: Sequence[HiddenSlot], forms: Sequence[OutputForm]) -> None:
         self.stages, self.slots, self.forms = stages, slots, forms
@@ -82,7 +84,8 @@ class _Passage:
 
 
 class Head(_Passage):
-    """Records what every block is given and passes the hidden states on unchanged; ends at block ``stop_at``."""
+    """Records what every block is given and passes the hidden states on unchanged; ends at block
+    ``stop_at``."""
 
     def __init__(self, stages: Sequence[nn.Module], slots: Sequence[HiddenSlot], forms: Sequence[OutputForm], *,
                  stop_at: int) -> None:
@@ -105,8 +108,9 @@ class Head(_Passage):
 class Tail(_Passage):
     """Runs no block, and returns the given hidden states from the last one.
 
-    What comes before the blocks runs without gradient (unless the result has use for it), and the random numbers it draws
-    are put back: a tail leaves the generators as if it had started after the blocks.
+    What comes before the blocks runs without gradient (unless the result has use for it), and the
+    random numbers it draws are put back: a tail leaves the generators as if it had started after
+    the blocks.
     """
 
     def __init__(self, stages: Sequence[nn.Module], slots: Sequence[HiddenSlot], forms: Sequence[OutputForm], *,

@@ -1,4 +1,5 @@
-"""What a block is given and what it remembers. It runs twice in a step: the second run must find both as the first did."""
+"""What a block is given and what it remembers. It runs twice in a step: the second run must find
+both as the first did."""
 
 import inspect
 import re
@@ -20,7 +21,8 @@ TensorPicture = Callable[[Tensor], Any]
 
 
 class Given:
-    """The arguments of one call of a block. Caches among them are refused at once, changes of them afterwards."""
+    """The arguments of one call of a block. Caches among them are refused at once, changes of them
+    afterwards."""
 
     def __init__(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._block = block
@@ -31,7 +33,7 @@ class Given:
 
     @property
     def storages(self) -> set[int]:
-        """Of all tensors that can be reached from the arguments."""
+        """The storages of all tensors that can be reached from the arguments."""
         found: set[int] = set()
         picture(list(self._arguments.values()), lambda tensor: found.add(tensor.untyped_storage()._cdata))
         return found
@@ -71,7 +73,8 @@ def _refuse_cache(name: str, value: Any) -> None:
 
 
 def state_of(module: nn.Module, of_tensor: TensorPicture | None = None, without: Iterable[nn.Module] = ()) -> dict[str, Any]:
-    """What a module and those inside have besides parameters: a picture of every attribute and buffer, by name.
+    """What a module and those inside have besides parameters: a picture of every attribute and
+    buffer, by name.
 
     ``without``: modules that do not count, nor those inside them.
     """
@@ -100,7 +103,7 @@ def refuse_changing(before: dict[str, Any], after: dict[str, Any], module: nn.Mo
 
 
 def outline_of(tensor: Tensor) -> Any:
-    """Of what is run in outline, where large tensors have no values."""
+    """The picture of a tensor of what is run in outline, where large tensors have no values."""
     has_values = tensor.numel() == 1 and not tensor.is_floating_point() and tensor.device.type != "meta"
     return tensor.shape, tensor.dtype, int(tensor) if has_values else None
 
@@ -116,7 +119,7 @@ def content_of(tensor: Tensor) -> Any:
 
 
 def bit_sum(tensor: Tensor) -> tuple[int, ...]:
-    """Of all bits, and of some by their places, so that what has moved counts, too."""
+    """A sum of all bits, and of some by their places, so that what has moved counts, too."""
     bits = tensor.contiguous().view(-1).view(torch.uint8)
     words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
     parts = (words, words[::2], words[::3], words[::7], words[: len(words) // 2])
@@ -124,12 +127,14 @@ def bit_sum(tensor: Tensor) -> tuple[int, ...]:
 
 
 def picture(value: Any, of_tensor: TensorPicture) -> Any:
-    """Compares equal to a later picture if nothing that can be reached from the value has changed, as far as can be seen."""
+    """Compares equal to a later picture if nothing that can be reached from the value has changed,
+    as far as can be seen."""
     return _Painter(of_tensor).picture(value)
 
 
 class _Same:
-    """A tensor by its identity and the number of writes to it. It is kept alive, so that no other gets its address."""
+    """A tensor by its identity and the number of writes to it. It is kept alive, so that no other
+    gets its address."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor, tensor._version

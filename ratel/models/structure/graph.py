@@ -1,4 +1,5 @@
-"""Walking autograd graphs: which parameters a tensor depends on, and through which other tensors."""
+"""Walking autograd graphs: which parameters a tensor depends on, and through which other
+tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
-"""A module whose weights are with a session does not answer with the zeros that stand in for them."""
+"""A module whose weights are with a session does not answer with the zeros that stand in for
+them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

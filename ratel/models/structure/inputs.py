@@ -1,4 +1,5 @@
-"""What a model passes to its blocks besides the hidden states, recorded once and replayed block by block."""
+"""What a model passes to its blocks besides the hidden states, recorded once and replayed block by
+block."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 Slot = tuple[int, int]
-"""A place among the arguments of the blocks: (block, number of the leaf in the order of `leaves`)."""
+"""A place among the arguments of the blocks: (block, number of the leaf in the order of
+`leaves`)."""
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply to every leaf of nested tuples, lists and dicts; other objects are leaves and keep their identity."""
+    """Apply to every leaf of nested tuples, lists and dicts; other objects are leaves and keep
+    their identity."""
     if isinstance(tree, tuple):
         items = [tree_map(function, item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
@@ -32,7 +35,8 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenSlot:
-    """Where a block takes the hidden states: the index of a positional argument or the name of a keyword."""
+    """Where a block takes the hidden states: the index of a positional argument or the name of a
+    keyword."""
 
     place: int | str
 
@@ -50,7 +54,8 @@ class HiddenSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputForm:
-    """What a block returns: the hidden states themselves, or a tuple or list with them at ``index``."""
+    """What a block returns: the hidden states themselves, or a tuple or list with them at
+    ``index``."""
 
     kind: type | None = None
     length: int = 1
@@ -76,7 +81,8 @@ class BlockCall:
 
 
 class BlockInputs:
-    """The arguments of every block for one micro-batch. A tensor given to several blocks is one object here too."""
+    """The arguments of every block for one micro-batch. A tensor given to several blocks is one
+    object here too."""
 
     def __init__(self, calls: list[BlockCall], differentiable_slots: tuple[Slot, ...] = ()) -> None:
         self.calls = calls
@@ -84,14 +90,16 @@ class BlockInputs:
 
     @property
     def differentiable(self) -> list[Tensor]:
-        """Tensors that trained parameters before the blocks produced, each once: they need a gradient of their own."""
+        """Tensors that trained parameters before the blocks produced, each once: they need a
+        gradient of their own."""
         by_block = {block: list(leaves((self.calls[block].args, self.calls[block].kwargs)))
                     for block, _ in self._slots}
         tensors = (by_block[block][leaf] for block, leaf in self._slots)
         return list({id(t): t for t in tensors if isinstance(t, Tensor)}.values())
 
     def with_leaves(self) -> "BlockInputs":
-        """The same arguments with the differentiable ones cut from their graph, so that ``.grad`` collects on them."""
+        """The same arguments with the differentiable ones cut from their graph, so that ``.grad``
+        collects on them."""
         return self.with_others({id(t): t.detach().requires_grad_() for t in self.differentiable})
 
     def with_others(self, others: dict[int, Tensor]) -> "BlockInputs":

@@ -1,9 +1,9 @@
 """Rotary frequencies that are chosen by length ("longrope": Phi-3 128k, Phi-3.5, Phi-4-mini).
 
-transformers takes the long factors for a call in which any position lies beyond the length of pretraining, and the short ones
-otherwise, and writes what it has chosen to a buffer. That buffer is no state: every forward writes it before it reads it, from
-its positions alone. What must not decide is how a batch is cut into micro-batches: the longest document of the whole batch
-does.
+transformers takes the long factors for a call in which any position lies beyond the length of
+pretraining, and the short ones otherwise, and writes what it has chosen to a buffer. That buffer is
+no state: every forward writes it before it reads it, from its positions alone. What must not decide
+is how a batch is cut into micro-batches: the longest document of the whole batch does.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ class LongRope:
         return bool(self._modules)
 
     def begin(self, batch: Any) -> None:
-        """Choose for this batch of token ids, of which any rows may pass the model together from now on."""
+        """Choose for this batch of token ids, of which any rows may pass the model together from
+        now on."""
         if not self._modules:
             return
         positions = batch.get("position_ids")
@@ -38,8 +39,9 @@ class LongRope:
 
 
 class _Frequencies:
-    """Of one module, or of one kind of its layers. Where the long ones are chosen they stand in the place of the short ones
-    as well, so that whichever the module's own code asks for is long."""
+    """The frequencies of one module, or of one kind of its layers. Where the long ones are chosen
+    they stand in the place of the short ones as well, so that whichever the module's own code asks
+    for is long."""
 
     def __init__(self, module: nn.Module, kind: str | None, rope: dict[str, Any]) -> None:
         self._module, self._kind = module, kind

@@ -1,9 +1,10 @@
 """Running a model in outline: every operator happens, but large tensors have a shape and no memory.
 
-Used to trace a model of any size. A float tensor above a few KiB is a *shadow*: one zero element expanded to its
-shape. Operators on shadows compute their output shapes on the meta device and return shadows, so neither weights nor
-activations nor time are spent. Autograd works above this level and records its graph as always. Which parameters an
-operator touches is seen from their storages: every placeholder has one of its own.
+Used to trace a model of any size. A float tensor above a few KiB is a *shadow*: one zero element
+expanded to its shape. Operators on shadows compute their output shapes on the meta device and
+return shadows, so neither weights nor activations nor time are spent. Autograd works above this
+level and records its graph as always. Which parameters an operator touches is seen from their
+storages: every placeholder has one of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +21,13 @@ Place = tuple[int, bool]
 """How many blocks have run, and whether the next one is under way."""
 
 SHADOW_ELEMENTS = 2048
-"""Float tensors above this are shadowed. Below it they are computed, which is exact and cheaper than a meta call."""
+"""Float tensors above this are shadowed. Below it they are computed, which is exact and cheaper
+than a meta call."""
 
 
 class Shadow(TorchDispatchMode):
-    """``touched`` collects the parameters (by index in ``params``) that operators saw since it was last replaced."""
+    """``touched`` collects the parameters (by index in ``params``) that operators saw since it was
+    last replaced."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__()
@@ -35,9 +38,11 @@ class Shadow(TorchDispatchMode):
         self.given: set[int] = set()
         """Storages that the block which runs was given."""
         self.foreign: set[tuple[Place, Place, int]] = set()
-        """What was read that was made elsewhere in this forward and not given: where it is read, where it was made, its storage."""
+        """What was read that was made elsewhere in this forward and not given: where it is read,
+        where it was made, its storage."""
         self._made: dict[int, tuple[StorageWeakRef, Place]] = {}
-        """By storage: where it was made. A weak reference keeps the address from being used again."""
+        """By storage: where it was made. A weak reference keeps the address from being used
+        again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -78,12 +83,14 @@ class Shadow(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, _materialise, (args, kwargs))  # view_as_complex looks at strides
                 return func(*args, **kwargs)
         if func._schema.is_mutable:
-            # Writing to or from a shadow changes nothing: all is zero. Autograd bumps the version above us.
+            # Writing to or from a shadow changes nothing: all is zero. Autograd bumps the version
+            # above us.
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
         try:
             return func(*args, **kwargs) if is_small else self._on_meta(func, args, kwargs, tensors)
         except (RuntimeError, NotImplementedError, IndexError, TypeError):
-            # The values matter (nonzero, item, ...), or there is no meta kernel; some of those refuse zero strides.
+            # The values matter (nonzero, item, ...), or there is no meta kernel; some of those
+            # refuse zero strides.
             args, kwargs = tree_map_only(Tensor, _materialise, (args, kwargs))
             return func(*args, **kwargs)
 
@@ -101,7 +108,8 @@ class Shadow(TorchDispatchMode):
 
 @contextmanager
 def assignments_undone(root: nn.Module) -> Iterator[None]:
-    """What modules assign to themselves inside is taken back: a buffer that forward moves or converts would stay a shadow."""
+    """What modules assign to themselves inside is taken back: a buffer that forward moves or
+    converts would stay a shadow."""
     before = [(module, dict(module._buffers), dict(vars(module))) for module in root.modules()]
     try:
         yield

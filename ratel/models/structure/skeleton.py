@@ -1,7 +1,8 @@
 """Modules without parameter memory.
 
-A skeleton is the model's own module with every parameter replaced by a placeholder: one zero element expanded to the
-parameter's shape. A module of any size then takes no memory, and still runs.
+A skeleton is the model's own module with every parameter replaced by a placeholder: one zero
+element expanded to the parameter's shape. A module of any size then takes no memory, and still
+runs.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,10 +18,12 @@ from ratel.errors import RatelError
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside keep their buffers and lose the memory of their parameters as each one is registered.
+    """Modules built inside keep their buffers and lose the memory of their parameters as each one
+    is registered.
 
-    Unlike ``torch.device("meta")`` the constructor runs on real tensors, so that buffers it computes (rotary
-    frequencies, scales) come out exactly as always. One parameter at a time exists, and `torch.empty` is not touched.
+    Unlike ``torch.device("meta")`` the constructor runs on real tensors, so that buffers it
+    computes (rotary frequencies, scales) come out exactly as always. One parameter at a time
+    exists, and `torch.empty` is not touched.
     """
     original = nn.Module.register_parameter
 
@@ -58,12 +61,14 @@ _SKELETONS: WeakSet[nn.Module] = WeakSet()
 
 
 def _with_state(root: nn.Module) -> list[nn.Module]:
-    """Modules with parameters or buffers of their own. Others (an activation) may be one object for all models of a class."""
+    """Modules with parameters or buffers of their own. Others (an activation) may be one object for
+    all models of a class."""
     return [module for module in root.modules() if module._parameters or module._buffers]
 
 
 class Originals:
-    """What a module held before it became a skeleton: weights on the CPU, and how to put them back."""
+    """What a module held before it became a skeleton: weights on the CPU, and how to put them
+    back."""
 
     def __init__(self, root: nn.Module) -> None:
         if not _SKELETONS.isdisjoint(_with_state(root)):
@@ -110,7 +115,8 @@ class Originals:
 def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device, kept: Collection[str] = ()) -> None:
     """Turn every parameter into a placeholder, of fp32 if one of its names is among ``kept``.
 
-    The Parameter objects stay the same where torch allows it, so that whatever else refers to them still does.
+    The Parameter objects stay the same where torch allows it, so that whatever else refers to them
+    still does.
     """
     params = {id(p): p for p in root.parameters()}
     for key, places in owners(root).items():
@@ -127,7 +133,8 @@ def strip_parameters(root: nn.Module, dtype: torch.dtype, device: torch.device, 
 
 
 def move_buffers(root: nn.Module, device: torch.device, dtypes: dict[str, torch.dtype]) -> None:
-    """Move buffers to the device; those in ``dtypes`` are converted, the others keep their dtype."""
+    """Move buffers to the device; those in ``dtypes`` are converted, the others keep their
+    dtype."""
     for prefix, module in root.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is None:
@@ -140,7 +147,8 @@ def move_buffers(root: nn.Module, device: torch.device, dtypes: dict[str, torch.
 
 
 def build(config: Any, dtype: torch.dtype, attention: str | None, model_class: type | None = None) -> nn.Module:
-    """The Hugging Face model of a configuration, parameters on meta, buffers real. The configuration is changed."""
+    """The Hugging Face model of a configuration, parameters on meta, buffers real. The
+    configuration is changed."""
     import transformers
 
     arguments: dict[str, Any] = {"dtype": dtype}

@@ -1,6 +1,8 @@
-"""One forward in outline, watched: in which order the blocks run, what they take and return, who uses which parameter.
+"""One forward in outline, watched: in which order the blocks run, what they take and return, who
+uses which parameter.
 
-Whatever the model does that running it block by block would change is found here and refused with its reason.
+Whatever the model does that running it block by block would change is found here and refused with
+its reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,8 @@ _MORE_THAN_HIDDEN = ("the result uses more of a block's output than the hidden s
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a forward was seen to do. Parameters are given by their index in ``list(module.parameters())``."""
+    """What a forward was seen to do. Parameters are given by their index in
+    ``list(module.parameters())``."""
 
     stages: tuple[nn.Module, ...]
     slots: tuple[HiddenSlot, ...]
@@ -39,11 +42,13 @@ class Trace:
     reached: frozenset[int]
     """Parameters a gradient of the loss arrives at."""
     differentiable: tuple[Slot, ...]
-    """Arguments other than the hidden states that trained parameters before the blocks are behind."""
+    """Arguments other than the hidden states that trained parameters before the blocks are
+    behind."""
 
 
 class _Watch:
-    """Handler that lets every block run and notes what goes in and out. Results are kept: ids must stay unique."""
+    """Handler that lets every block run and notes what goes in and out. Results are kept: ids must
+    stay unique."""
 
     def __init__(self, shadow: Shadow, root: nn.Module) -> None:
         self.shadow, self.root = shadow, root
@@ -87,24 +92,27 @@ class _Watch:
         (self.between.append if self.blocks else self.used[0].update)(self.shadow.touched)
 
     def release(self) -> None:
-        """From the last block to the first: a graph that is freed as a whole goes down it call by call, and with a thousand blocks
-        off the end of the stack."""
+        """From the last block to the first: a graph that is freed as a whole goes down it call by
+        call, and with a thousand blocks off the end of the stack."""
         while self.calls:
             self.calls.pop()
             if self.outputs:
                 self.outputs.pop()
 
     def close(self) -> tuple[frozenset[int], ...]:
-        # What runs between two blocks runs in the head, too: it belongs to the stage before the blocks.
+        # What runs between two blocks runs in the head, too: it belongs to the stage before the
+        # blocks.
         after = self.shadow.touched
         before = self.used[0].union(*self.between)
         return (frozenset(before), *map(frozenset, self.used[1:]), frozenset(after))
 
 
 def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
-    """Run once in outline. ``run`` calls the model and returns its logits or its loss. Raises RatelError.
+    """Run once in outline. ``run`` calls the model and returns its logits or its loss. Raises
+    RatelError.
 
-    Once more where a block reads what others have made: a table that the first forward of a model makes is there by then.
+    Once more where a block reads what others have made: a table that the first forward of a model
+    makes is there by then.
     """
     try:
         return _trace(root, gates, run)
@@ -167,8 +175,9 @@ def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, param
                                                      *(tensor for (block, _), (tensor, _) in extra.items() if block == k)])
     before = reach([hidden, *(tensor for tensor, _ in extra.values())])
     index = {id(p): i for i, p in enumerate(params)}
-    # The tail runs everything outside the blocks again. So it needs what its result was made from, also where that was
-    # touched before the blocks alone: a scale computed first and used last, a penalty on weights added to the loss.
+    # The tail runs everything outside the blocks again. So it needs what its result was made from,
+    # also where that was touched before the blocks alone: a scale computed first and used last, a
+    # penalty on weights added to the loss.
     after = _examine_tail(watch, roots, edges, before)
     used = (*used[:-1], used[-1] | {index[p] for p in after.params if p in index})
     return Trace(
@@ -179,7 +188,8 @@ def _examine(watch: _Watch, used: tuple[frozenset[int], ...], result: Any, param
 
 
 def _follow_hidden(watch: _Watch) -> tuple[tuple[HiddenSlot, ...], tuple[OutputForm, ...]]:
-    """Find where each block takes the hidden states by looking for the object its predecessor returned."""
+    """Find where each block takes the hidden states by looking for the object its predecessor
+    returned."""
     slots: list[HiddenSlot] = []
     forms: list[OutputForm] = []
     for k in range(1, len(watch.blocks)):
@@ -228,7 +238,8 @@ def _kind(output: Any) -> type | None:
 
 def _examine_arguments(watch: _Watch, slots: Sequence[HiddenSlot],
                        edges: Sequence[Edge]) -> dict[Slot, tuple[Tensor, Reach]]:
-    """Arguments other than the hidden states that parameters are behind. None may come from another block."""
+    """Arguments other than the hidden states that parameters are behind. None may come from another
+    block."""
     extra: dict[Slot, tuple[Tensor, Reach]] = {}
     for k, (call, slot) in enumerate(zip(watch.calls, slots)):
         call = slot.put(call, None)
@@ -244,8 +255,8 @@ def _examine_arguments(watch: _Watch, slots: Sequence[HiddenSlot],
 
 
 def _examine_block(watch: _Watch, k: int, output: Tensor, given: list[Tensor]) -> None:
-    """A block runs again in backward, on its arguments alone: what it has from elsewhere is of another run, and gets no
-    gradient."""
+    """A block runs again in backward, on its arguments alone: what it has from elsewhere is of
+    another run, and gets no gradient."""
     found = reach([output], [edge for edge in map(edge_of, given) if edge is not None])
     if any(is_older(node, watch.begun[k]) for node in found.nodes):
         raise refusal(_NOT_GIVEN, watch.blocks[k], "Hand it to the block as an argument")
@@ -320,7 +331,8 @@ def _all_trainable(params: list[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _watched_modules(root: nn.Module, shadow: Shadow, index: dict[int, int]) -> Iterator[None]:
-    """Count a module's own parameters as used when it is called: a kernel called by address is not seen otherwise."""
+    """Count a module's own parameters as used when it is called: a kernel called by address is not
+    seen otherwise."""
     def note(module: nn.Module, args: Any) -> None:
         shadow.touched.update(index[id(p)] for p in module._parameters.values() if p is not None)
     handles = [m.register_forward_pre_hook(note) for m in root.modules()

@@ -1,4 +1,5 @@
-"""From a trace to units and stages: which parameter lives in which unit, is it trained, does it decay."""
+"""From a trace to units and stages: which parameter lives in which unit, is it trained, does it
+decay."""
 
 import logging
 from collections import defaultdict
@@ -18,11 +19,13 @@ log = logging.getLogger(__name__)
 class Layout:
     spec: ModelSpec
     unused: UnitSpec | None
-    """Parameters no stage uses. They are in no unit of the spec and are exported as they were given."""
+    """Parameters no stage uses. They are in no unit of the spec and are exported as they were
+    given."""
 
 
 def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
-    """Units in forward order: ``pre``, ``block.i``, ``post``, then ``shared``. Empty ones are left out."""
+    """Units in forward order: ``pre``, ``block.i``, ``post``, then ``shared``. Empty ones are left
+    out."""
     stage_names = ["pre", *(f"block.{i}" for i in range(len(trace.stages))), "post"]
     users = _stages_of(list(root.parameters()), trace)
     groups = _group(root, trace, users, stage_names)
@@ -47,8 +50,8 @@ def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
 
 
 def longest_sequence(root: nn.Module) -> int | None:
-    """Tokens of a sequence that the model has positions for; None: for any. RoBERTa's begin behind the number of the padding token,
-    and XLNet says -1 for no limit."""
+    """Tokens of a sequence that the model has positions for; None: for any. RoBERTa's begin behind
+    the number of the padding token, and XLNet says -1 for no limit."""
     config = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
@@ -83,7 +86,8 @@ def _stages_of(params: list[nn.Parameter], trace: Trace) -> list[list[int]]:
     """By parameter, the numbers of the stages that use it."""
     owned: dict[int, set[int]] = {}
     for number, block in enumerate(trace.stages, start=1):
-        # All of a block's parameters count, also those this forward passed by: an expert no token went to.
+        # All of a block's parameters count, also those this forward passed by: an expert no token
+        # went to.
         for param in block.parameters():
             owned.setdefault(id(param), set()).add(number)
     return [sorted({n for n, used in enumerate(trace.used) if index in used} | owned.get(id(param), set()))
@@ -98,7 +102,8 @@ def _param_spec(param: nn.Parameter, places: list[tuple[nn.Module, str, str]], t
 
 
 def decays(name: str, param: nn.Parameter, modules: list[nn.Module]) -> bool:
-    """Weight decay applies to matrices: not to vectors, biases or the parameters of norms. Embeddings do decay."""
+    """Weight decay applies to matrices: not to vectors, biases or the parameters of norms.
+    Embeddings do decay."""
     in_norm = any("norm" in type(module).__name__.lower() for module in modules)
     return param.ndim >= 2 and not in_norm and not name.endswith("bias")
 

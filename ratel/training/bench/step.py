@@ -1,4 +1,5 @@
-"""Measures whole steps under budgets: seconds, tokens/s, busy time of every resource, and the bound."""
+"""Measures whole steps under budgets: seconds, tokens/s, busy time of every resource, and the
+bound."""
 
 import statistics
 import sys
@@ -52,7 +53,8 @@ def measure(bench: StepBench, progress: Progress = lambda text: None) -> dict[st
 
 
 def use_quick_weights(session: Session) -> None:
-    """Every parameter as `fill_quickly` makes it: initialising billions one by one takes minutes."""
+    """Every parameter as `fill_quickly` makes it: initialising billions one by one takes
+    minutes."""
 
     def read_unit(unit: int, out: torch.Tensor) -> None:
         out.zero_()
@@ -63,9 +65,11 @@ def use_quick_weights(session: Session) -> None:
 
 
 def fill_quickly(param: torch.Tensor) -> None:
-    """In place: a block of a million random values repeated, or ones where it has one dimension. Any dtype and device.
+    """In place: a block of a million random values repeated, or ones where it has one dimension.
+    Any dtype and device.
 
-    The values are those of bf16, so that systems that begin with fp32 weights and with bf16 ones begin with the same.
+    The values are those of bf16, so that systems that begin with fp32 weights and with bf16 ones
+    begin with the same.
     """
     if param.dim() < 2:
         param.fill_(1.0)
