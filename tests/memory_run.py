@@ -9,7 +9,7 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.memory.resident import peak_bytes
-from ratel.planner.placement import PLANES, plane_bytes
+from ratel.planner.formats import PLANES
 from ratel.planner.plan import Buffers, Plan
 from ratel.planner.search.choose import minimum_state_bytes
 from ratel.runtime.session.session import Session
@@ -29,7 +29,7 @@ def config(layers: int, width: int = WIDTH) -> Any:
 
 
 def state_bytes_on(plan: Plan, tier: str) -> int:
-    return sum(plane_bytes(u, p, fp32=plan.fp32) for u in plan.spec.units for p in PLANES
+    return sum(plan.formats.num_bytes(u, p) for u in plan.spec.units for p in PLANES
                if plan.placement(u).tier(p) == tier)
 
 

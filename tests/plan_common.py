@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 from ratel.planner.hardware import Hardware, Ssd
+from ratel.planner.formats import EXACT
 from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Plan, Work
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
@@ -46,7 +47,7 @@ def make_plan(spec: ModelSpec, placement: dict | str = "dram", *, rows: int = 8,
     blocks = sum(s.kind == "block" for s in spec.stages)
     work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows,
                 hidden_bytes=2 * micro_rows * seq_len * spec.hidden_size)
-    return Plan(spec=spec, fp32=False, optimizer=optimizer, placements=forced_placements(spec, placement),
+    return Plan(spec=spec, formats=EXACT["bf16"], optimizer=optimizer, placements=forced_placements(spec, placement),
                 checkpoint_tiers=(checkpoints,) * (blocks - 1) + ("gpu",), work=work, **more)
 
 

@@ -18,6 +18,7 @@ from limit_common import taken_away
 from memory_run import BUFFERS, POSITIONS, ROWS, config
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
+from ratel.planner.formats import EXACT
 from ratel.planner.plan import Plan, Work
 from ratel.planner.search.choose import Request, choose, minimum_state_bytes
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
@@ -140,13 +141,13 @@ def chosen(num_blocks: int, **options: Any) -> Plan:
                                                    ParamSpec(name=f"{i}.b", shape=(1024,), decay=False)])
                   for i, kind in enumerate(kinds))
     stages = tuple(StageSpec(index=u.index, name=u.name, kind=u.kind, units=(u.index,)) for u in units)
-    defaults = dict(fp32=False, optimizer="deferred", gpu_budget=None, dram_budget=GIB, ssd_budget=1 << 40,
+    defaults = dict(formats=EXACT["bf16"], optimizer="deferred", gpu_budget=None, dram_budget=GIB, ssd_budget=1 << 40,
                     forced="ssd", checkpoint_tier="ssd", work=Work(rows=4, seq_len=128, micro_rows=2, hidden_bytes=MIB))
     return choose(Request(spec=ModelSpec(name="wide", units=units, stages=stages), **{**defaults, **options}))
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("options", [{}, dict(fp32=True), dict(optimizer="eager"), dict(on_host=True)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(formats=EXACT["fp32"]), dict(optimizer="eager"), dict(on_host=True)], ids=str)
 def test_planned_dram_does_not_depend_on_depth(options: dict[str, Any]) -> None:
     shallow, tall = chosen(8, **options), chosen(64, **options)
     assert tall.ssd_bytes > 6 * shallow.ssd_bytes
@@ -240,7 +241,7 @@ def planned(layers: int, ssd_dir: Path) -> Plan:
     """The plan of a session that is given no budget; nothing is reserved."""
     device = torch.device("cpu")
     with Session(config(layers, WIDE), device="cpu") as session:
-        wishes = Wishes(fp32=False, optimizer="deferred", budgets=Budgets(gpu=None, dram=None),
+        wishes = Wishes(formats=EXACT["bf16"], optimizer="deferred", budgets=Budgets(gpu=None, dram=None),
                         directories=(str(ssd_dir),), buffers=BUFFERS)
         batch = {"input_ids": torch.zeros(ROWS, POSITIONS, dtype=torch.long)}
         return make_plan(BlockRuns(session.parts), batch, wishes, device).plan

@@ -17,8 +17,7 @@ SAVED = json.loads((RESULTS / "icde25_paper.json").read_text(encoding="utf-8"))
 def test_the_paper_s_system_moves_30_bytes_per_parameter() -> None:
     """Its formulas: 2P read under forward, 14P read and 14P written under backward and its updates."""
     spec = systems.gpt("175B")
-    with systems.fp32_master():
-        passes = pass_traffic(systems.theirs(spec, 8))
+    passes = pass_traffic(systems.theirs(spec, 8))
     late = passes.backward + passes.updates
     found = [n / spec.num_params for n in (passes.forward.ssd_read, late.ssd_read, late.ssd_written)]
     assert found == pytest.approx([2, 14, 14], rel=0.03)  # a few units stay over the turn and are not read again

@@ -19,7 +19,7 @@ from ratel.planner.forecast.durability import saving
 from ratel.planner.forecast.wear import parse_endurance, wear
 from ratel.planner.hardware import load_hardware
 from ratel.planner.pipes import ssd_rates
-from ratel.planner.placement import PLANES, plane_bytes
+from ratel.planner.formats import PLANES
 from ratel.planner.report.report import summed, table
 from ratel.planner.search.largest import largest_count, with_depth
 from ratel.runtime.planning.machine import machine_for
@@ -250,7 +250,7 @@ def test_what_saving_costs(durable: str) -> None:
     placement = {"*": "dram", "block.*": STATES_ON_SSD["*"]}
     plan = replace(make_plan(gpt_spec(8, 1024), placement), durable=durable)
     found = saving(plan, hardware, save_every=10)
-    states = {tier: sum(plane_bytes(u, p, fp32=False) for u in plan.spec.units for p in PLANES if plan.placement(u).tier(p) == tier)
+    states = {tier: sum(plan.formats.num_bytes(u, p) for u in plan.spec.units for p in PLANES if plan.placement(u).tier(p) == tier)
               for tier in ("gpu", "dram", "ssd")}
     elsewhere = states["gpu"] + states["dram"]
     assert states["ssd"] and (found.read_bytes, found.written_bytes) == (

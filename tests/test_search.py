@@ -11,6 +11,7 @@ from ratel.errors import RatelError
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import predict
 from ratel.planner.forecast.simulate import simulate
+from ratel.planner.formats import EXACT
 from ratel.planner.hardware import Hardware, Ssd, load_hardware
 from ratel.planner.placement import Forced
 from ratel.planner.plan import Buffers, Work
@@ -46,7 +47,7 @@ def random_requests(seed: int, *, with_inner: bool = True) -> list[Request]:
     ssd = r.choice([None, 3 * state_bytes, 100 * state_bytes])
     sizes = [size for size in (rows, rows // 2, rows // 4) if size]
     row_bytes = 2 * seq_len * hidden
-    return [Request(spec=spec, fp32=False, optimizer=r.choice(["eager", "deferred"]),
+    return [Request(spec=spec, formats=EXACT["bf16"], optimizer=r.choice(["eager", "deferred"]),
                     work=Work(rows=rows, seq_len=seq_len, micro_rows=size, hidden_bytes=size * row_bytes), gpu_budget=gpu,
                     dram_budget=dram, ssd_budget=ssd, process_bytes=GIB // 4, workspace_bytes=12 * size * row_bytes,
                     accumulators=() if size == rows else ("block", "ends", "shared"),
@@ -145,7 +146,7 @@ def test_400_billion_parameters_are_planned_in_seconds() -> None:
     """128 blocks of 3.2 B parameters: 2 s of processor time; the limit is for a busy machine."""
     spec = gpt_spec(128, 16384)
     work = Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 16384)
-    request = Request(spec=spec, fp32=False, optimizer="deferred", work=work, gpu_budget=78 * GIB, dram_budget=700 * GIB,
+    request = Request(spec=spec, formats=EXACT["bf16"], optimizer="deferred", work=work, gpu_budget=78 * GIB, dram_budget=700 * GIB,
                       ssd_budget=20000 * GIB, workspace_bytes=12 * GIB, profiles=(profile(16384, 1024),) * 128)
     begin = time.process_time()
     choice = search([request], load_hardware("a100-80"))
@@ -225,7 +226,7 @@ def test_more_of_anything_never_gets_a_slower_plan_with_early_updates(seed: int)
 def test_an_optimizer_that_is_slower_than_both_passes_is_hidden_under_both() -> None:
     """Exact clipping then costs what the bound is: nothing waits for the norm but what the CPU has no time for anyway."""
     spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
-    request = Request(spec=spec, fp32=False, optimizer="deferred", work=work, gpu_budget=14 * GIB, dram_budget=200 * GIB,
+    request = Request(spec=spec, formats=EXACT["bf16"], optimizer="deferred", work=work, gpu_budget=14 * GIB, dram_budget=200 * GIB,
                       ssd_budget=None, profiles=(profile(2048, 1024),) * 24)
     slow = replace(load_hardware("h100"), adam_params_per_s=4e9, dram_bps=2e11)
     deferred, auto = (search([replace(request, optimizer=o)], slow).prediction for o in ("deferred", "auto"))
@@ -237,7 +238,7 @@ def test_an_optimizer_that_is_slower_than_both_passes_is_hidden_under_both() -> 
 def test_what_dram_is_left_takes_early_updates_though_it_is_less_than_an_eighth_needs(ssd_budget: int | None) -> None:
     """Nor is anything moved to a slow SSD for them that had room in DRAM."""
     spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
-    request = Request(spec=spec, fp32=False, optimizer="deferred", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,
+    request = Request(spec=spec, formats=EXACT["bf16"], optimizer="deferred", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,
                       ssd_budget=ssd_budget, profiles=(profile(2048, 1024),) * 24)
     slow = replace(load_hardware("h100"), adam_params_per_s=2e9, ssds=(Ssd(read_bps=5e8, write_bps=5e8, mixed_bps=5e8),))
     deferred = search([request], slow)
@@ -249,7 +250,7 @@ def test_what_dram_is_left_takes_early_updates_though_it_is_less_than_an_eighth_
 
 def test_without_clipping_the_best_of_all_modes_is_taken() -> None:
     spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
-    request = Request(spec=spec, fp32=False, optimizer="any", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,
+    request = Request(spec=spec, formats=EXACT["bf16"], optimizer="any", work=work, gpu_budget=4 * GIB, dram_budget=200 * GIB,
                       ssd_budget=None, profiles=(profile(2048, 1024),) * 24)
     for dram_budget in (200 * GIB, 22 * GIB):
         asked = replace(request, dram_budget=dram_budget)

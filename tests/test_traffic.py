@@ -13,6 +13,7 @@ import ratel.runtime.session.training_step
 from families_common import batches, build, llama, loss_fn_of
 from ratel.hardware.storage import supports_direct
 from ratel.memory import jitter
+from ratel.planner.formats import EXACT
 from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Buffers, Plan, Work
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
@@ -46,7 +47,7 @@ def deep_spec(num_blocks: int, frozen: bool = False) -> ModelSpec:
 def deep_plan(placement: dict, *, num_blocks: int = 1000, optimizer: str = "deferred", fp32: bool = False,
               frozen: bool = False, checkpoints: str = "gpu") -> Plan:
     spec = deep_spec(num_blocks, frozen)
-    return Plan(spec=spec, fp32=fp32, optimizer=optimizer, placements=forced_placements(spec, placement),
+    return Plan(spec=spec, formats=EXACT["fp32" if fp32 else "bf16"], optimizer=optimizer, placements=forced_placements(spec, placement),
                 checkpoint_tiers=(checkpoints,) * (num_blocks - 1) + ("gpu",),
                 work=Work(rows=6, seq_len=8, micro_rows=4, hidden_bytes=4 * 1024))
 

@@ -22,7 +22,8 @@ from benchmarks.harness.systems import NEVER, model_config, read_model
 from ratel.hardware.host import worker_cores
 from ratel.hardware.probe import adam_params, room
 from ratel.hardware.rates import measure_adamw
-from ratel.planner.placement import DRAM, PLANES
+from ratel.planner.formats import PLANES
+from ratel.planner.placement import DRAM
 from ratel.runtime.session.session import Session
 from ratel.training.bench.step import random_tokens, use_quick_weights
 

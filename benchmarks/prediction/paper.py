@@ -55,8 +55,7 @@ spec = lru_cache(maxsize=None)(systems.gpt)
 
 @lru_cache(maxsize=None)
 def swapping(model: str, batch: int, hardware: Hardware) -> tuple[Plan, Prediction]:
-    with systems.fp32_master():
-        return systems.with_best_swap(systems.theirs(spec(model), batch), hardware)
+    return systems.with_best_swap(systems.theirs(spec(model), batch), hardware)
 
 
 @lru_cache(maxsize=None)
@@ -129,8 +128,7 @@ def _backward_alone(found: Prediction, io_s: float) -> float:
 
 
 def _update_seconds(plan: Plan, hardware: Hardware) -> tuple[float, float]:
-    with systems.fp32_master():
-        moved = pass_traffic(plan).updates
+    moved = pass_traffic(plan).updates
     io_s = ssd_rates(hardware).seconds(moved.ssd_read, moved.ssd_written)
     return io_s, plan.spec.num_params / hardware.adam_params_per_s
 
@@ -188,13 +186,12 @@ def _largest(batch: int, dram: int, tier: str) -> str:
 
 def fits(model: str, batch: int, gpu: int, dram: int, tier: str) -> bool:
     """Buffers and workspace on the GPU; buffers in DRAM, and activations where they may not go to SSD."""
-    with systems.fp32_master():
-        plan = systems.theirs(spec(model), batch, tier="ssd")
-        kept = replace(plan, kept=(tuple((name, tier) for name in LEAST_SWAP),) * len(plan.checkpoint_tiers),
-                       checkpoint_tiers=(tier,) * len(plan.checkpoint_tiers))
-        activations = sum(activation_traffic(kept, block, batch).d2h for block in range(len(plan.checkpoint_tiers)))
-        needed = plan.arena_bytes + (activations if tier == "dram" else 0)
-        return systems.gpu_bytes(plan) <= gpu and needed <= dram
+    plan = systems.theirs(spec(model), batch, tier="ssd")
+    kept = replace(plan, kept=(tuple((name, tier) for name in LEAST_SWAP),) * len(plan.checkpoint_tiers),
+                   checkpoint_tiers=(tier,) * len(plan.checkpoint_tiers))
+    activations = sum(activation_traffic(kept, block, batch).d2h for block in range(len(plan.checkpoint_tiers)))
+    needed = plan.arena_bytes + (activations if tier == "dram" else 0)
+    return systems.gpu_bytes(plan) <= gpu and needed <= dram
 
 
 def _outgrown_by_a_larger_batch(dram: int, paper: str) -> str | None:
@@ -208,8 +205,7 @@ def _contradicted(batch: int, tier: str, paper: str) -> str | None:
     """By what it runs elsewhere with more GPU memory, where DRAM is no limit because activations may go to SSD."""
     following = CAPACITY_SHAPES[min(CAPACITY_SHAPES.index(paper) + 1, len(CAPACITY_SHAPES) - 1)]
     most = max(b for m, b in figures.TOKENS_4090 if m == "13B")
-    with systems.fp32_master():
-        asked, had = (systems.gpu_bytes(systems.theirs(spec(m), b)) for m, b in ((following, batch), ("13B", most)))
+    asked, had = (systems.gpu_bytes(systems.theirs(spec(m), b)) for m, b in ((following, batch), ("13B", most)))
     if tier == "ssd" and asked < had:
         return f"the paper runs 13B at batch {most}, which takes more GPU memory than {following} at batch {batch}"
     return None

@@ -1,15 +1,13 @@
 """Plans of two systems for one model and batch: what the paper's system did, and what Ratel as built here does."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from unittest.mock import patch
 
 from benchmarks.prediction.paper_figures import SEQ_LEN, SHAPES, VOCAB
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import Prediction, predict
 from ratel.planner.hardware import Hardware
-from ratel.planner.placement import DRAM, ELEMENT_BYTES, GPU, SSD, UnitPlacement
+from ratel.planner.formats import BACKWARD, BF16, EXACT, FORWARD, FP32, StateFormats
+from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement
 from ratel.planner.plan import Buffers, Plan, Work
 from ratel.planner.shape import UNIT_ALIGN, ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.planner.traffic import activation_traffic
@@ -26,14 +24,13 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the blocks that keep one more kind of activation: the steps in which the convex rule searches."""
 
 
-@contextmanager
-def fp32_master() -> Iterator[None]:
-    """14 bytes of states per parameter: the fp16 weights beside a whole fp32 master, where Ratel has the halves of one.
+FP32_MASTER = StateFormats(name="fp32 master", compute=BF16, update="adamw", rows=tuple(
+    replace(row, encoding=FP32) if row.plane == "lo" else replace(row, read=(FORWARD, BACKWARD)) if row.plane == "hi" else row
+    for row in EXACT["bf16"].rows))
+"""14 bytes of states per parameter: the fp16 weights beside a whole fp32 master, where Ratel has the halves of one.
 
-    The optimizer then reads 12 bytes and writes 14, and a step moves 2 + 2 + 12 + 14 = 30 bytes per parameter.
-    """
-    with patch.dict(ELEMENT_BYTES, lo=4):
-        yield
+The optimizer then reads 12 bytes and writes 14, and a step moves 2 + 2 + 12 + 14 = 30 bytes per parameter.
+"""
 
 
 def gpt(name: str) -> ModelSpec:
@@ -67,7 +64,7 @@ def theirs(spec: ModelSpec, batch: int, *, tier: str = DRAM) -> Plan:
     block = max(u.num_elements for u in spec.units if u.kind == "block")
     buffers = Buffers(weight_slots=2, grad_slots=2, host_weight_slots=3, host_grad_slots=3, ring_slots=5,
                       checkpoint_slots=2, chunk_elements=align_up(block, UNIT_ALIGN))
-    return _plan(spec, batch, batch, tier, buffers, "eager", UnitPlacement.all_on(SSD))
+    return _plan(spec, batch, batch, tier, buffers, "eager", UnitPlacement.all_on(SSD), FP32_MASTER)
 
 
 def ours(spec: ModelSpec, batch: int, hardware: Hardware, *, deferred: bool) -> Plan:
@@ -98,11 +95,11 @@ def _without_last(kind: BlockProfile) -> BlockProfile:
 
 
 def _plan(spec: ModelSpec, batch: int, micro: int, tier: str, buffers: Buffers, optimizer: str,
-          place: UnitPlacement) -> Plan:
+          place: UnitPlacement, formats: StateFormats = EXACT["bf16"]) -> Plan:
     hidden, blocks = spec.hidden_size, sum(u.kind == "block" for u in spec.units)
     work = Work(rows=batch, seq_len=SEQ_LEN, micro_rows=micro, hidden_bytes=2 * micro * SEQ_LEN * hidden)
     kinds = (profile(hidden),) * blocks
-    return Plan(spec=spec, fp32=False, optimizer=optimizer, placements=(place,) * len(spec.units),
+    return Plan(spec=spec, formats=formats, optimizer=optimizer, placements=(place,) * len(spec.units),
                 checkpoint_tiers=(tier,) * (blocks - 1) + (GPU,), work=work, buffers=buffers, profiles=kinds,
                 kept=((),) * blocks, workspace_bytes=WORKSPACE_BYTES * micro * SEQ_LEN * hidden)
 

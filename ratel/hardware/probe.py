@@ -17,7 +17,7 @@ from ratel.hardware.ssd_rates import measure_ssds
 from ratel.hardware.storage import describe_directory
 from ratel.hardware.timing import repeated_beside
 from ratel.memory.resident import resident_bytes
-from ratel.planner.forecast.compute import UPDATE_BYTES
+from ratel.planner.formats import EXACT_TRAINED_BYTES, EXACT_UPDATE_BYTES
 from ratel.planner.hardware import Hardware
 from ratel.probe_cache import Key, load, store
 from ratel.reading import read_text
@@ -121,7 +121,7 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
             link.close()
     progress("SSDs")
     # Its copies through the caches tell less than the optimizer itself: 122 GB/s beside 136 on a Xeon (docs/log.md).
-    dram_bps = max(dram_bps, adam * UPDATE_BYTES)
+    dram_bps = max(dram_bps, adam * EXACT_UPDATE_BYTES)
     patterns = 3 * len(directories) + 1
     ssds, limit_bps = measure_ssds(directories, effort.ssd_file_bytes, min(effort.ssd_s, effort.all_ssds_s / patterns))
     machine_bytes = _dram_bytes()
@@ -199,7 +199,7 @@ def room(dram_bytes: int | None) -> int:
 
 def adam_params(threads: int, room_bytes: int, effort: Effort = Effort()) -> int:
     """Parameters that the optimizer is measured on: what a third of the room holds at most."""
-    return min(effort.adam_params, threads * _PARAMS_PER_THREAD, room_bytes // (3 * rates.ADAMW_BYTES))
+    return min(effort.adam_params, threads * _PARAMS_PER_THREAD, room_bytes // (3 * EXACT_TRAINED_BYTES))
 
 
 def _dram_bytes() -> int:

@@ -16,8 +16,6 @@ _COPY_BYTES, _COPY_REPEATS = 256 * MIB, 4
 _ADAMW_PARAMS, _ADAMW_LIMIT_S = 8 << 20, 1.0
 _LINE = 64
 """Elements; what every plane of a session begins at a multiple of."""
-ADAMW_BYTES = 14
-"""Of a parameter: its states and its gradient."""
 
 
 def measure_disk(directory: str, *, io_backend: str = "auto") -> dict[str, Any]:

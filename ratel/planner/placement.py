@@ -1,16 +1,15 @@
-"""Where each plane of each unit lives, and how many bytes that takes."""
+"""Where each plane of each unit lives."""
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ratel.errors import RatelError
+from ratel.planner.formats import PLANES, StateFormats
 from ratel.planner.shape import ModelSpec, UnitSpec
 
 GPU, DRAM, SSD = "gpu", "dram", "ssd"
 TIERS = (GPU, DRAM, SSD)
-PLANES = ("hi", "lo", "m", "v")
-ELEMENT_BYTES = {"hi": 2, "lo": 2, "m": 4, "v": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,29 +45,11 @@ def with_planes(place: UnitPlacement, planes: tuple[str, ...], tier: str) -> Uni
 _ON_GPU = UnitPlacement.all_on(GPU)
 
 
-def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], *, fp32: bool) -> tuple[UnitPlacement, ...]:
+def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], formats: StateFormats) -> tuple[UnitPlacement, ...]:
     """Units that compute in fp32 among others in bf16 do not travel: routers of experts and the like, thousandths of a model."""
-    if fp32 or not spec.has_fp32_units:
+    if formats.merges or not spec.has_fp32_units:
         return placements
     return tuple(_ON_GPU if unit.fp32 else place for unit, place in zip(spec.units, placements, strict=True))
-
-
-def plane_elements(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
-    """Elements of a plane. With fp32 compute the forward pass needs `lo` too, frozen parameters included."""
-    if plane == "hi" or (plane == "lo" and (fp32 or unit.fp32)):
-        return unit.num_elements
-    return unit.num_trainable
-
-
-def plane_bytes(unit: UnitSpec, plane: str, *, fp32: bool) -> int:
-    if plane == "g":
-        return unit.num_trainable * (4 if fp32 or unit.fp32 else 2)
-    return plane_elements(unit, plane, fp32=fp32) * ELEMENT_BYTES[plane]
-
-
-def weight_planes(fp32: bool) -> tuple[str, ...]:
-    """The planes that make the compute copy: the upper half alone, or both halves of the master."""
-    return ("hi", "lo") if fp32 else ("hi",)
 
 
 def weight_class(unit: UnitSpec) -> str:

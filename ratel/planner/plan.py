@@ -8,8 +8,8 @@ from ratel.errors import RatelError
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.kept_activations import Keeping, keeping
 from ratel.planner.slot_layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
-from ratel.planner.placement import (DRAM, GPU, PLANES, SSD, UnitPlacement, closed_first, plane_bytes, weight_class,
-                                     weight_planes)
+from ratel.planner.formats import StateFormats
+from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, weight_class
 from ratel.planner.checkpoints import Group, Saved, Spill
 from ratel.planner.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
@@ -67,7 +67,7 @@ class Work:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     spec: ModelSpec = field(repr=False)
-    fp32: bool
+    formats: StateFormats
     optimizer: str
     """``eager``, ``deferred`` or ``speculative``."""
     placements: tuple[UnitPlacement, ...] = field(repr=False)
@@ -127,29 +127,29 @@ class Plan:
     @property
     def save_piece_bytes(self) -> int:
         """A piece of the widest plane."""
-        return self.piece_elements * 4
+        return max(self.formats.encoding(p).num_bytes(self.piece_elements) for p in self.formats.planes)
 
     @cached_property
     def slot_layout(self) -> SlotLayout:
         """Of the states' volume: the planes that live there; with commits a place for every plane."""
         def planes_of(unit: UnitSpec) -> list[str]:
-            return [p for p in PLANES if self.commits or self.placement(unit).tier(p) == SSD]
+            return [p for p in self.formats.planes if self.commits or self.placement(unit).tier(p) == SSD]
 
-        return lay_out_slot(self.spec, planes_of, fp32=self.fp32)
+        return lay_out_slot(self.spec, planes_of, self.formats)
 
     def has_states_on_ssd(self, unit: UnitSpec) -> bool:
-        return any(self.placement(unit).tier(p) == SSD and plane_bytes(unit, p, fp32=self.fp32) for p in PLANES)
+        return any(self.placement(unit).tier(p) == SSD and self.formats.num_bytes(unit, p) for p in self.formats.planes)
 
     @property
     def copied_bytes(self) -> int:
         """What an update of everything waits for at a save: planes outside the SSDs, whose next version has no place of
         its own."""
-        return sum(number * plane_bytes(u, p, fp32=self.fp32) for u, number in self._alike for p in PLANES
+        return sum(number * self.formats.num_bytes(u, p) for u, number in self._alike for p in self.formats.planes
                    if self.placement(u).tier(p) != SSD)
 
     @property
     def state_bytes(self) -> int:
-        return sum(number * plane_bytes(u, p, fp32=self.fp32) for u, number in self._alike for p in PLANES)
+        return sum(number * self.formats.num_bytes(u, p) for u, number in self._alike for p in self.formats.planes)
 
     @property
     def saved_bytes(self) -> int:
@@ -179,15 +179,15 @@ class Plan:
 
     def second_planes(self, unit: UnitSpec) -> tuple[str, ...]:
         """Planes in DRAM of which there are two: the current one, and one that an early update writes."""
-        return tuple(p for p in PLANES if unit.index in self.early and self.placement(unit).tier(p) == DRAM)
+        return tuple(p for p in self.formats.planes if unit.index in self.early and self.placement(unit).tier(p) == DRAM)
 
     @property
     def grad_bytes(self) -> int:
-        return 4 if self.fp32 else 2
+        return self.weight_bytes
 
     @property
     def weight_bytes(self) -> int:
-        return 4 if self.fp32 else 2
+        return self.formats.compute.num_bytes(1)
 
     def placement(self, unit: UnitSpec) -> UnitPlacement:
         return self.placements[unit.index]
@@ -226,12 +226,12 @@ class Plan:
         return found
 
     def weights_from_ssd(self, unit: UnitSpec) -> tuple[str, ...]:
-        return tuple(p for p in weight_planes(self.fp32) if self.placement(unit).tier(p) == SSD)
+        return tuple(p for p in self.formats.gathered if self.placement(unit).tier(p) == SSD)
 
     def ring_planes(self, unit: UnitSpec) -> tuple[str, ...]:
         """Planes that the optimizer fetches from SSD chunk by chunk: all on SSD but the weights."""
         place = self.placement(unit)
-        planes = [p for p in PLANES if p not in weight_planes(self.fp32) and place.tier(p) == SSD]
+        planes = [p for p in self.formats.planes if p not in self.formats.gathered and place.tier(p) == SSD]
         if self.deferred and place.g == SSD:
             planes.append("g")
         return tuple(planes)
@@ -255,7 +255,7 @@ class Plan:
         return max((self.host_weight_bytes(u) for u, _ in self._streamed(cls)), default=0)
 
     def host_weight_bytes(self, unit: UnitSpec) -> int:
-        return sum(plane_bytes(unit, p, fp32=self.fp32) for p in self.weights_from_ssd(unit))
+        return sum(self.formats.num_bytes(unit, p) for p in self.weights_from_ssd(unit))
 
     def grads_pass_through(self, unit: UnitSpec) -> bool:
         """The gradient occupies a DRAM slot for a while, not a plane of its own."""
@@ -318,9 +318,9 @@ class Plan:
             items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
             if cls in self.accumulators:
                 items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
-        if self.fp32:
+        if self.formats.merges:
             items["merge staging"] = max((u.num_elements * 4 for u, _ in self._alike), default=0)
-        if self.fp32 or self.spec.has_fp32_units:
+        if self.formats.merges or self.spec.has_fp32_units:
             items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
         items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
         items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
@@ -335,7 +335,7 @@ class Plan:
     def dram_items(self) -> dict[str, int]:
         """Bytes of the arena by purpose, each part rounded to pages as the arena does."""
         items = {"resident planes": self._resident_bytes(DRAM),
-                 "second planes of early updates": sum(number * _paged(plane_bytes(u, p, fp32=self.fp32))
+                 "second planes of early updates": sum(number * _paged(self.formats.num_bytes(u, p))
                                                        for u, number in self._alike for p in self.second_planes(u))}
         for cls in ("block", "ends", "shared"):
             items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
@@ -354,7 +354,7 @@ class Plan:
     def ssd_items(self) -> dict[str, int]:
         """Bytes of the volumes by purpose."""
         items = {"planes": self.num_slots * self.slot_layout.num_bytes,
-                 "gradients": sum(number * _paged(plane_bytes(u, "g", fp32=self.fp32)) for u, number in self._alike
+                 "gradients": sum(number * _paged(self.formats.num_bytes(u, "g")) for u, number in self._alike
                                   if self.deferred and self.placement(u).g == SSD)}
         items["checkpoints"] = self._saved_bytes(SSD, inner=False)
         items["inner activations"] = self._saved_bytes(SSD, inner=True)
@@ -402,17 +402,16 @@ class Plan:
     def _ring_bytes(self, unit: UnitSpec) -> int:
         planes = self.ring_planes(unit)
         chunk = self.chunk_of(unit) if planes else 0
-        return sum(_paged(plane_bytes(unit, p, fp32=self.fp32) // max(unit.num_trainable, 1) * chunk)
-                   if p != "lo" or not self.fp32 else 0 for p in planes)
+        return sum(_paged(self.formats.of(unit).encoding(p).num_bytes(chunk)) for p in planes)
 
     def _merged_bytes(self, stage: StageSpec) -> int:
         """The fp32 compute copies, made while the stage runs, of units whose halves are on the GPU."""
         units = [self.spec.units[index] for index in stage.units]
-        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu and (self.fp32 or u.fp32))
+        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu and self.formats.of(u).merges)
 
     def _resident_bytes(self, tier: str) -> int:
-        planes = (*PLANES, "g") if self.deferred or tier == GPU else PLANES
-        return sum(number * _paged(plane_bytes(u, p, fp32=self.fp32)) for u, number in self._alike for p in planes
+        planes = (*self.formats.planes, "g") if self.deferred or tier == GPU else self.formats.planes
+        return sum(number * _paged(self.formats.num_bytes(u, p)) for u, number in self._alike for p in planes
                    if self.placement(u).tier(p) == tier)
 
     def _saved_bytes(self, tier: str, *, inner: bool) -> int:
@@ -424,7 +423,7 @@ class Plan:
 
         units = [{"name": u.name, "parameters": u.num_params, "trained": u.num_trainable_params,
                   "planes": asdict(self.placement(u))} for u in self.spec.units]
-        return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": "fp32" if self.fp32 else "bf16",
+        return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": self.formats.compute.name,
                 "optimizer": self.optimizer,
                 "early_updates": [self.spec.units[unit].name for unit in sorted(self.early)],
                 "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
@@ -443,8 +442,8 @@ class Plan:
         """A few lines a person understands."""
         by_tier = {GPU: 0, DRAM: 0, SSD: 0}
         for unit in self.spec.units:
-            for plane in PLANES:
-                by_tier[self.placement(unit).tier(plane)] += plane_bytes(unit, plane, fp32=self.fp32)
+            for plane in self.formats.planes:
+                by_tier[self.placement(unit).tier(plane)] += self.formats.num_bytes(unit, plane)
         states = ", ".join(f"{format_bytes(b)} on {t.upper()}" for t, b in by_tier.items() if b)
         work = self.work
         return (f"{self.spec.name}: {self.spec.num_params / 1e6:,.1f} M parameters; states {states}\n"

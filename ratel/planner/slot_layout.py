@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import gcd
 
-from ratel.planner.placement import ELEMENT_BYTES, plane_elements
+from ratel.planner.formats import Encoding, StateFormats
 from ratel.planner.shape import ModelSpec, UnitSpec
 from ratel.units import align_up
 
@@ -24,11 +24,15 @@ class Span:
 
     offset: int
     num_elements: int
-    element_bytes: int
+    encoding: Encoding
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * self.element_bytes
+        return self.encoding.num_bytes(self.num_elements)
+
+    def at(self, begin: int) -> int:
+        """Where element ``begin`` lies in the slot."""
+        return self.offset + self.encoding.num_bytes(begin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +43,15 @@ class SlotLayout:
     num_bytes: int
 
 
-def lay_out_slot(spec: ModelSpec, planes_of: Callable[[UnitSpec], Iterable[str]], *, fp32: bool) -> SlotLayout:
+def lay_out_slot(spec: ModelSpec, planes_of: Callable[[UnitSpec], Iterable[str]], formats: StateFormats) -> SlotLayout:
     """Units in order, their planes one after the other, each at a multiple of 4096 bytes."""
     spans: dict[tuple[int, str], Span] = {}
     cursor = 0
     for unit in spec.units:
         for name in planes_of(unit):
-            count = plane_elements(unit, name, fp32=fp32)
+            count = formats.num_elements(unit, name)
             if count:
-                span = spans[unit.index, name] = Span(offset=cursor, num_elements=count, element_bytes=ELEMENT_BYTES[name])
+                span = spans[unit.index, name] = Span(offset=cursor, num_elements=count, encoding=formats.of(unit).encoding(name))
                 cursor += align_up(span.num_bytes, PAGE_BYTES)
     return SlotLayout(spans=spans, num_bytes=cursor)
 

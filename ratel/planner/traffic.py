@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ratel.planner.block_profile import Inner
-from ratel.planner.placement import ELEMENT_BYTES, SSD, closed_first, plane_bytes
+from ratel.planner.placement import SSD, closed_first
 from ratel.planner.plan import PAGE_BYTES, Plan
 from ratel.planner.schedule import unit_gathers
 from ratel.planner.shape import UnitSpec
@@ -109,14 +109,14 @@ def gather_traffic(plan: Plan, index: int) -> Traffic:
 
 def gradient_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
     """The unit's gradient up to DRAM, and on to SSD where it waits there for its (deferred) update."""
-    spilled = plane_bytes(unit, "g", fp32=plan.fp32) if "g" in plan.ring_planes(unit) else 0
+    spilled = plan.formats.num_bytes(unit, "g") if "g" in plan.ring_planes(unit) else 0
     return Traffic(ssd_written=spilled, d2h=unit.num_trainable * plan.grad_bytes + NORM_BYTES)
 
 
 def update_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
     """Optimizer planes from SSD and back; weights back, which a gather has read, or spares reading."""
-    ring = {p: plane_bytes(unit, p, fp32=plan.fp32) for p in plan.ring_planes(unit)}
-    weights = sum(ELEMENT_BYTES[p] * unit.num_trainable for p in plan.weights_from_ssd(unit))
+    ring = {p: plan.formats.num_bytes(unit, p) for p in plan.ring_planes(unit)}
+    weights = sum(plan.formats.encoding(p).num_bytes(unit.num_trainable) for p in plan.weights_from_ssd(unit))
     # The gradient is read and then forgotten; the other planes are read and written back.
     return Traffic(ssd_read=sum(ring.values()), ssd_written=sum(ring.values()) - ring.get("g", 0) + weights)
 

@@ -7,6 +7,7 @@ from ratel import probe_cache
 from ratel.config import TrainConfig
 from ratel.hardware.host import available_memory, worker_cores
 from ratel.memory.anonymous import region_bytes
+from ratel.planner.formats import EXACT, EXACT_TRAINED_BYTES
 from ratel.startup import arena_ahead
 from ratel.startup import context_ahead
 from ratel.startup import readahead
@@ -15,8 +16,8 @@ from ratel.units import GIB
 _NVIDIA = Path("/dev/nvidiactl")
 """Where there is no such device the model computes on the CPU, and what a block takes is measured in the process's memory."""
 
-_STATES_PER_WEIGHT = 7
-"""14 bytes of states and gradient for the 2 of a bf16 weight. What the plan puts elsewhere is given back."""
+_STATES_PER_WEIGHT = EXACT_TRAINED_BYTES // EXACT["bf16"].compute.num_bytes(1)
+"""Bytes of states and gradient for those of a bf16 weight. What the plan puts elsewhere is given back."""
 
 _PROCESS_BYTES = 4 * GIB
 """Left of the budget: Python, PyTorch and CUDA, and what they may grow by, take 1.5 to 2 GiB."""

@@ -6,13 +6,14 @@ import torch
 
 from ratel import native
 from ratel.memory.arena import Arena
-from ratel.planner.placement import DRAM, GPU, PLANES, SSD, plane_elements
+from ratel.planner.placement import DRAM, GPU, SSD
 from ratel.planner.plan import PAGE_BYTES, Plan
 from ratel.store.checksums import Checksums
 from ratel.store.versions import Versions
 from ratel.units import align_up
 
-DTYPES = {"hi": torch.bfloat16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "int16": torch.int16, "fp32": torch.float32}
+"""By the name of an encoding (`ratel.planner.formats`): what the numbers of a plane are in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Store:
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, volume: "native.nvme_ds.Volume | None",
                  grad_volume: "native.nvme_ds.Volume | None", pool: "native.op_ds.Pool", *, checksums: bool = True) -> None:
         self.plan, self.volume, self.grad_volume, self.device = plan, volume, grad_volume, device
-        self.grad_dtype = torch.float32 if plan.fp32 else torch.bfloat16
+        self.grad_dtype = DTYPES[plan.formats.compute.name]
         self.versions = Versions([plan.has_states_on_ssd(u) for u in plan.spec.units], plan.num_slots)
         self.checksums = Checksums(plan.spec, pool, grain=plan.grain, num_slots=plan.num_slots, enabled=checksums)
         self._arena, self._layout = arena, plan.slot_layout
@@ -96,12 +97,11 @@ class Store:
         return self.volume_of(name).locate(self.offset(slot, unit, name, begin))
 
     def _place(self, unit) -> dict[str, Plane]:
-        place = self.plan.placement(unit)
-        names = (*PLANES, "g") if self.plan.deferred or place.on_gpu else PLANES
+        place, formats = self.plan.placement(unit), self.plan.formats.of(unit)
+        names = (*formats.planes, "g") if self.plan.deferred or place.on_gpu else formats.planes
         planes = {}
         for name in names:
-            dtype = DTYPES[name] if name != "g" else torch.float32 if unit.fp32 else self.grad_dtype
-            count = unit.num_trainable if name == "g" else plane_elements(unit, name, fp32=self.plan.fp32)
+            dtype, count = DTYPES[formats.encoding(name).name], formats.num_elements(unit, name)
             if count:
                 planes[name] = Plane(name, place.tier(name), count, dtype, self._reserve(place.tier(name), count, dtype))
                 if name == "g" and place.g == SSD:

@@ -13,9 +13,6 @@ from ratel.planner.plan import Plan
 from ratel.planner.shape import StageSpec, UnitSpec
 from ratel.planner.traffic import kept_inner
 
-UPDATE_BYTES = 26
-"""Memory traffic of AdamW per parameter: `hi`, `lo`, `m`, `v` and the gradient read, all but the gradient written."""
-
 SUM_BYTES = 6
 """Per parameter and pass, where gradients of several passes are summed in fp32: the gradient (2) is read and the sum (4) read and
 written, in place of one gradient read and written, which is in a block's own time."""
@@ -127,4 +124,4 @@ class GpuSeconds:
 
     def update(self, unit: UnitSpec) -> float:
         """AdamW of a unit whose planes are on the GPU."""
-        return UPDATE_BYTES * unit.num_trainable / self._hardware.gpu_bps
+        return self._plan.formats.update_bytes * unit.num_trainable / self._hardware.gpu_bps

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from ratel.planner.hardware import Hardware
 from ratel.planner.pipes import ssd_rates
-from ratel.planner.placement import PLANES, SSD, plane_bytes
+from ratel.planner.placement import SSD
 from ratel.planner.plan import Plan
 from ratel.units import format_bytes, format_seconds
 
@@ -46,7 +46,7 @@ class Saving:
 
 
 def saving(plan: Plan, hardware: Hardware | None, *, save_every: int = 0) -> Saving:
-    on_ssd = sum(plane_bytes(u, p, fp32=plan.fp32) for u in plan.spec.units for p in PLANES
+    on_ssd = sum(plan.formats.num_bytes(u, p) for u in plan.spec.units for p in plan.formats.planes
                  if plan.placement(u).tier(p) == SSD)
     read = 0 if plan.commits else on_ssd
     rates = None if hardware is None else ssd_rates(hardware)

@@ -13,7 +13,7 @@ from ratel.planner.forecast.events import Event, Pool, Process, Queue, TwoWay
 from ratel.planner.forecast.recurrence import CLASSES, COPIES_BEHIND, step_schedule, update_order
 from ratel.planner.forecast.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
 from ratel.planner.hardware import Hardware
-from ratel.planner.placement import closed_first, plane_bytes, weight_class
+from ratel.planner.placement import closed_first, weight_class
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
 from ratel.planner.shape import StageSpec, UnitSpec, closing_units
@@ -299,7 +299,7 @@ class _Engine:
     def _load_unit(self, update: Update) -> Process:
         unit, plan = update.unit, self._plan
         planes = plan.ring_planes(unit)
-        num_bytes = sum(plane_bytes(unit, p, fp32=plan.fp32) for p in planes)
+        num_bytes = sum(plan.formats.num_bytes(unit, p) for p in planes)
         # Of what is in DRAM an update is one piece; here it is cut as well, since memory is shared with copies all along.
         size = max(min(plan.buffers.chunk_elements, unit.num_trainable), -(-unit.num_trainable // MOST_CHUNKS))
         for begin in range(0, unit.num_trainable, size):
@@ -337,7 +337,7 @@ class _Engine:
 
     def _write_back(self, chunk: Chunk) -> None:
         update, unit = chunk.update, chunk.update.unit
-        ring = {p: plane_bytes(unit, p, fp32=self._plan.fp32) for p in self._plan.ring_planes(unit)}
+        ring = {p: self._plan.formats.num_bytes(unit, p) for p in self._plan.ring_planes(unit)}
         in_ring = sum(num_bytes for p, num_bytes in ring.items() if p != "g")
         weights = update_traffic(self._plan, unit).ssd_written - in_ring
         written = self._m.write(chunk.share * weights, f"weights {unit.name}", WRITE_BACK)

@@ -56,7 +56,7 @@ class Report:
         yield f"{plan.spec.name} fits on {self.hardware.name}"
         yield "\n".join(plan.describe().splitlines()[:1])
         yield (f"{plan.work.rows} x {plan.work.seq_len} tokens a step, micro-batches of {plan.work.micro_rows}, "
-               f"{plan.describe_optimizer()}, {'fp32' if plan.fp32 else 'bf16'}")
+               f"{plan.describe_optimizer()}, {plan.formats.compute.name}")
         flops = 6.0 * plan.spec.num_params * prediction.tokens_per_s
         yield (f"step {format_seconds(prediction.step_s)}: {prediction.tokens_per_s:,.0f} tokens/s, "
                f"{flops / 1e12:,.1f} TFLOP/s counted as 6 per parameter and token")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ratel.planner.forecast.compute import UPDATE_BYTES
+from ratel.planner.formats import EXACT_UPDATE_BYTES
 from ratel.planner.hardware import Hardware
 from ratel.planner.pipes import link, ssd_rates
 from ratel.trace.bubbles import Bubbles, find_bubbles
@@ -111,7 +111,7 @@ def _seconds_at_rate(hardware: Hardware, moved: dict[str, int], dram: int) -> di
     """Both directions of a pipe share it, as in `ratel.planner.forecast.cost`."""
     h2d_s, d2h_s = link(hardware).seconds(moved["h2d"], moved["d2h"])
     seconds = {"h2d": h2d_s, "d2h": d2h_s, "dram": dram / hardware.dram_bps,
-               "cpu optimizer": moved["cpu optimizer"] / UPDATE_BYTES / hardware.adam_params_per_s}
+               "cpu optimizer": moved["cpu optimizer"] / EXACT_UPDATE_BYTES / hardware.adam_params_per_s}
     ssd = ssd_rates(hardware)
     if ssd is None:
         return seconds

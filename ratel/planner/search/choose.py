@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from ratel.errors import RatelError
 from ratel.planner.activation_policy import Kept
 from ratel.planner.block_profile import BlockProfile
-from ratel.planner.placement import (DRAM, ELEMENT_BYTES, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first,
-                                     forced_placements, plane_bytes, weight_class, with_fp32_on_gpu, with_planes)
+from ratel.planner.formats import EXACT, PLANES, StateFormats
+from ratel.planner.placement import (DRAM, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first, forced_placements,
+                                     weight_class, with_fp32_on_gpu, with_planes)
 from ratel.planner.checkpoints import Spill
 from ratel.planner.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.planner.shape import ModelSpec, forward_order
@@ -26,7 +27,7 @@ class Request:
     """What to plan for. Budgets are bytes; ``None`` means: no limit, and nothing is put there unasked (GPU)."""
 
     spec: ModelSpec
-    fp32: bool
+    formats: StateFormats
     optimizer: str
     """``eager``, ``deferred``, ``speculative``, ``auto``: of the last two the better one, or ``any``: of all three."""
     work: Work
@@ -115,8 +116,8 @@ def _with_save_pieces(request: Request, plan: Plan) -> Plan:
 
 def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
                     checkpoints: tuple[str, ...] | None = None) -> Plan:
-    placements = with_fp32_on_gpu(request.spec, placements, fp32=request.fp32)
-    return Plan(spec=request.spec, fp32=request.fp32, optimizer=request.optimizer, placements=placements,
+    placements = with_fp32_on_gpu(request.spec, placements, request.formats)
+    return Plan(spec=request.spec, formats=request.formats, optimizer=request.optimizer, placements=placements,
                 early_units=request.early_units, checkpoint_tiers=checkpoints or _checkpoint_tiers(request),
                 work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
@@ -231,4 +232,4 @@ def _short(field: str, what: str, budget: int, needed: int, items: dict[str, int
 
 def minimum_state_bytes(spec: ModelSpec) -> int:
     """Bytes of all states, wherever they go: 12 per trained parameter, 2 per frozen one."""
-    return sum(plane_bytes(u, p, fp32=False) for u in spec.units for p in ELEMENT_BYTES)
+    return sum(EXACT["bf16"].num_bytes(u, p) for u in spec.units for p in PLANES)

@@ -17,6 +17,7 @@ from ratel.memory.resident import resident_bytes
 from ratel.models import Parts
 from ratel.planner.activation_policy import AUTO, SPILL, Activations
 from ratel.planner.forecast.cost import Prediction, predict
+from ratel.planner.formats import StateFormats
 from ratel.planner.hardware import Hardware
 from ratel.planner.placement import Forced
 from ratel.planner.plan import Buffers, Plan, Work
@@ -73,7 +74,7 @@ class Shape:
 class Wishes:
     """What was asked of the plan; what else it needs is found out here."""
 
-    fp32: bool
+    formats: StateFormats
     optimizer: str
     budgets: Budgets
     directories: tuple[str, ...] = ()
@@ -199,14 +200,14 @@ class _Trials:
         # A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap.
         held = _held_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
         is_free = wishes.activations == AUTO and wishes.hardware is not None and not spills
-        return Request(spec=parts.spec, fp32=wishes.fp32, optimizer=wishes.optimizer, work=work,
+        return Request(spec=parts.spec, formats=wishes.formats, optimizer=wishes.optimizer, work=work,
                        gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
                        ssd_budget=self.ssd_budget, buffers=wishes.buffers,
                        process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES,
                        import_element_bytes=parts.import_element_bytes, workspace_bytes=trial.workspace_bytes,
                        forced=wishes.forced, profiles=trial.profiles, loss_s=trial.loss_s,
                        kept=() if is_free else trial.kept, spill=trial.spill,
-                       accumulators=() if wishes.fp32 else _accumulators(parts, work),
+                       accumulators=() if wishes.formats.merges else _accumulators(parts, work),
                        checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",
                        durable=wishes.durable)
 

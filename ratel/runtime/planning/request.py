@@ -15,6 +15,7 @@ from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.planner.activation_policy import AUTO, SPILL, forced_kept
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.forecast.wear import parse_endurance, wear
+from ratel.planner.formats import EXACT
 from ratel.planner.hardware import Hardware
 from ratel.planner.plan import Plan, Work
 from ratel.planner.report.advice import advise
@@ -54,8 +55,8 @@ class Planner:
 
     def __init__(self, model: Any, config: TrainConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
-        self._fp32 = config.dtype == "fp32"
-        dtype = torch.float32 if self._fp32 else torch.bfloat16
+        self._formats = EXACT[config.dtype]
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention,
                                 task=Task.of(config.task))
         self._micros: dict[tuple[int, int, bool], MicroOutline] = {}
@@ -116,10 +117,10 @@ class Planner:
         blocks = sum(stage.kind == "block" for stage in spec.stages)
         profiles = (micro.profiles + micro.profiles[-1:] * blocks)[:blocks]
         work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=micro.hidden_bytes)
-        summed = () if self._fp32 else ("block", "ends", "shared") if work.num_micro > 1 else micro.accumulators
+        summed = () if self._formats.merges else ("block", "ends", "shared") if work.num_micro > 1 else micro.accumulators
         kept = () if config.activations == AUTO and not spills else forced_kept(profiles, config.activations)
         return Request(
-            spec=spec, fp32=self._fp32, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,
+            spec=spec, formats=self._formats, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,
             gpu_budget=machine.gpu_budget, dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget,
             process_bytes=PROCESS_BYTES, import_element_bytes=self._outline.import_element_bytes,
             workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept, spill=micro.spill,

@@ -15,7 +15,7 @@ from ratel.memory.lanes import Lanes
 from ratel.memory.retire import Retirer
 from ratel.models import Parts
 from ratel.ownership.stamps import STAMP_BYTES, WORKING, new_volume_name
-from ratel.planner.placement import ELEMENT_BYTES, SSD
+from ratel.planner.placement import SSD
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import PAGE_BYTES
@@ -107,7 +107,7 @@ class Machinery:
     def import_state(self, saved: SavedState) -> None:
         """Bring every plane of a saved state to its tier, one at a time, each chunk verified."""
         for unit in self.plan.spec.units:
-            for name in ELEMENT_BYTES:
+            for name in self.plan.formats.planes:
                 if self.store.has(unit.index, name):
                     self.transfer.write(unit, name, self._fitted(saved, unit.index, name))
         self._imported()
@@ -117,7 +117,7 @@ class Machinery:
         self.store.versions.restore(saved.commit.slots)
         for unit, name in self.plan.slot_layout.spans:
             self.store.checksums.restore(saved.commit.slots[unit], unit, name, saved.checksums(unit, name))
-        for unit, name in ((u, n) for u in self.plan.spec.units for n in ELEMENT_BYTES if self.store.has(u.index, n)):
+        for unit, name in ((u, n) for u in self.plan.spec.units for n in self.plan.formats.planes if self.store.has(u.index, n)):
             if self.plan.placement(unit).tier(name) == SSD:
                 self.transfer.copy_frozen(unit, name)
             else:

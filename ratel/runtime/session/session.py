@@ -21,6 +21,7 @@ from ratel.models.checkpoints.other_state import pack, refuse_unreadable
 from ratel.ownership.apart import contains
 from ratel.planner.activation_policy import Activations
 from ratel.planner.forecast.cost import Prediction
+from ratel.planner.formats import EXACT
 from ratel.planner.hardware import Hardware
 from ratel.planner.placement import Forced
 from ratel.planner.plan import Buffers, Plan
@@ -109,7 +110,7 @@ class Session:
             self._apart(self._commits, "commits")
         self._clip = given["max_grad_norm"]
         self._wishes = Wishes(
-            fp32=dtype == "fp32", optimizer=optimizer_of(optimizer, self._clip), directories=self._io.directories,
+            formats=EXACT[dtype], optimizer=optimizer_of(optimizer, self._clip), directories=self._io.directories,
             micro_batch=given["micro_batch"],
             budgets=Budgets(gpu=bytes_or_none(gpu_memory, "gpu_memory"), dram=bytes_or_none(dram, "dram")),
             forced=placement if placement is not None else (None if tier == "auto" else tier),

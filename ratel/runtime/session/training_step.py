@@ -17,6 +17,7 @@ from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.session.machinery import Machinery
 from ratel.runtime.streams.gradients import Moved
 from ratel.runtime.streams.step import VerticalStep
+from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.runtime.updates.optimizer import Arrival, Hyper, decay_ranges
 
 
@@ -128,17 +129,15 @@ class Training:
 
     def _update_unit_on_gpu(self, unit: UnitSpec, hyper: Hyper) -> None:
         count = unit.num_trainable
-        planes = [self._m.store.plane(unit.index, p).tensor[:count] for p in ("hi", "lo", "m", "v", "g")]
+        formats = self._plan.formats.of(unit)
+        planes = {p: self._m.store.plane(unit.index, p).tensor[:count] for p in (*formats.planes, "g")}
         ranges = decay_ranges(unit, 0, count, hyper.weight_decay)
         scalars = dict(lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, step=hyper.step,
                        grad_scale=hyper.grad_scale, ranges=ranges)
         if self._m.lanes.device.type == "cuda":
-            from ratel.runtime.updates.gpu_adamw import adamw_
-
-            adamw_(*planes, **scalars)
+            UPDATES[formats.update].on_gpu(planes, **scalars)
         else:
-            self._m.pool.adamw(*(p.data_ptr() for p in planes), count,
-                                       grad_dtype="fp32" if self._plan.fp32 or unit.fp32 else "bf16", **scalars)
+            UPDATES[formats.update].in_memory(self._m.pool, planes, planes, **scalars)
 
 
 def hand_over(plan: Plan, machinery: Machinery, unit: UnitSpec, grad: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from ratel.config import MOST_SEED, TASKS
 from ratel.errors import RatelError
 from ratel.ownership.regular import begins_with
-from ratel.planner.placement import ELEMENT_BYTES
+from ratel.planner.formats import FORMATS, FROZEN, PLANES, StateFormats
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import GRAIN_ELEMENTS, SlotLayout
 from ratel.reading import SMALL_FILE_BYTES, parse_json, read_regular
@@ -22,6 +22,8 @@ from ratel.schema import SchemaError, anything, check, listing, mapping, one_of,
 from ratel.synced import partial_name
 
 FORMAT, VERSION = "ratel-state", 3
+EXACT_NAME = "exact"
+"""Formats that a manifest does not name."""
 READ_VERSIONS = (2, 3)
 """2 has no buffers, and is read by who takes them from the model."""
 MANIFEST = "manifest.json"
@@ -44,8 +46,9 @@ _PLANE = record({"offset": whole(), "num_elements": whole(1, _MOST_ELEMENTS)})
 _MANIFEST = record({
     "checksum": one_of("crc32"), "grain": whole(1, GRAIN_ELEMENTS), "num_slots": whole(1, 16), "slot_bytes": whole(0, 1 << 56),
     "files": listing(_NAME, least=1, most=4096), "pattern": listing(whole(0, 4095), least=1, most=1 << 16),
-    "stripe_bytes": whole(1), "planes": listing(mapping(one_of(*ELEMENT_BYTES), _PLANE), most=_MOST_UNITS),
-    "model": record({"name": text(), "units": listing(_UNIT, most=_MOST_UNITS)}, is_open=True)}, is_open=True)
+    "stripe_bytes": whole(1), "planes": listing(mapping(one_of(*PLANES), _PLANE), most=_MOST_UNITS),
+    "model": record({"name": text(), "units": listing(_UNIT, most=_MOST_UNITS)}, is_open=True)},
+    {"formats": one_of(*FORMATS)}, is_open=True)
 _OTHER = record({"file": text(r"buffers-[0-9a-f]{16}\.safetensors", "the name of a file of buffers"),
                  "sha256": text("[0-9a-f]{64}", "a SHA-256"), "num_bytes": whole(0, 1 << 40)})
 _TASK = record({"name": one_of(*TASKS), "labels": listing(text(), most=_MOST_UNITS)}, {"problem": text(), "pad_id": whole()})
@@ -97,12 +100,13 @@ def describe_planes(spec: ModelSpec, layout: SlotLayout) -> list[dict[str, Any]]
     return planes
 
 
-def make_manifest(spec: ModelSpec, layout: SlotLayout, *, grain: int, num_slots: int, files: list[str],
+def make_manifest(spec: ModelSpec, layout: SlotLayout, formats: StateFormats, *, grain: int, num_slots: int, files: list[str],
                   pattern: list[int], stripe_bytes: int) -> bytes:
     """``files``: relative to the state's directory, or absolute; ``pattern``: the file of each stripe of one round."""
     content = {"format": FORMAT, "version": VERSION, "checksum": "crc32", "grain": grain, "num_slots": num_slots,
                "slot_bytes": layout.num_bytes, "files": files, "pattern": pattern, "stripe_bytes": stripe_bytes,
-               "planes": describe_planes(spec, layout), "model": describe_model(spec)}
+               "planes": describe_planes(spec, layout), "model": describe_model(spec),
+               **({} if formats.name == EXACT_NAME else {"formats": formats.name})}
     return _sealed(content)
 
 
@@ -144,13 +148,25 @@ def _check_planes(manifest: dict[str, Any]) -> None:
         trained, whole_unit = unit["num_trainable"], unit["num_elements"]
         if trained > whole_unit:
             raise SchemaError(f"model.units[{number}].num_trainable is {trained} of {whole_unit} elements")
-        for name, lengths in (("hi", {whole_unit}), ("m", {trained}), ("v", {trained}), ("lo", {trained, whole_unit})):
+        for name in PLANES:
+            lengths = _lengths(manifest, name, trained, whole_unit)
             if found.get(name, {"num_elements": 0})["num_elements"] not in lengths:
                 raise SchemaError(f"planes[{number}].{name} has {shown(found.get(name, {}).get('num_elements'))} elements, "
                                   f"the unit needs {max(lengths)}")
         for name, place in found.items():
-            if place["offset"] + place["num_elements"] * ELEMENT_BYTES[name] > manifest["slot_bytes"]:
+            if place["offset"] + formats_of(manifest).encoding(name).num_bytes(place["num_elements"]) > manifest["slot_bytes"]:
                 raise SchemaError(f"planes[{number}].{name} does not end within the slot")
+
+
+def formats_of(manifest: dict[str, Any]) -> StateFormats:
+    """How its planes are stored, which is the same whatever blocks compute in."""
+    return FORMATS[manifest.get("formats", EXACT_NAME)]["bf16"]
+
+
+def _lengths(manifest: dict[str, Any], plane: str, trained: int, whole_unit: int) -> set[int]:
+    """What a plane's may be: in fp32 runs more planes have the frozen part."""
+    tables = FORMATS[manifest.get("formats", EXACT_NAME)].values()
+    return {whole_unit if FROZEN in row.segments else trained for table in tables for row in table.rows if row.plane == plane}
 
 
 def pack_commit(commit: Commit) -> bytes:

@@ -22,13 +22,12 @@ from ratel.errors import RatelError
 from ratel.memory.jobs import Crew, crew
 from ratel.models.checkpoints.other_state import unpack
 from ratel.ownership.stamps import belongs_to
-from ratel.planner.placement import ELEMENT_BYTES
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import first_grain, num_grains, pieces
 from ratel.reading import descriptor_of
 from ratel.runtime.states.commits import Folders, located
 from ratel.runtime.states.durable_files import settled
-from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, read_commit, read_manifest, read_other_state
+from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, formats_of, read_commit, read_manifest, read_other_state
 from ratel.store.planes import DTYPES
 
 MOUNT_IT = "Mount its drive again, or name the directory that it is mounted at now with --ssd"
@@ -48,6 +47,7 @@ class SavedState:
         self._check_slots()
         self.training: dict[str, Any] = self.commit.training
         self.files = located(self.path, self.manifest, folders)
+        self._formats = formats_of(self.manifest)
         self._units = [_Shape(entry) for entry in self.manifest["model"]["units"]]
         self._first_sums = self._index_checksums()
 
@@ -109,8 +109,7 @@ class SavedState:
 
     def num_elements(self, unit: int, plane: str) -> int:
         """0 where the unit has no such plane."""
-        has_it = plane in self.manifest["planes"][unit]
-        return self._num_bytes(unit, plane) // ELEMENT_BYTES[plane] if has_it else 0
+        return self.manifest["planes"][unit].get(plane, {"num_elements": 0})["num_elements"]
 
     def read(self, unit: int, plane: str, out: Tensor | None = None) -> Tensor | None:
         """A plane of a unit (CPU), or None where the unit has none. ``out``: of its dtype, contiguous, where the plane is put
@@ -120,19 +119,19 @@ class SavedState:
         num_bytes = self._num_bytes(unit, plane)
         values = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out.view(torch.uint8)[:num_bytes]
         data = memoryview(values.numpy())
-        item = ELEMENT_BYTES[plane]
+        encoding = self._formats.encoding(plane)
         with self._readers() as (pool, descriptors):
             list(pool.map(lambda piece: self._read_piece(descriptors, unit, plane, piece,
-                                                         data[piece[0] * item : piece[1] * item]),
+                                                         data[encoding.num_bytes(piece[0]) : encoding.num_bytes(piece[1])]),
                           self._pieces(unit, plane)))
-        return values.view(DTYPES[plane])
+        return values.view(DTYPES[encoding.name])
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> int:
         """Read everything; returns the bytes read. Raises RatelError at the first damaged grain."""
 
         def check(work: tuple[int, str, tuple[int, int]]) -> int:
             unit, plane, piece = work
-            data = memoryview(bytearray((piece[1] - piece[0]) * ELEMENT_BYTES[plane]))
+            data = memoryview(bytearray(self._formats.encoding(plane).num_bytes(piece[1] - piece[0])))
             self._read_piece(descriptors, unit, plane, piece, data)
             return len(data)
 
@@ -168,11 +167,11 @@ class SavedState:
 
     def _read_piece(self, descriptors: list[int], unit: int, plane: str, piece: tuple[int, int], data: memoryview) -> None:
         begin = piece[0]
-        at = self._offset(unit, plane) + begin * ELEMENT_BYTES[plane]
+        at = self._offset(unit, plane) + self._formats.encoding(plane).num_bytes(begin)
         self._read_bytes(descriptors, at, data, plane)
         grain = self.manifest["grain"]
         first = first_grain(self._units[unit], begin, grain)
-        expected, step = self.checksums(unit, plane), grain * ELEMENT_BYTES[plane]
+        expected, step = self.checksums(unit, plane), self._formats.encoding(plane).num_bytes(grain)
         for index, start in enumerate(range(0, len(data), step)):
             found, wanted = zlib.crc32(data[start : start + step]), int(expected[first + index])
             if found != wanted:
@@ -219,7 +218,7 @@ class SavedState:
         return self.commit.slots[unit] * self.manifest["slot_bytes"] + self.manifest["planes"][unit][plane]["offset"]
 
     def _num_bytes(self, unit: int, plane: str) -> int:
-        return self.manifest["planes"][unit][plane]["num_elements"] * ELEMENT_BYTES[plane]
+        return self._formats.encoding(plane).num_bytes(self.num_elements(unit, plane))
 
 
 class _Shape:

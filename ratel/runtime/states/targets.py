@@ -12,7 +12,7 @@ from ratel import native
 from ratel.errors import RatelError
 from ratel.ownership.regular import is_plain
 from ratel.ownership.stamps import Stamp, mark_of, read_stamp, volume_of, write_stamp
-from ratel.planner.placement import PLANES, SSD
+from ratel.planner.placement import SSD
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import first_grain, lay_out_slot, num_grains
@@ -36,7 +36,7 @@ class DirectoryTarget:
     def __init__(self, path: Path, plan: Plan, engine: "native.nvme_ds.Engine", other: OtherState | None = None) -> None:
         self.path, self._plan, self._engine, self._other = path, plan, engine, other
         self._partial = path.with_name(path.name + ".partial")
-        self._layout = lay_out_slot(plan.spec, lambda unit: PLANES, fp32=plan.fp32)
+        self._layout = lay_out_slot(plan.spec, lambda unit: plan.formats.planes, plan.formats)
         self._sums = {key: np.zeros(num_grains(plan.spec.units[key[0]], span.num_elements, plan.grain), dtype=np.uint32)
                       for key, span in self._layout.spans.items()}
         self._volume: "native.nvme_ds.Volume | None" = None
@@ -50,13 +50,13 @@ class DirectoryTarget:
                                                   self._layout.num_bytes)
 
     def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
-        return PLANES
+        return self._plan.formats.planes
 
     def write(self, unit: UnitSpec, plane: str, begin: int, values: torch.Tensor, sums: np.ndarray) -> int:
         first = first_grain(unit, begin, self._plan.grain)
         self._sums[unit.index, plane][first : first + len(sums)] = sums
         span = self._layout.spans[unit.index, plane]
-        return self._engine.submit_write(self._volume, span.offset + begin * span.element_bytes, values.data_ptr(),
+        return self._engine.submit_write(self._volume, span.at(begin), values.data_ptr(),
                                          values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class DirectoryTarget:
         os.rename(file, self._partial / PLANES_FILE)
         spec = self._plan.spec
         write_synced(self._partial / MANIFEST, make_manifest(
-            spec, self._layout, grain=self._plan.grain, num_slots=1, files=[PLANES_FILE], pattern=[0],
+            spec, self._layout, self._plan.formats, grain=self._plan.grain, num_slots=1, files=[PLANES_FILE], pattern=[0],
             stripe_bytes=STRIPE_BYTES))
         _write_other(self._partial, self._other)
         write_synced(self._partial / COMMITS[0], pack_commit(Commit(
@@ -92,7 +92,7 @@ class CommitLog:
                  folders: Sequence[str]) -> None:
         """``folders``: where SSD files of an earlier run may be that are not where its records say."""
         self.path, self.plan, self.store, self._folders = path, plan, store, folders
-        self._manifest = make_manifest(plan.spec, plan.slot_layout, grain=plan.grain, num_slots=plan.num_slots,
+        self._manifest = make_manifest(plan.spec, plan.slot_layout, plan.formats, grain=plan.grain, num_slots=plan.num_slots,
                                        files=list(store.volume.paths), pattern=pattern, stripe_bytes=stripe_bytes)
         self._sequence = 0
         self._is_there = False
@@ -188,7 +188,7 @@ class CommitTarget:
         if not self._log.store.versions.include(unit.index):
             return ()
         place = self._log.plan.placement(unit)
-        return tuple(plane for plane in PLANES if place.tier(plane) != SSD)
+        return tuple(plane for plane in self._log.plan.formats.planes if place.tier(plane) != SSD)
 
     def write(self, unit: UnitSpec, plane: str, begin: int, values: torch.Tensor, sums: np.ndarray) -> int:
         store = self._log.store

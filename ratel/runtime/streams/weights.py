@@ -5,12 +5,12 @@ import torch
 from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 from ratel.memory.slots import Slot, SlotPool
-from ratel.planner.placement import weight_class, weight_planes
+from ratel.planner.placement import weight_class
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
 from ratel.runtime.updates.optimizer import OptimizerPipeline
 from ratel.store.host_cache import HostCache, HostSlot
-from ratel.store.planes import Store
+from ratel.store.planes import DTYPES, Store
 
 
 class WeightSource:
@@ -19,7 +19,7 @@ class WeightSource:
     def __init__(self, plan: Plan, store: Store, cache: HostCache, exchange: Exchange, lanes: Lanes,
                  updates: OptimizerPipeline) -> None:
         self._plan, self._store, self._cache, self._lanes, self._updates = plan, store, cache, lanes, updates
-        self._dtype = torch.float32 if plan.fp32 else torch.bfloat16
+        self._dtype = DTYPES[plan.formats.compute.name]
         self._pools = {cls: self._make_pool(cls, exchange) for cls in ("block", "ends", "shared")}
         self._staging = self._make_staging()
 
@@ -45,7 +45,7 @@ class WeightSource:
         if handle is not None:
             self._cache.ready(handle)
         with self._lanes.work("h2d", self.name(gather), view.numel() * view.element_size()):
-            if self._plan.fp32:
+            if self._plan.formats.merges:
                 merge(planes["hi"], planes["lo"], view, self._staging)
             else:
                 view.copy_(planes["hi"], non_blocking=True)
@@ -57,7 +57,7 @@ class WeightSource:
 
     def host_planes(self, unit: int, handle: HostSlot | None) -> dict[str, torch.Tensor]:
         """The unit's weight planes in DRAM: resident ones, and those in the slot."""
-        planes = {p: self._store.plane(unit, p).tensor for p in weight_planes(self._plan.fp32)}
+        planes = {p: self._store.plane(unit, p).tensor for p in self._plan.formats.gathered}
         if handle is not None:
             planes.update(self._cache.views(handle))
         return planes
@@ -65,7 +65,7 @@ class WeightSource:
     def resident(self, unit: int) -> torch.Tensor:
         """The compute copy of a unit whose planes are on the GPU; merged for every use in fp32."""
         hi = self._store.plane(unit, "hi").tensor
-        if not (self._plan.fp32 or self._plan.spec.units[unit].fp32):
+        if not self._plan.formats.of(self._plan.spec.units[unit]).merges:
             return hi
         merged = torch.empty(hi.numel(), dtype=torch.float32, device=hi.device)
         merge(hi, self._store.plane(unit, "lo").tensor, merged, None)
@@ -78,7 +78,7 @@ class WeightSource:
                                    for _ in range(count)])
 
     def _make_staging(self) -> "tuple[torch.Tensor, torch.Tensor] | None":
-        if not (self._plan.fp32 and self._lanes.is_cuda):
+        if not (self._plan.formats.merges and self._lanes.is_cuda):
             return None
         num_elements = max(u.num_elements for u in self._plan.spec.units)
         return (torch.empty(num_elements, dtype=torch.int16, device=self._lanes.device),

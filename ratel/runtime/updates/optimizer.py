@@ -20,10 +20,10 @@ from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
 from ratel.memory.retire import Retirer
-from ratel.planner.placement import PLANES
 from ratel.planner.plan import PAGE_BYTES, Plan
 from ratel.planner.shape import UnitSpec
 from ratel.runtime.updates.jobs import AGAIN, FORGET, KEEP, Arrival, Chunk, Hyper, Job
+from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.store.host_cache import HostCache, HostSlot
 from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
@@ -285,13 +285,12 @@ class OptimizerPipeline:
         hyper, count = job.hyper, chunk.end - chunk.begin
         targets = {**planes, **self._second_places(chunk)}
         begun = perf_counter()
-        # The gradient is read, the other planes are read and written.
-        with self._exchange.tracing.working("cpu optimizer", job.unit.name, count * (24 + self._plan.grad_bytes)):
-            self._pool.adamw(*(planes[p].data_ptr() for p in (*PLANES, "g")), count,
-                             to=tuple(targets[p].data_ptr() for p in PLANES),
-                             grad_dtype="fp32" if self._plan.fp32 else "bf16", lr=hyper.lr, beta1=hyper.beta1,
-                             beta2=hyper.beta2, eps=hyper.eps, step=hyper.step, grad_scale=hyper.grad_scale,
-                             ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
+        formats = self._plan.formats
+        with self._exchange.tracing.working("cpu optimizer", job.unit.name, int(count * formats.update_bytes)):
+            UPDATES[formats.update].in_memory(
+                self._pool, planes, targets, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,
+                step=hyper.step, grad_scale=hyper.grad_scale,
+                ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
         self.busy_s += perf_counter() - begun
         self._applied, job.applied = job.number, True
 
@@ -301,7 +300,7 @@ class OptimizerPipeline:
     def _chunk_planes(self, chunk: Chunk, arrival: Arrival) -> dict[str, torch.Tensor]:
         unit = chunk.job.unit
         planes = {}
-        for name in PLANES:
+        for name in self._plan.formats.planes:
             tensor = self._store.plane(unit.index, name).tensor
             if tensor is not None:
                 planes[name] = tensor[chunk.begin : chunk.end]
@@ -317,7 +316,7 @@ class OptimizerPipeline:
         """Of planes in DRAM: an early update leaves them as they are. What comes from SSD it changes in its buffers."""
         if not chunk.job.early:
             return {}
-        seconds = {name: self._store.second(chunk.job.unit.index, name) for name in PLANES}
+        seconds = {name: self._store.second(chunk.job.unit.index, name) for name in self._plan.formats.planes}
         return {name: second[chunk.begin : chunk.end] for name, second in seconds.items() if second is not None}
 
     def _write_back(self, chunk: Chunk) -> None:

@@ -1,0 +1,63 @@
+"""The table of planes: what it says of today's states, and that all who count bytes ask it."""
+
+from dataclasses import replace
+
+import pytest
+
+from plan_common import make_plan, tied_spec
+from ratel.planner.formats import BF16, EXACT, FROZEN, PLANES, TRAINED, Encoding, StateFormats
+from ratel.planner.plan import Buffers
+from ratel.planner.shape import ParamSpec, lay_out
+from ratel.planner.traffic import step_traffic
+from ratel.runtime.states.format import formats_of
+from ratel.runtime.updates.arithmetic import UPDATES
+from ratel.store.planes import DTYPES
+
+pytestmark = pytest.mark.unit
+HALVES = {"*": {"hi": "ssd", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "dram"}}
+SHORT_MOMENTS = StateFormats(name="short moments", compute=BF16, update="none", rows=tuple(
+    replace(row, encoding=BF16) if row.plane in "mv" else row for row in EXACT["bf16"].rows))
+
+
+def test_exact_states_take_what_the_documents_say() -> None:
+    assert [(f.trained_bytes, f.update_bytes) for f in EXACT.values()] == [(14, 26), (16, 28)]
+    assert [f.gathered for f in EXACT.values()] == [("hi",), ("hi", "lo")]
+    assert PLANES == ("hi", "lo", "m", "v") == EXACT["fp32"].planes
+
+
+def test_frozen_elements_have_the_planes_that_are_computed_with() -> None:
+    unit = lay_out(0, "u", "block", [ParamSpec(name="a", shape=(4096,)), ParamSpec(name="b", shape=(8192,), trainable=False)])
+    for name, table in EXACT.items():
+        assert {p: table.num_elements(unit, p) for p in (*table.planes, "g")} == {
+            "hi": 12288, "lo": 12288 if name == "fp32" else 4096, "m": 4096, "v": 4096, "g": 4096}
+    assert EXACT["bf16"].num_bytes(replace(unit, fp32=True), "g") == 4 * 4096, "a unit that computes in fp32"
+
+
+def test_every_name_in_the_table_has_its_code() -> None:
+    for table in EXACT.values():
+        assert table.update in UPDATES
+        for row in table.rows:
+            assert DTYPES[row.encoding.name].itemsize * 8 == row.encoding.bits and set(row.segments) <= {TRAINED, FROZEN}
+    assert formats_of({}) == EXACT["bf16"] and formats_of({"formats": "exact"}) == EXACT["bf16"]
+
+
+def test_scales_lie_with_their_block() -> None:
+    eight = Encoding(name="int8", bits=8, block=256, scale_bytes=4)
+    assert [eight.num_bytes(count) for count in (256, 512, 513)] == [260, 520, 513 + 12]
+    assert Encoding(name="nf4", bits=4, block=64, scale_bytes=4).num_bytes(1 << 20) == (1 << 19) + (1 << 16)
+
+
+def test_other_formats_are_counted_by_all() -> None:
+    """Moments of half the size: 8 bytes a parameter instead of 12, and 18 moved in a step instead of 26."""
+    plan = make_plan(tied_spec(40, 1024), HALVES, optimizer="deferred", buffers=Buffers(chunk_elements=1 << 18))
+    short = replace(plan, formats=SHORT_MOMENTS)
+
+    def spared(of: str) -> float:
+        return (getattr(plan, of) - getattr(short, of)) / plan.spec.num_params
+
+    assert spared("state_bytes") == spared("ssd_bytes") == spared("saved_bytes") == pytest.approx(4, rel=1e-3)
+    assert (plan.ring_slot_bytes - short.ring_slot_bytes, plan.ring_slot_bytes) == (4 << 18, 10 << 18)
+    assert step_traffic(plan).ssd_bytes - step_traffic(short).ssd_bytes == pytest.approx(8 * plan.spec.num_params, rel=1e-3)
+    assert short.formats.update_bytes == 18
+    assert replace(short, durable="step").slot_layout.num_bytes == short.slot_layout.num_bytes
+
