@@ -78,8 +78,8 @@ class Engine:
                                        int(stall_timeout_s * 1e9))
         self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
         self.scratch: dict[int, list[tuple[str, files.Inode]]] = {}
-        """By volume: files that go with it, or else with the engine. Only these, not what took
-        their names since."""
+        """The files of each volume that go with it, or else with the engine. Only these, not what
+        took their names since."""
         self._process = os.getpid()
         self._while_waiting = while_waiting
         self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle, self._process, self.scratch)
@@ -478,7 +478,8 @@ def _checked(status: int, what: str) -> int:
 
 
 def _give_to_parent() -> None:
-    """In a forked child, which has none of the threads that would answer."""
+    """Give the engines to the parent, in a forked child, which has none of the threads that would
+    answer."""
     for engine in list(_engines):
         engine._closed = True
 
@@ -487,15 +488,15 @@ os.register_at_fork(after_in_child=_give_to_parent)
 
 
 def remove_scratch() -> None:
-    """For a process that is going to end without closing anything: nobody would look for these
-    files."""
+    """Remove scratch files for a process that is going to end without closing anything: nobody
+    would look for these files."""
     for engine in list(_engines):
         for made in list(engine.scratch.values()) if not engine.is_foreign else []:
             remove_files(made)
 
 
 def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[tuple[str, files.Inode]]]) -> None:
-    """For an engine that was dropped without close(), also at interpreter exit; a dead device must
+    """End an engine that was dropped without close(), also at interpreter exit; a dead device must
     not keep the process. In a forked child nothing is: threads and files are the parent's."""
     if os.getpid() != process:
         return

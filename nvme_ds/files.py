@@ -82,8 +82,8 @@ def _remove_older(path: str, may_replace: MayReplace) -> None:
 
 
 def _holds_nothing(found: os.stat_result) -> bool:
-    """Not a byte was ever written to it. (A small file may be kept where a file system has its
-    names, and take no blocks.)"""
+    """Whether not a byte was ever written to a file. (A small file may be kept where a file system
+    has its names, and take no blocks.)"""
     return found.st_size == 0 or (found.st_blocks == 0 and found.st_size >= ALIGNMENT)
 
 

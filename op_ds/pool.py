@@ -98,7 +98,7 @@ class Pool:
     def adam(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
              beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
              to: Planes | None = None) -> None:
-        """As ``adamw``, but with the decay added to the scaled gradient (L2), as
+        """The same as ``adamw``, but with the decay added to the scaled gradient (L2), as
         ``torch.optim.Adam`` does."""
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([to_fp32(decay) for _, decay in ranges], True, (hi, lo, m, v), to, grad, n,

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 POLL_S = 0.1
-"""Between two looks of the main thread at what it waits for."""
+"""Seconds between two looks of the main thread at what it waits for."""
 TWICE_S = 1.0
 """`timeout`, service managers and a terminal that closes tell a process and its group, that is the
 process twice: what comes within so long is one request. Not of SIGINT: people press keys twice."""
@@ -128,7 +128,8 @@ class Watch:
 
 
 def say(text: str) -> None:
-    """From a handler: print() may be what it has interrupted, and the terminal may be gone."""
+    """Print from a handler: print() may be what it has interrupted, and the terminal may be
+    gone."""
     with suppress(OSError):
         os.write(2, text.encode())
 
@@ -247,7 +248,7 @@ def _as_before(watch: Watch, number: int, frame: FrameType | None) -> None:
 
 
 def _forget() -> None:
-    """In a forked child, whose signals are its own."""
+    """Forget the watch in a forked child, whose signals are its own."""
     global _current
     watch, _current = _current, None
     if watch is not None:

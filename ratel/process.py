@@ -14,15 +14,16 @@ from ratel import interrupt
 
 EXIT_INTERRUPTED = 130
 _SHOWN_S = 1.0
-"""For so long a run waits for a reader of its progress who does not read; then it drops lines until
-he does."""
+"""Seconds that a run waits for a reader of its progress who does not read; then it drops lines
+until he does."""
 _CHUNK_BYTES = 4096
 """PIPE_BUF: what a pipe that is ready takes without blocking."""
 _ENDING_S = 30.0
-"""For what was asked to end at once: files are removed and threads joined. Then it is ended."""
+"""Seconds for what was asked to end at once: files are removed and threads joined. Then it is
+ended."""
 
 _HANDLED_S = 0.5
-"""For the main thread to come to its handler."""
+"""Seconds for the main thread to come to its handler."""
 
 
 class Channel(io.RawIOBase):
@@ -89,7 +90,7 @@ def settle_streams() -> tuple[Channel, Channel]:
 
 
 def watch_signals() -> None:
-    """From now on, and until the process is gone."""
+    """Watch signals from now on, and until the process is gone."""
     watch = interrupt.Watch(interrupt.SIGNALS, answer=interrupt.end_here, insist=lambda *unused: leave())
     watch.begin()
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -120,8 +121,8 @@ def _guard(reader: int, watch: interrupt.Watch) -> None:
 
 
 def leave() -> NoReturn:
-    """At once, as if killed, but for the files that no later start would look for. States on disk
-    are whole at any moment."""
+    """End the process at once, as if killed, but for the files that no later start would look for.
+    States on disk are whole at any moment."""
     engines = sys.modules.get("nvme_ds.engine")
     if engines is not None:
         engines.remove_scratch()
@@ -130,7 +131,7 @@ def leave() -> NoReturn:
 
 
 def begin() -> tuple[Channel, Channel]:
-    """Once, before anything else."""
+    """Begin the command's signals and output; called once, before anything else."""
     global _channels
     if _channels is None:
         _channels = settle_streams()

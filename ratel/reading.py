@@ -18,8 +18,8 @@ from ratel.schema import shown
 StrPath = str | os.PathLike[str]
 
 SMALL_FILE_BYTES = 256 << 20
-"""More than any configuration, index or manifest has: that of a model of a thousand layers takes a
-few MB."""
+"""More bytes than any configuration, index or manifest has: that of a model of a thousand layers
+takes a few MB."""
 
 _PIECE_BYTES = 1 << 20
 
@@ -32,8 +32,8 @@ class NotRegularError(OSError):
 
 
 class JsonError(ValueError):
-    """Not JSON, or JSON that readers could take for different things. One line, which names the
-    place."""
+    """The content is not JSON, or JSON that readers could take for different things. One line,
+    which names the place."""
 
 
 def open_regular(path: StrPath) -> BinaryIO:
@@ -43,7 +43,7 @@ def open_regular(path: StrPath) -> BinaryIO:
 
 
 def descriptor_of(path: StrPath) -> int:
-    """As `open_regular`, for who reads at positions."""
+    """The same as `open_regular`, for who reads at positions."""
     _require_regular(os.stat(path), path)  # opening alone can do something to a device
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:

@@ -30,8 +30,8 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """In place, without cutting the file first: a file of the same length needs no new blocks.
-    Links are not followed."""
+    """Write a file in place, without cutting it first: a file of the same length needs no new
+    blocks. Links are not followed."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with open(descriptor, "wb") as file:
         file.write(content)

@@ -65,7 +65,7 @@ class Repetitions:
         self.count = self.different = 0
         self._first: dict[str, Tensor] = {}
         self.tensors: dict[str, dict[str, Any]] = {}
-        """Those that were different at some time: how often, and by how much at most."""
+        """The tensors that were different at some time: how often, and by how much at most."""
 
     def add(self, results: dict[str, Tensor]) -> None:
         if not self._first:

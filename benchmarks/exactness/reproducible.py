@@ -126,8 +126,8 @@ def of_session(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def deterministic_points(args: argparse.Namespace) -> Iterator[Point]:
-    """In a process of its own, which is told by its environment: cuBLAS in this one has read it
-    already."""
+    """The points of a process of its own, which is told by its environment: cuBLAS in this one has
+    read it already."""
     name = "session, deterministic"
     if not wanted(name, args):
         return

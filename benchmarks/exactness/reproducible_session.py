@@ -41,7 +41,7 @@ UNKNOWN = {"elements": None, "of": None, "largest": None}
 
 @contextmanager
 def prepared(config: Any, rows: int, positions: int, options: dict[str, Any]) -> Iterator[Session]:
-    """With gradients that stay after a step, and are never scaled."""
+    """A session whose gradients stay after a step, and are never scaled."""
     fixed = {"dtype": "bf16", "hardware": "none", "max_grad_norm": NEVER, "optimizer": "deferred"}
     with Session(config, **{**fixed, **options}) as session:
         use_quick_weights(session)
@@ -51,7 +51,8 @@ def prepared(config: Any, rows: int, positions: int, options: dict[str, Any]) ->
 
 
 def give_memory_back() -> None:
-    """To whatever comes next, perhaps in another process: sessions plan with what is free."""
+    """Give memory back to whatever comes next, perhaps in another process: sessions plan with what
+    is free."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -81,7 +82,7 @@ def repeat_steps(session: Session, batch: dict[str, Tensor], repeats: int) -> di
 
 
 def _gradients(session: Session) -> dict[str, Tensor]:
-    """Those of the last step, where they wait to be used and are until the next."""
+    """The gradients of the last step, where they wait to be used and are until the next."""
     session.flush()
     return {gradient_name(unit, param): plane[param.offset : param.end]
             for unit, name, plane in planes_in_memory(session) if name == "g" for param in trained(unit)}

@@ -24,7 +24,7 @@ Digest = tuple[str, int]
 """The place at which it was taken, and its value."""
 
 Noted = dict[str, list[Digest]]
-"""By what they are of, in the order of the step."""
+"""Digests by what they are of, in the order of the step."""
 
 
 class Watch:
@@ -39,7 +39,7 @@ class Watch:
         self._units, self._attached = session.plan.spec.units, {}
         self._noted: list[tuple[str, str, Tensor]] = []
         self._returned: dict[tuple[int, int, str], dict[str, list[Tensor]]] = {}
-        """By block, micro-batch and group: by name."""
+        """What came back for each block, micro-batch and group, by name."""
         self._patches = ExitStack()
 
     def __enter__(self) -> "Watch":
@@ -62,8 +62,8 @@ class Watch:
         self._patches.close()
 
     def _after(self, owner: object, name: str, note: Callable[..., None]) -> None:
-        """Until the context ends this method of the object is followed by ``note(result,
-        *arguments)``."""
+        """Have ``note`` called after a method. Until the context ends this method of the object is
+        followed by ``note(result, *arguments)``."""
         real = getattr(owner, name)
 
         def watched(*args: Any) -> Any:
@@ -115,7 +115,7 @@ class Watch:
         self._note_saved(*key[:2], saved, "returned")
 
     def _note_released(self, key: Key) -> None:
-        """Its slot is about to be given back."""
+        """Note weights whose slot is about to be given back."""
         if key[0] != "unit":
             self._note_saved(*key[1:3], self._returned.pop(key[1:]), "at the end of backward")
 

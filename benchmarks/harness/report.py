@@ -72,7 +72,7 @@ def origin() -> dict[str, str | None]:
 
 
 def _command(argv: list[str]) -> str:
-    """As it was given, but for where the report goes, which no one else has to know."""
+    """The command as it was given, but for where the report goes, which no one else has to know."""
     script = Path(argv[0]).resolve()
     named = script.is_relative_to(ROOT / "benchmarks")
     name = ".".join(script.relative_to(ROOT).with_suffix("").parts) if named else script.stem

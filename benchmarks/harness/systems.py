@@ -170,7 +170,7 @@ def zero_config(job: Job) -> dict[str, Any]:
 
 
 def make_model(job: Job, device: str | None = None) -> nn.Module:
-    """With the weights of `fill_quickly`, as a session has with `use_quick_weights`."""
+    """The model with the weights of `fill_quickly`, as a session has with `use_quick_weights`."""
     from transformers import AutoModelForCausalLM
 
     config = model_config(job.model)

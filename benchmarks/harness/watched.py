@@ -58,8 +58,8 @@ def run_watched(command: list[str], limit_s: float, env: dict[str, str] | None =
 
 
 def stop_group(child: subprocess.Popen) -> None:
-    """Also what the child has left behind, which would hold the GPU's memory for whoever comes
-    next."""
+    """End the child and also what it has left behind, which would hold the GPU's memory for whoever
+    comes next."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:

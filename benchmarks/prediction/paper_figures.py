@@ -55,5 +55,5 @@ LARGEST_BY_TIER = {
     ("dram", 256): {12: "135B", 24: "30B", 36: "30B", 60: "13B"},
     ("ssd", 256): {12: "276B", 24: "135B", 36: "135B", 60: "13B"},
 }
-"""By where activations may go and GB of DRAM, then by batch. The paper's axis calls the 70B shape
-65B here."""
+"""The largest models by where activations may go and GB of DRAM, then by batch. The paper's axis
+calls the 70B shape 65B here."""

@@ -50,8 +50,8 @@ _SMALLEST_BYTES = 256 * MIB
 
 
 def watch(state_file: Path) -> int:
-    """In a process of its own: hold what is to be held, say so, wait until nobody needs it any
-    more, undo."""
+    """The watcher's work, in a process of its own: hold what is to be held, say so, wait until
+    nobody needs it any more, undo."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     state = json.loads(state_file.read_text())

@@ -56,7 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_native(tree: Path) -> None:
-    """As `pip install -e` does, and whatever is installed already stays what it is."""
+    """Build the native code as `pip install -e` does; whatever is installed already stays what it
+    is."""
     for package in NATIVE:
         spec = importlib.util.spec_from_file_location(f"{package}_build", tree / package / "build.py")
         module = importlib.util.module_from_spec(spec)

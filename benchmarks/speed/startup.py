@@ -124,7 +124,8 @@ def read_bps(files: list[Path]) -> float:
 
 
 def time_run(command: list[str], out: Path, env: dict[str, str], limit_s: float) -> dict[str, Any]:
-    """From before the process exists to the first line of metrics.jsonl; then it is ended."""
+    """Seconds from before the process exists to the first line of metrics.jsonl; then it is
+    ended."""
     metrics, log = out / "metrics.jsonl", tempfile.TemporaryFile()
     begun = time.perf_counter()
     child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env},

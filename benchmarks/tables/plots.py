@@ -44,7 +44,7 @@ def curve(content: dict[str, Any]) -> Callable[[Any], None]:
 
 
 def largest(results: list[dict[str, Any]]) -> Callable[[Any], None]:
-    """Over limits on DRAM: what fits, and what a step of it takes."""
+    """What fits over limits on DRAM, and what a step of it takes."""
     what, label = ("layers", "parameters, M") if "layers" in results[0] else ("batch_size", "sequences in a step")
     found = sorted((r for r in results if r.get(what)), key=lambda r: r["dram_limit_bytes"])
     heights = [r["parameters"] / 1e6 if what == "layers" else r["batch_size"] for r in found]

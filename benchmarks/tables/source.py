@@ -22,7 +22,7 @@ def source(name: str, content: Content) -> str:
 
 
 def _facts(content: Content) -> dict[str, Any]:
-    """Those of a list are its first entry's that has any."""
+    """The facts of a result; those of a list are its first entry's that has any."""
     if isinstance(content, dict):
         return content
     return next((entry for entry in content if "hardware" in entry or "machine" in entry), {})

@@ -35,7 +35,7 @@ INTRODUCTIONS = {
 
 
 def target_lines(kind: str, content: Content) -> list[str]:
-    """Also what the script prints when it is done."""
+    """The lines of a section, which the script prints, too, when it is done."""
     return LINES[kind](content)
 
 

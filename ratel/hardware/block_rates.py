@@ -13,12 +13,12 @@ from ratel.models import Parts
 from ratel.planner.shape import UnitSpec
 
 BlockSeconds = tuple[tuple[int, float, float], ...]
-"""As ``BlockProfile.seconds``: ``(rows, forward, backward with everything recomputed)``, by
-rows."""
+"""The form of ``BlockProfile.seconds``: ``(rows, forward, backward with everything recomputed)``,
+by rows."""
 
 WEIGHT_SCALE = 0.02
-"""As models are initialised. Zeros would draw less power, and so run at a higher clock than
-training does."""
+"""The scale at which models are initialised. Zeros would draw less power, and so run at a higher
+clock than training does."""
 
 
 def measure_block(parts: Parts, batches: Sequence[tuple[int, Any]], device: torch.device, *, block: int | None = None,

@@ -58,8 +58,8 @@ class Link:
             done.result()
 
     def both_to_the_end(self) -> None:
-        """For a thread that keeps the link busy: without waiting it would queue copies without
-        end."""
+        """Copy both ways and wait, in a thread that keeps the link busy: without waiting it would
+        queue copies without end."""
         self.both()
         self._lanes.synchronize()
 

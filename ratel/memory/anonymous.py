@@ -12,10 +12,12 @@ PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
 
 TOUCHED_BYTES = 256 * MIB
-"""Between two looks at whether the memory is still wanted: 60 ms on a machine with 16 cores."""
+"""Bytes touched between two looks at whether the memory is still wanted: 60 ms on a machine with 16
+cores."""
 
 MOST_PINNED_BYTES = 64 << 30
-"""In one call, which takes seconds; the number of calls costs nothing beside that."""
+"""The most bytes that are pinned in one call, which takes seconds; the number of calls costs
+nothing beside that."""
 
 
 def anonymous_map(num_bytes: int) -> mmap.mmap:

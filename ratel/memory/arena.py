@@ -129,7 +129,8 @@ class Arena:
 
 
 def keep_mapped(memory: object) -> None:
-    """Until the process ends: a device that has stopped answering may still write into it."""
+    """Keep memory mapped until the process ends: a device that has stopped answering may still
+    write into it."""
     _never_freed.append(memory)
 
 

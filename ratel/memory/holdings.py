@@ -16,8 +16,8 @@ from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 
 _PATIENCE_S = 60.0
-"""For threads that were told to end. They hold what they work on; memory stays mapped where one
-does not."""
+"""Seconds to wait for threads that were told to end. They hold what they work on; memory stays
+mapped where one does not."""
 
 
 class Joinable(Protocol):

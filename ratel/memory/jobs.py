@@ -14,8 +14,8 @@ from typing import Any
 from ratel import interrupt
 
 _PATIENCE_S = 60.0
-"""For a job that was begun, once its pool is to end. It holds what it works on, so leaving it alone
-harms nobody."""
+"""Seconds to wait for a job that was begun, once its pool is to end. It holds what it works on, so
+leaving it alone harms nobody."""
 
 
 class Job:
@@ -43,7 +43,7 @@ class Job:
             self = None  # else the error would hold this frame, and the frame the error
 
     def wait(self) -> None:
-        """Until it is over, signals or not: its end must be in sight."""
+        """Wait until it is over, signals or not: its end must be in sight."""
         self._done.wait()
 
 

@@ -41,7 +41,7 @@ class Span:
     begin: "torch.cuda.Event | float"
     num_bytes: int = 0
     launched_s: float | None = None
-    """While a step is traced: when its enqueueing began."""
+    """When its enqueueing began, while a step is traced."""
     end: "torch.cuda.Event | float | None" = None
 
     def done(self) -> bool:
@@ -154,7 +154,7 @@ class Lanes:
         return [_placed(span, on_host(span.begin), on_host(span.end)) for span in spans], host_s - device_s
 
     def _mark(self) -> Mark:
-        """On a stream of its own, which has nothing to wait for."""
+        """A mark on a stream of its own, which has nothing to wait for."""
         if not self.is_cuda:
             return Mark(None, perf_counter())
         stream, marks = torch.cuda.Stream(self.device), []

@@ -15,8 +15,8 @@ class Slot:
 
     buffer: torch.Tensor
     pool: "SlotPool | None" = None
-    """While it is lent. Free ones are the pool's: if they had it, too, the buffers would outlive
-    both until a collection."""
+    """The pool of a slot that is lent. Free ones are the pool's: if they had it, too, the buffers
+    would outlive both until a collection."""
     last_use: Event = field(default_factory=Event)
     uses: int = 0
 

@@ -1,4 +1,4 @@
-"""From what the user calls a model to its parts."""
+"""The way from what the user calls a model to its parts."""
 
 import copy
 import logging

@@ -227,7 +227,7 @@ class Parts:
                 param.requires_grad_(spec.trainable)
 
     def dtype_of(self, unit: UnitSpec) -> torch.dtype:
-        """In which its parameters compute."""
+        """The dtype in which the unit's parameters compute."""
         return torch.float32 if unit.fp32 else self.dtype
 
     def attach(self, unit: int, flat: Tensor | None) -> None:
@@ -370,12 +370,12 @@ class Parts:
             self._source.read(spec, out.zero_())
 
     def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
-        """As `WeightSource.stored_bits`."""
+        """The same as `WeightSource.stored_bits`."""
         return self._source.stored_bits(unit)
 
     @property
     def import_element_bytes(self) -> int:
-        """As `WeightSource.element_bytes`."""
+        """The same as `WeightSource.element_bytes`."""
         return self._source.element_bytes
 
     def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
@@ -397,7 +397,7 @@ class Parts:
 
     @property
     def num_params(self) -> int:
-        """Those that no stage uses are exported, too."""
+        """Parameters of the model; those that no stage uses are exported, too."""
         return self.spec.num_params + (self.unused.num_params if self.unused else 0)
 
     def export_layout(self, dtype: torch.dtype) -> ExportLayout:

@@ -139,7 +139,7 @@ def _piece(each: Trained, optimizer: "Optimizer") -> "Piece":
 
 
 def _like(param: "nn.Parameter", values: "Tensor") -> "Tensor":
-    """In the parameter's dtype, device and memory format, as torch makes its states."""
+    """The values in the parameter's dtype, device and memory format, as torch makes its states."""
     import torch
 
     return torch.empty_like(param, requires_grad=False).copy_(values)

@@ -20,8 +20,8 @@ def write_moments(directory: Path, pieces: Sequence[Piece], *, step: int, shard_
 
 
 def replace_moments(directory: Path, pieces: Sequence[Piece], *, step: int, shard_bytes: int, stem: str) -> None:
-    """As `write_moments`, but an older set of that stem goes only when the new one is complete and
-    on disk. Files of these names that are no moments are refused.
+    """Write moments as `write_moments` does, but an older set of that stem goes only when the new
+    one is complete and on disk. Files of these names that are no moments are refused.
 
     What makes a set readable, its single file or its index, is removed first and put in place last:
     shards of two sets are never read as one.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 def contains(tree: Path, path: Path) -> bool:
-    """By their names, links followed; or one of the directories above ``path`` is the same as
-    ``tree``, as a second mount is. Neither need exist."""
+    """Whether ``path`` is in ``tree`` by their names, links followed; or one of the directories
+    above ``path`` is the same as ``tree``, as a second mount is. Neither need exist."""
     real, inside = os.path.realpath(tree), os.path.realpath(path)
     if inside == real or inside.startswith(os.path.join(real, "")):
         return True

@@ -101,7 +101,7 @@ def _stamp_of(content: Any) -> Stamp | None:
 
 
 def write_stamp(path: "str | os.PathLike[str]", stamp: Stamp) -> None:
-    """In the place of the one that the file has; on disk when this returns."""
+    """Write a stamp in the place of the one that the file has; on disk when this returns."""
     with opened(path, os.O_RDWR) as descriptor:
         os.pwrite(descriptor, stamp.pack(), os.fstat(descriptor).st_size - STAMP_BYTES)
         os.fsync(descriptor)

@@ -16,8 +16,8 @@ Activations = str | dict[str, "str | dict[str, str]"]
 these, or to these by name."""
 
 Kept = tuple[tuple[tuple[str, str], ...], ...]
-"""By block: ``(name, tier)`` of every inner activation that is kept, in the order in which forward
-makes them."""
+"""For each block ``(name, tier)`` of every inner activation that is kept, in the order in which
+forward makes them."""
 
 _EXAMPLE = "Write it like {'*': 'recompute', 'block.*': {'mlp.*': 'dram', 'sdpa': 'gpu'}}"
 

@@ -36,7 +36,8 @@ class BlockProfile:
     ``forward_flops`` where the last operations of a block serve its output alone, which backward
     does not need."""
     inner: tuple[Inner, ...] = ()
-    """In the order in which forward makes them. What is not listed is always recomputed."""
+    """Inner activations in the order in which forward makes them. What is not listed is always
+    recomputed."""
     seconds: tuple[tuple[int, float, float], ...] = ()
     """Measured: ``(rows, forward, backward with everything recomputed)``, by rows; empty where
     nothing was measured."""

@@ -77,8 +77,8 @@ def groups_of(saved: Iterable[Saved]) -> tuple[Group, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spill:
-    """That what autograd saves in the second run of a block goes to DRAM while it is made, and
-    comes back in backward."""
+    """A plan to spill: what autograd saves in the second run of a block goes to DRAM while it is
+    made, and comes back in backward."""
 
     region_bytes: int
     """DRAM that one block of one micro-batch fills at most; all use it in turn."""

@@ -21,7 +21,7 @@ class Keeping:
     micro-batch."""
 
     saved: tuple[Saved, ...]
-    """In the order in which forward makes it."""
+    """What is kept, in the order in which forward makes it."""
 
     @cached_property
     def by_block(self) -> dict[int, tuple[Saved, ...]]:
@@ -50,9 +50,9 @@ class Keeping:
         return found
 
     def slots(self, depth: int, *, inner: bool, on_ssd: bool) -> tuple[int, int]:
-        """For what leaves the GPU, or of that for what is on SSD: how many, and the bytes of each.
-        What one block keeps of one micro-batch is needed at once: there is room for ``depth`` times
-        the most that a block has."""
+        """The slots for what leaves the GPU, or of that for what is on SSD: how many, and the bytes
+        of each. What one block keeps of one micro-batch is needed at once: there is room for
+        ``depth`` times the most that a block has."""
         most, num_bytes = self._slots[inner, on_ssd]
         return depth * most, num_bytes
 

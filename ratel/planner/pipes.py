@@ -51,7 +51,8 @@ class SsdRates:
                     out_beside_bps=min(self.write_bps, self.mixed_bps - reads))
 
     def seconds(self, read: float, written: float) -> float:
-        """As long as both have work they share the mixed rate by halves; then one goes on alone."""
+        """Seconds of reads and writes at once. As long as both have work they share the mixed rate
+        by halves; then one goes on alone."""
         both = min(read, written)
         alone = (read - both) / self.read_bps + (written - both) / self.write_bps
         return max(2 * both / self.mixed_bps + alone, read / self.read_bps, written / self.write_bps)

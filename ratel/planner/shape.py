@@ -62,9 +62,9 @@ class UnitSpec:
     num_trainable: int
     num_elements: int
     fp32: bool = False
-    """Its compute copy and its gradient are fp32, whatever the others' are: both halves of the
-    master are needed where it computes. In a bf16 run such units are small, and their states are on
-    the GPU."""
+    """Whether the unit's compute copy and its gradient are fp32, whatever the others' are: both
+    halves of the master are needed where it computes. In a bf16 run such units are small, and their
+    states are on the GPU."""
 
     @property
     def num_params(self) -> int:
@@ -109,7 +109,7 @@ class ModelSpec:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """By unit: a number that units of one kind and size have in common."""
+        """A number for each unit that units of one kind and size have in common."""
         numbers: dict[tuple[str, int, int, bool], int] = {}
         return tuple(numbers.setdefault((u.kind, u.num_elements, u.num_trainable, u.fp32), len(numbers)) for u in self.units)
 
@@ -125,7 +125,7 @@ class ModelSpec:
 
 
 def closing_stages(spec: ModelSpec) -> dict[int, int]:
-    """By unit the first stage that uses it: the last one in backward order, after which its
+    """The first stage that uses each unit: the last one in backward order, after which its
     gradient is complete."""
     closing: dict[int, int] = {}
     for stage in spec.stages:
@@ -135,14 +135,14 @@ def closing_stages(spec: ModelSpec) -> dict[int, int]:
 
 
 def closing_units(spec: ModelSpec) -> dict[int, list[UnitSpec]]:
-    """By stage: the trained units whose gradients are complete when its backward pass is."""
+    """For each stage the trained units whose gradients are complete when its backward pass is."""
     closing = closing_stages(spec)
     return {stage.index: [unit for unit in map(spec.units.__getitem__, stage.units)
                           if unit.num_trainable and closing[unit.index] == stage.index] for stage in spec.stages}
 
 
 def forward_order(units: Iterable[UnitSpec]) -> list[UnitSpec]:
-    """As forward needs them: what several stages share comes first."""
+    """The units as forward needs them: what several stages share comes first."""
     return sorted(units, key=lambda unit: (unit.kind != "shared", unit.index))
 
 

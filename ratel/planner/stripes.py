@@ -6,8 +6,8 @@ ALIKE = 1.15
 """Rates within this ratio are taken to be equal: measurements of one drive differ by as much from
 day to day."""
 MOST_STRIPES = 16
-"""In one round. More follow the speeds more closely, and bring less than the measurements are good
-for."""
+"""The most stripes in one round. More follow the speeds more closely, and bring less than the
+measurements are good for."""
 NEARLY = 0.97
 """The shortest round is taken that gives this share of what the drives could do together."""
 

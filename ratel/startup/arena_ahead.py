@@ -86,7 +86,7 @@ def paused() -> Iterator[int]:
 
 @contextmanager
 def put_aside() -> Iterator[None]:
-    """For sessions beside the one that it is for: inside there is none."""
+    """Hide the memory that is mapped ahead from sessions beside the one that it is for."""
     global _current
     held, _current = _current, None
     try:

@@ -47,8 +47,8 @@ class _Context:
 
 
 def begin() -> None:
-    """In the background, on the first device. Nothing where PyTorch is there already: another one
-    may be chosen in it."""
+    """Make the CUDA context in the background, on the first device. Nothing is done where PyTorch
+    is there already: another one may be chosen in it."""
     global _current
     if "torch" not in sys.modules and _current is None:
         os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # PyTorch's own choice, which the driver reads once

@@ -25,8 +25,8 @@ _thread: threading.Thread | None = None
 
 
 def begin(device: str) -> None:
-    """In the background. ``wait`` must follow before anybody measures the GPU's memory or asks for
-    other kernels."""
+    """Call what a first step calls, in the background. ``wait`` must follow before anybody measures
+    the GPU's memory or asks for other kernels."""
     global _thread
     # No daemon: the interpreter must not end beside a library that is opening.
     _thread = threading.Thread(target=_load, args=(torch.device(device),), name="ratel-kernels")
@@ -34,7 +34,7 @@ def begin(device: str) -> None:
 
 
 def wait() -> None:
-    """Until what ``begin`` began is over."""
+    """Wait until what ``begin`` began is over."""
     global _thread
     thread, _thread = _thread, None
     if thread is not None:

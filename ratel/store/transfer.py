@@ -59,8 +59,8 @@ class UnitTransfer:
         return master
 
     def weight_pieces(self, unit: UnitSpec) -> Iterator[tuple[int, torch.Tensor]]:
-        """As `read_weights`, in pieces from the first to the last: ``(begin, values)``, each in the
-        memory of the one before."""
+        """The weights of `read_weights` in pieces from the first to the last: ``(begin, values)``,
+        each in the memory of the one before."""
         count = self._count(unit, "hi")
         size = min(PIECE_ELEMENTS, count)
         hi, lo, master = (aligned_empty(size, dtype) for dtype in (torch.bfloat16, torch.int16, torch.float32))
@@ -96,8 +96,8 @@ class UnitTransfer:
             plane.tensor[begin:end].copy_(values)
 
     def copy_frozen(self, unit: UnitSpec, name: str) -> None:
-        """From the current version into the others: while the unit lived elsewhere, commits have
-        written one or two."""
+        """Copy the frozen part from the current version into the others: while the unit lived
+        elsewhere, commits have written one or two."""
         plane, current = self._store.plane(unit.index, name), self._store.slot_to_read(unit.index)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
         others = [slot for slot in range(self._store.versions.num_slots) if slot != current]
@@ -118,7 +118,8 @@ class UnitTransfer:
         return self._store.plane(unit.index, name).num_elements if self._store.has(unit.index, name) else 0
 
     def _move(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor, *, write: bool) -> None:
-        """Between ``values`` and the part of the plane that starts at element ``begin``."""
+        """Move bytes between ``values`` and the part of the plane that starts at element
+        ``begin``."""
         plane = self._store.plane(unit.index, name)
         if plane.tier != SSD:
             part = plane.tensor[begin : begin + values.numel()]
@@ -129,8 +130,8 @@ class UnitTransfer:
             self._read(unit, name, begin, values)
 
     def _import(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
-        """In the current version. Updates leave the frozen part alone, so it goes into every
-        version that will be."""
+        """Import values into the current version. Updates leave the frozen part alone, so it goes
+        into every version that will be."""
         frozen = 0 < unit.num_trainable <= begin
         self._write(unit, name, begin, values, range(self._store.versions.num_slots) if frozen
                     else [self._store.slot_to_read(unit.index)])

@@ -35,8 +35,8 @@ class Bubbles:
     busy_s: float
     """Seconds for which the compute lane is busy; with ``idle_s`` they add up to the step."""
     idle_s: dict[str, float]
-    """By cause, the largest first: ``weights: SSD read``, ``update: CPU``, ``norm``, ``launch``,
-    ..."""
+    """Idle seconds by cause, the largest first: ``weights: SSD read``, ``update: CPU``, ``norm``,
+    ``launch``, ..."""
 
     @property
     def exposed_optimizer_s(self) -> float:

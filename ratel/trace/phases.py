@@ -62,5 +62,5 @@ def as_one(name: str) -> Iterator[None]:
 
 
 def phases() -> list[dict[str, Any]]:
-    """In the order in which they ended: ``name``, ``begin_s``, ``end_s``."""
+    """The phases in the order in which they ended: ``name``, ``begin_s``, ``end_s``."""
     return list(_phases)

@@ -18,8 +18,8 @@ from ratel.training.states import StateDirectory
 JSON_FILES: dict[str, set[str]] = {
     "documents.json": {"lists"}, "skipped.json": {"skipped", "lines"}, "startup.json": {"phases"}, "plan.json": {"model", "parameters", "units"}, "hardware.json": {"host", "cuda"},
     "config.json": {"model", "data", "steps", "batch_size", "seq_len"}}
-"""By name, what is in one that a run has written; config.json is the last to go: it says that the
-others are a run's."""
+"""What is in each JSON file that a run has written, by name; config.json is the last to go: it says
+that the others are a run's."""
 METRICS = "metrics.jsonl"
 REPLACED = ("model", "model.partial", "model.replaced", "state")
 """Directories in OUT that a run fills, empties or renames."""

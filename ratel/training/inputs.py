@@ -38,8 +38,8 @@ class Inputs:
     own_tokenizer: Any = None
     """The model directory's, if that is where the tokenizer comes from."""
     lists: Callable[[], dict[str, Any]] | None = None
-    """For OUT/documents.json: which documents there are, and were where the state that is resumed
-    was saved."""
+    """The content of OUT/documents.json: which documents there are, and were where the state that
+    is resumed was saved."""
     skipped: "SkippedLines | None" = None
 
     def write_tokenizer(self, directory: Path) -> None:
@@ -110,7 +110,7 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
 
 
 def _lists(now: "DocumentList", before: "dict[str, DocumentList]", position: dict[str, Any] | None) -> dict[str, Any]:
-    """That of the state which is resumed stays, until a newer state is there."""
+    """The list of the state which is resumed stays, until a newer state is there."""
     from ratel.data.sources.documents import MOST_LISTED
 
     content = position["data"].get("content") if position is not None else None
@@ -138,7 +138,7 @@ def _from_batches(data: Any, eval_data: Any, taken: int | None) -> Inputs:
 
 
 def _check_not_empty(batches: Iterable[Any], field: str) -> None:
-    """As far as their number is known before they are made."""
+    """Refuse no batches at all, as far as their number is known before they are made."""
     if length_hint(batches, 1) == 0:
         raise RatelError("there is no batch in it", field=field, value=type(batches).__name__)
 

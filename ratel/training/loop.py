@@ -83,8 +83,8 @@ class Loop:
     evaluation: Callable[[], Iterable[Any]] | None = None
     eval_every: int = 0
     tries_evaluation: bool = False
-    """Its first batch is evaluated after the first step, too: what cannot be shall end a run then
-    and not after its last."""
+    """Whether the first batch of an evaluation is evaluated after the first step, too: what cannot
+    be shall end a run then and not after its last."""
     save: Callable[[Progress], None] | None = None
     save_every: int = 0
     save_best: Callable[[Progress], None] | None = None
@@ -164,7 +164,8 @@ class Loop:
             self.session.evaluate(islice(self.evaluation(), 1))
 
     def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """At least one batch, so that there is a mean to take."""
+        """The batches until somebody asks to stop; at least one, so that there is a mean to
+        take."""
         for batch in batches:
             yield batch
             if self.stop.requested:

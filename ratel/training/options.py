@@ -16,8 +16,8 @@ _UNREMARKABLE = (*_OF_ONE_START, "out", "quiet", "log_every", "optimizer_state")
 
 
 def complete(given: Mapping[str, Any], file: str | os.PathLike[str] | None) -> TrainConfig:
-    """As `ratel.config.resolve`; with ``resume``, what is not given is what it was in the run to be
-    continued."""
+    """The same as `ratel.config.resolve`; with ``resume``, what is not given is what it was in the
+    run to be continued."""
     in_file = read_file(Path(file)) if file is not None else {}
     named = {**in_file, **given}
     if named.get("resume") is not True or named.get("out") is None:

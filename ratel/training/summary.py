@@ -30,8 +30,8 @@ FEW_STEPS = 10
 
 
 def _course(losses: list[float]) -> str:
-    """From the first loss to the last; one batch says little, so in a longer run to the mean of the
-    last ones."""
+    """The course from the first loss to the last; one batch says little, so in a longer run to the
+    mean of the last ones."""
     if len(losses) < 2 * FEW_STEPS:
         return f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     return f"loss {losses[0]:.4f} -> {sum(losses[-FEW_STEPS:]) / FEW_STEPS:.4f} (mean of the last {FEW_STEPS})"

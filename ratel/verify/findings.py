@@ -49,7 +49,7 @@ class Verdict:
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
-        """Those with a result that is not right; an error tells of itself."""
+        """The findings with a result that is not right; an error tells of itself."""
         return tuple(finding for finding in self.findings if finding.outcome == FAILED)
 
     @property

@@ -33,7 +33,7 @@ class Pass:
 
 
 def session_options(dtype: torch.dtype, rows: int) -> dict[str, object]:
-    """With a first moment that forgets at once, it is the gradient."""
+    """Options of a session whose first moment forgets at once, and so is the gradient."""
     return dict(dtype="bf16" if dtype is torch.bfloat16 else "fp32", device="cpu", lr=1e-3, betas=(0.0, 0.999), max_grad_norm=0,
                 micro_batch=rows, optimizer_threads=1)
 

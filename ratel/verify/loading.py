@@ -32,7 +32,7 @@ def compare_loading(directory: "str | Path", dtype: torch.dtype = torch.float32)
 
 
 def _parameters_of(parts: Parts) -> dict[str, Tensor]:
-    """As the model computes with them, under every name they have."""
+    """The parameters as the model computes with them, under every name they have."""
     found: dict[str, Tensor] = {}
     current = dict(parts.module.named_parameters(remove_duplicate=False))
     for unit in (*parts.spec.units, *([parts.unused] if parts.unused else [])):

@@ -14,7 +14,7 @@ from ratel.verify.quiet import quiet
 REGISTRIES = {"next-token": "CAUSAL_LM", "classify": "SEQUENCE_CLASSIFICATION", "tokens": "TOKEN_CLASSIFICATION",
               "masked-lm": "MASKED_LM"}
 LIMIT_S = 180.0
-"""For one class. It takes two to ten seconds."""
+"""Seconds that one class may take. It takes two to ten."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     # What a configuration class has no default for, or none that its own model can be built with.
@@ -87,7 +87,8 @@ def entries() -> list[Entry]:
 
 
 def check_entry(entry: Entry) -> Verdict:
-    """In this process. What cannot even be built is refused with transformers' reason."""
+    """Check a class in this process. What cannot even be built is refused with transformers'
+    reason."""
     import transformers
 
     from ratel.verify.family import check_class
@@ -123,7 +124,8 @@ def _reason(error: Exception) -> str:
 
 
 def check_entries(chosen: Iterable[Entry], *, processes: int, limit_s: float = LIMIT_S) -> Iterator[Verdict]:
-    """As they are done. A class that crashes or takes too long ends its own process only."""
+    """The verdicts as they are done. A class that crashes or takes too long ends its own process
+    only."""
     import torch
     import transformers.modeling_utils  # noqa: F401 - once, for all the processes that are forked from here
 

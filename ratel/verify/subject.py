@@ -44,7 +44,7 @@ class Subject:
         self.vocab = getattr(config.get_text_config(), "vocab_size", None) or HIGHEST
 
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """As transformers loads it, in training mode; a new one at each call."""
+        """The model as transformers loads it, in training mode; a new one at each call."""
         if dtype not in self._loaded:
             module = self._class.from_pretrained(self.directory, dtype=dtype, local_files_only=True).train()
             for name, param in module.named_parameters():

@@ -72,13 +72,13 @@ class Encoder:
         return Document(ids=closed, targets=targets, whole=isinstance(record, Completion))
 
     def _begin(self, ids: np.ndarray) -> np.ndarray:
-        """With BOS before it, unless the text was written with one."""
+        """The tokens with BOS before them, unless the text was written with one."""
         is_begun = ids[:len(self._prefix)].tolist() == self._prefix
         return ids if is_begun else np.concatenate([np.array(self._prefix, dtype=np.int32), ids])
 
     def _close(self, ids: np.ndarray, targets: np.ndarray, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
-        """With EOS after it, unless it is there already (before a newline, as chat templates write
-        it).
+        """The tokens with EOS after them, unless it is there already (before a newline, as chat
+        templates write it).
 
         EOS is a target where the token before it is one, and (``learn``) not the end of a turn by
         itself.

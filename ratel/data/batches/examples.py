@@ -35,7 +35,7 @@ class Example:
     types: np.ndarray | None = None
     labels: Any = None
     starts: tuple[int, ...] = (0,)
-    """As in `Document`: it is one text."""
+    """Where texts begin, as in `Document`: an example is one text."""
 
     def __len__(self) -> int:
         return len(self.ids)

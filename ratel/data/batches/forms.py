@@ -50,7 +50,8 @@ class Form(Protocol):
 
 
 class Packed:
-    """For the next token: documents share sequences of one length, or are alone in them."""
+    """The form for learning the next token: documents share sequences of one length, or are alone
+    in them."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, vocab_size: int | None, alone: bool = False,
                  marks_padding: bool = False, today: date | None = None) -> None:

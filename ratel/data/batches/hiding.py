@@ -43,7 +43,7 @@ class Hiding:
 
 
 def uniform(places: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    """For each place (uint64) a number in ``[0, 1)`` that the key fixes: the finalizer of
+    """A number for each place (uint64) in ``[0, 1)`` that the key fixes: the finalizer of
     splitmix64, twice for each part."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):

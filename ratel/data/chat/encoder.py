@@ -53,7 +53,8 @@ class ChatEncoder:
         return [self._tokenize(row) for row in self.rows(chat)]
 
     def rows(self, chat: Chat) -> list[Row]:
-        """In the first shape of the messages in which the template writes all that they say."""
+        """The rows of a conversation, in the first shape of the messages in which the template
+        writes all that they say."""
         source = self._source(chat)
         template = self._template(source)
         refusal: RecordError | None = None

@@ -60,7 +60,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.limit_filters()
 
     def limit_filters(self) -> None:
-        """Once more, when others are put in the place of some."""
+        """Limit the filters; this is called once more when others take the place of some."""
         self.filters = {name: function if hasattr(function, _LIMITED) else _counted(name, function)
                         for name, function in self.filters.items()}
 

@@ -22,7 +22,7 @@ _HEADERS = ("role", "name", "tool_call_id")
 """What a message has beside its text. No model writes it."""
 
 TOOLS = -1
-"""In place of a message's index: the list of tools."""
+"""Stands for the list of tools, in place of a message's index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class Shaped:
 
 
 def shapes_of(messages: Sequence[Mapping[str, Any]], *, in_parts: bool) -> Iterator[Shape]:
-    """As the messages are written first, then what else they can be turned into without a loss.
-    ``in_parts``: the template takes contents in no other way."""
+    """The messages first as they are written, then what else they can be turned into without a
+    loss. ``in_parts``: the template takes contents in no other way."""
     contents: list[str | None] = [None]
     if any(isinstance(message.get("content"), list) for message in messages):
         contents.append("string")
@@ -160,8 +160,9 @@ class _Marker:
 
 
 def field_finder(fields: Sequence[Field]) -> Callable[[str], str]:
-    """From origins of fields to origins of messages: ``chr(2 + index)``, ``\\1`` for names and
-    roles, ``\\0`` for what the template writes and for the tools' list, with or without marks."""
+    """A function from origins of fields to origins of messages: ``chr(2 + index)``, ``\\1`` for
+    names and roles, ``\\0`` for what the template writes and for the tools' list, with or without
+    marks."""
     table: dict[int, str] = {0: "\0", 1: "\0"}
     for field in fields:
         owner = "\0" if field.message == TOOLS else chr(2 + field.message) if field.is_said else "\1"

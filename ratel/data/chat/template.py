@@ -186,5 +186,5 @@ def _mark_ends_of_loops(node: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """As APIs write a call's arguments."""
+    """A value as APIs write a call's arguments."""
     return json.dumps(value, ensure_ascii=False)

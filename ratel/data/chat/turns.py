@@ -48,8 +48,8 @@ class Turns:
         self._owners_of = field_finder(shaped.fields)
 
     def rows(self) -> list[Row]:
-        """In the order of the turns; each learned turn is in one of them, as the model will have to
-        write it."""
+        """The rows in the order of the turns; each learned turn is in one of them, as the model
+        will have to write it."""
         rows = [self.whole]
         for turn in reversed(self._learned):
             row, start, end = self._find(turn, rows)
@@ -183,8 +183,8 @@ class Turns:
         return found.text[:at] if at >= 0 else None
 
     def _marked(self, row: Row, turn: int, start: int, end: int, said: int) -> list[Span]:
-        """By the template's own marks where it has some: what they leave out of its own writing is
-        not learned."""
+        """What is learned by the template's own marks, where it has some: what they leave out of
+        its own writing is not learned."""
         is_marked, owners = _codes(row.rendering.origins) & 1 == 1, _codes(row.owners)
         if not is_marked.any():
             return [(start, end)]

@@ -36,7 +36,7 @@ class ConversationCheck:
         self.seen = Totals()
 
     def at_once(self, seconds: float | None = None) -> None:
-        """In the caller's thread; raises what it finds."""
+        """Check in the caller's thread; raises what it finds."""
         until_s = perf_counter() + (AT_ONCE_S if seconds is None else seconds)
         while not self.is_done and perf_counter() < until_s:
             interrupt.check()
@@ -44,8 +44,8 @@ class ConversationCheck:
         self.raise_found()
 
     def go_on(self, own_encode: Callable[[], Callable[[Any], Any]]) -> None:
-        """In a thread, from where it stands. ``own_encode`` makes an encoder for it: a tokenizer
-        serves one thread."""
+        """Check on in a thread, from where the check stands. ``own_encode`` makes an encoder for
+        it: a tokenizer serves one thread."""
         if not self.is_done and self._thread is None:
             self._encode = own_encode()
             self._stopped.clear()

@@ -104,8 +104,8 @@ def texts_of(document: Document) -> list[tuple[int, int]]:
 
 
 def learned_of(document: Document) -> np.ndarray:
-    """Its targets, without the first token of each text: nothing comes before it that would predict
-    it."""
+    """A document's targets, without the first token of each text: nothing comes before it that
+    would predict it."""
     learned = document.targets.copy()
     learned[list(document.starts)] = False
     return learned

@@ -62,7 +62,7 @@ class Corpus:
         return sum(source.num_bytes for source in self.sources)
 
     def read(self, number: int) -> Record | None:
-        """As `record`, but a bad document is a RatelError, too, which names its line."""
+        """The same as `record`, but a bad document is a RatelError, too, which names its line."""
         try:
             return self.record(number)
         except RecordError as error:

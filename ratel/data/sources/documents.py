@@ -64,7 +64,8 @@ class DocumentList:
 
 
 def read_lists(path: Path) -> dict[str, DocumentList]:
-    """By content; none where the file is missing or damaged: whoever needs one says so."""
+    """The lists of documents by content; none where the file is missing or damaged: whoever needs
+    one says so."""
     try:
         lists = [DocumentList.from_json(found) for found in check(read_json(path), _FILE)["lists"]]
     except (OSError, ValueError):
@@ -73,7 +74,7 @@ def read_lists(path: Path) -> dict[str, DocumentList]:
 
 
 def find(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """For each digest the number of a document that has it, no document twice; -1 where there is
+    """The number of a document that has it, for each digest, no document twice; -1 where there is
     none (left)."""
     order = np.argsort(among, kind="stable")
     ranks = np.empty(len(wanted), dtype=np.int64)

@@ -151,8 +151,8 @@ class Labels:
                              "apart", field=field, remedy="Give data with two labels or more")
 
     def number(self, label: Label) -> int:
-        """Its place among the names; a whole number that is no name is the place itself. Raises
-        RecordError."""
+        """The label's place among the names; a whole number that is no name is the place itself.
+        Raises RecordError."""
         found = self._numbers.get(str(label))
         if found is None and isinstance(label, int) and self._is_known and 0 <= label < len(self.names):
             return label

@@ -9,7 +9,7 @@ from ratel.data.sources.records import RecordError
 
 log = logging.getLogger(__name__)
 LISTED = 10_000
-"""More are counted only."""
+"""The most lines that are listed; more are counted only."""
 _TOLD = 5
 
 

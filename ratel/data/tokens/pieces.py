@@ -110,7 +110,7 @@ class Pieces:
         return np.concatenate(found)
 
     def begin(self, text: str, count: int) -> str:
-        """As much of a long text as its first ``count`` tokens come from, at least."""
+        """So much of a long text as its first ``count`` tokens come from, at least."""
         if len(text) <= LONG:
             return text
         end, found = 0, 0

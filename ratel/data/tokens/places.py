@@ -165,7 +165,8 @@ def _splits(backend: Any, text: str) -> list[str]:
 
 
 def _splits_behind(backend: Any, before: str, text: str) -> list[str] | None:
-    """Those of a text behind another one. None where that one's own are others then."""
+    """The pieces into which a text is split behind another one. None where the other one's pieces
+    then change."""
     alone, both = _splits(backend, before) if before else [""], _splits(backend, before + text)
     *whole, last = alone
     if both[:len(whole)] != whole or not both[len(whole):] or not both[len(whole)].startswith(last):

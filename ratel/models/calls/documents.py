@@ -25,7 +25,7 @@ _FUNCTIONS = ("create_causal_mask", "create_sliding_window_causal_mask", "create
 
 
 class MaskFunctions:
-    """Those of transformers that the code of a model calls, by where it finds them."""
+    """The mask functions of transformers that the code of a model calls, by where it finds them."""
 
     def __init__(self, module: nn.Module) -> None:
         from transformers import masking_utils

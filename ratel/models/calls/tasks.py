@@ -45,7 +45,7 @@ class Task:
 
     @classmethod
     def of(cls, task: "str | Task | Mapping[str, Any]") -> "Task | None":
-        """From what a user or a saved run says; None for the next token."""
+        """A task from what a user or a saved run says; None for the next token."""
         if isinstance(task, Task):
             return task
         if isinstance(task, Mapping):
@@ -187,7 +187,7 @@ class TaskRunner(LossRunner):
         return labels.long()
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
-        """Over how many targets the loss of a batch is a mean: rows, or tokens."""
+        """How many targets the loss of a batch is a mean over: rows, or tokens."""
         labels = batch["labels"]
         return labels.shape[0] if labels.is_floating_point() else int((labels != IGNORED).sum())
 
@@ -218,7 +218,7 @@ class TaskRunner(LossRunner):
 
 
 def _problem_of(labels: Tensor, num_labels: int) -> str:
-    """As transformers concludes it from the first labels that come."""
+    """The kind of problem, as transformers concludes it from the first labels that come."""
     return REGRESSION if num_labels == 1 else MULTI if labels.is_floating_point() else SINGLE
 
 

@@ -23,8 +23,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.inde
 """How names of files end that hold weights, which are of the model before training."""
 
 FOLDERS = ("additional_chat_templates",)
-"""That are read with the files beside them. Others hold other models, or what a program keeps for
-itself."""
+"""Folders that are read with the files beside them. Others hold other models, or what a program
+keeps for itself."""
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -45,7 +45,7 @@ class Origin:
     """What a task says otherwise (labels and the like)."""
 
     def with_change(self, name: str, value: Any) -> "Origin":
-        """With a setting that came to be known in training."""
+        """The origin with a setting that came to be known in training."""
         config = copy.deepcopy(self.config)
         if config is not None:
             setattr(config, name, value)
@@ -132,8 +132,8 @@ def _files_beside(directory: Path) -> Iterator[str]:
 
 
 def _copy(path: Path, to: Path) -> None:
-    """Its content: a link (as a cache of a hub has) becomes a file, and permissions are those of
-    new files. One that is gone by now is no reason to lose what was trained."""
+    """Copy a file's content: a link (as a cache of a hub has) becomes a file, and permissions are
+    those of new files. One that is gone by now is no reason to lose what was trained."""
     try:
         source = open_regular(path)
     except OSError as error:

@@ -10,7 +10,7 @@ from ratel.schema import SchemaError, check, record, shown, text
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_LAYERS = 2048
-"""More than any model has; each is built in outline before its weights are looked at."""
+"""More layers than any model has; each is built in outline before its weights are looked at."""
 _LARGEST_NUMBER = 1 << 53
 _CONFIG = record({"model_type": text("[^/\\\\\\x00]+", "the name of a kind of model")}, is_open=True)
 

@@ -1,5 +1,5 @@
-"""In which precision `from_pretrained` keeps what: most of a model in the dtype that is asked for,
-some of it always in fp32."""
+"""The precision in which `from_pretrained` keeps what: most of a model in the dtype that is asked
+for, some of it always in fp32."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ def kept_in_fp32(module: nn.Module, dtype: torch.dtype) -> set[str]:
 
 
 def planned_in_fp32(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Those of which the class says so (`_keep_in_fp32_modules_strict` and the like)."""
+    """The parameters of which the class says so (`_keep_in_fp32_modules_strict` and the like)."""
     if dtype is torch.float32 or not hasattr(module, "_get_dtype_plan"):
         return set()
     from transformers.core_model_loading import build_glob_alternation

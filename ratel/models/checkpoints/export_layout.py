@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class UnitToExport:
     spec: UnitSpec
     stored_names: dict[str, str]
-    """By a parameter's name in the unit: the one of its names that is stored."""
+    """The one of a parameter's names that is stored, by its name in the unit."""
     groups: tuple[Group, ...]
 
     @property
@@ -80,9 +80,9 @@ def _stored_name(module: nn.Module, param: ParamSpec) -> str:
 
 
 def _originals(module: nn.Module, outlines: dict[str, Outline], units: list[frozenset[str]], other: frozenset[str]) -> Originals:
-    """As the checkpoint had them; under the module's names, which transformers reads as well, where
-    what would have to be converted together is not together in memory, or transformers cannot turn
-    it back."""
+    """The tensors as the checkpoint had them; under the module's names, which transformers reads as
+    well, where what would have to be converted together is not together in memory, or transformers
+    cannot turn it back."""
     found = Originals(module, outlines)
     homes = {name: number for number, names in enumerate([other, *units]) for name in names}
     stored = [name for group in found.groups for name in group.outlines]

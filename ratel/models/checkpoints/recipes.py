@@ -28,16 +28,17 @@ class Recipe:
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
     by_name: dict[str, Recipe]
-    """By name in the module's state dict. A recipe with several products is there under each of
-    their names."""
+    """Recipes by name in the module's state dict. A recipe with several products is there under
+    each of their names."""
     unused: list[str]
     """Stored tensors that the model has no place for, under the names that they would have in
     it."""
 
 
 def find_recipes(module: nn.Module, stored: Iterable[str]) -> Recipes:
-    """For every stored tensor the place that `from_pretrained` would put it. What was renamed or
-    converted is left with the module, so that transformers can write the tensors as they were."""
+    """Find the place of every stored tensor that `from_pretrained` would put it. What was renamed
+    or converted is left with the module, so that transformers can write the tensors as they
+    were."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 

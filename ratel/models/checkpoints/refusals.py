@@ -82,7 +82,7 @@ def refuse_file(path: Path) -> RatelError:
 
 
 def refuse_quantized(config: Any, name: str) -> None:
-    """From the configuration of the model or of a part of it."""
+    """Refuse a quantized model, by its configuration or that of a part of it."""
     for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", None) or ())):
         settings = getattr(part, "quantization_config", None)
         if settings is not None:

@@ -1,4 +1,5 @@
-"""What of a model's configuration its computation depends on: a run that is continued must have the same."""
+"""What of a model's configuration its computation depends on: a run that is continued must have the
+same."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ _NOT_COMPUTED_WITH = frozenset((
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """As JSON values; none of a module that has no such configuration."""
+    """The settings as JSON values; none of a module that has no such configuration."""
     if not hasattr(config, "to_dict"):
         return {}
     return json.loads(json.dumps(_kept(config.to_dict()), default=str))

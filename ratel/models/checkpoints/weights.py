@@ -46,9 +46,9 @@ def round_half_up(master: Tensor) -> Tensor:
 
 
 def round_ties_to_even(master: Tensor) -> None:
-    """In place, so that the upper half of each master is what PyTorch rounds it to (ties go to
-    even; `hi` rounds them up): a number half way between two of bf16 that goes down is made the
-    next smaller fp32. fp16 weights have many of them."""
+    """Change masters in place, so that the upper half of each master is what PyTorch rounds it to
+    (ties go to even; `hi` rounds them up): a number half way between two of bf16 that goes down is
+    made the next smaller fp32. fp16 weights have many of them."""
     for begin in range(0, master.numel(), PIECE_ELEMENTS):
         bits = master[begin : begin + PIECE_ELEMENTS].view(torch.int32)
         bits.sub_(((bits & 0x1FFFF) == 0x8000).to(torch.int32))

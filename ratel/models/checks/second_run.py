@@ -55,7 +55,7 @@ def _without_graph(run: Callable[[], Tensor]) -> Tensor:
 
 
 def with_graph_dropped(run: Callable[[], Tensor]) -> Tensor:
-    """As in backward, but in no more memory than forward takes."""
+    """Run a block as in backward, but in no more memory than forward takes."""
     with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda packed: packed):
         return run().detach()
 

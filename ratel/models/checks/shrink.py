@@ -81,7 +81,7 @@ class _Sizes:
         self.layers = _layers_kept(settings, self.num_layers)
 
     def width(self, value: int) -> int:
-        """In proportion to the hidden states, in eights."""
+        """A width in proportion to the hidden states, in eights."""
         return min(max(8, round(value * WIDTH / self.hidden / 8) * 8), 4 * WIDTH)
 
     def head_dim(self, value: int) -> int:

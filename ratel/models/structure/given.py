@@ -55,7 +55,7 @@ def changed_argument(block: nn.Module, name: str, value: Any) -> RatelError:
 
 
 def named_arguments(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names that ``forward`` has for them."""
+    """The arguments by the names that ``forward`` has for them."""
     names = [p.name for p in inspect.signature(block.forward).parameters.values()
              if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names += [f"argument {number}" for number in range(len(names), len(args))]

@@ -41,7 +41,7 @@ class Shadow(TorchDispatchMode):
         """What was read that was made elsewhere in this forward and not given: where it is read,
         where it was made, its storage."""
         self._made: dict[int, tuple[StorageWeakRef, Place]] = {}
-        """By storage: where it was made. A weak reference keeps the address from being used
+        """Where each storage was made. A weak reference keeps the address from being used
         again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -76,7 +76,7 @@ class Originals:
                              remedy="Close that session first; if nothing refers to it any more, load the model anew")
         self._root = root
         self.tensors: dict[str, Tensor] = {}
-        """By first name; on the meta device if the module came without weights."""
+        """The parameters by first name; on the meta device if the module came without weights."""
         self._devices: dict[str, torch.device] = {}
         self._trainable: dict[str, bool] = {}
         self._buffers = [(m, name, buffer) for m in root.modules() for name, buffer in m._buffers.items()]

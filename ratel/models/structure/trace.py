@@ -92,8 +92,8 @@ class _Watch:
         (self.between.append if self.blocks else self.used[0].update)(self.shadow.touched)
 
     def release(self) -> None:
-        """From the last block to the first: a graph that is freed as a whole goes down it call by
-        call, and with a thousand blocks off the end of the stack."""
+        """Free the graph from the last block to the first: a graph that is freed as a whole goes
+        down it call by call, and with a thousand blocks off the end of the stack."""
         while self.calls:
             self.calls.pop()
             if self.outputs:
@@ -263,7 +263,8 @@ def _examine_block(watch: _Watch, k: int, output: Tensor, given: list[Tensor]) -
 
 
 def _examine_reads(watch: _Watch, last: Tensor) -> None:
-    """As for graphs, for what carries no gradient: numbers that were detached, masks, counts."""
+    """Examine, as for graphs, what carries no gradient: numbers that were detached, masks,
+    counts."""
     for (block, inside), (_, made_inside), storage in watch.shadow.foreign:
         if inside:
             raise _Foreign(refusal(_NOT_GIVEN, watch.blocks[block], "Hand it to the block as an argument"))

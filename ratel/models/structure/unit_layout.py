@@ -1,5 +1,5 @@
-"""From a trace to units and stages: which parameter lives in which unit, is it trained, does it
-decay."""
+"""The way from a trace to units and stages: which parameter lives in which unit, is it trained,
+does it decay."""
 
 import logging
 from collections import defaultdict
@@ -83,7 +83,7 @@ def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: l
 
 
 def _stages_of(params: list[nn.Parameter], trace: Trace) -> list[list[int]]:
-    """By parameter, the numbers of the stages that use it."""
+    """The numbers of the stages that use each parameter."""
     owned: dict[int, set[int]] = {}
     for number, block in enumerate(trace.stages, start=1):
         # All of a block's parameters count, also those this forward passed by: an expert no token

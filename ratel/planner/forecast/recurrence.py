@@ -1,8 +1,10 @@
-"""When each stage of a step is done, stage by stage: the maximum of what it waits for, plus its own time.
+"""When each stage of a step is done, stage by stage: the maximum of what it waits for, plus its own
+time.
 
-Every resource does its work in a fixed order, so that all of it is maxima and sums: more of a resource can never make
-a step slower here, and a step of a hundred blocks takes milliseconds to predict. What the simulator
-(``ratel/planner/forecast/simulate.py``) has and this leaves out are chunks: a unit's update is one piece here.
+Every resource does its work in a fixed order, so that all of it is maxima and sums: more of a
+resource can never make a step slower here, and a step of a hundred blocks takes milliseconds to
+predict. What the simulator (``ratel/planner/forecast/simulate.py``) has and this leaves out are
+chunks: a unit's update is one piece here.
 """
 
 from collections import deque
@@ -19,10 +21,12 @@ from ratel.planner.traffic import (Traffic, activation_traffic, gather_traffic, 
                                    spill_traffic, update_traffic)
 
 MOST_STEPS = 12
-"""Steps followed at most until two take the same time; two or three are enough unless the optimizer lags behind."""
+"""Steps followed at most until two take the same time; two or three are enough unless the optimizer
+lags behind."""
 
 COPIES_BEHIND = 2
-"""Blocks whose activations may still be on their way to DRAM when the next is launched: ratel/runtime/streams/activations.py."""
+"""Blocks whose activations may still be on their way to DRAM when the next is launched:
+ratel/runtime/streams/activations.py."""
 
 CLASSES = ("block", "ends", "shared")
 
@@ -44,7 +48,8 @@ class Times:
 
 
 def follow(plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> Times:
-    """Steady state: steps are followed until two in a row take the same time. ``prices``: of forward and backward."""
+    """Steady state: steps are followed until two in a row take the same time. ``prices``: of
+    forward and backward."""
     steps = _Steps(plan, gpu, prices)
     times = steps.run()
     for _ in range(MOST_STEPS):
@@ -61,7 +66,8 @@ def update_order(plan: Plan) -> list[UnitSpec]:
 
 
 def step_schedule(plan: Plan) -> list[Gather]:
-    """The step's gathers; one brings back all that left the GPU of a block and micro-batch, its input or its inside."""
+    """The step's gathers; one brings back all that left the GPU of a block and micro-batch, its
+    input or its inside."""
     blocks = range(len(plan.checkpoint_tiers))
     leaving = tuple(DRAM if activation_traffic(plan, block, 1).d2h else GPU for block in blocks)
     return gathers(replace(plan, checkpoint_tiers=leaving, kept=()), training=True)
@@ -81,7 +87,8 @@ class Slots:
 
 
 class _Ssd:
-    """What the GPU waits for goes first, reads beside writes; updates are done in what time that leaves."""
+    """What the GPU waits for goes first, reads beside writes; updates are done in what time that
+    leaves."""
 
     def __init__(self) -> None:
         self._reads = self._writes = self._rest = self._owed = 0.0
@@ -108,7 +115,8 @@ class _Steps:
     def __init__(self, plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> None:
         self._plan, self._gpu, self._prices, self._price = plan, gpu, prices, prices[0]
         self._schedule, self._rows = step_schedule(plan), micro_rows(plan)
-        # All that is asked for again and again in every step is found once: a search follows a thousand plans.
+        # All that is asked for again and again in every step is found once: a search follows a
+        # thousand plans.
         off_gpu = [not place.on_gpu for place in plan.placements]
         self._streamed = {s.index: [u for u in s.units if off_gpu[u]] for s in plan.spec.stages}
         self._closing = {stage: [u for u in units if off_gpu[u.index]] for stage, units in closing_units(plan.spec).items()}
@@ -126,7 +134,8 @@ class _Steps:
         self._back_slots, self._staging_out, self._staging_in = (Slots(plan.buffers.checkpoint_slots) for _ in range(3))
         self._out = [[activation_traffic(plan, block, rows) for rows in self._rows[:1] + self._rows[-1:]]
                      for block in range(len(plan.checkpoint_tiers))]
-        """By block: of a full micro-batch, and of the last. Asked for in every pass of every micro-batch."""
+        """The traffic of each block for a full micro-batch and for the last. It is asked for in
+        every pass of every micro-batch."""
         self._landed: dict[int | tuple[int, int], float] = {}
         self._uses: dict[int, int] = {}
         self._saved: dict[tuple[int, int], float] = {}
@@ -136,7 +145,8 @@ class _Steps:
         """Units whose updated weights wait in DRAM for the next forward pass."""
 
     def run(self) -> Times:
-        """One step, from the end of the backward pass before it (updates on the GPU go on) to the end of its own."""
+        """One step, from the end of the backward pass before it (updates on the GPU go on) to the
+        end of its own."""
         began, computed = self._norm_known, self._compute
         self._opened = max(self._opened, began)
         self._todo = iter(self._schedule)
@@ -155,7 +165,8 @@ class _Steps:
         return Times(step_s=self._norm_known - began, forward_s=forward_s)
 
     def _first_landing(self, computed: float) -> float:
-        """When the first stage can start: what eager updates of the step before take until then is that step's."""
+        """When the first stage can start: what eager updates of the step before take until then is
+        that step's."""
         return max([computed, *map(self._landing, self._streamed[0])])
 
     # --- the GPU ------------------------------------------------------------------------------------------------
@@ -198,7 +209,8 @@ class _Steps:
             self._leave(unit)
 
     def _spilled(self, rows: int) -> float:
-        """When what a block's second run saves has left and come back: each way begins with what is saved first."""
+        """When what a block's second run saves has left and come back: each way begins with what is
+        saved first."""
         moved = spill_traffic(self._plan, rows)
         if not moved.d2h:
             return 0.0
@@ -219,7 +231,8 @@ class _Steps:
         if not moved.d2h:
             return
         if moved.ssd_written:
-            # The thread that launches the GPU's work waits for the slot, and so does what it launches next.
+            # The thread that launches the GPU's work waits for the slot, and so does what it
+            # launches next.
             self._compute = max(self._compute, self._staging_out.acquire())
         self._d2h = max(self._d2h, self._compute) + moved.d2h * self._price.d2h
         self._copies.append(self._d2h)
@@ -270,7 +283,8 @@ class _Steps:
         begin, update_s = max(self._cpu, ready), unit.num_trainable * price.update
         through = 0.0
         if read + written:
-            # What is written has been computed, and no more is read ahead of that than the ring holds.
+            # What is written has been computed, and no more is read ahead of that than the ring
+            # holds.
             through = self._ssd.rest(max(begin - ring * read * price.ssd, free), (read + written) * price.ssd)
         self._cpu = begin + update_s
         if read:
@@ -278,7 +292,8 @@ class _Steps:
             rest = max(ring - chunk, 0.0)
             self._loading = max(self._loading, through - rest * read * price.ssd,
                                 begin + (1 - rest) * update_s + chunk * written * price.ssd)
-        # Chunks are read while others are written; after the last read only what the ring holds is left to write.
+        # Chunks are read while others are written; after the last read only what the ring holds is
+        # left to write.
         self._updated[index] = self._cpu = max(self._cpu, through - ring * written * price.ssd)
         self._persisted[index] = max(self._updated[index], through)
         if index in plan.early:

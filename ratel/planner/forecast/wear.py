@@ -18,9 +18,9 @@ class Wear:
     """Bytes written to all SSDs together. What is not known is None."""
 
     step_bytes: int
-    """With the share of a save that each step has, where saves go to the SSDs."""
+    """Bytes of a step with the share of a save that it has, where saves go to the SSDs."""
     day_bytes: float
-    """In a day of training without a pause."""
+    """Bytes of a day of training without a pause."""
     drive_writes_per_day: float | None
     """How often the drive that is written most for its size is written from end to end."""
     years: float | None

@@ -23,7 +23,7 @@ Form = tuple
 """Equal for arguments with the same shapes, strides and options."""
 
 _POSITION = ("idx", "index", "layer_id", "layer_number")
-"""In the name of a setting: it says which block this is, not what kind of block."""
+"""Words in the name of a setting that says which block this is, not what kind of block."""
 
 
 def kind_of(block: nn.Module) -> Kind:

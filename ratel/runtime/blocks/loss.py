@@ -16,8 +16,8 @@ from ratel.models import Parts
 
 IGNORED = -100
 LOGIT_BYTES = 16
-"""Per token and vocabulary entry at the peak: bf16 and fp32 logits, log-probabilities, and both
-gradients."""
+"""Bytes per token and vocabulary entry at the peak: bf16 and fp32 logits, log-probabilities, and
+both gradients."""
 
 LOSS_BYTES = 1 << 30
 """GPU memory that one chunk's logits may take in all."""

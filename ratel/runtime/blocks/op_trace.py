@@ -86,9 +86,9 @@ class OpTrace:
     saved: frozenset[int]
     """Storages of tensors that autograd has saved."""
     has_all_bits: tuple[bool, ...] = ()
-    """By tensor that autograd has saved, in its order. False for what attention notes beside its
-    result: seeds that it leaves unset without dropout, and row sums with a margin that no kernel
-    writes."""
+    """Whether all bits count, for each tensor that autograd has saved, in its order. False for what
+    attention notes beside its result: seeds that it leaves unset without dropout, and row sums with
+    a margin that no kernel writes."""
     entered: tuple[tuple[str, int], ...] = ()
     """Every call of a submodule, in order: its name in the block and how many operations come
     before."""

@@ -1,5 +1,5 @@
-"""From the trace of one run of a block to its profile: which results could be kept, and what that
-would save."""
+"""The way from the trace of one run of a block to its profile: which results could be kept, and
+what that would save."""
 
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.runtime.blocks.op_flops import is_attention, is_expensive, num_stored
@@ -21,7 +21,7 @@ def inner_numbers(trace: OpTrace) -> dict[str, int]:
 
 
 def profile_of(trace: OpTrace, rows: int) -> BlockProfile:
-    """For a trace of a micro-batch of ``rows`` rows."""
+    """The profile that follows from a trace of a micro-batch of ``rows`` rows."""
     numbers = inner_numbers(trace)
     everything = frozenset(numbers.values())
     inner = tuple(Inner(name=name, row_bytes=-(-kept_bytes(trace.ops[number]) // rows),

@@ -43,7 +43,8 @@ class Program:
     copied: frozenset[int]
     """Kept results that forward itself writes to later; a copy is kept."""
     steps: tuple[tuple[Any, str | None, bool], ...]
-    """By operation: what it is, the name of its result if that is kept, and whether it is run."""
+    """For each operation what it is, the name of its result if that is kept, and whether it is
+    run."""
     begins_in: str
     """The submodule in which the second run begins to differ from a full one; '' if that is the
     block itself."""
@@ -77,7 +78,7 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Not every version of PyTorch asks."""
+        """What some versions of PyTorch ask a mode."""
         return False
 
     def __enter__(self) -> "_Mode":
@@ -162,7 +163,7 @@ class Replayer(_Mode):
         return leaves[0] if len(func._schema.returns) == 1 else tuple(leaves)
 
     def finish(self) -> None:
-        """To be called when the block has run."""
+        """Check what is left to check when the block has run."""
         if self._number != len(self._program.steps):
             raise Diverged(f"{self._number} operations in place of {len(self._program.steps)}")
 

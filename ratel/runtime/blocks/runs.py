@@ -43,19 +43,19 @@ class BlockRuns:
         # What autograd saves in a block depends on which of its arguments need gradients.
         kinds = [(kind_of(block), parts.differentiable_arguments(i)) for i, block in enumerate(parts.blocks)]
         self._kinds = [kinds.index(kind) for kind in kinds]
-        """By block: the first block of its kind."""
+        """The first block of its kind, for each block."""
         self._traces: dict[tuple[int, Form], OpTrace] = {}
         self._programs: dict[tuple, Program] = {}
         self._in_full: dict[int, str] = {}
         """Kinds whose second run leaves nothing out, and the first reason for it."""
         self._compiled = compiled
         self._is_compiled: dict[int, bool] = {}
-        """By kind, once it has been tried."""
+        """Whether each kind is compiled, once it has been tried."""
         self._too_large: set[tuple[int, Form]] = set()
         """What there was no room to follow; run again in full, too."""
         self._kept: Sequence[dict[str, int]] = [{} for _ in self._kinds]
         self._recorded: dict[tuple[int, int], tuple[Program, dict[str, list[Any]]]] = {}
-        """By block and micro-batch: what forward kept, and the parts of it that are not worth
+        """What forward kept by block and micro-batch, and the parts of it that are not worth
         moving."""
         self._spiller: Spiller | None = None
 
@@ -139,14 +139,14 @@ class BlockRuns:
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def keep(self, kept: Sequence[dict[str, int]]) -> None:
-        """From now on forward keeps these results, by block: names, and the most bytes that each
-        may take. What it has kept before is forgotten."""
+        """Have forward keep these results from now on, by block: names, and the most bytes that
+        each may take. What it has kept before is forgotten."""
         self._kept = kept
         self._recorded.clear()
 
     def spill_to(self, spiller: Spiller | None) -> None:
-        """From now on second runs give it what autograd saves, and leave nothing out; None: what is
-        saved stays."""
+        """Have second runs give it what autograd saves from now on, and leave nothing out; None:
+        what is saved stays."""
         self._spiller = spiller
 
     # --- running ------------------------------------------------------------------------------------------------

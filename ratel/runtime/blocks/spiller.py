@@ -54,7 +54,7 @@ class _Spilled:
     """What backward was given of the memory on the GPU, and the versions: it is there to be read by
     others, too."""
     is_ahead: bool = False
-    """On the GPU again, and not asked for yet."""
+    """Whether it is on the GPU again, and was not asked for yet."""
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +105,8 @@ class Spiller:
         self._own: frozenset[int] = frozenset()
         self._by_storage: dict[tuple[int, int], _Spilled] = {}
         self._saved: list[_Spilled] = []
-        """By position. Backward asks for them from the last to the first, more or less."""
+        """What was spilled, by position. Backward asks for them from the last to the first, more or
+        less."""
         self._leaving: deque[_Spilled] = deque()
         self._leaving_bytes = self._ahead_bytes = self._cursor = 0
         self._fetched = Event()
@@ -178,8 +179,8 @@ class Spiller:
         return spilled
 
     def _hold(self, spilled: _Spilled) -> None:
-        """Until its copy is complete: its memory must not be reused before. The oldest ones make
-        room."""
+        """Hold a storage until its copy is complete: its memory must not be reused before. The
+        oldest ones make room."""
         self._leaving.append(spilled)
         self._leaving_bytes += spilled.num_bytes
         while self._leaving_bytes > self._spill.window_bytes:
@@ -251,8 +252,8 @@ def _bytes_of(storage: UntypedStorage, device: torch.device) -> Tensor:
 
 
 def _check_unchanged(tensor: Tensor, version: int) -> None:
-    """As autograd does it for tensors without hooks; the copy on its way out may have been torn,
-    too."""
+    """Refuse changes as autograd does for tensors without hooks; the copy on its way out may have
+    been torn, too."""
     if tensor._version != version:
         raise RatelError(f"a tensor that backward needs ({tensor.dtype} {tuple(tensor.shape)}) was changed in place after it "
                          "was saved: its gradient would be wrong", field="model",

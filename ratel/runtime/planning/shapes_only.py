@@ -88,8 +88,8 @@ class ShapesOnly(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch would take the attention that writes all scores down; no GPU's
-    default does."""
+    """The attention that GPUs take. On the meta device PyTorch would take the attention that writes
+    all scores down; no GPU's default does."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

@@ -8,15 +8,15 @@ from ratel.runtime.session.machinery import Machinery
 from ratel.trace.timeline import Span, Timeline
 
 MOST_SSD_SPANS = 1 << 17
-"""Per directory, 8 MiB. A transfer takes one, however many requests it is cut into: enough for 100
-B parameters."""
+"""The most transfers recorded per directory, 8 MiB. A transfer takes one, however many requests it
+is cut into: enough for 100 B parameters."""
 
 _CLASSES = ("weights", "activations", "optimizer", "write-back", "saving")
 
 
 class Recording:
-    """From its making to `finish`. What began before it and ends in it is recorded too, SSD
-    transfers from their first request that ends in it."""
+    """What a step does from the making of this object to `finish`. What began before it and ends in
+    it is recorded too, SSD transfers from their first request that ends in it."""
 
     def __init__(self, machinery: Machinery) -> None:
         self._m = machinery
@@ -39,7 +39,7 @@ class Recording:
 
 
 Places = dict[int, list[tuple[int, str]]]
-"""By volume: what begins where, ascending."""
+"""What begins where in each volume, ascending."""
 
 
 def _places(m: Machinery) -> Places:

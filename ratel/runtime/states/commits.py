@@ -14,8 +14,8 @@ from ratel.runtime.states.format import read_manifest
 
 Folders = Sequence["str | os.PathLike[str]"]
 _SUFFIXES = ("", ".old", ".removed", ".partial")
-"""Under which a directory of commits may lie: its own, those of one that is replaced or given up,
-and of one in the making."""
+"""Suffixes under which a directory of commits may lie: its own, those of one that is replaced or
+given up, and of one in the making."""
 
 
 def located(state: Path, manifest: dict[str, Any], folders: Folders = ()) -> list[Path]:

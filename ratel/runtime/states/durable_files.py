@@ -14,7 +14,8 @@ from ratel.synced import sync_path
 
 
 def make_directory(path: Path) -> None:
-    """With its parents; each new name is on disk before anything is put under it."""
+    """Make a directory with its parents; each new name is on disk before anything is put under
+    it."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)

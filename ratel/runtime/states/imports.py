@@ -12,9 +12,9 @@ from ratel.store.planes import Store
 from ratel.store.transfer import PIECE_ELEMENTS, UnitTransfer
 
 THREADS = 8
-"""That read files, one piece of 8 MiB each: as many as a disk needs requests in flight, and beside
-each other they copy faster out of the page cache, add up checksums and write to SSDs faster than
-any disk reads."""
+"""Threads that read files, one piece of 8 MiB each: as many as a disk needs requests in flight, and
+beside each other they copy faster out of the page cache, add up checksums and write to SSDs faster
+than any disk reads."""
 
 Stream = tuple[UnitSpec, StoredBits]
 

@@ -85,7 +85,7 @@ class Activations:
         self._groups: dict[tuple[int, str], Group] = {(group.block, group.what): group for group in plan.groups}
         self._group_of = {(group.block, saved.name): group for group in plan.groups for saved in group.members}
         self._kept: dict[Key, list[Tensor]] = {}
-        """By block, micro-batch and name."""
+        """What is kept on the GPU, by block, micro-batch and name."""
         self._parts: dict[Key, dict[str, list[Part]]] = {}
         """How to find the tensors again in the bytes of what has left, by name; of the main thread
         alone."""
@@ -275,7 +275,7 @@ class Activations:
         return offsets
 
     def _make_pools(self, arena: Arena, device: torch.device) -> None:
-        """By whether they are for inner activations."""
+        """Make the pools of slots, by whether they are for inner activations."""
         self._slots, self._staging_out, self._staging_in = ({}, {}, {})
         for inner in (False, True):
             count, num_bytes = self._plan.return_slots(inner)

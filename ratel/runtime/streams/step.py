@@ -43,7 +43,7 @@ class VerticalStep:
         blocks.keep([{s.name: s.num_bytes for s in plan.saved_of(block) if s.is_inner} for block in range(num_blocks)])
         self._open: dict[int, Tensor] = {}
         self._first: FirstStep | None = FirstStep()
-        """Until the first step is over: what second runs are compared with."""
+        """What second runs are compared with, until the first step is over."""
         self._balance: Balance | None = None
         """What this step adds to the loss so that routers use all experts."""
 

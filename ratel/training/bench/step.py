@@ -65,8 +65,8 @@ def use_quick_weights(session: Session) -> None:
 
 
 def fill_quickly(param: torch.Tensor) -> None:
-    """In place: a block of a million random values repeated, or ones where it has one dimension.
-    Any dtype and device.
+    """Fill a tensor in place with a block of a million random values repeated, or ones where it has
+    one dimension. Any dtype and device.
 
     The values are those of bf16, so that systems that begin with fp32 weights and with bf16 ones
     begin with the same.
@@ -82,7 +82,7 @@ def fill_quickly(param: torch.Tensor) -> None:
 
 @cache
 def random_block() -> torch.Tensor:
-    """On the CPU."""
+    """The block of random values, on the CPU."""
     return (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().float()
 
 
