@@ -11,7 +11,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 VENV=$ROOT/.venv
 TORCH=${RATEL_TORCH:-torch==2.13.0}
-TEMPLATES=trl==1.16.0 # for its chat templates, which the tests read from its files; without what it needs to run
+TEMPLATES=trl==1.16.0 # for its chat templates, which the tests read from its files: on any Python, without what it needs to run
 SITE_PACKAGES='import sysconfig; print(*dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")), sep="\n")'
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input)
 
@@ -87,7 +87,7 @@ install() {
     if [[ $kind == test ]]; then target+='[test]'; fi
     say "installing Ratel and building its native code"
     "${PIP[@]}" install --quiet 'setuptools>=68' wheel
-    if [[ $kind == test ]]; then "${PIP[@]}" install --quiet --no-deps "$TEMPLATES"; fi
+    if [[ $kind == test ]]; then "${PIP[@]}" install --quiet --no-deps --ignore-requires-python "$TEMPLATES"; fi
     "${PIP[@]}" install --quiet --no-build-isolation -e "$target"
     fingerprint "$kind" >"$VENV/.ratel-$kind"
 }

@@ -15,6 +15,7 @@ import time
 from functools import cache
 from pathlib import Path
 from typing import Any
+from patience import patience
 
 TESTS = Path(__file__).resolve().parent
 PAUSE_S = 0.01
@@ -25,7 +26,7 @@ class Command:
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._output = directory, tuple(directory / name for name in ("out", "err"))
-        self.pid = int(_when_written(directory / "pid", 120))
+        self.pid = int(_when_written(directory / "pid", patience(120)))
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -41,7 +42,7 @@ class Command:
             time.sleep(PAUSE_S)
         return self.returncode
 
-    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+    def communicate(self, timeout: float = patience(60)) -> tuple[str, str]:
         self.wait(timeout)
         return self.output, self._output[1].read_text()
 

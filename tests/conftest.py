@@ -1,7 +1,8 @@
 """What every test shares: one tier marker each, one thread, a real SSD directory, and no GPU test without a GPU.
 
 Tiers are registered in pyproject.toml. ``RATEL_REQUIRE_GPU=1`` turns the missing device from a skip into a failure;
-``RATEL_TEST_SSD`` puts the test files on a file system of choice (``/tmp`` may be memory).
+``RATEL_TEST_SSD`` puts the test files on a file system of choice (``/tmp`` may be memory);
+``RATEL_TEST_PATIENCE`` scales every time limit (patience.py).
 """
 
 import os
@@ -23,6 +24,8 @@ import signal
 
 import pytest
 
+from patience import patience
+
 # A shell that starts something in the background has it ignore SIGINT, and so would all that is tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,12 +39,22 @@ def _cuda_is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def _limit_in_proportion(item: pytest.Item) -> None:
+    """As much longer as this machine is given for everything that it waits for."""
+    if item.config.getoption("timeout", None) is None:
+        marked = item.get_closest_marker("timeout")
+        seconds = marked.args[0] if marked else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     untiered = [item.nodeid for item in items if not TIERS & {mark.name for mark in item.iter_markers()}]
     if untiered:
         raise pytest.UsageError(f"tests without a tier marker ({', '.join(sorted(TIERS))}): {', '.join(untiered[:10])}")
     # The longest tests first: one that begins last keeps a single core busy while the others have nothing left.
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    for item in items:
+        _limit_in_proportion(item)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and os.environ.get("RATEL_REQUIRE_GPU") != "1" and not _cuda_is_available():
         for item in gpu_items:

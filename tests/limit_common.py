@@ -4,17 +4,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from patience import patience
 from benchmarks.size.limit_dram import Limit, limit_dram
 from benchmarks.harness.machine_memory import Machine
 from ratel.errors import RatelError
-
-PATIENCE_S = 60
 
 
 @contextmanager
 def taken_away(num_bytes: int, method: str = "huge-pages") -> Iterator[Limit]:
     """``num_bytes`` less are available inside of the block."""
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + patience(60)
     with ExitStack() as stack:
         while True:
             try:

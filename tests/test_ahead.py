@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patience import patience, wait_until
 from startup_common import save_checkpoint
 from ratel import native, train
 from ratel.config import TrainConfig
@@ -51,9 +51,7 @@ def test_an_arena_takes_memory_that_was_mapped_ahead(num_bytes: int, pool: "nati
     monkeypatch.setattr(arena_ahead, "TOUCHED_BYTES", MIB)
     before = resident_bytes()
     arena_ahead.begin(64 * MIB, 2)
-    until = time.monotonic() + 30
-    while arena_ahead._current.touched_bytes < 64 * MIB and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: arena_ahead._current.touched_bytes >= 64 * MIB)
     with arena_ahead.paused() as held:
         assert held == 64 * MIB and resident_bytes() - held == pytest.approx(before, abs=16 * MIB)
     arena = Arena(num_bytes, pin=False, pool=pool, memory=arena_ahead.take(region_bytes(num_bytes)))
@@ -219,9 +217,7 @@ class Pinned:
 def mapped(num_bytes: int, *, pins: bool) -> None:
     """As much memory as an arena of this size takes, ahead."""
     arena_ahead.begin(region_bytes(num_bytes), 2, pins=pins)
-    until = time.monotonic() + 30
-    while not (arena_ahead._current.is_pinned if pins else arena_ahead._current.touched_bytes) and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: arena_ahead._current.is_pinned if pins else arena_ahead._current.touched_bytes)
 
 
 @pytest.mark.native
@@ -263,13 +259,13 @@ def test_what_measures_the_machine_has_it_for_itself(monkeypatch: pytest.MonkeyP
 
     def pin(address: int, num_bytes: int) -> bool:
         begun.set()
-        assert may_end.wait(30)
+        assert may_end.wait(patience(30))
         ended.set()
         return False
 
     monkeypatch.setattr(context_ahead, "pin", pin)
     arena_ahead.begin(region_bytes(4 * MIB), 1, pins=True)
-    assert begun.wait(30)
+    assert begun.wait(patience(30))
     with arena_ahead.paused() as held:
         assert held == region_bytes(4 * MIB) and not ended.is_set()
     threading.Timer(0.2, may_end.set).start()

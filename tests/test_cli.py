@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from patience import patience
 from ratel import cli
 from ratel.config import TrainConfig, flag_of, option_of, resolve
 from ratel.errors import RatelError, WorkerError
@@ -24,17 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS_BEGIN, OPTIONS_END = "<!-- options: written by tests/test_cli.py, which compares -->", "<!-- end of options -->"
 
 
-def ratel(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def ratel(*arguments: str, timeout_s: float = patience(60)) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "ratel", *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=timeout_s)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
-def test_help_is_instant(arguments: list[str]) -> None:
+def test_help_imports_little(arguments: list[str]) -> None:
     """It imports nothing but a few modules of its own: a fraction of what PyTorch alone would."""
     check = ("import sys, atexit; atexit.register(lambda: print('modules', len(sys.modules), file=sys.stderr)); "
              "sys.argv = ['ratel', *sys.argv[1:]]; from ratel.__main__ import main; main()")
-    done = subprocess.run([sys.executable, "-c", check, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", check, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
     assert "usage: ratel" in done.stdout
     assert int(done.stderr.split("modules ")[1].split()[0]) < 400
 
@@ -47,7 +47,7 @@ def test_help_is_instant(arguments: list[str]) -> None:
 def test_nothing_heavy_is_imported_before_it_is_needed(source: str) -> None:
     check = "import sys; print([m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", f"{source}\n{check}"], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
+                          timeout=patience(60))
     assert done.stdout.strip() == "[]", done
 
 
@@ -171,7 +171,7 @@ def test_an_error_of_the_program_keeps_its_traceback(run_instead: Any, capsys: p
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(f"{shlex.quote(sys.executable)} -m ratel doctor --no-measure | true; exit ${{PIPESTATUS[0]}}",
-                          shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, timeout=patience(60),
                           env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"})
     assert done.returncode == 0 and "Traceback" not in done.stderr
 

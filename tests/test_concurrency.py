@@ -4,7 +4,6 @@ Also tested: every placement under random delays in test_placement.py; failures 
 test_nonfinite.py.
 """
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,11 @@ import torch
 from torch import nn
 
 from families_common import batches, build, loss_fn_of
+from patience import interrupted_after, within
 from ratel.errors import RatelError
 from ratel.planner.plan import Buffers
 from ratel.runtime.session.session import Session
-from test_failures import SMALL, within
+from test_failures import SMALL
 
 pytestmark = pytest.mark.numerics
 
@@ -251,15 +251,3 @@ def test_merged_copies_of_fp32_units_on_the_gpu_are_in_the_plan(ssd_dir: Path, m
         monkeypatch.setattr(session.parts, "attach", counting)
         train(session, batches("llama-tied", 1))
         assert max(most) == session.plan.gpu_items["merged resident weights"]
-
-
-@contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """What Ctrl-C does."""
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

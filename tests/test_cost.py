@@ -2,12 +2,12 @@
 
 import json
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from patience import counted_calls
 from plan_common import (HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan, random_hardware, random_plan,
                          tied_spec)
 from ratel.errors import RatelError
@@ -294,12 +294,12 @@ def test_steps_measured_on_the_h200_box_are_predicted() -> None:
         assert predict(plan, load_hardware("h200-box")).step_s == pytest.approx(measured["step_s"], rel=0.08)
 
 
-def test_a_model_of_400_b_is_predicted_in_less_than_a_second() -> None:
+def test_a_model_of_400_b_is_predicted_with_few_calls() -> None:
     plan = make_plan(gpt_spec(128, 16384, 50257), "ssd", rows=32, micro_rows=8, optimizer="deferred")
     assert plan.spec.num_params > 400e9
-    begun = time.process_time()
-    predict(plan, load_hardware("4090"))
-    assert time.process_time() - begun < 1.0
+    hardware = load_hardware("4090")
+    _, calls = counted_calls(lambda: predict(plan, hardware))
+    assert calls < 220_000  # half of them
 
 
 def test_the_simulated_timeline_keeps_every_lane_in_order() -> None:

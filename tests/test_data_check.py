@@ -2,12 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from patience import wait_until
 from ratel.data import byte_level_tokenizer, open_dataset
 from ratel.data.dataset import Dataset
 from ratel.data.review import check as check_module
@@ -35,14 +35,6 @@ def opened(path: Path, **options: Any) -> Dataset:
     return open_dataset(path, tokenizer, seq_len=16, batch_size=1, seed=0, **{"eval_fraction": 0, **options})
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    """A limit of the test's patience, not of speed."""
-    end_s = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
-
-
 def test_a_line_that_the_template_refuses_ends_the_run_at_its_start(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *[GOOD] * 50, BAD)
     with pytest.raises(RatelError, match="data: .*a.jsonl, line 51: .*no tools"):
@@ -58,7 +50,7 @@ def test_what_is_not_checked_at_once_is_checked_beside_training(tmp_path: Path, 
         assert dataset.num_documents == 301  # the order of the first epoch has the bad line far behind
         batches = dataset.batches()
         next(batches)
-        until(lambda: dataset._check.is_done)
+        wait_until(lambda: dataset._check.is_done)
         with pytest.raises(RatelError, match="line 301: .*no tools"):
             next(batches)
 
@@ -91,13 +83,13 @@ def test_a_check_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     check.at_once(0.0)
     assert not seen
     check.go_on(lambda: slow)
-    until(lambda: len(seen) > 3)
+    wait_until(lambda: len(seen) > 3)
     check.stop()
     stopped = len(seen)
     time.sleep(0.05)
     assert len(seen) == stopped < 40
     check.go_on(lambda: slow)
-    until(lambda: check.is_done)
+    wait_until(lambda: check.is_done)
     assert len(seen) == 40
     check.raise_found()
 

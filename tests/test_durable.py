@@ -8,7 +8,6 @@ import fcntl
 import os
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from commands_common import start
 from families_common import batches, build, loss_fn_of
+from patience import patience, wait_until
 from ratel.errors import RatelError
 from ratel.memory import jitter
 from ratel.ownership.stamps import STAMP_BYTES, Stamp, new_volume_name, read_stamp
@@ -117,7 +117,7 @@ def held(monkeypatch: pytest.MonkeyPatch, target: type) -> threading.Event:
     may_finish, finish = threading.Event(), target.finish
 
     def finish_later(self: Any, training: dict[str, Any]) -> None:
-        assert may_finish.wait(60)
+        assert may_finish.wait(patience(60))
         finish(self, training)
 
     monkeypatch.setattr(target, "finish", finish_later)
@@ -396,15 +396,17 @@ def test_a_lock_goes_with_its_process(ssd_dir: Path, tmp_path: Path) -> None:
         "import signal, sys; from pathlib import Path; from test_durable import *\n"
         "session = open_session(Path(sys.argv[1]), tier='ssd', durable='step', commits=Path(sys.argv[2]))\n"
         "session.step(batches('llama', 1)[0]); session.commit(wait=True); print('held', flush=True); signal.pause()"))
-    while child.output != "held\n":
+    def has_taken_all() -> bool:
         assert child.poll() is None, child.communicate()
-        time.sleep(0.02)
+        return child.output == "held\n"
+
+    wait_until(has_taken_all, 60)
     with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.load(commits)
         with pytest.raises(RatelError, match="in use by another"):
             session.step(batches("llama", 1)[0])
     child.kill()
-    child.wait(timeout=10)
+    child.wait(timeout=patience(10))
     with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.load(commits)
         session.step(batches("llama", 1)[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import patience
 from benchmarks import everything
 from benchmarks.harness.report import commit
 from benchmarks.tables import evaluation
@@ -35,17 +36,17 @@ def test_its_commands_are_understood(measurement: everything.Measurement, monkey
 def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path, capfd: pytest.CaptureFixture[str],
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     good = "import sys, json; json.dump({'points': []}, open(sys.argv[2], 'w'))"
-    made = [everything.Measurement(kind="long", arguments=("-c", "raise SystemExit(9)"), about_s=1000),
-            everything.Measurement(kind="fails", arguments=("-c", "raise SystemExit(3)"), about_s=5),
-            everything.Measurement(kind="hangs", arguments=("-c", "import time; time.sleep(60)"), about_s=0.5),
-            everything.Measurement(kind="works", arguments=("-c", good), about_s=5),
-            everything.Measurement(kind="prints", arguments=("-c", "print('[{\"layers\": 1}]')"), about_s=5, prints_json=True),
-            everything.Measurement(kind="stops", arguments=("-c", "print('['); raise SystemExit(4)"), about_s=5, prints_json=True)]
+    made = [everything.Measurement(kind="long", arguments=("-c", "raise SystemExit(9)"), about_s=patience(1000)),
+            everything.Measurement(kind="fails", arguments=("-c", "raise SystemExit(3)"), about_s=patience(5)),
+            everything.Measurement(kind="hangs", arguments=("-c", "import time; time.sleep(600)"), about_s=patience(0.5)),
+            everything.Measurement(kind="works", arguments=("-c", good), about_s=patience(5)),
+            everything.Measurement(kind="prints", arguments=("-c", "print('[{\"layers\": 1}]')"), about_s=patience(5), prints_json=True),
+            everything.Measurement(kind="stops", arguments=("-c", "print('['); raise SystemExit(4)"), about_s=patience(5), prints_json=True)]
     (tmp_path / "box_stops.json").write_text("[7]")
     monkeypatch.setattr(everything, "measurements", lambda args: iter(made))
-    everything.main([*ASKED, "--results", str(tmp_path), "--budget-s", "60"])
+    everything.main([*ASKED, "--results", str(tmp_path), "--budget-s", str(patience(60))])
     said = capfd.readouterr().out
-    for words in ("not begun", "fails: exit status 3", "hangs: ended after 1 s", "works: done", "prints: done"):
+    for words in ("not begun", "fails: exit status 3", f"hangs: ended after {1.5 * patience(0.5):.0f} s", "works: done", "prints: done"):
         assert words in said, said
     assert json.loads((tmp_path / "box_works.json").read_text()) == {"points": []}
     assert json.loads((tmp_path / "box_prints.json").read_text()) == [{"layers": 1, "commit": commit()}]

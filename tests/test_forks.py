@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from families_common import batches, llama
+from patience import patience
 from ratel.errors import RatelError
 from ratel.monitor.metrics import MetricsWriter
 from ratel.runtime.session.session import Session
@@ -126,7 +127,7 @@ def test_a_second_thread_is_refused_and_harms_nothing(ssd_dir: Path) -> None:
     def loss_fn(model: nn.Module, given: torch.Tensor) -> torch.Tensor:
         if waits:
             inside.set()
-            assert may_go.wait(60)
+            assert may_go.wait(patience(60))
         return model(given).square().mean()
 
     options = dict(loss_fn=loss_fn, ssd=[ssd_dir], tier="ssd", device="cpu", dtype="fp32", lr=1e-2, micro_batch=4)
@@ -137,13 +138,13 @@ def test_a_second_thread_is_refused_and_harms_nothing(ssd_dir: Path) -> None:
         waits = True
         first = threading.Thread(target=lambda: losses.append(session.step(batch).loss), daemon=True)
         first.start()
-        assert inside.wait(60)
+        assert inside.wait(patience(60))
         for call in (lambda: session.step(batch), lambda: session.evaluate([batch]), session.flush, session.close):
             with pytest.raises(RatelError, match="another thread is in a call of this session"):
                 call()
         waits = False
         may_go.set()
-        first.join(60)
+        first.join(patience(60))
         losses.append(session.step(batch).loss)  # one after the other is allowed
     assert losses == expected
 

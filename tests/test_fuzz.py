@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fuzz_run
 import pytest
+from patience import patience
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 CASES = 200
@@ -17,7 +18,7 @@ CASES = 200
 
 def test_mutated_files_are_refused_or_harmless(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, fuzz_run.__file__, str(tmp_path / "fuzz"), "--seed", "0", "--cases", str(CASES)],
-                          capture_output=True, text=True, timeout=1400, env=_environment())
+                          capture_output=True, text=True, timeout=patience(1400), env=_environment())
     found = json.loads(done.stdout)
     assert done.returncode == 0 and not found["failures"], found["failures"]
     assert sum(found["ends"].values()) == CASES

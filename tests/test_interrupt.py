@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import patience
 from ratel import interrupt
 from ratel.memory.exchange import Exchange
 from ratel.memory.jobs import crew, in_thread
@@ -130,7 +131,7 @@ def test_a_lock_that_an_exception_has_left_behind_keeps_nobody() -> None:
     exchange.lock.acquire()
     exchange.lock.acquire()
     exchange.close()
-    assert in_thread("other", lambda: exchange.lock.acquire(timeout=10)).result()
+    assert in_thread("other", lambda: exchange.lock.acquire(timeout=patience(10))).result()
 
 
 STUCK = """
@@ -153,7 +154,7 @@ def test_a_command_that_is_stuck_in_a_library_leaves() -> None:
         time.sleep(0.2)
         assert running.poll() is None
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=patience(60))
     assert running.returncode == 130 and said == "ratel: interrupted\n"
 
 
@@ -166,7 +167,7 @@ def test_a_terminal_that_goes_away_ends_a_run_in_order(tmp_path: Path) -> None:
     child, terminal = pty.fork()
     if child == 0:
         os.execve(sys.executable, list(map(str, words)), {**os.environ, "PYTHONPATH": PATHS})
-    metrics, until_s = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+    metrics, until_s = tmp_path / "out" / "metrics.jsonl", time.monotonic() + patience(120)
     shown = b""
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until_s:
         shown += os.read(terminal, 65536)
@@ -183,7 +184,7 @@ def test_a_terminal_that_goes_away_ends_a_run_in_order(tmp_path: Path) -> None:
 def test_interrupts_at_some_of_all_lines(form: str, every: int, tmp_path: Path) -> None:
     """All of them: `python tests/interrupt_run.py DIRECTORY command` and the same with library."""
     done = subprocess.run([sys.executable, TESTS / "interrupt_run.py", tmp_path, form, "--every", str(every)], text=True,
-                          capture_output=True, timeout=590, env={**os.environ, "PYTHONPATH": PATHS})
+                          capture_output=True, timeout=patience(590), env={**os.environ, "PYTHONPATH": PATHS})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     # A busy machine waits longer, and has more lines of waiting among those that are counted than it comes to again.

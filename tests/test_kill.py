@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patience
 
 pytestmark = pytest.mark.e2e
 TESTS = Path(__file__).resolve().parent
@@ -19,7 +20,7 @@ def ran(script: str, directory: Path, kills: int, summary: Path) -> dict[str, An
     """Everything is checked where it happens; what is returned says what there was to check."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run([sys.executable, TESTS / script, directory, str(SEED), str(kills), "--json", summary], text=True,
-                          capture_output=True, timeout=290, env={**os.environ, "PYTHONPATH": paths})
+                          capture_output=True, timeout=patience(290), env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(summary.read_text())["results"]
     assert found["kills"] == kills and found["durable_steps_lost"] == 0 and found["resumed_starts"] >= kills // 3

@@ -20,6 +20,7 @@ import pytest
 from benchmarks.size import limit_dram as dram
 from benchmarks.harness.machine_memory import Cgroup, Machine, remove_group, reserve_pages
 from limit_common import taken_away
+from patience import wait_until
 from ratel.errors import RatelError
 from ratel.units import GIB, KIB, MIB
 
@@ -52,13 +53,6 @@ def machine(tmp_path: Path) -> Machine:
 
 def counts(machine: Machine) -> list[int]:
     return [int(path.read_text() or -1) for path in machine.counters()]  # a file is empty while it is written
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    return condition()
 
 
 # --- a machine of files ---------------------------------------------------------------------------------------------
@@ -185,8 +179,8 @@ def test_killed_outright_it_still_gives_back(machine: Machine) -> None:
     assert counts(machine) == [773, 256]
     program.kill()
     program.wait()
-    assert eventually(lambda: counts(machine) == [5, 0] and not machine.state_file("huge-pages").exists())
-    assert eventually(lambda: not is_running(command)), "the command went on without its limit"
+    wait_until(lambda: counts(machine) == [5, 0] and not machine.state_file("huge-pages").exists())
+    wait_until(lambda: not is_running(command))
 
 
 @pytest.mark.unit
@@ -208,7 +202,7 @@ def test_a_crash_of_everything_is_repaired_by_restore(machine: Machine) -> None:
     os.kill(watcher, signal.SIGKILL)
     program.kill()
     program.wait()
-    assert eventually(lambda: not is_running(watcher))
+    wait_until(lambda: not is_running(watcher))
     assert counts(machine) == [773, 256]  # nobody is left to give back
     with pytest.raises(RatelError, match="was not given back.*--restore"):
         dram.run(TRUE, 2 * GIB, "huge-pages", machine)
@@ -289,7 +283,7 @@ def test_huge_pages_for_real() -> None:
         before = [int(text) for text in json.loads(Machine().state_file("huge-pages").read_text())["counts"].values()]
         more = sum(counts(Machine())) - sum(before)
         assert more * Machine().page_bytes() == limit.taken_bytes > TAKEN // 2
-    assert eventually(lambda: counts(Machine()) == before)  # unless the next test beside this one took its turn
+    wait_until(lambda: counts(Machine()) == before)  # unless the next test beside this one took its turn
 
 
 @pytest.mark.e2e

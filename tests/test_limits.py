@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import patience
 from ratel import cli, native
 from ratel.config import TrainConfig
 from ratel.errors import RatelError, out_of, remedy_for
@@ -143,5 +144,5 @@ def test_a_run_within_a_limit_that_is_too_small(limit: str, words: str, tmp_path
     command = ["train", "--model", str(model), "--data", str(text), "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "1",
                "--batch-size", "2", "--seq-len", "16", "--dram", "2GiB", "--eval-fraction", "0", "--quiet"]
     done = subprocess.run([sys.executable, "-c", LIMITED.format(limit=limit, words=command)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=patience(120))
     assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr, done.stderr

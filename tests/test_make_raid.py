@@ -26,6 +26,7 @@ what Python's repr gives."""
 
 STAND_IN = """#!REAL_PYTHON -SE
 import os, sys
+from patience import patience
 name, args = os.path.basename(sys.argv[0]), sys.argv[1:]
 machine = eval(open(os.environ["MACHINE"]).read())
 with open(os.environ["CALLS"], "a") as calls:
@@ -95,7 +96,7 @@ class Machine:
         names = {"PATH": str(self.programs), "MACHINE": str(self.root / "machine"),
                  "CALLS": str(self.root / "calls"), **environment}
         return subprocess.run([shutil.which("bash"), str(SCRIPT), *arguments], cwd=self.root, env=names, input=answer,
-                              capture_output=True, text=True, timeout=60)
+                              capture_output=True, text=True, timeout=patience(60))
 
     def make(self, *arguments: str, answer: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run("--mount", str(self.mount), "--array", ARRAY, *arguments, answer=answer, **environment)

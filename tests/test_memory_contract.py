@@ -16,6 +16,7 @@ import torch
 from benchmarks.harness.machine_memory import Cgroup, Machine, remove_group
 from limit_common import taken_away
 from memory_run import BUFFERS, POSITIONS, ROWS, config
+from patience import patience
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
 from ratel.planner.formats import EXACT
@@ -42,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 def measures(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = subprocess.run(command(runs), env=environment(), capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command(runs), env=environment(), capture_output=True, text=True, timeout=patience(110))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -78,7 +79,7 @@ def deep_state_bytes(deep: int) -> int:
 
 
 def run_in(group: Cgroup, runs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-    return subprocess.run(group.enter(command(runs)), env=environment(), capture_output=True, text=True, timeout=110)
+    return subprocess.run(group.enter(command(runs)), env=environment(), capture_output=True, text=True, timeout=patience(110))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import threading
 import pytest
 from rich.console import Console
 
+from patience import patience
 from ratel.monitor.metrics import MetricsWriter, MissingMetricsError
 from ratel.monitor.progress import ProgressDisplay, describe_step
 from ratel.units import format_seconds
@@ -74,7 +75,7 @@ def test_a_full_disk_never_blocks_the_writer() -> None:
     writer = MetricsWriter("/dev/full", max_pending=2)
     thread = threading.Thread(target=lambda: [writer.write({"step": step}) for step in range(500)], daemon=True)
     thread.start()
-    thread.join(timeout=30)
+    thread.join(timeout=patience(30))
     assert not thread.is_alive(), "write() hangs after the disk is full"
     assert "No space left" in next(writer.news())
     with pytest.raises(MissingMetricsError, match="500 of its lines"):

@@ -12,6 +12,7 @@ import pytest
 
 import nvme_ds
 from nvme_ds import AlignedBuffer, Engine
+from patience import patience
 
 pytestmark = pytest.mark.native
 KIB, MIB = 1 << 10, 1 << 20
@@ -92,20 +93,18 @@ def test_the_cap_holds_for_reads_and_writes_together(backend: str, ssd_dir: Path
         engine.wait_all([engine.submit_write(volume, 0, memory.address, num_bytes, nvme_ds.WRITEBACK),
                          engine.submit_read(volume, 0, memory.address + num_bytes, num_bytes, nvme_ds.OPTIMIZER)])
         elapsed_s = time.monotonic() - begin_s
-    assert 2 * num_bytes / elapsed_s == pytest.approx(cap_bps, rel=0.15)
+    assert 2 * num_bytes / elapsed_s <= 1.15 * cap_bps
 
 
 def test_each_directory_has_its_own_cap(ssd_dir: Path) -> None:
     slow, fast = ssd_dir / "slow", ssd_dir / "fast"
     slow.mkdir(), fast.mkdir()
-    with Engine(bandwidth_bps={str(slow): 8 * MIB}) as engine:
-        memory, elapsed_s = AlignedBuffer(2 * MIB), {}
-        for folder in (slow, fast):
-            volume = engine.create_volume([folder], "v", 2 * MIB)
-            begin_s = time.monotonic()
-            engine.wait(engine.submit_write(volume, 0, memory.address, 2 * MIB, 0))
-            elapsed_s[folder] = time.monotonic() - begin_s
-    assert elapsed_s[slow] > 0.1 and elapsed_s[slow] > 2 * elapsed_s[fast]
+    with Engine(bandwidth_bps={str(slow): 8 * KIB}) as engine:  # minutes of it
+        memory = AlignedBuffer(2 * MIB)
+        volumes = [engine.create_volume([folder], "v", 2 * MIB) for folder in (slow, fast)]
+        tickets = [engine.submit_write(volume, 0, memory.address, 2 * MIB, 0) for volume in volumes]
+        engine.wait(tickets[1])
+        assert not engine.done(tickets[0])
 
 
 def test_wait_can_time_out_and_be_repeated(backend: str, ssd_dir: Path) -> None:
@@ -114,21 +113,20 @@ def test_wait_can_time_out_and_be_repeated(backend: str, ssd_dir: Path) -> None:
         ticket = engine.submit_write(volume, 0, memory.address, 2 * MIB, 0)
         with pytest.raises(TimeoutError):
             engine.wait(ticket, timeout_s=0.05)
-        engine.wait(ticket, timeout_s=10)
+        engine.wait(ticket, timeout_s=patience(10))
         with pytest.raises(ValueError, match="waited for before"):
             engine.wait(ticket)
 
 
 def test_ctrl_c_reaches_a_waiting_thread(backend: str, ssd_dir: Path) -> None:
-    with Engine(backend=backend, bandwidth_bps=MIB // 2) as engine:
+    with Engine(backend=backend, bandwidth_bps=MIB // 32) as engine:  # two minutes of it
         volume, memory = engine.create_volume([ssd_dir], "v", 4 * MIB), AlignedBuffer(4 * MIB)
         ticket = engine.submit_write(volume, 0, memory.address, 4 * MIB, 0)
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
-        begin_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             engine.wait(ticket)
-        assert time.monotonic() - begin_s < 1.5
+        assert not engine.done(ticket)
         timer.join()
 
 
@@ -149,11 +147,10 @@ def test_close_ends_every_waiter(backend: str, ssd_dir: Path) -> None:
     for thread in threads:
         thread.start()
     time.sleep(0.05)
-    begin_s = time.monotonic()
     engine.close()
     for thread in threads:
-        thread.join(timeout=5)
-    assert time.monotonic() - begin_s < 2 and len(codes) == 8
+        thread.join(timeout=patience(5))
+    assert len(codes) == 8
     assert set(codes) <= {0, errno.ECANCELED} and errno.ECANCELED in codes
     assert not any(os.path.exists(path) for path in volume.paths)
 
@@ -172,11 +169,12 @@ def test_a_closed_engine_refuses(ssd_dir: Path) -> None:
         assert caught.value.errno == errno.ECANCELED
 
 
-def test_submit_costs_microseconds(ssd_dir: Path) -> None:
-    with Engine(bandwidth_bps=64 * MIB) as engine:
+def test_submit_waits_for_nothing(backend: str, ssd_dir: Path) -> None:
+    """Many more requests than the device takes at once are handed over while it answers none."""
+    with Engine(backend=backend) as engine:
         volume, memory = engine.create_volume([ssd_dir], "v", MIB), AlignedBuffer(4096)
-        begin_s = time.perf_counter()
+        engine.inject(stall_op="read")
         tickets = [engine.submit_read(volume, 0, memory.address, 4096, 0) for _ in range(500)]
-        per_submit_s = (time.perf_counter() - begin_s) / len(tickets)
+        assert not any(map(engine.done, tickets))
+        engine.inject()
         engine.wait_all(tickets)
-    assert per_submit_s < 200e-6, "submit blocks on something; it takes 2-5 us on an idle core"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from op_ds import bench
+from patience import patience
 
 pytestmark = pytest.mark.native
 
@@ -30,7 +31,7 @@ def test_report(peer: object) -> None:
 def test_script_writes_json(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.parts.adam", "--num-params", "50000", "--num-threads", "1", "2",
                "--repeats", "1", "--isa", "scalar", "--without-torch", "--json", str(tmp_path / "adam.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "adam.json").read_text())
     assert [r["settings"]["num_threads"] for r in reports] == [1, 2]

@@ -11,6 +11,7 @@ import torch
 
 import op_ds
 from op_ds import build, library
+from patience import patience
 
 pytestmark = pytest.mark.native
 
@@ -138,7 +139,7 @@ def test_a_forked_child_is_told() -> None:
             "  try:\n    pool.fill(0, 0)\n  except RuntimeError as error:\n"
             "    os._exit(7 if 'fork' in str(error) else 8)\n"
             "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))")
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, cwd=Path(op_ds.__file__).parents[1]).returncode == 7
+    assert subprocess.run([sys.executable, "-c", code], timeout=patience(60), cwd=Path(op_ds.__file__).parents[1]).returncode == 7
 
 
 def test_missing_library_names_the_command(tmp_path: Path) -> None:
@@ -179,6 +180,6 @@ def test_failing_compiler_shows_its_words(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_op_ds_stands_alone() -> None:
     code = ("import sys, op_ds, op_ds.build; op_ds.Pool(1); "
             "print([m for m in ('torch', 'ratel', 'numpy') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(60),
                           cwd=Path(op_ds.__file__).parents[1])
     assert done.stdout.strip() == "[]", done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from patience import patience
 import ratel
 from ratel import cli
 from ratel.config import resolve
@@ -148,7 +149,7 @@ def test_budgets_of_another_machine() -> None:
 def test_planning_is_a_function_and_light_to_import() -> None:
     check = ("import ratel.planner.search.search, ratel; assert callable(ratel.plan) and callable(ratel.train); "
              "from ratel import plan; assert callable(plan); import sys; assert 'torch' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=patience(60))
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ratel import cli, models, native
 from ratel.errors import RatelError
@@ -298,12 +300,29 @@ def test_without_a_start_the_curve_is_a_line(points: list[tuple[float, float]]) 
     assert half == 0.0 and 90 <= rate <= 100
 
 
+class Work(TorchDispatchMode):
+    """Seconds by the numbers that operations make, ten million in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        self.seconds += sum(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)) / 1e7
+        return made
+
+
 @pytest.mark.unit
-def test_a_block_is_timed_and_left_as_it_was() -> None:
+def test_a_block_is_timed_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by what is computed."""
+    work = Work()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: work.seconds)
     parts = models.load(tiny(), dtype=torch.float32, device=CPU)
     state = torch.get_rng_state()
     batches = [(rows, {"input_ids": torch.zeros(rows, 16, dtype=torch.long)}) for rows in (1, 64)]
-    (_, small_s, _), (_, large_s, backward_s) = points = block_rates.measure_block(parts, batches, CPU, limit_s=0.1)
+    with work:
+        (_, small_s, _), (_, large_s, backward_s) = points = block_rates.measure_block(parts, batches, CPU, limit_s=0.1)
     assert [rows for rows, *_ in points] == [1, 64] and 0 < small_s < large_s < backward_s
     assert torch.equal(torch.get_rng_state(), state)
     assert all(grad is None for unit in parts.spec.units for grad in parts.take_grads(unit.index))
@@ -398,23 +417,22 @@ def test_copies_go_both_ways(tmp_path: Path) -> None:
 def test_a_limit_that_drives_share_is_found() -> None:
     """Drives that take turns move no more together than one alone; drives that do not have no common limit."""
     class Drive:
-        def __init__(self, lock: Any) -> None:
-            self.lock = lock
+        """It says how long it took: as long as it has to wait for the other, and then for itself."""
+
+        def __init__(self, others: list[float]) -> None:
+            self.others = others
 
         def run(self, pattern: str, num_bytes: int) -> float:
-            begin = time.perf_counter()
-            if self.lock:
-                with self.lock:
-                    time.sleep(0.1)
-            else:
-                time.sleep(0.1)
-            return time.perf_counter() - begin
+            with lock:
+                self.others.append(0.1)
+                return sum(self.others)
 
-    ssds = (Ssd(read_bps=1e9, write_bps=1e9, mixed_bps=ssd_rates.TICKET_BYTES * 20.0),) * 2
     lock = threading.Lock()
-    shared = ssd_rates._shared_limit([Drive(lock), Drive(lock)], ssds, 0.1)
+    ssds = (Ssd(read_bps=1e9, write_bps=1e9, mixed_bps=ssd_rates.TICKET_BYTES * 20.0),) * 2
+    turns: list[float] = []
+    shared = ssd_rates._shared_limit([Drive(turns), Drive(turns)], ssds, 0.1)
     assert shared is not None and shared < 0.75 * sum(ssd.mixed_bps for ssd in ssds)
-    assert ssd_rates._shared_limit([Drive(None), Drive(None)], ssds, 0.1) is None
+    assert ssd_rates._shared_limit([Drive([]), Drive([])], ssds, 0.1) is None
 
 
 @pytest.mark.gpu

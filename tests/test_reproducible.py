@@ -19,6 +19,7 @@ from benchmarks.tables import exactness  # noqa: E402
 from benchmarks.exactness.bitwise import digest  # noqa: E402
 from benchmarks.exactness.reproducible_parts import Pieces, Work  # noqa: E402
 
+from patience import patience
 from ratel.models import Parts  # noqa: E402
 from ratel.runtime.streams.gradients import Gradients  # noqa: E402
 from ratel.runtime.streams.streamer import Streamer  # noqa: E402
@@ -102,7 +103,7 @@ def test_a_session_runs_with_deterministic_algorithms(tmp_path: Path) -> None:
     target = tmp_path / "reproducible.json"
     command = [sys.executable, "-m", "benchmarks.exactness.reproducible", *SHAPE, "--only", "session, deterministic",
                "--json", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(180), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     (point,) = json.loads(target.read_text())["points"]
     assert point["different"] == 0 and point["repetitions"] == 3

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from commands_common import start
 from families_common import batches, build, loss_fn_of
+from patience import patience, wait_until
 from ratel.interrupt import Interrupted
 from ratel.runtime.states.saved_state import SavedState
 from resume_common import OPTIONS, assert_same_run, make_model, make_text, records, train
@@ -204,17 +204,18 @@ def test_ctrl_c_and_a_new_process(model: Path, text: Path, whole: Path, tmp_path
              for word in ("--" + name.replace("_", "-"), str(value))]
     first = start("train", "--model", model, "--data", text, "--out", out, "--ssd", ssd_dir, "--tier", "ssd", "--ssd-bandwidth",
                   "3MB/s", "--save-every", 100, *flags)  # slow enough to be caught
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or not records_so_far(out):
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
-        time.sleep(0.02)
+    def has_made_a_step() -> bool:
+        assert first.poll() is None, first.communicate()
+        return (out / "metrics.jsonl").exists() and records_so_far(out) > 0
+
+    wait_until(has_made_a_step, 60)
     first.send_signal(signal.SIGINT)
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=patience(60))
     assert first.returncode == 130 and "and --resume continues" in err, err
     stopped_after = len(records(out))
     assert stopped_after < 8
     second = start("train", "--out", out, "--resume", "--ssd-bandwidth", "1GB/s")
-    shown, err = second.communicate(timeout=90)
+    shown, err = second.communicate(timeout=patience(90))
     assert second.returncode == 0, err
     assert f"continuing after step {stopped_after} from {out}/state/commits" in shown
     assert "--ssd-bandwidth: was 3000000.0, is 1000000000.0" in shown

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patience
 
 pytestmark = pytest.mark.unit
 
@@ -56,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
 def start(root: Path, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     names = {"PYTHON": str(root.parent / "fake" / "python3"), "FAKE_LOG": str(root.parent / "log"), **environment}
     return subprocess.run(["bash", str(root / "run.sh"), *arguments], cwd=cwd or root.parent, capture_output=True,
-                          text=True, timeout=60, env={**os.environ, **names}, stdin=subprocess.DEVNULL)
+                          text=True, timeout=patience(60), env={**os.environ, **names}, stdin=subprocess.DEVNULL)
 
 
 def installs(root: Path) -> list[str]:

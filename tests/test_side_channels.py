@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from patience import patience
 from ratel import interrupt, process
 from ratel.monitor.progress import ProgressDisplay
 from ratel.monitor.side_channel import SideChannel
@@ -78,7 +79,7 @@ def test_a_result_waits_for_its_reader(pipe: tuple[int, int], blocks: bool) -> N
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     assert channel.write(data) == len(data)
-    reader.join(30)
+    reader.join(patience(30))
     assert b"".join(taken) == data and channel.error is None
 
 
@@ -129,7 +130,7 @@ def test_the_side_channel_is_standard_output(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "seen\n"
 
 
-def run_in_shell(command: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run_in_shell(command: str, timeout_s: float = patience(120)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command.replace("RATEL", f"{sys.executable} -m ratel")], cwd=ROOT, capture_output=True,
                           text=True, timeout=timeout_s)
 
@@ -153,7 +154,7 @@ def test_a_run_whose_output_goes_nowhere_ends_well(tmp_path: Path) -> None:
     try:
         os.close(writer)
         assert os.read(reader, 10)
-        assert running.wait(120) == 0
+        assert running.wait(patience(120)) == 0
     finally:
         running.kill()
         os.close(reader)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from patience import within
 import ratel.planner.search.choose
 import ratel.runtime.session.training_step
 from families_common import CAUSAL, Reference, batches, build, loss_fn_of
@@ -35,7 +36,6 @@ from ratel.runtime.updates.optimizer import OptimizerPipeline
 from ratel.store.host_cache import HostSlot
 from test_concurrency import with_frozen
 from test_durable import assert_holds, everything
-from test_failures import within
 from test_nonfinite import check_skipped_exactly
 from test_placement import MANY, MIXED, SMALL
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patience import patience, wait_until
 from startup_common import save_checkpoint
 from ratel import cli, models
 from ratel.cli import train as train_command
@@ -169,11 +170,15 @@ def test_the_index_says_which_files_and_one_reading_is_enough(tmp_path: Path, mo
 def test_seconds_count_from_the_beginning_of_the_process() -> None:
     import psutil
 
-    assert phases.age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
+    begun_s = psutil.Process().create_time()  # to a second
+    before_s, age_s, after_s = time.time(), phases.age_s(), time.time()
+    assert before_s - 1.5 <= begun_s + age_s <= after_s + 1.5
+    before_s = phases.age_s()
     with phases.phase("a test"):
         time.sleep(0.05)
-    last = phases.phases()[-1]
-    assert last["name"] == "a test" and 0.03 < last["end_s"] - last["begin_s"] < 5.0
+    last, rounding_s = phases.phases()[-1], 0.001
+    assert last["name"] == "a test" and last["end_s"] - last["begin_s"] > 0.03
+    assert before_s - rounding_s <= last["begin_s"] and last["end_s"] <= phases.age_s() + rounding_s
 
 
 @pytest.mark.e2e
@@ -228,7 +233,7 @@ def test_a_command_does_not_import_what_transformers_could_use_elsewhere(checkpo
     path = os.pathsep.join([str(tmp_path / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "ratel", "train", "--model", checkpoint, "--steps", "1", "--batch-size", "1", "--seq-len",
                "16", "--dram", "2GiB", "--eval-fraction", "0", "--device", "cpu", "--no-export", "--quiet", "--out", tmp_path / "out"]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=patience(120))
     assert ended.returncode == 0, ended.stderr
 
 
@@ -237,12 +242,10 @@ def test_a_run_that_is_ended_before_its_first_step_takes_its_files_with_it(check
     command = [sys.executable, "-m", "ratel", "train", "--model", checkpoint, "--batch-size", "256", "--seq-len", "64", "--tier", "ssd",
                "--ssd", ssd_dir, "--eval-fraction", "0", "--device", "cpu", "--quiet", "--out", tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
-        until = time.monotonic() + 120
-        while not any(path.stat().st_size for path in ssd_dir.iterdir()) and time.monotonic() < until and running.poll() is None:
-            time.sleep(0.005)
+        wait_until(lambda: any(path.stat().st_size for path in ssd_dir.iterdir()) or running.poll() is not None, 120)
         assert running.poll() is None, running.stderr.read()
         assert list(ssd_dir.iterdir()) and not (tmp_path / "out" / "metrics.jsonl").exists()
         running.send_signal(signal.SIGTERM)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=patience(120))
     assert running.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
     assert list(ssd_dir.iterdir()) == []

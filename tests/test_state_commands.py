@@ -12,6 +12,7 @@ import torch
 
 from commands_common import start
 from families_common import batches, build
+from patience import patience
 from ratel import cli
 from ratel.runtime.states.saved_state import SavedState
 from ratel.training.output import RunDirectory
@@ -99,7 +100,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, out: Path, tm
 def test_export_equals_the_runs_own(out: Path, tmp_path: Path) -> None:
     """In a process of its own, as a user does it, from where the run was."""
     command = start("export", "--state", out, "--out", tmp_path / "model")
-    _, err = command.communicate(timeout=90)
+    _, err = command.communicate(timeout=patience(90))
     assert command.returncode == 0, err
     assert model_files(tmp_path) == model_files(out)
 

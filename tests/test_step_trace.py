@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -41,10 +42,13 @@ def assert_in_turn(spans: list[Span]) -> None:
 def test_a_traced_step_is_complete(optimizer: str, device: str, ssd_dir: Path) -> None:
     # Slow enough that updates of a deferred step are not over before the next one begins.
     with open_session(ssd_dir, device, optimizer=optimizer, max_grad_norm=0.0, ssd_bandwidth="2MB/s") as session:
-        outs = [session.step(batch, trace=index == 2) for index, batch in enumerate(batches("llama", 3))]
+        outs = [session.step(batch) for batch in batches("llama", 3)[:2]]
+        begun_s = perf_counter()
+        outs.append(session.step(batches("llama", 3)[2], trace=True))
+        whole_s = perf_counter() - begun_s
         timeline, plan, usage = outs[-1].timeline, session.plan, outs[-1].usage
     assert [out.timeline for out in outs[:2]] == [None, None]
-    assert timeline.step == 3 and timeline.lost == 0 and timeline.step_s == pytest.approx(outs[-1].seconds, rel=0.2)
+    assert timeline.step == 3 and timeline.lost == 0 and outs[-1].seconds <= timeline.step_s <= whole_s
     for name in ("compute", "h2d", "d2h", "cpu optimizer"):
         spans = lane(timeline, name)
         assert_in_turn(spans)
@@ -131,7 +135,7 @@ def test_what_is_not_traced_is_not_recorded(ssd_dir: Path) -> None:
 
 @pytest.mark.parametrize("cap_bps", [None, 8 * MIB])
 def test_the_engine_records_transfers(cap_bps: float | None, ssd_dir: Path) -> None:
-    """One span for a transfer of eight requests; with a cap, as long as the cap makes it."""
+    """One span for a transfer of eight requests; with a cap, at least as long as the cap makes it."""
     with Engine(request_bytes=64 << 10, bandwidth_bps=cap_bps) as engine:
         volume, memory = engine.create_volume([ssd_dir], "v", 4 * MIB), AlignedBuffer(4 * MIB)
         engine.wait(engine.submit_write(volume, 0, memory.address, 4 * MIB, nvme_ds.WEIGHT))
@@ -151,7 +155,7 @@ def test_the_engine_records_transfers(cap_bps: float | None, ssd_dir: Path) -> N
         assert all(s.volume == volume.handle and s.directory == str(ssd_dir.resolve()) for s in mine)
     assert lost == 0
     if cap_bps:
-        assert len(spans) == 2 and spans[1].end_s - spans[0].begin_s == pytest.approx(1.5 * MIB / cap_bps, rel=0.4)
+        assert len(spans) == 2 and spans[1].end_s - spans[0].begin_s >= 0.6 * 1.5 * MIB / cap_bps
         assert busy_s >= 5.0 * MIB / cap_bps, "what the cap holds back counts as busy"
 
 
@@ -160,12 +164,14 @@ def test_a_run_traces_its_third_step_or_its_last(steps: int, step: int, tmp_path
     import ratel
 
     file = tmp_path / "trace.json"
+    begun_s = perf_counter()
     ratel.train(build("llama"), batches("llama", 4), steps=steps, out=tmp_path / "out", device="cpu", batch_size=4, quiet=True,
                 trace=file, eval_fraction=0.0, export=False)
+    whole_s = perf_counter() - begun_s
     content = json.loads(file.read_text())
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert content["otherData"]["step"] == step
-    assert content["otherData"]["step_s"] == pytest.approx(metrics[step - 1]["step_s"], rel=0.2)
+    assert metrics[step - 1]["step_s"] <= content["otherData"]["step_s"] <= whole_s
     with pytest.raises(ratel.RatelError, match="its directory does not exist"):
         ratel.train(build("llama"), batches("llama", 1), steps=1, out=tmp_path / "o", trace=tmp_path / "none" / "x.json")
 
@@ -173,7 +179,7 @@ def test_a_run_traces_its_third_step_or_its_last(steps: int, step: int, tmp_path
 @pytest.mark.gpu
 def test_clocks_agree() -> None:
     """A copy that the host waits for lies between the host's own readings, at any time after the marks."""
-    from time import perf_counter, sleep
+    from time import sleep
 
     from ratel.memory.lanes import Lanes
 

@@ -2,7 +2,6 @@
 changes."""
 
 import os
-import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -72,23 +71,23 @@ def test_the_ssd_bound_follows_the_shares() -> None:
 
 
 @pytest.mark.native
-def test_a_volume_is_as_much_faster_as_predicted(ssd_dir: Path) -> None:
-    """Drives of 60 and 20 MB/s: equal stripes give 40 together, three to one 80."""
+def test_a_volume_gives_each_drive_its_share(ssd_dir: Path) -> None:
+    """Drives of 60 and 20 MB/s: equal stripes give 40 together, three to one 80. How fast they are, io_bench measures."""
     folders = [ssd_dir / "fast", ssd_dir / "slow"]
     for folder in folders:
         folder.mkdir()
-    caps = {str(folders[0]): 60e6, str(folders[1]): 20e6}
+    caps = {str(folders[0].resolve()): 60e6, str(folders[1].resolve()): 20e6}
     seconds = {}
     for weights in ((1, 1), stripe_weights(list(caps.values()))):
         memory = nvme_ds.AlignedBuffer(48 * MIB)
-        with nvme_ds.Engine(bandwidth_bps=caps) as engine:
+        with nvme_ds.Engine() as engine:
             volume = engine.create_volume(folders, "volume", 48 * MIB, weights=weights)
             engine.wait(engine.submit_write(volume, 0, memory.address, memory.num_bytes, nvme_ds.WRITEBACK))
-            begun = time.perf_counter()
             engine.wait(engine.submit_read(volume, 0, memory.address, memory.num_bytes, nvme_ds.WEIGHT))
-            seconds[weights] = time.perf_counter() - begun
+            moved = engine.stats()["directories"]
+            seconds[weights] = max(moved[name]["bytes_read"] / bps for name, bps in caps.items())
             volume.close()
-    assert seconds[1, 1] / seconds[3, 1] == pytest.approx(2.0, rel=0.25)
+    assert seconds[1, 1] / seconds[3, 1] == pytest.approx(2.0)
 
 
 # --- that nothing else changes ----------------------------------------------------------------------------------------

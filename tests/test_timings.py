@@ -61,7 +61,7 @@ def test_launching_is_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path, 
         profiles = session.prepare(2, 16).profiles
         for profile in profiles:
             bare, keeping = profile.launch_s
-            assert all(0 < seconds < 0.1 for seconds in (*bare, *keeping))
+            assert all(seconds > 0 for seconds in (*bare, *keeping))
             # Blocks this small are launched slower than they are computed.
             assert profile.seconds[0][1] > bare[0] / 2
             assert bool(profile.keeping_seconds) == (compiled == "off")  # what is compiled keeps nothing

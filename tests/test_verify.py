@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from patience import patience
 import ratel
 from ratel.cli import main
 from ratel.errors import RatelError
@@ -121,12 +122,12 @@ def test_a_class_that_crashes_or_hangs_ends_alone(monkeypatch: pytest.MonkeyPatc
     from ratel.verify import net
 
     def pretended(entry: Entry) -> Verdict:
-        {"crashes": lambda: os._exit(9), "hangs": lambda: time.sleep(60), "raises": lambda: 1 / 0}.get(entry.name, lambda: None)()
+        {"crashes": lambda: os._exit(9), "hangs": lambda: time.sleep(600), "raises": lambda: 1 / 0}.get(entry.name, lambda: None)()
         return Verdict(name=entry.name, task=entry.task)
 
     monkeypatch.setattr(net, "check_entry", pretended)
     chosen = [Entry(name=name, task="classify") for name in ("crashes", "hangs", "raises", "goes")]
-    found = {verdict.name: verdict for verdict in check_entries(chosen, processes=2, limit_s=5)}
+    found = {verdict.name: verdict for verdict in check_entries(chosen, processes=2, limit_s=patience(3))}
     assert found["goes"].is_right
     details = {name: verdict.failed[0].detail for name, verdict in found.items() if verdict.failed}
     assert "ended with 9" in details["crashes"] and "too long" in details["hangs"] and "ZeroDivision" in details["raises"]
