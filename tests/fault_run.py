@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from forks_common import PLACES, Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
+from patience import patience
 from kill_run import expect
 
 FAULTS_OF_A_RUN = 3
@@ -40,7 +41,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "device is silent": ("", dict(stall_op="any"), "the device does not answer"),
 }
 """By name: the operation before which it is armed, the arguments of `Engine.inject`, and what its error must say."""
-SILENT_AFTER_S = 2.0
+SILENT_AFTER_S = patience(0.5)
 """Instead of two minutes; a sync on a busy machine does take more than half a second."""
 IN_THE_FILE = ("write has a flipped bit", "write is torn")
 """What is found when the bytes are read again, and again."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from select import select
 from typing import Any
+from patience import patience
 
 STEPS = 8
 PLACES: dict[str, dict[str, Any]] = {
@@ -201,7 +202,7 @@ def _listen(child: int, reader: int, errors_reader: int, kill_after_s: float | N
     """Until the child has closed both pipes: it has ended."""
     heard = {reader: b"", errors_reader: b""}
     is_open = set(heard)
-    end_s = time.monotonic() + patience_s
+    end_s = time.monotonic() + patience(patience_s)
     kill_s = None if kill_after_s is None or counted_from else time.monotonic() + kill_after_s
     hung = False
     while is_open:
@@ -216,7 +217,7 @@ def _listen(child: int, reader: int, errors_reader: int, kill_after_s: float | N
         if time.monotonic() >= min(end_s, kill_s or end_s) and is_open:
             hung = kill_s is None or time.monotonic() < kill_s
             os.kill(child, signal.SIGKILL)  # ours, and not yet waited for: the number is nobody else's
-            end_s, kill_s, kill_after_s = time.monotonic() + 10, None, None
+            end_s, kill_s, kill_after_s = time.monotonic() + patience(10), None, None
     return heard[reader], heard[errors_reader], hung
 
 

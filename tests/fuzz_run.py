@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_common as mutations
+from patience import patience
 
 CPU_S, WALL_S = 10, 90
 """Of a case. Wall time is for cases that wait; on a busy machine a case that computes may have to wait its turn."""
@@ -230,7 +231,7 @@ def _in_child(work: Callable[[], int | None], output: Path, *, limited: bool = T
 
 
 def _wait(child: int, limit_s: float) -> int:
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + patience(limit_s)
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patience import patience
 from ratel import process
 
 from forks_common import Ended, Site, Tell, in_fork, newest_step
@@ -154,7 +155,7 @@ class Interrupting:
     # --- in the child -------------------------------------------------------------------------------------------
 
     def _act(self, tell: Tell, tracer: Tracer) -> None:
-        faulthandler.dump_traceback_later(PATIENCE_S - 10, file=2)
+        faulthandler.dump_traceback_later(patience(PATIENCE_S) - 10, file=2)
         (self._command if self._form == COMMAND else self._library)(tell, tracer)
         tracer.end()
         for (file, line), count in tracer.hits.items() if tracer._at is None else ():

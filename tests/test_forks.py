@@ -36,7 +36,7 @@ def in_child(act: Callable[[], object], *, patience_s: int = 60) -> int:
         try:
             import faulthandler
 
-            faulthandler.dump_traceback_later(patience_s, exit=True)
+            faulthandler.dump_traceback_later(patience(patience_s), exit=True)
             act()
             gc.collect()
             status = 0
