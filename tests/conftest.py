@@ -24,7 +24,7 @@ import signal
 
 import pytest
 
-from patience import patience
+from tests.support.patience import patience
 
 # A shell that starts something in the background has it ignore SIGINT, and so would all that is tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

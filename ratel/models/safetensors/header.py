@@ -4,7 +4,7 @@
     header         JSON: {"__metadata__": {text: text}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
     data           the tensors' bytes, without gap or overlap, to the end of the file
 
-What is accepted here the safetensors library accepts too, with the same tensors (tests/test_safetensors_header.py).
+What is accepted here the safetensors library accepts too, with the same tensors (tests/models/test_safetensors_header.py).
 The reverse has one exception: a key that stands twice, of which the library takes the last, is refused.
 """
 
