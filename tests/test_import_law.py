@@ -29,7 +29,7 @@ LAYERS = {
 }
 DOOR = "ratel.native"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "rich", "aiofiles", "psutil"}
-STANDARD = set(sys.stdlib_module_names)
+STANDARD = {*sys.stdlib_module_names, "tomllib"}  # which Python 3.10 lacks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def test_this_machine_is_described() -> None:
     host = describe_host()
     assert 1 <= host["cpu"]["cores"] == usable_cores() <= os.cpu_count()
     assert 0 < available_memory() <= host["memory"]["total_bytes"]
-    assert host["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(host["packages"]["torch"])  # which may leave out what it was built for
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
