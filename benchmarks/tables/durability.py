@@ -20,9 +20,9 @@ def durable_lines(result: dict[str, Any]) -> list[str]:
 
 def ordeal_lines(kind: str, report: dict[str, Any]) -> list[str]:
     """How often something went otherwise than it should."""
-    results, script = report["results"], {"kills": "kill_run.py", "faults": "fault_run.py"}[kind]
+    results, script = report["results"], {"kills": "kill_run", "faults": "fault_run"}[kind]
     seeds = ", ".join(map(str, report["settings"]["seeds"]))
-    lines = [f"`python tests/{script} DIRECTORY SEED {results[kind]} --json FILE`, seeds {seeds}.", "", "| | |", "|---|---|"]
+    lines = [f"`python -m tests.tools.{script} DIRECTORY SEED {results[kind]} --json FILE`, seeds {seeds}.", "", "| | |", "|---|---|"]
     lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in results.items() if not isinstance(value, dict)]
     for key, counts in results.items():
         if isinstance(counts, dict):

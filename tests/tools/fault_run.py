@@ -240,7 +240,7 @@ _VOLUMES = {"ratel-gradients": "gradients", "ratel-activations": "activations", 
 
 
 def main(directory: Path, seed: int, num_faults: int, summary: Path | None) -> None:
-    from tests.support.results import write_results
+    from tests.tools.results import write_results
 
     site = Site(directory)
     site.prepare()

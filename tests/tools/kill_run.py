@@ -204,7 +204,7 @@ def expect(holds: bool, message: str) -> None:
 
 
 def main(directory: Path, seed: int, num_kills: int, summary: Path | None, kind: type[Killing] = Killing) -> None:
-    from tests.support.results import write_results
+    from tests.tools.results import write_results
 
     site = Site(directory)
     site.prepare()

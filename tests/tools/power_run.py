@@ -281,7 +281,7 @@ class Failing:
 
 
 def main(directory: Path, seed: int, num_failures: int, summary: Path | None) -> None:
-    from tests.support.results import write_results
+    from tests.tools.results import write_results
 
     site = Site(directory)
     site.prepare()

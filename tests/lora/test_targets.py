@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from lora_common import EXPERTS, MODELS, TIED, make, peft_model, peft_shapes
 from torch import nn
 
 from ratel.errors import RatelError
@@ -14,6 +13,7 @@ from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import resolve
 from ratel.models.structure.skeleton import strip_parameters
+from tests.support.lora import EXPERTS, MODELS, TIED, make, peft_model, peft_shapes
 
 pytestmark = pytest.mark.numerics
 peft = pytest.importorskip("peft")
