@@ -36,9 +36,10 @@ def _lines(content: Found) -> list[str]:
     missing = content["registered"] - total["classes"]
     lines = [
         "# Families", "",
-        f"Made by `python -m benchmarks.exactness.families` with transformers {versions['transformers']} and torch {versions['torch']}. Of the",
-        f"{total['classes']} classes in the registries for text (causal, sequence and token classification, masked) **{total['trained']} are",
-        f"trained and equal** to plain PyTorch, {total['refused']} are refused with a reason"
+        "`python -m benchmarks.exactness.families` made this page with transformers "
+        f"{versions['transformers']} and torch {versions['torch']}.",
+        f"Of the {total['classes']} classes in the registries for text (causal, sequence and token classification, masked)",
+        f"**{total['trained']} are trained and equal** to plain PyTorch, {total['refused']} are refused with a reason"
         + (f", **{total['wrong']} are wrong**." if total["wrong"] else "."),
         *([f"{missing} more have not been checked yet: `python -m benchmarks.exactness.families` checks them."] if missing else []), "",
         *_INTRODUCTION, ""]
@@ -49,10 +50,11 @@ def _lines(content: Found) -> list[str]:
 
 
 _INTRODUCTION = """\
-Each class is made small with the kinds of layers that its configuration has, gets random parameters and buffers, is saved by
-transformers and trained from that directory. In every row below these hold: a step moves what has a gradient and nothing else; a
-run that is saved and resumed ends with the same bits; transformers reads the export back and all of `state_dict()` is as it was
-trained; the loaded state is that of `from_pretrained`. The columns:
+Each class is made small with the kinds of layers that its configuration has, gets random parameters
+and buffers, is saved by transformers and trained from that directory. In every row below these
+hold: a step moves what has a gradient and nothing else; a run that is saved and resumed ends with
+the same bits; transformers reads the export back and all of `state_dict()` is as it was trained;
+the loaded state is that of `from_pretrained`. The columns:
 
 | column | what |
 |---|---|
