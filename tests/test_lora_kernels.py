@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def draw_of(count: int, p: float, first_row: int = 2**33 + 5) -> Tensor | None:
-    return Dropout(p=p, keys=tuple(mask_key(1, 2, 3, n) for n in range(count)), first_row=first_row).draw()
+    return Dropout.of(p, [mask_key(1, 2, 3, n) for n in range(count)], first_row).draw if p else None
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -84,12 +84,13 @@ def test_autograd_with_the_same_masks(kernels_on: None, graph: str, p: float) ->
     leaves = [random(3, m, i).requires_grad_(), *(random(r, i, seed=n).mul_(0.1).requires_grad_() for n in range(3)),
               *(random(j, r, seed=n).mul_(0.1).requires_grad_() for n, j in enumerate(outputs))]
     weights, dys = [random(j, i, seed=9) for j in outputs], [random(3, m, j, seed=10) for j in outputs]
-    dropout = Dropout(p=p, keys=tuple(mask_key(1, 2, 3, n) for n in range(3)), first_row=70)
+    keys = [mask_key(1, 2, 3, n) for n in range(3)]
+    dropout = Dropout.of(p, keys, 70)
     ys = adapted_linears(leaves[0], [Frozen(weight=w) for w in weights],
                          [Adapter(a=leaves[1 + n], b=leaves[4 + n], scale=2.0) for n in range(3)], dropout, graph)
     found = [*ys, *torch.autograd.grad(ys, leaves, dys)]
     x, *rest = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    kept = [keep_mask(3 * m, i, key, p, 70, "cuda").view(3, m, i) if p else torch.ones((), device="cuda") for key in dropout.keys]
+    kept = [keep_mask(3 * m, i, key, p, 70, "cuda").view(3, m, i) if p else torch.ones((), device="cuda") for key in keys]
     plain = [F.linear(x, w.double()) + 2 * F.linear(F.linear(x * kept[n] / (1 - p), rest[n]), rest[3 + n])
              for n, w in enumerate(weights)]
     expected = [*plain, *torch.autograd.grad(plain, [x, *rest], [dy.double() for dy in dys])]

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def dropout(self) -> Dropout | None:
-        return Dropout(p=self.p, keys=self.keys, first_row=self.first_row) if self.p else None
+        return Dropout.of(self.p, self.keys, self.first_row) if self.p else None
 
     def expected(self, used: tuple[int, ...] | None = None) -> list[Tensor]:
         x, a, b = self._leaves(torch.float64)
@@ -195,10 +195,10 @@ def test_saved_is_x_and_no_mask(graph: str, rank: int, more: int) -> None:
     case = Case(inputs=40, rank=rank, rows=(3,), p=P)
     x = case.x.float().requires_grad_()
     a, b = (leaf[0].float().requires_grad_() for leaf in (case.a, case.b))
-    weight, saved = case.weights[0].float(), []
+    weight, saved, dropout = case.weights[0].float(), [], case.dropout
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        adapted_linear(x, Frozen(weight=weight), Adapter(a=a, b=b, scale=1.0), case.dropout, graph)
-    known = {t.data_ptr() for t in (x, weight, a, b)}
+        adapted_linear(x, Frozen(weight=weight), Adapter(a=a, b=b, scale=1.0), dropout, graph)
+    known = {t.data_ptr() for t in (x, weight, a, b, dropout.draw)}
     assert {x.data_ptr(), weight.data_ptr()} <= {t.data_ptr() for t in saved}
     assert sum(t.numel() for t in saved if t.data_ptr() not in known) == more
 

@@ -89,8 +89,8 @@ def _measure(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, 
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     x, w, a, b, dy = random(m, i), random(j, i), random(r, i), random(j, r), random(m, j)
-    dropout = Dropout(p=0.1, keys=(mask_key(0, 0, 0, 0),)) if size.drops else None
-    mask = None if dropout is None else functools.partial(ops.dropped, draw=dropout.draw(), p=dropout.p, index=0)
+    dropout = Dropout.of(0.1, [mask_key(0, 0, 0, 0)]) if size.drops else None
+    mask = None if dropout is None else functools.partial(ops.dropped, draw=dropout.draw, p=dropout.p, index=0)
     given = Given(x=x, w=w, bias=None, a=a, b=b, scale=1.0, mask=mask)
     leaves = [tensor.requires_grad_() for tensor in (x.clone(), a.clone(), b.clone())]
 

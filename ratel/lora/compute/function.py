@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ratel.lora.compute import choice, ops
 from ratel.lora.compute.graphs import BACKWARD, FORWARD, Given, Size
-from ratel.lora.compute.masks import Dropout
+from ratel.lora.compute.masks import Dropout, threshold
 
 SMALL_SHARE = 32
 """S is saved where X has at least so many times as many columns."""
@@ -45,17 +45,9 @@ class _How:
     """What autograd does not look into."""
 
     scales: tuple[float, ...]
-    dropout: Dropout | None
+    p: float
     forward: str
     backward: str
-
-    @property
-    def draw(self) -> Tensor | None:
-        return None if self.dropout is None else self.dropout.draw()
-
-    @property
-    def p(self) -> float:
-        return 0.0 if self.dropout is None else self.dropout.p
 
 
 def adapted_linear(x: Tensor, base: Frozen, adapter: Adapter, dropout: Dropout | None = None, graph: str = "auto") -> Tensor:
@@ -69,54 +61,55 @@ def adapted_linears(x: Tensor, bases: Sequence[Frozen], adapters: Sequence[Adapt
 
     ``dropout`` has a key for each linear, so each drops elements of its own, as peft's do. ``graph``: see ``choice.choose``.
     """
-    assert len(bases) == len(adapters) and (dropout is None or len(dropout.keys) == len(bases)), "one of each for each linear"
+    assert len(bases) == len(adapters) and (dropout is None or len(dropout.draw) == 1 + len(bases)), "one of each for each linear"
     if len({adapter.rank for adapter in adapters}) > 1:
         return tuple(adapted_linear(x, base, adapter, _of(dropout, index), graph)
                      for index, (base, adapter) in enumerate(zip(bases, adapters, strict=True)))
+    draw, p = (dropout.draw, dropout.p) if dropout is not None and threshold(dropout.p) else (None, 0.0)
     size = Size(rows=x.numel() // max(1, x.shape[-1]), inputs=x.shape[-1], outputs=bases[0].weight.shape[0],
-                rank=adapters[0].rank, drops=dropout is not None and dropout.p > 0, element_bytes=x.element_size())
+                rank=adapters[0].rank, drops=draw is not None, element_bytes=x.element_size())
     forward, backward = choice.choose(graph, size, x.device, x.dtype)
-    how = _How(scales=tuple(float(adapter.scale) for adapter in adapters), dropout=dropout, forward=forward, backward=backward)
+    how = _How(scales=tuple(float(adapter.scale) for adapter in adapters), p=p, forward=forward, backward=backward)
     tensors = [tensor for base, adapter in zip(bases, adapters, strict=True)
                for tensor in (base.weight, base.bias, adapter.a, adapter.b)]
-    return _Adapted.apply(x, how, *tensors)
+    return _Adapted.apply(x, draw, how, *tensors)
 
 
 def _of(dropout: Dropout | None, index: int) -> Dropout | None:
-    return dropout and Dropout(p=dropout.p, keys=(dropout.keys[index],), first_row=dropout.first_row)
+    return None if dropout is None else Dropout(dropout.p, dropout.draw[[0, 1 + index]])
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, draw: Tensor | None, how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.how = how
         flat = x.reshape(-1, x.shape[-1])
         parts = [(w, bias, a.to(x.dtype), b.to(x.dtype)) for w, bias, a, b in _fours(tensors)]
         if how.forward == choice.FUSED:
-            ys, s = _fused_forward(flat, how, parts)
+            ys, s = _fused_forward(flat, draw, how, parts)
         else:
-            ys, s = [FORWARD[how.forward](given) for given in _givens(flat, how, parts)], None
+            ys, s = [FORWARD[how.forward](given) for given in _givens(flat, draw, how, parts)], None
         rank = parts[0][2].shape[0]
         kept = s if s is not None and rank * SMALL_SHARE <= x.shape[-1] else None
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        ctx.save_for_backward(x, kept, *(tensor for part in parts for tensor in part))
+        ctx.save_for_backward(x, draw, kept, *(tensor for part in parts for tensor in part))
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, s, *tensors = ctx.saved_tensors
+        x, draw, s, *tensors = ctx.saved_tensors
         flat, parts = x.reshape(-1, x.shape[-1]), _fours(tensors)
         flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         run = _fused_backward if ctx.how.backward == choice.FUSED else _graph_backward
-        dx, adapters = run(flat, ctx.how, parts, flat_dys, s, ctx.needs_input_grad[0])
+        dx, adapters = run(flat, draw, ctx.how, parts, flat_dys, s, ctx.needs_input_grad[0])
         grads: list[Tensor | None] = []
         for index, (dy, (da, db)) in enumerate(zip(flat_dys, adapters, strict=True)):
-            wants_w, wants_bias, *_ = ctx.needs_input_grad[2 + 4 * index:]
+            wants_w, wants_bias, *_ = ctx.needs_input_grad[3 + 4 * index:]
             grads += [dy.t() @ flat if wants_w and dy is not None else None,
                       dy.sum(0) if wants_bias and dy is not None else None, da, db]
         cast = [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None if dx is None else dx.view(x.shape), None, *cast
+        return None if dx is None else dx.view(x.shape), None, None, *cast
 
 
 Part = tuple[Tensor, Tensor | None, Tensor, Tensor]
@@ -129,9 +122,8 @@ def _fours(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [tuple(tensors[begin:begin + 4]) for begin in range(0, len(tensors), 4)]
 
 
-def _givens(x: Tensor, how: _How, parts: list[Part]) -> list[Given]:
-    draw, p = how.draw, how.p
-    masks = [None if draw is None else partial(_dropped, draw=draw, p=p, index=index) for index in range(len(parts))]
+def _givens(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]) -> list[Given]:
+    masks = [None if draw is None else partial(_dropped, draw=draw, p=how.p, index=index) for index in range(len(parts))]
     return [Given(x=x, w=w, bias=bias, a=a, b=b, scale=scale, mask=mask)
             for (w, bias, a, b), scale, mask in zip(parts, how.scales, masks, strict=True)]
 
@@ -140,9 +132,10 @@ def _dropped(x: Tensor, draw: Tensor, p: float, index: int) -> Tensor:
     return ops.dropped(x, draw, p, index)
 
 
-def _graph_backward(x: Tensor, how: _How, parts: list[Part], dys: list[Tensor | None], _: Tensor | None, wants_x: bool) -> Grads:
+def _graph_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], dys: list[Tensor | None], _: Tensor | None,
+                    wants_x: bool) -> Grads:
     total, adapters = None, []
-    for given, dy in zip(_givens(x, how, parts), dys, strict=True):
+    for given, dy in zip(_givens(x, draw, how, parts), dys, strict=True):
         if dy is None:
             adapters.append((None, None))
             continue
@@ -152,16 +145,17 @@ def _graph_backward(x: Tensor, how: _How, parts: list[Part], dys: list[Tensor | 
     return total, adapters
 
 
-def _fused_forward(x: Tensor, how: _How, parts: list[Part]) -> tuple[list[Tensor], Tensor]:
-    s = ops.down(x, _stacked(parts), how.draw, how.p)
+def _fused_forward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]) -> tuple[list[Tensor], Tensor]:
+    s = ops.down(x, _stacked(parts), draw, how.p)
     rank = parts[0][2].shape[0]
     return [ops.linear(x, w, bias, s[:, index * rank:(index + 1) * rank], b, scale)
             for index, ((w, bias, _, b), scale) in enumerate(zip(parts, how.scales, strict=True))], s
 
 
-def _fused_backward(x: Tensor, how: _How, parts: list[Part], dys: list[Tensor | None], s: Tensor | None, wants_x: bool) -> Grads:
+def _fused_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], dys: list[Tensor | None], s: Tensor | None,
+                    wants_x: bool) -> Grads:
     """dS and dB in one reading of each dY; then dA and the adapters' part of dX, to which the bases' products are added."""
-    a, draw, rank = _stacked(parts), how.draw, parts[0][2].shape[0]
+    a, rank = _stacked(parts), parts[0][2].shape[0]
     s = ops.down(x, a, draw, how.p) if s is None else s
     columns = [s[:, index * rank:(index + 1) * rank] for index in range(len(parts))]
     ups = [(part.new_zeros(part.shape), None) if dy is None else ops.up_grads(dy, b, part, scale)

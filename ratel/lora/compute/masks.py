@@ -12,7 +12,8 @@ and making a mask would take longer than reading the elements that it is for (do
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,23 +31,19 @@ def mask_key(seed: int, step: int, stage: str | int, linear: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dropout:
+class Dropout(NamedTuple):
     """Of some linears that read the same input: one probability, a key for each, and where the input's rows are."""
 
     p: float
-    keys: tuple[int, ...]
-    first_row: int = 0
-    """Which row of the step's whole batch is the first of this input: rows are tokens, or whatever is left when all
-    dimensions but the last are taken as one."""
+    draw: Tensor
+    """[first row, key, key, ...], 64 bits each, on the CPU. A tensor, and no numbers, because an operation's numbers belong to its form, and
+    a form that changes at every step would be traced and compiled at every step. The first row is that of this input in the step's whole
+    batch: rows are tokens, or whatever is left when all dimensions but the last are taken as one."""
 
-    def __post_init__(self) -> None:
-        assert 0 <= self.p < 1 and self.keys, (self.p, self.keys)
-
-    def draw(self) -> Tensor | None:
-        """What operations take: [first row, key, key, ...] on the CPU. A tensor, and no numbers, because an operation's numbers
-        belong to its form, and a form that changes at every step would be traced and compiled at every step."""
-        return torch.from_numpy(np.array((self.first_row, *self.keys), np.int64)) if threshold(self.p) else None
+    @classmethod
+    def of(cls, p: float, keys: Iterable[int], first_row: int = 0) -> "Dropout":
+        assert 0 <= p < 1, p
+        return cls(p, torch.from_numpy(np.array((first_row, *keys), np.int64)))
 
 
 def threshold(p: float) -> int:
