@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from plan_common import make_plan, tied_spec
 from ratel.planner.formats import BF16, EXACT, FROZEN, PLANES, TRAINED, Encoding, StateFormats
 from ratel.planner.plan import Buffers
 from ratel.planner.shape import ParamSpec, lay_out
@@ -12,6 +11,7 @@ from ratel.planner.traffic import step_traffic
 from ratel.runtime.states.format import formats_of
 from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.store.planes import DTYPES
+from tests.support.plans import make_plan, tied_spec
 
 pytestmark = pytest.mark.unit
 HALVES = {"*": {"hi": "ssd", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "dram"}}
