@@ -17,6 +17,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class Entrance:
     def __init__(self) -> None:
         self._process = os.getpid()
+        self._call = ""
+        """The outermost one that is under way."""
         self._inside: dict[str, int] = {}
         """The thread that is, if one is. `dict.setdefault` is one operation: no signal comes into
         it, and no other thread."""
@@ -28,22 +30,37 @@ class Entrance:
         return os.getpid() != self._process
 
     @contextmanager
-    def passed(self) -> Iterator[None]:
+    def passed(self, call: str) -> Iterator[None]:
         if self.is_foreign:
             raise RatelError("belongs to the process that this one was forked from, with its threads and files",
                              field="session", remedy="Use it there, or make a session of this process's own after the fork")
         me = threading.get_ident()
-        if self._inside.get("thread") == me:  # a method that another one calls
+        if self._inside.get("thread") == me:
+            self._check_within(call)
             yield
             return
         if self._inside.setdefault("thread", me) != me:
             raise RatelError("another thread is in a call of this session", field="session",
                              remedy="Call it from one thread at a time")
         try:
+            self._call = call
             with interrupt.deferring():
                 yield
         finally:
             self._inside.clear()
+
+
+    def _check_within(self, call: str) -> None:
+        """Methods call each other; and a step or an evaluation calls code of the user's: hooks, a
+        loss, an iterator of batches. What that asks for would meet a step that is half done."""
+        if call not in _CALLED_WITHIN or self._call in _CALLING_USERS and (self._call, call) not in _OWN:
+            raise RatelError(f"is called inside {self._call}, by a hook or an iterator of batches",
+                             field=call.lstrip("_"), remedy=f"Call it before or after {self._call}")
+
+
+_CALLED_WITHIN = ("flush", "wait_saved", "read_master", "read_state")
+_CALLING_USERS = ("step", "evaluate", "prepare", "plan_for")
+_OWN = (("evaluate", "flush"),)
 
 
 def entered(method: Method) -> Method:
@@ -51,7 +68,7 @@ def entered(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        with self._entrance.passed():
+        with self._entrance.passed(method.__name__):
             return method(self, *args, **options)
 
     return call

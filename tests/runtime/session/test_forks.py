@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -147,6 +147,48 @@ def test_a_second_thread_is_refused_and_harms_nothing(ssd_dir: Path) -> None:
         first.join(patience(60))
         losses.append(session.step(batch).loss)  # one after the other is allowed
     assert losses == expected
+
+
+@pytest.mark.parametrize("where", ["loss", "hook", "batches"])
+def test_a_call_inside_a_call_is_refused_and_harms_nothing(where: str, ssd_dir: Path, tmp_path: Path) -> None:
+    batch, inside, refused = torch.ones(4, 8), False, []
+
+    def act() -> None:
+        calls = {"step": lambda: session.step(batch), "evaluate": lambda: session.evaluate([batch]), "close": session.close,
+                 "save": lambda: session.save(tmp_path / "state"), "state_dict": session.state_dict, "plan_for": lambda: session.plan_for(4, 8)}
+        calls |= {} if where == "batches" else {"flush": session.flush, "wait_saved": session.wait_saved}
+        for name, call in calls.items() if inside else ():
+            with pytest.raises(RatelError, match=f"{name}: is called inside (step|evaluate), by a hook or an iterator of batches"):
+                call()
+            refused.append(name)
+
+    def loss_fn(model: nn.Module, given: torch.Tensor) -> torch.Tensor:
+        if where == "loss":
+            act()
+        return model(given).square().mean()
+
+    def some_batches() -> Iterator[torch.Tensor]:
+        if where == "batches":
+            act()
+        yield batch
+
+    def run() -> tuple[list[float], float]:
+        return [session.step(batch).loss for _ in range(3)], session.evaluate(some_batches())
+
+    options = dict(loss_fn=loss_fn, ssd=[ssd_dir], tier="ssd", device="cpu", dtype="fp32", lr=1e-2, micro_batch=4)
+    with Session(Net(), **options) as session:
+        expected = run()
+    net = Net()
+    if where == "hook":
+        net.head.register_forward_hook(lambda *unused: act())
+    with Session(net, **options) as session:
+        first = session.step(batch).loss
+        inside = True
+        losses = [first, *(session.step(batch).loss for _ in range(2))]
+        inside = where == "batches"
+        found = losses, session.evaluate(some_batches())
+        session.save(tmp_path / "state")
+    assert found == expected and len(refused) >= 6
 
 
 def test_a_session_that_nobody_closes_leaves_nothing(ssd_dir: Path) -> None:
