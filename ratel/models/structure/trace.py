@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
+from ratel.models.structure.dispatch_modes import modes_as_before
 from ratel.models.structure.gates import Gates
 from ratel.models.structure.given import Given
 from ratel.models.structure.graph import Edge, Reach, edge_of, is_older, next_number, reach
@@ -114,14 +115,15 @@ def trace(root: nn.Module, gates: Gates, run: Callable[[], Any]) -> Trace:
     Once more where a block reads what others have made: a table that the first forward of a model
     makes is there by then.
     """
-    try:
-        return _trace(root, gates, run)
-    except _Foreign:
-        pass
-    try:
-        return _trace(root, gates, run)
-    except _Foreign as found:
-        raise found.refusal from None
+    with modes_as_before():
+        try:
+            return _trace(root, gates, run)
+        except _Foreign:
+            pass
+        try:
+            return _trace(root, gates, run)
+        except _Foreign as found:
+            raise found.refusal from None
 
 
 class _Foreign(Exception):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ratel import models
 from ratel.memory.lanes import Lanes
 from ratel.models.calls.tasks import Task
+from ratel.models.structure.dispatch_modes import modes_as_before
 from ratel.models.structure.inputs import BlockInputs
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
@@ -86,7 +87,7 @@ class Outline:
         what second runs save goes to DRAM."""
         shapes = ShapesOnly(attention_scratch=on_cuda)
         batch = self._parts.sample(rows, seq_len)
-        with _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
+        with modes_as_before(), _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
             with torch.no_grad():
                 # Positions that the model makes itself have no values here, and it would keep apart what may be several
                 # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.

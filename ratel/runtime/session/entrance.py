@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ratel import interrupt
 from ratel.errors import RatelError
+from ratel.models.structure.dispatch_modes import modes_as_before
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -44,7 +45,7 @@ class Entrance:
                              remedy="Call it from one thread at a time")
         try:
             self._call = call
-            with interrupt.deferring():
+            with interrupt.deferring(), modes_as_before():
                 yield
         finally:
             self._inside.clear()
