@@ -13,6 +13,10 @@ from ratel.lora.older_names import possible_names, with_present_names
 from ratel.lora.outline import CONV1D, EMBEDDING, LINEAR, OTHER, ModelOutline, ModuleOutline
 
 
+PEFT_TIES = ("embed_tokens", "lm_head")
+"""What peft knows an embedding and a head by."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """``config``: as it was given; ``effective``: with the names that the model has."""
@@ -43,6 +47,7 @@ def resolve(config: LoraConfig, outline: ModelOutline) -> Targets:
     effective = with_present_names(asked, outline, all_linear(outline), matches)
     if effective.targets == ALL_LINEAR:
         effective = replace(effective, targets=tuple(all_linear(outline)))
+    _refuse_ties(effective, outline)
     effective = _with_ties(effective, outline)
     full = tuple(_full_modules(effective, outline))
     layers = (*_modules(effective, outline), *_parameters(effective, outline))
@@ -182,6 +187,16 @@ def _ties_full(config: LoraConfig, outline: ModelOutline) -> bool:
 def _ties_layers(config: LoraConfig, outline: ModelOutline) -> bool:
     ends = [name for name in (*outline.tied, outline.embedding) if name]
     return config.tied and bool(outline.tied) and not _ties_full(config, outline) and any(_fits(config, name) for name in ends)
+
+
+def _refuse_ties(config: LoraConfig, outline: ModelOutline) -> None:
+    if _ties_layers(config, outline) and config.dora:
+        config.refuse("dora", "gives an embedding and a head that are one parameter lengths of their own, so that they become two", True,
+                      f"Leave {config.words['tied']} or one of the two words out")
+    ends = [name for name in (*outline.tied, outline.embedding) if name]
+    if (_ties_layers(config, outline) or _ties_full(config, outline)) and not any(end.rpartition(".")[2] in PEFT_TIES for end in ends):
+        config.refuse("tied", f"is possible in peft for modules called {' or '.join(PEFT_TIES)}, and here they are {' and '.join(ends)}", True,
+                      "Leave it out, or do not adapt them")
 
 
 def _with_ties(config: LoraConfig, outline: ModelOutline) -> LoraConfig:

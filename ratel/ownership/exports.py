@@ -25,7 +25,7 @@ REPLACED = ".ratel-replaced"
 _KEY, _MOMENTS = "ratel", ("format", "ratel-adamw")
 _PLAIN = {"config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json", "vocab.json",
           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt", "tokenizer.model",
-          "processor_config.json", "preprocessor_config.json"}
+          "processor_config.json", "preprocessor_config.json", "adapter_config.json"}
 """Names that a directory with a model has, beside weights."""
 _HEADER_BYTES, _SMALL_FILE_BYTES = 100 << 20, 256 << 20
 
@@ -112,9 +112,9 @@ def remove_export(directory: Path) -> None:
 
 
 def _is_weights(name: str) -> bool:
-    """As transformers and `ratel.optimizer_state` look for them: shards or an index that a new export does not have would be read
+    """As transformers, peft and `ratel.optimizer_state` look for them: shards or an index that a new export does not have would be read
     with it."""
-    return name.startswith(("model", "optimizer")) and name.endswith((SUFFIX, INDEX_SUFFIX))
+    return name.startswith(("model", "optimizer", "adapter_model")) and name.endswith((SUFFIX, INDEX_SUFFIX))
 
 
 def _is_own_index(path: Path, own: set[str], names: list[str]) -> bool:

@@ -64,3 +64,23 @@ def tokens() -> torch.Tensor:
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=tokens()).logits
+
+
+def trained(targets: Any, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Tensors for a file as training could leave them, without those of tied layers; lengths stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: shape for part in (*targets.layers, *targets.full) if part.tied_to is None for name, shape in part.file_shapes.items()}
+    return {name: torch.rand(shape, generator=generator) + 0.5 if "magnitude" in name else torch.randn(shape, generator=generator) * 0.15
+            for name, shape in shapes.items()}
+
+
+def load_in_peft(model: nn.Module, directory: Any) -> Any:
+    """Strictly: no tensor is missing or left over. Raises AssertionError."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(model, str(directory), adapter_name="given").eval()
+        found = adapted.load_adapter(str(directory), adapter_name="given")  # says what `from_pretrained` keeps to itself
+    assert not found.unexpected_keys and not [key for key in found.missing_keys if "given" in key], found
+    return adapted

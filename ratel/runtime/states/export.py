@@ -35,15 +35,24 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
     In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported model is the one that was
     trained. ``beside`` writes further files into the directory that it is given, before that has its name.
     """
+    def write(unfinished: Path) -> None:
+        parts.write_beside(unfinished, dtype)
+        if beside is not None:
+            beside(unfinished)
+        _write_shards(parts, weights, unfinished, dtype)  # last: they say which files were written with them
+
+    return export_directory(path, "the model", write)
+
+
+def export_directory(path: Path, what: str, write: Callable[[Path], None]) -> Path:
+    """``write`` fills the directory that it is given, weights last, which takes the place of ``path`` when all of it is on disk;
+    what else was in that stays. Returns it. ``what``: for messages."""
     path = export_target(path, "export")
     from safetensors import SafetensorError
 
     unfinished = _unfinished(path)
     try:
-        parts.write_beside(unfinished, dtype)
-        if beside is not None:
-            beside(unfinished)
-        _write_shards(parts, weights, unfinished, dtype)  # last: they say which files were written with them
+        write(unfinished)
         exports.complete(unfinished)
         sync_tree(unfinished)
         exports.give_up(path)
@@ -53,7 +62,7 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # reading may have failed as well
         exports.remove_unfinished(unfinished)
-        raise RatelError(f"the model cannot be written: {error}", field="export", value=path,
+        raise RatelError(f"{what} cannot be written: {error}", field="export", value=path,
                          remedy="Make room there, or give another directory" if not isinstance(error, OSError) else
                          remedy_for(error, "Make room there, or give another directory")) from error
     return path

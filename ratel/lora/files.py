@@ -1,0 +1,180 @@
+"""An adapter in files: `adapter_config.json` and `adapter_model.safetensors`, as peft and vLLM read them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ratel.errors import RatelError
+from ratel.lora.config import LoraConfig
+from ratel.lora.initial import LayerTensors
+from ratel.lora.layers import PREFIX, AdaptedLayer
+from ratel.lora.outline import CONV1D, ModelOutline
+from ratel.lora.peft_config import CONFIG_FILE, encode, of_directory, settings_of
+from ratel.lora.stored_config import stored_config
+from ratel.lora.targets import Targets, resolve
+from ratel.models.safetensors.files import DTYPES, TensorFiles
+from ratel.models.safetensors.header import read_header
+from ratel.models.safetensors.writer import Outline, Piece, write_shards
+from ratel.ownership import exports
+from ratel.synced import write_synced
+
+WEIGHTS_STEM = "adapter_model"
+WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
+BASE_KEY = "ratel_base"
+"""In the metadata of the weights: the fingerprint of the base. peft passes over it."""
+
+_WHOLE = 1 << 62
+"""No adapter is split into files: peft reads one."""
+_OLDER_EXPERTS = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """One that was read. ``tensors``: fp32, by their names in the file, those of tied layers left out. ``base_copies``: parameters of
+    the base that peft has stored beside it; what is loaded must be equal to them."""
+
+    config: LoraConfig
+    targets: Targets
+    tensors: dict[str, Tensor]
+    base_copies: dict[str, Tensor]
+    base: str | None
+    """The fingerprint of its base, where Ratel has written it."""
+
+
+def write_adapter(directory: Path, targets: Targets, tensors: Mapping[str, Tensor], *, base_name: str | None = None, base: str | None = None,
+                  task: str | None = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> None:
+    """Write both files into a directory that has neither, synced. ``tensors``: by their names in the file, without those of tied
+    layers; ``base``: the base's fingerprint. Raises OSError."""
+    settings = settings_of(stored_config(targets), base=base_name, task=task,
+                           is_transposed=any(layer.kind == CONV1D for layer in targets.layers))
+    write_synced(directory / CONFIG_FILE, encode(settings))
+    every = {**tensors, **_tied(targets, tensors)}
+    pieces = [Piece(outlines={name: Outline(shape=shape, dtype=dtype)},
+                    make=lambda name=name: [(name, every[name].detach().to(device="cpu", dtype=dtype))])
+              for name, shape in targets.file_shapes.items()]
+    metadata = exports.metadata_for(directory) | ({BASE_KEY: base} if base else {})
+    write_shards(directory, WEIGHTS_STEM, pieces, metadata=metadata, shard_bytes=_WHOLE)
+
+
+def read_adapter(directory: Path, outline: ModelOutline, *, base: str | None = None, field: str = "lora") -> StoredAdapter:
+    """An adapter for this model. ``base``: the model's fingerprint, if known. Raises RatelError for one that is not whole, or was made
+    for another base."""
+    config = of_directory(directory, field)
+    path = _weights_file(directory, field)
+    header = read_header(path, field)
+    targets = resolve(config, outline)
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    copies = _base_copies(shapes, targets)
+    _refuse_names(shapes.keys() - copies.keys(), targets, path, field)
+    wanted = targets.file_shapes | {name: _shape_in(outline, parameter) for name, parameter in copies.items()}
+    for name in sorted(shapes):
+        if shapes[name] != wanted[name]:
+            _refuse_base(f"{_plain(name)} has the shape {list(shapes[name])}, and this model gives it {list(wanted[name])}", path, field)
+    quantised = next((name for name, entry in header.tensors.items() if entry.dtype_name not in DTYPES), None)
+    if quantised is not None:
+        raise RatelError(f"{_plain(quantised)} is stored as {header.tensors[quantised].dtype_name}, not in floating point", field=field, value=path,
+                         remedy="Use the adapter as it was before quantisation")
+    stored = header.metadata.get(BASE_KEY)
+    if stored is not None and base is not None and stored != base:
+        _refuse_base(f"its base has the fingerprint {stored[:23]}..., this model {base[:23]}...", path, field)
+    files = TensorFiles([path], field)
+    own = {name: files.read(name).float() for name in targets.file_shapes}
+    _refuse_values(own, path, field)
+    return StoredAdapter(config=config, targets=targets, tensors=_without_tied(own, targets, path, field), base=stored,
+                         base_copies={parameter: files.read(name) for name, parameter in copies.items()})
+
+
+def tensors_of(layer: AdaptedLayer, targets: Targets, tensors: Mapping[str, Tensor]) -> LayerTensors:
+    """Those of one layer; of a tied one, the other way round from where they are."""
+    if layer.tied_to is not None:
+        first = next(other for other in targets.layers if other.name == layer.tied_to)
+        return LayerTensors(a=tensors[first.b_name].t(), b=tensors[first.a_name].t())
+    return LayerTensors(a=tensors[layer.a_name], b=tensors[layer.b_name],
+                        magnitude=tensors[layer.magnitude_name] if layer.magnitude_name else None)
+
+
+def named(layer: AdaptedLayer, values: LayerTensors) -> dict[str, Tensor]:
+    """Tensors of a layer under their names in the file."""
+    found = {layer.a_name: values.a, layer.b_name: values.b}
+    return found | ({layer.magnitude_name: values.magnitude} if layer.magnitude_name and values.magnitude is not None else {})
+
+
+def _weights_file(directory: Path, field: str) -> Path:
+    path = directory / WEIGHTS_FILE
+    if path.exists():
+        return path
+    if (directory / f"{WEIGHTS_STEM}.bin").exists():
+        raise RatelError(f"has its weights in {WEIGHTS_STEM}.bin, a pickle, which can run programs", field=field, value=directory,
+                         remedy="Save it again with peft's save_pretrained, which writes safetensors")
+    raise RatelError(f"is cut off: it has {CONFIG_FILE} and no {WEIGHTS_FILE}", field=field, value=directory, remedy="Copy the adapter again")
+
+
+def _tied(targets: Targets, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of tied layers and modules, which the file has a second time."""
+    layers = (named(layer, tensors_of(layer, targets, tensors)) for layer in targets.layers if layer.tied_to)
+    modules = ({f"{PREFIX}{module.name}.weight": tensors[f"{PREFIX}{module.tied_to}.weight"]} for module in targets.full if module.tied_to)
+    return {name: values for found in (*layers, *modules) for name, values in found.items()}
+
+
+def _without_tied(own: dict[str, Tensor], targets: Targets, path: Path, field: str) -> dict[str, Tensor]:
+    """What is there a second time must be the same."""
+    for name, values in _tied(targets, own).items():
+        if not torch.equal(own.pop(name), values):
+            raise RatelError(f"has two adapters where the model has one weight: {_plain(name)} is not the embedding's", field=field, value=path,
+                             remedy="Use an adapter that was trained with ensure_weight_tying, or without it and with ensure_weight_tying false")
+    return own
+
+
+def _base_copies(names: Mapping[str, object], targets: Targets) -> dict[str, str]:
+    """Names in the file -> parameters of the base: peft stores embeddings that are adapted, or that were made longer."""
+    outline = targets.outline
+    parameters = {f"{PREFIX}{layer.file_name}.base_layer.weight": layer.weight for layer in targets.layers}
+    parameters |= {f"{PREFIX}{name}.weight": f"{name}.weight" for name in (outline.embedding, outline.head) if name}
+    return {name: parameter for name, parameter in parameters.items() if name in names and name not in targets.file_shapes}
+
+
+def _shape_in(outline: ModelOutline, parameter: str) -> tuple[int, ...]:
+    module, _, attribute = parameter.rpartition(".")
+    return outline.by_name[module].parameters[attribute]
+
+
+def _refuse_names(found: "set[str]", targets: Targets, path: Path, field: str) -> None:
+    older = sorted(name for name in found - targets.file_shapes.keys() if _OLDER_EXPERTS.search(name))
+    if older:
+        raise RatelError(f"has an adapter for each expert alone, as transformers before 5 had them ({_plain(older[0])})", field=field, value=path,
+                         remedy="Load it in peft with transformers 5, which fuses them, and save it again")
+    missing = sorted(targets.file_shapes.keys() - found)
+    if missing and any(name in module.file_shapes for module in targets.full for name in missing):
+        raise RatelError(f"lacks {_plain(missing[0])}, which {CONFIG_FILE} says was trained as a whole (modules_to_save)", field=field, value=path,
+                         remedy="Copy the adapter again, or save it again with peft")
+    if missing:
+        raise RatelError(f"lacks {_plain(missing[0])}{_and_more(missing)}, or was made for another base", field=field, value=path,
+                         remedy="Copy the adapter again, or give the model that it was trained on")
+    unknown = sorted(found - targets.file_shapes.keys())
+    if unknown:
+        _refuse_base(f"{_plain(unknown[0])}{_and_more(unknown)} {'is' if len(unknown) == 1 else 'are'} not what {CONFIG_FILE} gives this model",
+                     path, field)
+
+
+def _refuse_base(reason: str, path: Path, field: str) -> NoReturn:
+    raise RatelError(f"was made for another base: {reason}", field=field, value=path, remedy="Give the model that it was trained on")
+
+
+def _refuse_values(tensors: Mapping[str, Tensor], path: Path, field: str) -> None:
+    wrong = next((name for name, values in tensors.items() if not torch.isfinite(values).all()), None)
+    if wrong is not None:
+        raise RatelError(f"{_plain(wrong)} holds numbers that are not finite", field=field, value=path,
+                         remedy="Use an adapter of an earlier step; this one has diverged")
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

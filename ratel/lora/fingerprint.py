@@ -1,0 +1,34 @@
+"""Which base an adapter was trained on, by content: one SHA-256 over names, shapes and values of all parameters.
+
+Values are taken as bf16 (ties to even), so that a checkpoint has one fingerprint in fp32 and in bf16, in however many files it
+lies. Each parameter has a digest of its own first: they can be made in any order and on any thread, as weights come in.
+"""
+
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+_PIECE_ELEMENTS = 1 << 22
+
+
+def digest_of(shape: Iterable[int], pieces: Iterable[Tensor]) -> str:
+    """Of one parameter, from its values in their order, in pieces of any length."""
+    found = sha256(f"{list(shape)}".encode())
+    for piece in pieces:
+        flat = piece.detach().reshape(-1)
+        for begin in range(0, flat.numel(), _PIECE_ELEMENTS):
+            part = flat[begin:begin + _PIECE_ELEMENTS].to(device="cpu", dtype=torch.bfloat16).contiguous()
+            found.update(memoryview(part.view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """``digests``: of all parameters by name; one that is in the model twice, under its first name."""
+    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return f"sha256:{sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    return fingerprint({name: digest_of(values.shape, [values]) for name, values in parameters})
