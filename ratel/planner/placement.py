@@ -52,11 +52,6 @@ def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], for
     return tuple(_ON_GPU if unit.fp32 else place for unit, place in zip(spec.units, placements, strict=True))
 
 
-def weight_class(unit: UnitSpec) -> str:
-    """Units that take turns in the same slots: blocks; what comes before and after them; what is held all step."""
-    return {"block": "block", "shared": "shared"}.get(unit.kind, "ends")
-
-
 def closed_first(spec: ModelSpec, placements: tuple[UnitPlacement, ...], count: int | None = None) -> list[UnitSpec]:
     """Of the units that the CPU updates the first ``count`` (default: all) whose gradients are complete."""
     return [unit for unit in spec.closing_order if not placements[unit.index].on_gpu][:count]

@@ -9,7 +9,7 @@ from ratel.planner.block_profile import BlockProfile
 from ratel.planner.kept_activations import Keeping, keeping
 from ratel.planner.slot_layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.planner.formats import StateFormats
-from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, weight_class
+from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement, closed_first
 from ratel.planner.checkpoints import Group, Saved, Spill
 from ratel.planner.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
@@ -198,9 +198,16 @@ class Plan:
         from_ssd = self.ring_planes(unit) or self.weights_from_ssd(unit)
         return min(self.buffers.chunk_elements, unit.num_trainable) if from_ssd else unit.num_trainable
 
+    def class_of(self, unit: UnitSpec) -> str:
+        return self.spec.classes[unit.index].name
+
+    def _depth_of(self, cls: str, buffers: int) -> int:
+        found = self.spec.class_named(cls)
+        return buffers if found is not None and found.is_deep else 1
+
     def streamed(self, cls: str) -> list[UnitSpec]:
         """Units of a class whose weights come to the GPU and go again."""
-        return [u for u in self.spec.units if weight_class(u) == cls and not self.placement(u).on_gpu]
+        return [u for u in self.spec.units if self.class_of(u) == cls and not self.placement(u).on_gpu]
 
     @cached_property
     def _alike(self) -> tuple[tuple[UnitSpec, int], ...]:
@@ -222,7 +229,7 @@ class Plan:
         found: dict[str, list[tuple[UnitSpec, int]]] = {}
         for unit, number in self._alike:
             if not self.placement(unit).on_gpu:
-                found.setdefault(weight_class(unit), []).append((unit, number))
+                found.setdefault(self.class_of(unit), []).append((unit, number))
         return found
 
     def weights_from_ssd(self, unit: UnitSpec) -> tuple[str, ...]:
@@ -238,7 +245,7 @@ class Plan:
 
     def weight_slot_count(self, cls: str) -> int:
         streamed = sum(number for _, number in self._streamed(cls))
-        count = min(streamed, self.buffers.weight_slots if cls == "block" else 1)
+        count = min(streamed, self._depth_of(cls, self.buffers.weight_slots))
         if (not self.deferred or self.early) and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
             # The DRAM copy of a unit stays for its update under backward. A gather beyond these copies would wait for an
             # update whose gradient needs what is gathered after it.
@@ -246,7 +253,7 @@ class Plan:
         return count
 
     def host_weight_slot_count(self, cls: str) -> int:
-        return min(self._num_from_ssd(cls), self.buffers.host_weight_slots if cls == "block" else 1)
+        return min(self._num_from_ssd(cls), self._depth_of(cls, self.buffers.host_weight_slots))
 
     def _num_from_ssd(self, cls: str) -> int:
         return sum(number for u, number in self._streamed(cls) if self.weights_from_ssd(u))
@@ -264,18 +271,18 @@ class Plan:
 
     def host_grad_slot_count(self, cls: str) -> int:
         passing = sum(number for u, number in self._streamed(cls) if self.grads_pass_through(u))
-        return min(passing, self.buffers.host_grad_slots if cls == "block" else 1)
+        return min(passing, self._depth_of(cls, self.buffers.host_grad_slots))
 
     def max_bytes(self, cls: str, of: str) -> int:
         """Largest unit of the class: ``weights``, ``grads`` or ``acc`` (fp32 accumulator)."""
         if of == "acc":
-            return max((u.num_trainable * 4 for u, _ in self._alike if weight_class(u) == cls), default=0)
+            return max((u.num_trainable * 4 for u, _ in self._alike if self.class_of(u) == cls), default=0)
         return max((u.num_elements * self.weight_bytes if of == "weights" else u.num_trainable * self.grad_bytes
                     for u, _ in self._streamed(cls)), default=0)
 
     def grad_slot_count(self, cls: str) -> int:
         trained = sum(number for u, number in self._streamed(cls) if u.num_trainable)
-        return min(trained, self.buffers.grad_slots if cls == "block" else 1)
+        return min(trained, self._depth_of(cls, self.buffers.grad_slots))
 
     @cached_property
     def _keeping(self) -> Keeping:
@@ -313,7 +320,7 @@ class Plan:
         """Bytes on the GPU by purpose."""
         work = self.work
         items = {"resident planes": self._resident_bytes(GPU)}
-        for cls in ("block", "ends", "shared"):
+        for cls in (found.name for found in self.spec.slot_classes):
             items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
             items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
             if cls in self.accumulators:
@@ -337,7 +344,7 @@ class Plan:
         items = {"resident planes": self._resident_bytes(DRAM),
                  "second planes of early updates": sum(number * _paged(self.formats.num_bytes(u, p))
                                                        for u, number in self._alike for p in self.second_planes(u))}
-        for cls in ("block", "ends", "shared"):
+        for cls in (found.name for found in self.spec.slot_classes):
             items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
             items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
         items["gradient norms"] = self.norm_bytes

@@ -8,7 +8,6 @@ their slots.
 from dataclasses import dataclass
 
 from ratel.planner.checkpoints import INPUT
-from ratel.planner.placement import weight_class
 from ratel.planner.plan import Plan
 
 
@@ -55,9 +54,15 @@ def unit_gathers(plan: Plan, *, training: bool, early: bool = True) -> list[tupl
 
 
 def _held_over_the_turn(plan: Plan) -> set[int]:
-    count = plan.weight_slot_count("block")
-    blocks = [u.index for u in plan.streamed("block")]
-    return set(blocks[len(blocks) - count :]) if count else set()
+    held: set[int] = set()
+    for cls in _deep_classes(plan):
+        count, blocks = plan.weight_slot_count(cls), [u.index for u in plan.streamed(cls)]
+        held.update(blocks[len(blocks) - count :] if count else [])
+    return held
+
+
+def _deep_classes(plan: Plan) -> list[str]:
+    return [cls.name for cls in plan.spec.slot_classes if cls.is_deep]
 
 
 def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: bool = True) -> list[Gather]:
@@ -71,7 +76,7 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: 
     weights = unit_gathers(plan, training=training, early=early)
     if not training or not plan.groups:
         return [g for _, g in weights]
-    ahead = max(plan.weight_slot_count("block") - 2, 0)
+    ahead = max(min((count for cls in _deep_classes(plan) if (count := plan.weight_slot_count(cls))), default=0) - 2, 0)
     order = _stage_order(plan, training)
     turn = len(plan.spec.stages)
     result: list[Gather] = []
@@ -92,4 +97,4 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: 
 def _waits_for(plan: Plan, gather: Gather, position: int, order: list[int]) -> bool:
     """A unit outside the blocks has one slot for its class; it cannot be started before that slot's
     user is done."""
-    return weight_class(plan.spec.units[gather.unit]) != "block"
+    return not plan.spec.classes[gather.unit].is_deep

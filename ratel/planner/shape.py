@@ -9,6 +9,7 @@ plane.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from math import prod
 
 from ratel.units import align_up
@@ -88,6 +89,16 @@ class StageSpec:
     """Indices of the units whose parameters it uses."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotClass:
+    """Units that take turns in the same slots, on the GPU and in DRAM. No stage uses two units of one
+    class that move."""
+
+    name: str
+    is_deep: bool
+    """One unit follows another, through as many slots as there are buffers. Else there is one slot."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Units by index, and stages in forward order."""
@@ -108,10 +119,24 @@ class ModelSpec:
         return sum(u.num_trainable_params for u in self.units)
 
     @cached_property
+    def classes(self) -> tuple[SlotClass, ...]:
+        """By unit."""
+        return _classes_of(self)
+
+    @cached_property
+    def slot_classes(self) -> tuple[SlotClass, ...]:
+        """Each once: blocks first, then what is before and after them, then what is held all step."""
+        return tuple(sorted(set(self.classes), key=lambda cls: (_BASES.index(cls.name.split()[0]), cls.name)))
+
+    def class_named(self, name: str) -> SlotClass | None:
+        return next((cls for cls in self.slot_classes if cls.name == name), None)
+
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """A number for each unit that units of one kind and size have in common."""
-        numbers: dict[tuple[str, int, int, bool], int] = {}
-        return tuple(numbers.setdefault((u.kind, u.num_elements, u.num_trainable, u.fp32), len(numbers)) for u in self.units)
+        numbers: dict[tuple[SlotClass, str, int, int, bool], int] = {}
+        return tuple(numbers.setdefault((cls, u.kind, u.num_elements, u.num_trainable, u.fp32), len(numbers))
+                     for u, cls in zip(self.units, self.classes))
 
     @cached_property
     def has_fp32_units(self) -> bool:
@@ -122,6 +147,33 @@ class ModelSpec:
         """Trained units in the order in which their gradients become complete."""
         closing = closing_units(self)
         return tuple(unit for stage in reversed(self.stages) for unit in closing[stage.index])
+
+
+def outside_blocks(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of the classes of what is before and after the blocks."""
+    return tuple(cls.name for cls in spec.slot_classes if not cls.is_deep)
+
+
+_BASES = ("block", "ends", "shared")
+
+
+def _classes_of(spec: ModelSpec) -> tuple[SlotClass, ...]:
+    """Where a stage uses several units of one kind, the second gets a class of its own. Units that
+    compute in fp32 among others stay on the GPU, and need none."""
+    stages: dict[int, list[int]] = {}
+    for stage in spec.stages:
+        for unit in stage.units:
+            stages.setdefault(unit, []).append(stage.index)
+    taken: set[tuple[int, str]] = set()
+    classes = []
+    for unit in spec.units:
+        base, used = unit.kind if unit.kind in _BASES else "ends", stages.get(unit.index, [])
+        names = (f"{base} {number}" if number > 1 else base for number in count(1))
+        name = base if unit.fp32 else next(name for name in names if not any((stage, name) in taken for stage in used))
+        if not unit.fp32:
+            taken.update((stage, name) for stage in used)
+        classes.append(SlotClass(name, is_deep=base == "block"))
+    return tuple(classes)
 
 
 def closing_stages(spec: ModelSpec) -> dict[int, int]:

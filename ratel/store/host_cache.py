@@ -17,7 +17,6 @@ from ratel.errors import DamagedError
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
-from ratel.planner.placement import weight_class
 from ratel.planner.plan import Plan
 from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
@@ -44,7 +43,7 @@ class HostCache:
         self._held_by = "DRAM slot" if plan.deferred else "update slot"
         """What a trace says of a wait: in eager mode most slots hold weights that are yet to be updated."""
         self._free: dict[str, list[HostSlot]] = {}
-        for cls in ("block", "ends", "shared"):
+        for cls in (found.name for found in plan.spec.slot_classes):
             size = plan.host_weight_slot_bytes(cls)
             self._free[cls] = [HostSlot(arena.take(size)) for _ in range(plan.host_weight_slot_count(cls))]
 
@@ -74,17 +73,20 @@ class HostCache:
             self._unread = set(units)
             self._freed.notify_all()
 
+    def _class(self, unit: int) -> str:
+        return self._plan.spec.classes[unit].name
+
     def _available(self, unit: int) -> int:
-        return len(self._free[weight_class(self._plan.spec.units[unit])]) + (unit in self._by_unit)
+        return len(self._free[self._class(unit)]) + (unit in self._by_unit)
 
     def _reads_before(self, unit: int) -> bool:
-        cls = weight_class(self._plan.spec.units[unit])
-        return any(u < unit and weight_class(self._plan.spec.units[u]) == cls for u in self._unread)
+        cls = self._class(unit)
+        return any(u < unit and self._class(u) == cls for u in self._unread)
 
     def _take(self, unit: int, refs: int) -> HostSlot:
         slot = self._by_unit.get(unit)
         if slot is None:
-            slot = self._by_unit[unit] = self._free[weight_class(self._plan.spec.units[unit])].pop(0)
+            slot = self._by_unit[unit] = self._free[self._class(unit)].pop(0)
             slot.unit = unit
             slot.reads = [self._io.read(unit, name, 0, view, native.nvme_ds.WEIGHT)
                           for name, view in self.views(slot).items()]
@@ -113,7 +115,7 @@ class HostCache:
             if slot.refs == 0:
                 if self._by_unit.get(slot.unit) is slot:
                     del self._by_unit[slot.unit]
-                self._free[weight_class(self._plan.spec.units[slot.unit])].append(slot)
+                self._free[self._class(slot.unit)].append(slot)
                 self._freed.notify_all()
 
     def withdraw(self, slot: HostSlot) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from ratel.planner.forecast.compute import GpuSeconds
-from ratel.planner.placement import DRAM, GPU, closed_first, weight_class
+from ratel.planner.placement import DRAM, GPU, closed_first
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather, gathers
 from ratel.planner.shape import StageSpec, UnitSpec, closing_units, forward_order
@@ -28,7 +28,6 @@ COPIES_BEHIND = 2
 """Blocks whose activations may still be on their way to DRAM when the next is launched:
 ratel/runtime/streams/activations.py."""
 
-CLASSES = ("block", "ends", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class _Steps:
         self._streamed = {s.index: [u for u in s.units if off_gpu[u]] for s in plan.spec.stages}
         self._closing = {stage: [u for u in units if off_gpu[u.index]] for stage, units in closing_units(plan.spec).items()}
         self._early = [plan.updates_early(u) for u in plan.spec.units]
-        self._classes = [weight_class(u) for u in plan.spec.units]
+        self._classes = [cls.name for cls in plan.spec.classes]
         self._weights = [gather_traffic(plan, u.index) for u in plan.spec.units]
         self._gradients = [gradient_traffic(plan, u) for u in plan.spec.units]
         self._updates = [update_traffic(plan, u) for u in plan.spec.units]
@@ -129,8 +128,8 @@ class _Steps:
         self._ssd = _Ssd()
         self._loading = self._opened = self._h2d = self._compute = self._d2h = self._cpu = self._norm_known = 0.0
         self._updated, self._arrived, self._persisted = ([0.0] * len(plan.spec.units) for _ in range(3))
-        self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
-        self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
+        self._weight_slots, self._host_slots = _pools(plan, plan.weight_slot_count), _pools(plan, plan.host_weight_slot_count)
+        self._grad_slots, self._host_grads = _pools(plan, plan.grad_slot_count), _pools(plan, plan.host_grad_slot_count)
         self._back_slots, self._staging_out, self._staging_in = (Slots(plan.buffers.checkpoint_slots) for _ in range(3))
         self._out = [[activation_traffic(plan, block, rows) for rows in self._rows[:1] + self._rows[-1:]]
                      for block in range(len(plan.checkpoint_tiers))]
@@ -347,5 +346,5 @@ class _Steps:
             self._update(self._pending.pop(0))
 
 
-def _pools(count_of: Callable[[str], int]) -> dict[str, Slots]:
-    return {cls: Slots(count_of(cls)) for cls in CLASSES}
+def _pools(plan: Plan, count_of: Callable[[str], int]) -> dict[str, Slots]:
+    return {cls.name: Slots(count_of(cls.name)) for cls in plan.spec.slot_classes}

@@ -10,10 +10,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from ratel.planner.forecast.events import Event, Pool, Process, Queue, TwoWay
-from ratel.planner.forecast.recurrence import CLASSES, COPIES_BEHIND, step_schedule, update_order
+from ratel.planner.forecast.recurrence import COPIES_BEHIND, step_schedule, update_order
 from ratel.planner.forecast.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
 from ratel.planner.hardware import Hardware
-from ratel.planner.placement import closed_first, weight_class
+from ratel.planner.placement import closed_first
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
 from ratel.planner.shape import StageSpec, UnitSpec, closing_units
@@ -56,8 +56,8 @@ class _Engine:
     def __init__(self, plan: Plan, machine: Machine) -> None:
         self._plan, self._m, self._clock = plan, machine, machine.clock
         self._rows, self._closing, self._schedule = micro_rows(plan), closing_units(plan.spec), step_schedule(plan)
-        self._weight_slots, self._host_slots = _pools(plan.weight_slot_count), _pools(plan.host_weight_slot_count)
-        self._grad_slots, self._host_grads = _pools(plan.grad_slot_count), _pools(plan.host_grad_slot_count)
+        self._weight_slots, self._host_slots = _pools(plan, plan.weight_slot_count), _pools(plan, plan.host_weight_slot_count)
+        self._grad_slots, self._host_grads = _pools(plan, plan.grad_slot_count), _pools(plan, plan.host_grad_slot_count)
         slots = plan.buffers.checkpoint_slots
         self._back_slots, self._staging_out, self._staging_in = Pool(slots), Pool(slots), Pool(slots)
         self._ring = Pool(plan.buffers.ring_slots)
@@ -129,7 +129,7 @@ class _Engine:
     def _backward(self, stage: StageSpec) -> Process:
         closing = [u for u in self._closing[stage.index] if not self._plan.placement(u).on_gpu]
         for unit in closing:
-            yield self._grad_slots[weight_class(unit)].acquire()
+            yield self._grad_slots[self._plan.class_of(unit)].acquire()
         for micro, rows in enumerate(self._rows):
             if stage.kind != "block":
                 yield from self._compute(f"{stage.name} backward", self._m.gpu.ends(stage, rows)[1])
@@ -148,7 +148,7 @@ class _Engine:
             yield from self._leave(unit)
 
     def _class(self, unit: int) -> str:
-        return weight_class(self._plan.spec.units[unit])
+        return self._plan.spec.classes[unit].name
 
     # --- what leaves the GPU ------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class _Engine:
         self._saved[block, micro].set()
 
     def _leave(self, unit: UnitSpec) -> Process:
-        moved, cls = gradient_traffic(self._plan, unit), weight_class(unit)
+        moved, cls = gradient_traffic(self._plan, unit), self._plan.class_of(unit)
         if self._plan.grads_pass_through(unit):
             yield self._host_grads[cls].acquire()
         update = self._arrivals[unit.index]
@@ -349,7 +349,7 @@ class _Engine:
 
     def _finish(self, update: Update, written: Event) -> None:
         if not self._plan.deferred:
-            self._host_grads[weight_class(update.unit)].release()
+            self._host_grads[self._plan.class_of(update.unit)].release()
         slot = update.slot
         if slot is not None and not self._plan.updates_early(update.unit):
             slot.holders += 1
@@ -363,5 +363,5 @@ class _Engine:
         written.then(update.persisted.set)
 
 
-def _pools(count_of: Callable[[str], int]) -> dict[str, Pool]:
-    return {cls: Pool(count_of(cls)) for cls in CLASSES}
+def _pools(plan: Plan, count_of: Callable[[str], int]) -> dict[str, Pool]:
+    return {cls.name: Pool(count_of(cls.name)) for cls in plan.spec.slot_classes}

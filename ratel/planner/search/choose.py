@@ -7,7 +7,7 @@ from ratel.planner.activation_policy import Kept
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.formats import EXACT, PLANES, StateFormats
 from ratel.planner.placement import (DRAM, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first, forced_placements,
-                                     weight_class, with_fp32_on_gpu, with_planes)
+                                     with_fp32_on_gpu, with_planes)
 from ratel.planner.checkpoints import Spill
 from ratel.planner.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
 from ratel.planner.shape import ModelSpec, forward_order
@@ -166,7 +166,7 @@ def _fill_gpu(request: Request, placements: list[UnitPlacement], checkpoints: tu
         placements[unit.index] = on_gpu
         if not _fits_device(request, with_placements(request, tuple(placements), checkpoints)):
             placements[unit.index] = before
-            if weight_class(unit) == "block":
+            if request.spec.classes[unit.index].is_deep:
                 break
 
 

@@ -19,7 +19,7 @@ from ratel.models.structure.dispatch_modes import modes_as_before
 from ratel.models.structure.inputs import BlockInputs
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
-from ratel.planner.shape import ModelSpec, StageSpec
+from ratel.planner.shape import ModelSpec, StageSpec, outside_blocks
 from ratel.runtime.blocks.loss import positions_per_chunk, run_tail
 from ratel.runtime.blocks.op_trace import trace
 from ratel.runtime.blocks.profile import plain_profile, profile_of
@@ -117,7 +117,7 @@ class Outline:
 
     def _chunk_accumulators(self, rows: int, seq_len: int) -> tuple[str, ...]:
         chunked = self._parts.is_causal_lm and positions_per_chunk(rows, self.spec.vocab_size) < seq_len
-        return ("ends", "shared") if chunked and self._parts.dtype is torch.bfloat16 else ()
+        return outside_blocks(self.spec) if chunked and self._parts.dtype is torch.bfloat16 else ()
 
     def _run_block(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs,
                    spill: Spill | None) -> tuple[int, int]:

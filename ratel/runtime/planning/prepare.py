@@ -24,6 +24,7 @@ from ratel.planner.plan import Buffers, Plan, Work
 from ratel.planner.search.choose import Request, choose
 from ratel.planner.search.micro_sizes import COMPARED, micro_sizes
 from ratel.planner.search.search import search
+from ratel.planner.shape import outside_blocks
 from ratel.planner.stripes import Weights, striped
 from ratel.runtime.blocks.batch import count_rows, map_tensors, tensors_of
 from ratel.runtime.blocks.loss import positions_per_chunk
@@ -237,9 +238,9 @@ def _take_rows(batch: Any, count: int, device: torch.device) -> Any:
 def _accumulators(parts: Parts, work: Work) -> tuple[str, ...]:
     """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add up."""
     if work.num_micro > 1:
-        return ("block", "ends", "shared")
+        return tuple(cls.name for cls in parts.spec.slot_classes)
     chunked = parts.is_causal_lm and positions_per_chunk(work.micro_rows, parts.spec.vocab_size) < work.seq_len
-    return ("ends", "shared") if chunked else ()
+    return outside_blocks(parts.spec) if chunked else ()
 
 
 def _gpu_budget(device: torch.device, given: int | None) -> int | None:

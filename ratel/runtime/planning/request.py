@@ -117,7 +117,7 @@ class Planner:
         blocks = sum(stage.kind == "block" for stage in spec.stages)
         profiles = (micro.profiles + micro.profiles[-1:] * blocks)[:blocks]
         work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=micro.hidden_bytes)
-        summed = () if self._formats.merges else ("block", "ends", "shared") if work.num_micro > 1 else micro.accumulators
+        summed = () if self._formats.merges else tuple(cls.name for cls in spec.slot_classes) if work.num_micro > 1 else micro.accumulators
         kept = () if config.activations == AUTO and not spills else forced_kept(profiles, config.activations)
         return Request(
             spec=spec, formats=self._formats, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,

@@ -8,7 +8,6 @@ from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Event, Lanes
 from ratel.memory.slots import Slot, SlotPool
-from ratel.planner.placement import weight_class
 from ratel.planner.plan import Plan
 from ratel.planner.shape import ParamSpec, UnitSpec
 from ratel.store.planes import Store
@@ -57,8 +56,9 @@ class Gradients:
         self._plan, self._store, self._lanes = plan, store, lanes
         self._dtype = store.grad_dtype
         device = lanes.device
-        self._pools = {cls: self._make_pool(cls, exchange, device) for cls in ("block", "ends", "shared")}
-        self._host = {cls: self._make_host_pool(cls, arena, exchange) for cls in ("block", "ends", "shared")}
+        classes = [cls.name for cls in plan.spec.slot_classes]
+        self._pools = {cls: self._make_pool(cls, exchange, device) for cls in classes}
+        self._host = {cls: self._make_host_pool(cls, arena, exchange) for cls in classes}
         self._acc = {cls: torch.empty(plan.max_bytes(cls, "acc") // 4, dtype=torch.float32, device=device)
                      for cls in self._pools
                      if cls in plan.accumulators}
@@ -76,7 +76,7 @@ class Gradients:
         """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``finish``."""
         grad = self._resident(unit)
         if grad is None:
-            slot = self._slots[unit.index] = self._pools[weight_class(unit)].acquire("gradient", unit.name)
+            slot = self._slots[unit.index] = self._pools[self._plan.class_of(unit)].acquire("gradient", unit.name)
             self._lanes.wait("compute", slot.last_use)
             grad = slot.buffer[: unit.num_trainable]
         self._passes[unit.index] = 0
@@ -123,7 +123,7 @@ class Gradients:
 
     def _total(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
         """Where passes are summed: the fp32 accumulator of the unit's class, or the gradient itself."""
-        acc = self._acc.get(weight_class(unit))
+        acc = self._acc.get(self._plan.class_of(unit))
         return grad if acc is None or unit.fp32 else acc[: grad.numel()]
 
     def _measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ class Gradients:
         host_slot = None
         if self._plan.grads_pass_through(unit):
             # Eager: what holds it is an update; deferred: the write of an earlier gradient.
-            host_slot = self._host[weight_class(unit)].acquire("SSD write" if self._plan.deferred else "update slot",
+            host_slot = self._host[self._plan.class_of(unit)].acquire("SSD write" if self._plan.deferred else "update slot",
                                                                unit.name)
             host = host_slot.buffer[: unit.num_trainable * self._dtype.itemsize].view(self._dtype)
         else:

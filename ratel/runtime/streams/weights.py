@@ -5,7 +5,6 @@ import torch
 from ratel.memory.exchange import Exchange
 from ratel.memory.lanes import Lanes
 from ratel.memory.slots import Slot, SlotPool
-from ratel.planner.placement import weight_class
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
 from ratel.runtime.updates.optimizer import OptimizerPipeline
@@ -20,11 +19,11 @@ class WeightSource:
                  updates: OptimizerPipeline) -> None:
         self._plan, self._store, self._cache, self._lanes, self._updates = plan, store, cache, lanes, updates
         self._dtype = DTYPES[plan.formats.compute.name]
-        self._pools = {cls: self._make_pool(cls, exchange) for cls in ("block", "ends", "shared")}
+        self._pools = {cls: self._make_pool(cls, exchange) for cls in (found.name for found in plan.spec.slot_classes)}
         self._staging = self._make_staging()
 
     def pool(self, gather: Gather) -> SlotPool:
-        return self._pools[weight_class(self._plan.spec.units[gather.unit])]
+        return self._pools[self._plan.spec.classes[gather.unit].name]
 
     def name(self, gather: Gather) -> str:
         return self._plan.spec.units[gather.unit].name
