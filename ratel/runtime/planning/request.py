@@ -55,8 +55,9 @@ class Planner:
 
     def __init__(self, model: Any, config: TrainConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
-        self._formats = EXACT[config.dtype]
-        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+        computes_in = "fp32" if config.dtype == "fp32" else "bf16"  # of a machine with a GPU, where `auto` is bf16
+        self._formats = EXACT[computes_in]
+        dtype = torch.float32 if computes_in == "fp32" else torch.bfloat16
         self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention,
                                 task=Task.of(config.task))
         self._micros: dict[tuple[int, int, bool], MicroOutline] = {}
