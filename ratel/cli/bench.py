@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+from ratel.cli import bench_lora
 from ratel.cli.parser import add_command, at_least, directories
 from ratel.config import check_can_write
 from ratel.errors import RatelError
@@ -22,6 +23,7 @@ def add(commands: Any) -> None:
     _add_step(parts)
     _add_max(parts, "max-model", "the deepest model of a width that fits each limit on DRAM, really trained")
     _add_max(parts, "max-batch", "the most sequences per step that fit each limit on DRAM, really trained")
+    bench_lora.add(parts)
 
 
 def _add_io(parts: Any) -> None:

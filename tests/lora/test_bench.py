@@ -1,8 +1,11 @@
 """The benchmark of adapted linears, small and on the CPU: every order of every part is measured."""
 
+import json
+
 import pytest
 import torch
 
+from ratel.errors import RatelError
 from ratel.lora.compute import bench
 from ratel.lora.compute.bench import LoraBench
 
@@ -30,3 +33,21 @@ def test_the_work_that_is_timed_is_one_work() -> None:
     eager, *others = (work._eager(0), work._ours(0, "fused"), work._ours(0, bench.APART), work._ours(0, "f2+b5"))
     for other in others:
         assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(eager, other, strict=True))
+
+
+def test_the_command_measures_and_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ratel.cli import build_parser
+
+    monkeypatch.setattr(bench, "LAYERS", {"tiny": (16, 8, 24)})
+
+    def run(*words: str) -> None:
+        args = build_parser().parse_args(["bench", "lora", "--device", "cpu", "--rows", "4", "--shapes", "8x12", *words])
+        args.run(args)
+
+    run("--rank", "2", "--dropout", "0", "--lora-graph", "fused", "--json")
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point.get("layer") for point in points] == [None, "tiny"] and set(points[0]["ratios"]) == {"eager", "fused"}
+    for words, expected in ((("--rank", "0"), "--rank"), (("--dropout", "1"), "--dropout"), (("--lora-graph", "f9"), "lora_graph"),
+                            (("--shapes", "8"), "--shapes.*4096x1024")):
+        with pytest.raises(RatelError, match=expected):
+            run(*words)

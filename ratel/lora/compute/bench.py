@@ -55,10 +55,10 @@ def linears(bench: LoraBench, shapes: tuple[tuple[int, int], ...] = LINEARS) -> 
                 yield {"inputs": inputs, "outputs": outputs, **work.measured(bench.graphs, rate)}
 
 
-def layers(bench: LoraBench, names: tuple[str, ...] = tuple(LAYERS)) -> Iterator[Point]:
+def layers(bench: LoraBench, names: tuple[str, ...] | None = None) -> Iterator[Point]:
     """Queries, keys and values; output; gate and up; down. What is between them is left out."""
     rate = copy_rate(bench)
-    for name in names:
+    for name in LAYERS if names is None else names:
         hidden, kv, inner = LAYERS[name]
         parts = [(hidden, (hidden, kv, kv)), (hidden, (hidden,)), (hidden, (inner, inner)), (inner, (hidden,))]
         for rank in bench.ranks:

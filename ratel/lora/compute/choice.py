@@ -32,18 +32,25 @@ Choice = tuple[str, str]
 
 def choose(graph: str, size: Size, device: torch.device, dtype: torch.dtype) -> Choice:
     """The forward and the backward order for ``auto``, ``flops``, ``bytes``, ``time``, one of the latter with ``-merged``, ``fused``,
-    or an order by its names, such as ``f1+b2``. Raises RatelError for anything else."""
+    or an order by its names, such as ``f1+b2``."""
+    check(graph)
     if graph in ("auto", FUSED):
         return FUSED, FUSED
     criterion = graph.removesuffix(MERGED)
     if criterion in CRITERIA:
         return _best(criterion, size, graph.endswith(MERGED), device, dtype)
     forward, _, backward = graph.partition("+")
-    if forward in FORWARD and backward in BACKWARD:
-        return forward, backward
-    raise RatelError("is not an order for adapters", field="graph", value=graph,
-                     remedy=f"Use auto, {', '.join(CRITERIA)} (also with {MERGED}), {FUSED}, or {', '.join(FORWARD)} with one of "
-                            f"{', '.join(BACKWARD)}, such as f1+b1")
+    return forward, backward
+
+
+def check(graph: str) -> None:
+    """Raises RatelError for what is no order and no way to choose one."""
+    forward, _, backward = graph.partition("+")
+    is_named = forward in FORWARD and backward in BACKWARD
+    if not is_named and graph not in ("auto", FUSED) and graph.removesuffix(MERGED) not in CRITERIA:
+        raise RatelError("is not an order for adapters", field="lora_graph", value=graph,
+                         remedy=f"Use auto, {', '.join(CRITERIA)} (also with {MERGED}), {FUSED}, or {', '.join(FORWARD)} "
+                                f"with one of {', '.join(BACKWARD)}, such as f1+b1")
 
 
 def candidates(merged: bool) -> tuple[list[str], list[str]]:
