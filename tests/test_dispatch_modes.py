@@ -1,4 +1,5 @@
-"""Modes of PyTorch are left even where an exception comes between the last line of a `with` and its end."""
+"""Modes of PyTorch are left even where an exception comes between the last line of a `with` and its
+end."""
 
 import sys
 from collections.abc import Callable
@@ -25,7 +26,8 @@ class Stopped(BaseException):
 
 
 def raised_at_the_end_of(module: Any, line: str, act: Callable[[], object]) -> bool:
-    """Whether ``act`` came a second time to a line that begins a `with`, which it does when it leaves it; Stopped is raised then."""
+    """Whether ``act`` came a second time to a line that begins a `with`, which it does when it
+    leaves it; Stopped is raised then."""
     file = module.__file__
     number = next(n for n, text in enumerate(Path(file).read_text().splitlines(), 1) if text.strip().startswith(line))
     hits = 0

@@ -1,4 +1,5 @@
-"""The docs name what is there: files, links, and the classes, attributes and functions of the tree."""
+"""The docs name what is there: files, links, and the classes, attributes and functions of the
+tree."""
 
 import ast
 import builtins
@@ -19,10 +20,12 @@ PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w/.*-]*[\w/*]")
 SYMBOL = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*(?:\([^`]*\))?")
 FILE = re.compile(r"[\w.]+\.(?:py|sh|md|json|jsonl|safetensors|svg|so|old|partial)")
 FOREIGN = {"libasan.so", "mlp.up_proj", "from_pretrained", "LD_LIBRARY_PATH", "get_seq_length", "consolidated.safetensors"}
-"""What docs speak of that is neither defined here nor to be imported: files, parameters and methods of others."""
+"""What docs speak of that is neither defined here nor to be imported: files, parameters and methods
+of others."""
 COMPOSED = {"optimizer.safetensors.index.json", *(f"{key}_{kind}{end}" for kind in ("busy", "at_rate")
                                                   for key, end in (("fraction_of_bound", ""), ("bound", "_by"), ("bound", "_s")))}
-"""Names that the code puts together: the bounds in ratel/planner/report/utilization.py, the index beside a file of moments."""
+"""Names that the code puts together: the bounds in ratel/planner/report/utilization.py, the index
+beside a file of moments."""
 PLACEHOLDERS = re.compile(r"NAME|MACHINE|KIND|DIR|FILE|ROOM|SCRIPT")
 OTHERS = {"nn": "torch.nn", "torch": "torch", "gc": "gc", "time": "time", "zlib": "zlib", "json": "json"}
 LOG = {ROOT / "docs" / "log.md", *(ROOT / "docs" / "log").glob("*.md")}
@@ -88,7 +91,8 @@ def is_module(dotted: str) -> bool:
 
 
 def is_known(symbol: str) -> bool:
-    """``Class.member``, a function, a module or its member, a file that the sources speak of, or what another library has."""
+    """``Class.member``, a function, a module or its member, a file that the sources speak of, or
+    what another library has."""
     name = symbol.partition("(")[0]
     if name in FOREIGN | COMPOSED or PLACEHOLDERS.search(name):
         return True

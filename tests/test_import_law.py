@@ -1,4 +1,5 @@
-"""Numbered layers: a module imports only from lower ones, or from its own; see docs/architecture.md.
+"""Numbered layers: a module imports only from lower ones, or from its own; see
+docs/architecture.md.
 
 Read from the source, so that an import inside a function counts too.
 """
@@ -34,7 +35,8 @@ STANDARD = {*sys.stdlib_module_names, "tomllib"}  # which Python 3.10 lacks
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """One imported name in one file. ``is_lazy``: inside a function; ``is_typing``: under ``if TYPE_CHECKING``."""
+    """One imported name in one file. ``is_lazy``: inside a function; ``is_typing``: under ``if
+    TYPE_CHECKING``."""
 
     importer: str
     line: int
@@ -51,7 +53,8 @@ class Import:
 
 
 def component_of(module: str) -> str | None:
-    """The longest entry of LAYERS that contains the module; ``ratel`` itself contains only its ``__init__``."""
+    """The longest entry of LAYERS that contains the module; ``ratel`` itself contains only its
+    ``__init__``."""
     names = [name for group in LAYERS.values() for name in group
              if module == name or (module.startswith(name + ".") and name != "ratel")]
     return max(names, key=len, default=None)
@@ -86,7 +89,8 @@ def imports_of(module: str, path: Path, known: set[str]) -> Iterator[Import]:
 
 
 def _targets(node: ast.AST, base: str, known: set[str]) -> Iterator[str]:
-    """Modules that a statement imports; ``from package import module`` is an import of the module."""
+    """Modules that a statement imports; ``from package import module`` is an import of the
+    module."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -149,12 +153,14 @@ def cycles(every: list[Import]) -> list[str]:
 
 
 def room_of(module: str, known: set[str]) -> str:
-    """The folder that a module lies in; the modules of a package beside its rooms are a room, too."""
+    """The folder that a module lies in; the modules of a package beside its rooms are a room,
+    too."""
     return module if any(other.startswith(module + ".") for other in known) else module.rpartition(".")[0]
 
 
 def room_cycles(every: list[Import]) -> list[str]:
-    """Rooms of one package may use each other, but not in a circle. What is imported for types alone does not count."""
+    """Rooms of one package may use each other, but not in a circle. What is imported for types
+    alone does not count."""
     known = {item.importer for item in every} | {item.target for item in every}
     uses: dict[str, set[str]] = {}
     for item in every:

@@ -1,4 +1,5 @@
-"""The directory of an adapter: whole or the older one, whatever ends the writing, and nothing of somebody else's is lost."""
+"""The directory of an adapter: whole or the older one, whatever ends the writing, and nothing of
+somebody else's is lost."""
 
 import errno
 import os

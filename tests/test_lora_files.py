@@ -1,5 +1,5 @@
-"""An adapter's files: peft loads what is written, strictly and with the same results; what peft writes is read; the rest is
-refused."""
+"""An adapter's files: peft loads what is written, strictly and with the same results; what peft
+writes is read; the rest is refused."""
 
 import json
 from copy import deepcopy
@@ -98,7 +98,8 @@ def test_what_peft_has_written_is_read(tmp_path: Path, name: str, index: int) ->
 
 
 def test_peft_passes_over_what_is_ours(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """The fingerprint is in the metadata of the weights; nothing in the description is unknown to peft."""
+    """The fingerprint is in the metadata of the weights; nothing in the description is unknown to
+    peft."""
     written(tmp_path, "llama", 0, base="sha256:" + "7" * 64)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()[BASE_KEY] == "sha256:" + "7" * 64 and file.metadata()["format"] == "pt"
@@ -169,7 +170,7 @@ def refused(directory: Path, model: nn.Module, **words: Any) -> str:
 
 
 def change(directory: Path, **tensors: Tensor | None) -> None:
-    """Of names, the part that ends with the key; None: left out."""
+    """The part of names that ends with the key; None: left out."""
     path = directory / "adapter_model.safetensors"
     found = load_file(path)
     for end, values in tensors.items():

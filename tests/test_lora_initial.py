@@ -1,5 +1,5 @@
-"""What adapters begin with: peft's tensors where they follow from the base, its distributions where they are drawn; the same for
-any order and any choice of layers."""
+"""What adapters begin with: peft's tensors where they follow from the base, its distributions where
+they are drawn; the same for any order and any choice of layers."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The door for files: what is no regular file is refused at once, JSON says one thing, and a schema names what is wrong."""
+"""The door for files: what is no regular file is refused at once, JSON says one thing, and a schema
+names what is wrong."""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""Which units take turns in the same slots: derived from the stages, so that no stage waits for a slot that it holds itself."""
+"""Which units take turns in the same slots: derived from the stages, so that no stage waits for a
+slot that it holds itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.numerics
 
 
 def two_units_a_block(num_blocks: int, hidden: int = 256) -> ModelSpec:
-    """Each block has a large frozen unit and a small trained one; so has what comes before the blocks."""
+    """Each block has a large frozen unit and a small trained one; so has what comes before the
+    blocks."""
     units, stages = [], []
     for index, kind in enumerate(["pre", *["block"] * num_blocks, "post"]):
         base = lay_out(len(units), f"{kind}.{index}", kind, [ParamSpec(name=f"{index}.w", shape=(hidden, 4 * hidden), trainable=False)])
@@ -50,7 +52,8 @@ def test_the_second_unit_of_a_stage_has_slots_of_its_own() -> None:
 @pytest.mark.parametrize("placement", ["ssd", "dram", {"*": "ssd", "*.small": "gpu"}], ids=str)
 @pytest.mark.parametrize("optimizer", ["eager", "deferred"])
 def test_a_step_of_unlike_units_comes_to_its_end(placement: "str | dict", optimizer: str) -> None:
-    """In the closed form and in the simulator, which wait for slots as a step does; and both say about the same."""
+    """In the closed form and in the simulator, which wait for slots as a step does; and both say
+    about the same."""
     plan = make_plan(two_units_a_block(12, 1024), placement, optimizer=optimizer, checkpoints="gpu")
     hardware = load_hardware("h200-box")
     assert len(unit_gathers(plan, training=True)) >= sum(not p.on_gpu for p in plan.placements)

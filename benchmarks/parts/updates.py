@@ -2,10 +2,11 @@
 
     python -m benchmarks.parts.updates --model llama-8b --dram 108GiB --json results.json
 
-G parameters per second *in steps* of a session; *same planes*: of that session, when nothing else runs, pieces of all units
-after each other; *one unit*: the same planes again and again; *fresh*: on 7 GB of new memory; *in a cache*: on states of 0.5 GB;
-*fresh, aligned*: on planes that begin at the same address modulo 256 MiB; *fresh, much*: on as much memory as the probe takes. Beside it
-the processor's time by thread, in steps, and how much of the process's memory is in huge pages.
+G parameters per second *in steps* of a session; *same planes*: of that session, when nothing else
+runs, pieces of all units after each other; *one unit*: the same planes again and again; *fresh*: on
+7 GB of new memory; *in a cache*: on states of 0.5 GB; *fresh, aligned*: on planes that begin at the
+same address modulo 256 MiB; *fresh, much*: on as much memory as the probe takes. Beside it the
+processor's time by thread, in steps, and how much of the process's memory is in huge pages.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 
 def thread_seconds() -> Counter[str]:
-    """Of processor time so far, by the threads' names."""
+    """Seconds of processor time so far, by the threads' names."""
     found: Counter[str] = Counter()
     for task in TASKS.iterdir():
         try:

@@ -1,10 +1,12 @@
-"""Predicts the figures of the Ratel paper (ICDE 2025) with this project's cost model, and what Ratel itself would do.
+"""Predicts the figures of the Ratel paper (ICDE 2025) with this project's cost model, and what
+Ratel itself would do.
 
     python -m benchmarks.prediction.paper            print every figure
     python -m benchmarks.prediction.paper --save     also write benchmarks/results/icde25_paper.json
 
-The model is configured to do what the paper's system did (benchmarks/prediction/paper_systems.py) on the machines 4090 and 3090 of
-ratel/planner/machines. Nothing is fitted but the numbers of these files.
+The model is configured to do what the paper's system did (benchmarks/prediction/paper_systems.py)
+on the machines 4090 and 3090 of ratel/planner/machines. Nothing is fitted but the numbers of these
+files.
 """
 
 import argparse
@@ -27,14 +29,16 @@ RESULT = RESULTS / "icde25_paper.json"
 BATCHES = (8, 16, 24, 32, 48, 64, 96, 128)
 
 LEAST_SWAP = ("qkv",)
-"""Kept beside each block's input where capacity is concerned, 8 bytes per token, channel and block in all. With the
-input alone (2 bytes) 13B at batch 60 would take 25 GB of the 128 that the paper finds too few."""
+"""Kept beside each block's input where capacity is concerned, 8 bytes per token, channel and block
+in all. With the input alone (2 bytes) 13B at batch 60 would take 25 GB of the 128 that the paper
+finds too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """``ratel``: what Ratel as built would do there, where the figure asks for a rate; eager, and deferred for exact
-    clipping. ``reason``: why the paper's figure cannot be held against others of its own."""
+    """``ratel``: what Ratel as built would do there, where the figure asks for a rate; eager, and
+    deferred for exact clipping. ``reason``: why the paper's figure cannot be held against others of
+    its own."""
 
     figure: str
     case: str
@@ -81,8 +85,9 @@ def throughput() -> Iterator[Point]:
 
 
 def best() -> Iterator[Point]:
-    """At the paper's batch where it can be told (for 135B: 26 tokens/s with one SSD that moves 30 bytes per parameter
-    at 4.1 GB/s are a step of 24 sequences), else at the best of those that fit the GPU."""
+    """At the paper's batch where it can be told (for 135B: 26 tokens/s with one SSD that moves 30
+    bytes per parameter at 4.1 GB/s are a step of 24 sequences), else at the best of those that fit
+    the GPU."""
     hardware = load_hardware("4090")
     for model, paper in figures.BEST_TFLOPS_4090.items():
         fitting = [b for b in BATCHES if fits(model, b, hardware.gpu_bytes, hardware.dram_bytes, "ssd")]
@@ -185,7 +190,8 @@ def _largest(batch: int, dram: int, tier: str) -> str:
 
 
 def fits(model: str, batch: int, gpu: int, dram: int, tier: str) -> bool:
-    """Buffers and workspace on the GPU; buffers in DRAM, and activations where they may not go to SSD."""
+    """Buffers and workspace on the GPU; buffers in DRAM, and activations where they may not go to
+    SSD."""
     plan = systems.theirs(spec(model), batch, tier="ssd")
     kept = replace(plan, kept=(tuple((name, tier) for name in LEAST_SWAP),) * len(plan.checkpoint_tiers),
                    checkpoint_tiers=(tier,) * len(plan.checkpoint_tiers))
@@ -202,7 +208,8 @@ def _outgrown_by_a_larger_batch(dram: int, paper: str) -> str | None:
 
 
 def _contradicted(batch: int, tier: str, paper: str) -> str | None:
-    """By what it runs elsewhere with more GPU memory, where DRAM is no limit because activations may go to SSD."""
+    """By what it runs elsewhere with more GPU memory, where DRAM is no limit because activations
+    may go to SSD."""
     following = CAPACITY_SHAPES[min(CAPACITY_SHAPES.index(paper) + 1, len(CAPACITY_SHAPES) - 1)]
     most = max(b for m, b in figures.TOKENS_4090 if m == "13B")
     asked, had = (systems.gpu_bytes(systems.theirs(spec(m), b)) for m, b in ((following, batch), ("13B", most)))

@@ -1,4 +1,5 @@
-"""Plans of two systems for one model and batch: what the paper's system did, and what Ratel as built here does."""
+"""Plans of two systems for one model and batch: what the paper's system did, and what Ratel as
+built here does."""
 
 from dataclasses import replace
 
@@ -14,22 +15,25 @@ from ratel.planner.traffic import activation_traffic
 from ratel.units import align_up
 
 WORKSPACE_BYTES = 20
-"""GPU memory per token and hidden channel while one block runs backward. More, and 276B at batch 12 or 135B at batch 36
-would not fit 24 GB as they do in the paper; 175B at batch 32 must not."""
+"""GPU memory per token and hidden channel while one block runs backward. More, and 276B at batch 12
+or 135B at batch 36 would not fit 24 GB as they do in the paper; 175B at batch 32 must not."""
 
 DRAM_SHARE = 0.9
-"""Of the machine's DRAM; the rest is the system's."""
+"""The share of the machine's DRAM that is used; the rest is the system's."""
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the blocks that keep one more kind of activation: the steps in which the convex rule searches."""
+"""Shares of the blocks that keep one more kind of activation: the steps in which the convex rule
+searches."""
 
 
 FP32_MASTER = StateFormats(name="fp32 master", compute=BF16, update="adamw", rows=tuple(
     replace(row, encoding=FP32) if row.plane == "lo" else replace(row, read=(FORWARD, BACKWARD)) if row.plane == "hi" else row
     for row in EXACT["bf16"].rows))
-"""14 bytes of states per parameter: the fp16 weights beside a whole fp32 master, where Ratel has the halves of one.
+"""14 bytes of states per parameter: the fp16 weights beside a whole fp32 master, where Ratel has
+the halves of one.
 
-The optimizer then reads 12 bytes and writes 14, and a step moves 2 + 2 + 12 + 14 = 30 bytes per parameter.
+The optimizer then reads 12 bytes and writes 14, and a step moves 2 + 2 + 12 + 14 = 30 bytes per
+parameter.
 """
 
 
@@ -49,7 +53,8 @@ def _params(kind: str, index: int, hidden: int) -> list[ParamSpec]:
 
 
 def profile(hidden: int) -> BlockProfile:
-    """A GPT-2 block; bytes of fp16 outputs and FLOPs that made them, in the order of FLOPs per byte."""
+    """A GPT-2 block; bytes of fp16 outputs and FLOPs that made them, in the order of FLOPs per
+    byte."""
     tokens = SEQ_LEN
     kinds = {"down": (2, 8 * hidden), "proj": (2, 2 * hidden), "qkv": (6, 6 * hidden), "up": (8, 8 * hidden),
              "sdpa": (2, 2 * SEQ_LEN)}
@@ -60,7 +65,8 @@ def profile(hidden: int) -> BlockProfile:
 
 
 def theirs(spec: ModelSpec, batch: int, *, tier: str = DRAM) -> Plan:
-    """All states on SSD, eager updates, one micro-batch; a chunk is a layer, and a few layers are buffered."""
+    """All states on SSD, eager updates, one micro-batch; a chunk is a layer, and a few layers are
+    buffered."""
     block = max(u.num_elements for u in spec.units if u.kind == "block")
     buffers = Buffers(weight_slots=2, grad_slots=2, host_weight_slots=3, host_grad_slots=3, ring_slots=5,
                       checkpoint_slots=2, chunk_elements=align_up(block, UNIT_ALIGN))
@@ -68,7 +74,8 @@ def theirs(spec: ModelSpec, batch: int, *, tier: str = DRAM) -> Plan:
 
 
 def ours(spec: ModelSpec, batch: int, hardware: Hardware, *, deferred: bool) -> Plan:
-    """Ratel: states on SSD but for the planes that DRAM holds, and micro-batches and slots that fit the GPU."""
+    """Ratel: states on SSD but for the planes that DRAM holds, and micro-batches and slots that fit
+    the GPU."""
     plan = _fitting(spec, batch, hardware, "deferred" if deferred else "eager")
     for plane in ("hi", "g", "lo", "m", "v"):
         placements = tuple(replace(place, **{plane: DRAM}) for place in plan.placements)
@@ -89,7 +96,8 @@ def _fitting(spec: ModelSpec, batch: int, hardware: Hardware, optimizer: str) ->
 
 
 def _without_last(kind: BlockProfile) -> BlockProfile:
-    """Ratel does not run a block's last product again: it makes the block's output, which backward does not need."""
+    """Ratel does not run a block's last product again: it makes the block's output, which backward
+    does not need."""
     last = kind.inner[0]
     return replace(kind, recompute_flops=kind.recompute_flops - last.row_flops, inner=kind.inner[1:])
 
@@ -105,7 +113,8 @@ def _plan(spec: ModelSpec, batch: int, micro: int, tier: str, buffers: Buffers, 
 
 
 def with_best_swap(plan: Plan, hardware: Hardware) -> tuple[Plan, Prediction]:
-    """Their rule: swap activations in the order of FLOPs per byte while the predicted step becomes shorter.
+    """Their rule: swap activations in the order of FLOPs per byte while the predicted step becomes
+    shorter.
 
     They go to DRAM as far as it holds them, to SSD beyond.
     """
@@ -125,7 +134,8 @@ def with_best_swap(plan: Plan, hardware: Hardware) -> tuple[Plan, Prediction]:
 
 
 def _overflowing(plan: Plan, hardware: Hardware) -> Plan:
-    """Blocks whose activations DRAM has no room for send them to SSD; the first blocks' wait longest and go first."""
+    """Blocks whose activations DRAM has no room for send them to SSD; the first blocks' wait
+    longest and go first."""
     without = replace(plan, checkpoint_tiers=(GPU,) * len(plan.checkpoint_tiers))
     room = DRAM_SHARE * hardware.dram_bytes - without.arena_bytes
     tiers, kept = list(plan.checkpoint_tiers), list(plan.kept)
@@ -137,7 +147,8 @@ def _overflowing(plan: Plan, hardware: Hardware) -> Plan:
 
 
 def gpu_bytes(plan: Plan) -> int:
-    """What theirs takes on the GPU: embedding and head, smaller than a block, pass through the blocks' slots."""
+    """What theirs takes on the GPU: embedding and head, smaller than a block, pass through the
+    blocks' slots."""
     return sum(num_bytes for name, num_bytes in plan.gpu_items.items() if "(ends)" not in name)
 
 

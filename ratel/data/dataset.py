@@ -44,16 +44,17 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
                  marks_padding: bool = False, skipped: SkippedLines | None = None, today: date | None = None) -> "Dataset":
     """Index the text, hold some of it out, and stand before the first batch.
 
-    ``data``: a .txt or .jsonl file, a directory of them, a list of these, or None for the bundled text.
-    ``eval_fraction``: share of the documents held out for evaluation, at least one; no more than fill
-    ``eval_max_sequences`` (None: no limit). 0, or a single document, holds out none. ``eval_data``: evaluate on this
-    instead, and hold out nothing. ``vocab_size``: of the model; ids beyond it are then refused. ``packed``:
-    documents share sequences; else each sequence holds one, for models that cannot keep them apart. ``marks_padding``: batches have an
-    ``attention_mask``, 0 in the padding of sequences. ``skipped``: takes lines that
-    are not as documented; None: they are errors. ``today``: for chat templates that write the date; a run that is resumed writes
-    that of its first day (`day_of`).
-    If there are conversations and the tokenizer has no chat template, it is given DEFAULT_CHAT_TEMPLATE.
-    Raises RatelError for anything wrong with an option, a file or a line.
+    ``data``: a .txt or .jsonl file, a directory of them, a list of these, or None for the bundled
+    text. ``eval_fraction``: share of the documents held out for evaluation, at least one; no more
+    than fill ``eval_max_sequences`` (None: no limit). 0, or a single document, holds out none.
+    ``eval_data``: evaluate on this instead, and hold out nothing. ``vocab_size``: of the model; ids
+    beyond it are then refused. ``packed``: documents share sequences; else each sequence holds one,
+    for models that cannot keep them apart. ``marks_padding``: batches have an ``attention_mask``, 0
+    in the padding of sequences. ``skipped``: takes lines that are not as documented; None: they are
+    errors. ``today``: for chat templates that write the date; a run that is resumed writes that of
+    its first day (`day_of`). If there are conversations and the tokenizer has no chat template, it
+    is given DEFAULT_CHAT_TEMPLATE. Raises RatelError for anything wrong with an option, a file or a
+    line.
     """
     check_options(seq_len, batch_size, eval_fraction, eval_max_sequences)
     if vocab_size is not None:
@@ -66,7 +67,8 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
     if not tokenizer.chat_template and not renders_itself(tokenizer) and (corpus.has_chat or eval_corpus is not None and eval_corpus.has_chat):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # So that it is exported with the model trained on it.
     today = today or date.today()  # once: midnight may come between two looks at the calendar
-    # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the other.
+    # A tokenizer must not be used by two threads at once; this one is ours, the caller keeps the
+    # other.
     form = Packed(copy.deepcopy(tokenizer), seq_len=seq_len, vocab_size=vocab_size, alone=not packed,
                   marks_padding=marks_padding, today=today)
     writes_date = corpus.has_chat and "strftime_now" in str(tokenizer.chat_template)
@@ -76,7 +78,8 @@ def open_dataset(data: DataArgument | None, tokenizer: "PreTrainedTokenizerBase"
 
 
 def day_of(position: Mapping[str, Any] | None) -> date | None:
-    """The day that chat templates wrote until then; None where they write none. Raises RatelError for what is no date."""
+    """The day that chat templates wrote until then; None where they write none. Raises RatelError
+    for what is no date."""
     data = position.get("data") if position is not None else None
     try:
         return date.fromisoformat(data["today"]) if isinstance(data, Mapping) and "today" in data else None
@@ -85,10 +88,11 @@ def day_of(position: Mapping[str, Any] | None) -> date | None:
 
 
 class Dataset:
-    """Batches of int64 tensors ``[batch_size, seq_len]``: input_ids, labels (-100: no loss; not shifted), position_ids
-    (from 0 in each document); of a task those that `Examples` makes.
+    """Batches of int64 tensors ``[batch_size, seq_len]``: input_ids, labels (-100: no loss; not
+    shifted), position_ids (from 0 in each document); of a task those that `Examples` makes.
 
-    It has one position. ``batches`` moves it on, ``state_dict`` writes it down, ``load_state_dict`` goes to it.
+    It has one position. ``batches`` moves it on, ``state_dict`` writes it down, ``load_state_dict``
+    goes to it.
     """
 
     def __init__(self, corpus: Corpus, form: Form, *, seq_len: int, batch_size: int, seed: int, vocabulary: int,
@@ -118,7 +122,8 @@ class Dataset:
         self._told = {"seed": seed, "seq_len": seq_len, "vocabulary": vocabulary, **form.tells}
         self.documents = DocumentList(digests=corpus.digests, held_out=numbers)
         self._is_picked = True
-        """What is held out follows from the seed; otherwise the data was changed, and a position has to say it."""
+        """What is held out follows from the seed; otherwise the data was changed, and a position
+        has to say it."""
         checked = [one for one in (corpus, eval_corpus) if one is not None and one.has_chat and one.skipped is None]
         self._check = ConversationCheck(checked, form.encode, seq_len=seq_len)
         self._check.at_once()
@@ -141,8 +146,8 @@ class Dataset:
         return self._position.epoch
 
     def batches(self) -> Iterator[Batch]:
-        """Batches without end, from the present position on, prepared ahead in a thread. A new call ends an earlier
-        iterator. Each ``next`` moves the dataset's position."""
+        """Batches without end, from the present position on, prepared ahead in a thread. A new call
+        ends an earlier iterator. Each ``next`` moves the dataset's position."""
         self.close()
         stream = self._stream(self._position)
         form, size = self._form, self.batch_size  # not self: the thread must not keep it alive
@@ -157,7 +162,8 @@ class Dataset:
         return _BatchIterator(self, prefetcher)
 
     def eval_batches(self, batch_size: int | None = None) -> list[Batch]:
-        """All held-out sequences, the same at every call; the last batch may have fewer rows. May be empty."""
+        """All held-out sequences, the same at every call; the last batch may have fewer rows. May
+        be empty."""
         size = batch_size or self.batch_size
         return [self._form.collate(self._eval_rows[at:at + size]) for at in range(0, len(self._eval_rows), size)]
 
@@ -171,15 +177,17 @@ class Dataset:
         return f"{said}; {documents} ({format_count(len(self._eval_rows), 'sequence')}) held out for evaluation"
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was handed out, as JSON values; small, whatever the corpus."""
+        """The position after the last batch that was handed out, as JSON values; small, whatever
+        the corpus."""
         size = len(self._reader)
         held_out = {} if self._is_picked else {"evaluated": list(self.documents.held_out)}
         return {"data": self._fingerprint(), **held_out, **self._position.to_dict(size)}
 
     def load_state_dict(self, state: Mapping[str, Any], lists: Mapping[str, DocumentList] | None = None) -> None:
-        """Go to a position: the next batches are those that would have come there, bit for bit. Another batch_size is
-        allowed. Where the data was changed, ``lists`` has what it was, and the epoch goes on with what it has not had
-        (docs/data.md). Anything else that changes the sequences is a RatelError."""
+        """Go to a position: the next batches are those that would have come there, bit for bit.
+        Another batch_size is allowed. Where the data was changed, ``lists`` has what it was, and
+        the epoch goes on with what it has not had (docs/data.md). Anything else that changes the
+        sequences is a RatelError."""
         self.close()
         try:
             before = check(dict(state), _STATE, "data")["data"]
@@ -284,7 +292,8 @@ class _BatchIterator(Iterator[Batch]):
 
 
 def _pick(reader: Reader, key: tuple[int, ...], count: int, max_tokens: int | None) -> list[tuple[int, Any]]:
-    """Documents in the order of a permutation of their own, until there are enough of them or of their tokens."""
+    """Documents in the order of a permutation of their own, until there are enough of them or of
+    their tokens."""
     picked: list[tuple[int, Any]] = []
     num_tokens = 0
     order = Permutation(len(reader), key)

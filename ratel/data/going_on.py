@@ -1,4 +1,5 @@
-"""Where a run goes on in data that was changed since its state was saved (docs/data.md, "Changed data")."""
+"""Where a run goes on in data that was changed since its state was saved (docs/data.md, "Changed
+data")."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ _WAY_ON = f"Put the data back as it was and resume, or {START_ANEW}"
 
 @dataclass(frozen=True, kw_only=True)
 class GoingOn:
-    """``held_out``: documents that go on being evaluated on, in their order; ``says``: what was done, for the user."""
+    """``held_out``: documents that go on being evaluated on, in their order; ``says``: what was
+    done, for the user."""
 
     position: Position
     held_out: tuple[int, ...]
@@ -28,8 +30,9 @@ class GoingOn:
 def go_on(before: DocumentList, now: np.ndarray, position: Position, seed: int) -> GoingOn:
     """``position``: in the data as it was; ``now``: the digests of the data as it is.
 
-    What the epoch has learned from, and what waits to be learned from, must be there, at any place. The rest of the epoch is
-    what else is there, in an order of its own; what is evaluated on stays apart. Raises RatelError otherwise.
+    What the epoch has learned from, and what waits to be learned from, must be there, at any place.
+    The rest of the epoch is what else is there, in an order of its own; what is evaluated on stays
+    apart. Raises RatelError otherwise.
     """
     held_out = set(before.held_out)
     order = Permutation(len(before.digests), (seed, position.epoch))

@@ -1,4 +1,5 @@
-"""The host as it is, without measuring: processor, memory, limits, tools. Needs neither torch nor native code."""
+"""The host as it is, without measuring: processor, memory, limits, tools. Needs neither torch nor
+native code."""
 
 import os
 import platform
@@ -41,7 +42,8 @@ def describe_cpu() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: the machine's, less what an affinity mask or a container leaves out."""
+    """Cores this process may use: the machine's, less what an affinity mask or a container leaves
+    out."""
     cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -69,12 +71,13 @@ def describe_memory() -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of those that the results of a run depend on."""
+    """The versions of those packages that the results of a run depend on."""
     return {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 def available_memory() -> int:
-    """Bytes of DRAM that can still be taken: what the kernel says, or what the container's limit leaves."""
+    """Bytes of DRAM that can still be taken: what the kernel says, or what the container's limit
+    leaves."""
     import psutil
 
     available, headroom = psutil.virtual_memory().available, memory_headroom()
@@ -89,7 +92,8 @@ def _compiler_version(name: str) -> str | None:
 
 
 def _package_version(name: str) -> str | None:
-    # Installed is not yet importable: a package beside a missing dependency of its own is of no use.
+    # Installed is not yet importable: a package beside a missing dependency of its own is of no
+    # use.
     if util.find_spec(name.replace("-", "_")) is None:
         return None
     try:

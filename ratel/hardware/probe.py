@@ -1,4 +1,5 @@
-"""``ratel doctor --probe``: the numbers a planner needs of this machine, measured in under a minute."""
+"""``ratel doctor --probe``: the numbers a planner needs of this machine, measured in under a
+minute."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,18 +28,22 @@ METHOD = 7
 """Raised when what is measured, or how, changes: earlier results are then not used."""
 
 _PARAMS_PER_THREAD = 200_000_000
-"""Of the optimizer: an update of them all takes a second or less."""
+"""Parameters that each thread of the optimizer updates in a measurement: it takes a second or
+less."""
 
 _LEAST_ROOM = 256 * MIB
-"""Taken even of a budget that has none left: whether a run fits it is the planner's to say, which needs rates."""
+"""Taken even of a budget that has none left: whether a run fits it is the planner's to say, which
+needs rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is moved and for how long. Arrays are several times larger than the caches of current processors, of which there
-    are half a GB in some. The optimizer's take as much memory as a session's might: on a virtual machine 3.8 GB of it were updated at
-    3.9 to 6.2 G param/s, by which they were, and 45 GB at 4.8 (h200_updates). No power of two: planes that begin at equal addresses
-    modulo 256 MiB are updated half as fast as others (docs/log.md), and a model's do not."""
+    """How much is moved and for how long. Arrays are several times larger than the caches of
+    current processors, of which there are half a GB in some. The optimizer's take as much memory as
+    a session's might: on a virtual machine 3.8 GB of it were updated at 3.9 to 6.2 G param/s, by
+    which they were, and 45 GB at 4.8 (h200_updates). No power of two: planes that begin at equal
+    addresses modulo 256 MiB are updated half as fast as others (docs/log.md), and a model's do
+    not."""
 
     rate_s: float = 0.5
     dram_bytes: int = 4 * GIB
@@ -48,7 +53,8 @@ class Effort:
     ssd_file_bytes: int = GIB
     ssd_s: float = 2.0
     all_ssds_s: float = 24.0
-    """What the patterns of all directories may take; many directories get less than ``ssd_s`` for each pattern."""
+    """What the patterns of all directories may take; many directories get less than ``ssd_s`` for
+    each pattern."""
     cuda_rows: tuple[int, ...] = (1, 2, 8, 16)
     cuda_positions: int = 1024
     cpu_rows: tuple[int, ...] = (1, 2, 4)
@@ -82,8 +88,9 @@ class Probe:
 
 def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "auto", refresh: bool = False,
           effort: Effort = Effort(), progress: Callable[[str], None] = lambda text: None) -> Probe:
-    """Measure this machine, or take what was measured on it before with the same processor, GPU, directories, drives,
-    model and versions. ``model``: whose block is timed, as ``ratel.models.load`` takes it; by default one of 4096 wide.
+    """Measure this machine, or take what was measured on it before with the same processor, GPU,
+    directories, drives, model and versions. ``model``: whose block is timed, as
+    ``ratel.models.load`` takes it; by default one of 4096 wide.
 
     Raises RatelError for a model, directory or device that cannot be used.
     """
@@ -98,8 +105,8 @@ def probe(*, directories: Sequence[str] = (), model: Any = None, device: str = "
 
 def measure(directories: tuple[str, ...], model: Any, device: torch.device, effort: Effort,
             progress: Callable[[str], None] = lambda text: None, *, dram_bytes: int | None = None) -> Probe:
-    """All measurements, one after the other, so that none disturbs another. ``dram_bytes``: what the process may take in all; by
-    default what is free."""
+    """All measurements, one after the other, so that none disturbs another. ``dram_bytes``: what
+    the process may take in all; by default what is free."""
     begin, threads = time.perf_counter(), worker_cores()
     progress("blocks")
     block = _measure_block(model, device, effort)
@@ -120,7 +127,8 @@ def measure(directories: tuple[str, ...], model: Any, device: torch.device, effo
         finally:
             link.close()
     progress("SSDs")
-    # Its copies through the caches tell less than the optimizer itself: 122 GB/s beside 136 on a Xeon (docs/log.md).
+    # Its copies through the caches tell less than the optimizer itself: 122 GB/s beside 136 on a
+    # Xeon (docs/log.md).
     dram_bps = max(dram_bps, adam * EXACT_UPDATE_BYTES)
     patterns = 3 * len(directories) + 1
     ssds, limit_bps = measure_ssds(directories, effort.ssd_file_bytes, min(effort.ssd_s, effort.all_ssds_s / patterns))

@@ -1,4 +1,5 @@
-"""Quick measurements, seconds in all: enough to see that a machine works as it should, not a planner's probe."""
+"""Quick measurements, seconds in all: enough to see that a machine works as it should, not a
+planner's probe."""
 
 import mmap
 import time
@@ -19,7 +20,8 @@ _LINE = 64
 
 
 def measure_disk(directory: str, *, io_backend: str = "auto") -> dict[str, Any]:
-    """Sequential rates of up to 256 MiB in requests of 1 MiB, past the page cache where the file system allows it."""
+    """Sequential rates of up to 256 MiB in requests of 1 MiB, past the page cache where the file
+    system allows it."""
     with mmap.mmap(-1, _DISK_BYTES) as memory:
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
         buffer.random_(0, 256)  # some devices compress, and then zeros measure nothing
@@ -37,7 +39,8 @@ def measure_disk(directory: str, *, io_backend: str = "auto") -> dict[str, Any]:
 
 
 def _disk_rates(engine: Any, volume: Any, address: int) -> dict[str, float]:
-    # Written first: reading a file that was only allocated returns zeros without touching the device.
+    # Written first: reading a file that was only allocated returns zeros without touching the
+    # device.
     write_bps, num_bytes = _transfer(engine, engine.submit_write, volume, address, _DISK_BYTES)
     volume.sync()
     read_bps, _ = _transfer(engine, engine.submit_read, volume, address, num_bytes)
@@ -83,9 +86,11 @@ def measure_adamw(num_threads: int, *, num_params: int = _ADAMW_PARAMS, limit_s:
 
 
 class AdamwRates:
-    """Parameters per second of the native AdamW on split masters with bf16 gradients, several times over the same memory.
+    """Parameters per second of the native AdamW on split masters with bf16 gradients, several times
+    over the same memory.
 
-    Nothing is left as zeros that were never written: the kernel maps one page, which stays in the caches, for all of them.
+    Nothing is left as zeros that were never written: the kernel maps one page, which stays in the
+    caches, for all of them.
     """
 
     def __init__(self, num_threads: int, num_params: int) -> None:
@@ -106,7 +111,8 @@ class AdamwRates:
         return self._rate(self._count, 0, limit_s)
 
     def elsewhere(self, limit_s: float) -> float:
-        """What is read is left, and the results go to the other half of the memory, as in updates that may have to be forgotten."""
+        """What is read is left, and the results go to the other half of the memory, as in updates
+        that may have to be forgotten."""
         half = self._count // 2 // _LINE * _LINE
         return self._rate(half, half, limit_s) if half else self.in_place(limit_s)
 
@@ -138,6 +144,7 @@ class AdamwRates:
 
 
 def _adamw_planes(count: int) -> list[torch.Tensor]:
-    """Gradients, `hi` and `lo` of two bytes, and both moments, in the kind of memory that a session has them in."""
+    """Gradients, `hi` and `lo` of two bytes, and both moments, in the kind of memory that a session
+    has them in."""
     dtypes = [torch.bfloat16] * 3 + [torch.float32] * 2
     return [torch.frombuffer(anonymous_map(count * dtype.itemsize), dtype=dtype) for dtype in dtypes]

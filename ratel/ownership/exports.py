@@ -1,7 +1,9 @@
-"""What of a directory with a model is an export of Ratel, by content: all else in it is somebody else's.
+"""What of a directory with a model is an export of Ratel, by content: all else in it is somebody
+else's.
 
-Weights say it in the metadata of their files, which also list the small files that were written with them (config.json,
-tokenizer, ...) with checksums: one that was changed since is somebody else's.
+Weights say it in the metadata of their files, which also list the small files that were written
+with them (config.json, tokenizer, ...) with checksums: one that was changed since is somebody
+else's.
 """
 
 import json
@@ -18,9 +20,11 @@ from ratel.ownership.regular import opened
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 UNFINISHED = ".ratel-unfinished"
-"""A file of that name is in a directory from its making on until it is complete: it is all of Ratel's."""
+"""A file of that name is in a directory from its making on until it is complete: it is all of
+Ratel's."""
 REPLACED = ".ratel-replaced"
-"""One of that name is in a directory that a newer one takes the place of: it waits under another name to be removed."""
+"""One of that name is in a directory that a newer one takes the place of: it waits under another
+name to be removed."""
 
 _KEY, _MOMENTS = "ratel", ("format", "ratel-adamw")
 _PLAIN = {"config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json", "vocab.json",
@@ -87,7 +91,8 @@ def give_up(directory: Path) -> None:
 
 
 def settle(path: Path, replaced: Path) -> None:
-    """Go on where a kill has ended a replacement: the older directory still waits, or has not got a successor yet."""
+    """Go on where a kill has ended a replacement: the older directory still waits, or has not got a
+    successor yet."""
     if os.path.lexists(replaced / REPLACED) and os.path.lexists(path):
         remove_export(replaced)
     elif os.path.lexists(replaced / REPLACED):
@@ -112,8 +117,8 @@ def remove_export(directory: Path) -> None:
 
 
 def _is_weights(name: str) -> bool:
-    """As transformers, peft and `ratel.optimizer_state` look for them: shards or an index that a new export does not have would be read
-    with it."""
+    """As transformers, peft and `ratel.optimizer_state` look for them: shards or an index that a
+    new export does not have would be read with it."""
     return name.startswith(("model", "optimizer", "adapter_model")) and name.endswith((SUFFIX, INDEX_SUFFIX))
 
 
@@ -147,7 +152,8 @@ def _listed(text: Any) -> dict[str, Any]:
 
 
 def _checksum(path: Path) -> list[int] | None:
-    """Size and CRC-32, of a directory over all that is in it; None for what is neither that nor a regular file with one name."""
+    """Size and CRC-32, of a directory over all that is in it; None for what is neither that nor a
+    regular file with one name."""
     if path.is_dir() and not path.is_symlink():
         inside = [(name, _checksum(path / name)) for name in sorted(os.listdir(path))]
         return None if any(found is None for _, found in inside) else [len(inside), zlib.crc32(json.dumps(inside).encode())]

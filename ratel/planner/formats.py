@@ -1,8 +1,10 @@
-"""How states are stored: one table of planes, for all who count their bytes, move them, save them or update them.
+"""How states are stored: one table of planes, for all who count their bytes, move them, save them
+or update them.
 
-A unit has two segments, what is trained and what is frozen; a row of the table says which of them a plane is of, how its
-numbers are stored, and which passes of a step read and write it. Code that turns numbers into bytes and back is found under
-the names in the table: an encoding's in `ratel.store.planes.DTYPES`, an update's in `ratel.runtime.updates.arithmetic`.
+A unit has two segments, what is trained and what is frozen; a row of the table says which of them a
+plane is of, how its numbers are stored, and which passes of a step read and write it. Code that
+turns numbers into bytes and back is found under the names in the table: an encoding's in
+`ratel.store.planes.DTYPES`, an update's in `ratel.runtime.updates.arithmetic`.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +18,8 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """Numbers as bits. Where ``block`` elements share a scale, its ``scale_bytes`` lie with them."""
+    """Numbers as bits. Where ``block`` elements share a scale, its ``scale_bytes`` lie with
+    them."""
 
     name: str
     bits: int
@@ -33,7 +36,8 @@ BF16, INT16, FP32 = (Encoding(name=name, bits=bits) for name, bits in (("bf16", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaneFormat:
-    """One row: a plane, how it is stored, which segments of a unit have it, and the passes that read and write it."""
+    """One row: a plane, how it is stored, which segments of a unit have it, and the passes that
+    read and write it."""
 
     plane: str
     encoding: Encoding
@@ -101,7 +105,7 @@ class StateFormats:
 
     @cached_property
     def trained_bytes(self) -> float:
-        """Of one trained parameter, its gradient included."""
+        """Bytes of one trained parameter, its gradient included."""
         return sum(_per_element(row.encoding) for row in self.rows)
 
     @cached_property

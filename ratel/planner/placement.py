@@ -14,7 +14,8 @@ TIERS = (GPU, DRAM, SSD)
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlacement:
-    """The tier of each plane of one unit. ``g`` is where a gradient waits for its update in deferred mode."""
+    """The tier of each plane of one unit. ``g`` is where a gradient waits for its update in
+    deferred mode."""
 
     hi: str = DRAM
     lo: str = DRAM
@@ -37,8 +38,8 @@ class UnitPlacement:
 
 @lru_cache(maxsize=1024)
 def with_planes(place: UnitPlacement, planes: tuple[str, ...], tier: str) -> UnitPlacement:
-    """The placement with these planes on the tier: the same object for the same question, by which a plan tells units that are
-    placed alike."""
+    """The placement with these planes on the tier: the same object for the same question, by which
+    a plan tells units that are placed alike."""
     return replace(place, **dict.fromkeys(planes, tier))
 
 
@@ -46,14 +47,16 @@ _ON_GPU = UnitPlacement.all_on(GPU)
 
 
 def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], formats: StateFormats) -> tuple[UnitPlacement, ...]:
-    """Units that compute in fp32 among others in bf16 do not travel: routers of experts and the like, thousandths of a model."""
+    """Units that compute in fp32 among others in bf16 do not travel: routers of experts and the
+    like, thousandths of a model."""
     if formats.merges or not spec.has_fp32_units:
         return placements
     return tuple(_ON_GPU if unit.fp32 else place for unit, place in zip(spec.units, placements, strict=True))
 
 
 def closed_first(spec: ModelSpec, placements: tuple[UnitPlacement, ...], count: int | None = None) -> list[UnitSpec]:
-    """Of the units that the CPU updates the first ``count`` (default: all) whose gradients are complete."""
+    """The first ``count`` (default: all) of the units that the CPU updates, in the order in which
+    their gradients are complete."""
     return [unit for unit in spec.closing_order if not placements[unit.index].on_gpu][:count]
 
 
@@ -75,7 +78,8 @@ def check_forced(forced: Forced) -> None:
 
 
 def forced_placements(spec: ModelSpec, forced: Forced) -> tuple[UnitPlacement, ...]:
-    """The placement a user or a test wrote down, checked. Patterns are tried in order; later ones win."""
+    """The placement a user or a test wrote down, checked. Patterns are tried in order; later ones
+    win."""
     check_forced(forced)
     if isinstance(forced, str):
         forced = {"*": forced}

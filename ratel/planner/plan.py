@@ -1,4 +1,5 @@
-"""The frozen result of planning: placement of every plane, checkpoints, buffer counts, and the bytes they take."""
+"""The frozen result of planning: placement of every plane, checkpoints, buffer counts, and the
+bytes they take."""
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -15,12 +16,13 @@ from ratel.planner.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
 from ratel.units import align_up, format_bytes
 
 FEWEST_SAVE_PIECES = 8
-"""Of the saver's buffers: enough for a drive to be kept busy with some while others are filled."""
+"""The fewest buffers that a saver has: a drive is kept busy with some while others are filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """Counts of preallocated buffers. None of them changes a result; more of them hide more latency."""
+    """Counts of preallocated buffers. None of them changes a result; more of them hide more
+    latency."""
 
     weight_slots: int = 3
     """GPU slots for blocks: one in use, the others ahead of it."""
@@ -34,10 +36,11 @@ class Buffers:
     """Chunks of optimizer state in flight between SSD and the CPU optimizer."""
     chunk_elements: int = 1 << 22
     checkpoint_slots: int = 3
-    """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from SSD."""
+    """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from
+    SSD."""
     inner_slots: int = 2
-    """The same for inner activations, in units of all that one block keeps of one micro-batch: one in use, the others
-    ahead of it. In forward as many may be on their way out."""
+    """The same for inner activations, in units of all that one block keeps of one micro-batch: one
+    in use, the others ahead of it. In forward as many may be on their way out."""
 
     def __post_init__(self) -> None:
         for name, count in asdict(self).items():
@@ -57,7 +60,7 @@ class Work:
     seq_len: int
     micro_rows: int
     hidden_bytes: int
-    """Of one micro-batch's checkpoint: rows x positions x hidden size x bytes per element."""
+    """Bytes of one micro-batch's checkpoint: rows x positions x hidden size x bytes per element."""
 
     @property
     def num_micro(self) -> int:
@@ -77,14 +80,17 @@ class Plan:
     profiles: tuple[BlockProfile, ...] = field(default=(), repr=False)
     """By block; blocks of one kind share one. Empty: not known."""
     loss_s: float | None = None
-    """Seconds of everything after the blocks, forward and backward, for one full micro-batch, where it was measured."""
+    """Seconds of everything after the blocks, forward and backward, for one full micro-batch, where
+    it was measured."""
     kept: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), repr=False)
-    """By block: ``(name, tier)`` of each inner activation that is kept until backward. What is absent is recomputed."""
+    """By block: ``(name, tier)`` of each inner activation that is kept until backward. What is
+    absent is recomputed."""
     spill: Spill | None = None
     """None: what autograd saves in a block stays on the GPU until its backward has used it."""
     buffers: Buffers = Buffers()
     workspace_bytes: int = 0
-    """GPU memory left to PyTorch's allocator for activations inside a stage; measured with the windows of `spill`."""
+    """GPU memory left to PyTorch's allocator for activations inside a stage; measured with the
+    windows of `spill`."""
     accumulators: tuple[str, ...] = ()
     """Weight classes whose gradients are sums of several passes, kept in fp32 and rounded once."""
     gpu_budget: int | None = None
@@ -92,15 +98,17 @@ class Plan:
     process_bytes: int = 0
     """Host memory that the process held before anything of the plan was reserved."""
     import_element_bytes: int = 4
-    """Of the memory beside the arena, for each element of the largest unit, that importing and exporting it takes."""
+    """Bytes beside the arena that importing and exporting take for each element of the largest
+    unit."""
     on_host: bool = False
-    """The device is the CPU: what is "on the GPU" is ordinary memory and counts against the DRAM budget."""
+    """The device is the CPU: what is "on the GPU" is ordinary memory and counts against the DRAM
+    budget."""
     durable: str = "off"
-    """How states survive a crash: ``step`` (two slots on SSD and commits in place), ``checkpoint`` (copies at explicit
-    saves) or ``off``."""
+    """How states survive a crash: ``step`` (two slots on SSD and commits in place), ``checkpoint``
+    (copies at explicit saves) or ``off``."""
     early_units: int = 0
-    """Speculative: so many of the units that the CPU updates, those whose gradients are complete first, are updated
-    before the norm is known, if their gradients stay in DRAM."""
+    """Speculative: so many of the units that the CPU updates, those whose gradients are complete
+    first, are updated before the norm is known, if their gradients stay in DRAM."""
     save_pieces: int = 0
     """Buffers in DRAM through which states pass on their way to a save."""
 
@@ -110,7 +118,8 @@ class Plan:
 
     @property
     def num_slots(self) -> int:
-        """Of versions on SSD: the current one, the committed one, and one that may yet be forgotten."""
+        """How many versions of the states an SSD holds: the current one, the committed one, and one
+        that may yet be forgotten."""
         return 1 + self.commits + any(self.has_states_on_ssd(self.spec.units[unit]) for unit in self.early)
 
     @property
@@ -131,7 +140,8 @@ class Plan:
 
     @cached_property
     def slot_layout(self) -> SlotLayout:
-        """Of the states' volume: the planes that live there; with commits a place for every plane."""
+        """The layout of the states' volume: the planes that live there; with commits a place for
+        every plane."""
         def planes_of(unit: UnitSpec) -> list[str]:
             return [p for p in self.formats.planes if self.commits or self.placement(unit).tier(p) == SSD]
 
@@ -142,8 +152,8 @@ class Plan:
 
     @property
     def copied_bytes(self) -> int:
-        """What an update of everything waits for at a save: planes outside the SSDs, whose next version has no place of
-        its own."""
+        """What an update of everything waits for at a save: planes outside the SSDs, whose next
+        version has no place of its own."""
         return sum(number * self.formats.num_bytes(u, p) for u, number in self._alike for p in self.formats.planes
                    if self.placement(u).tier(p) != SSD)
 
@@ -158,19 +168,21 @@ class Plan:
 
     @property
     def deferred(self) -> bool:
-        """Gradients wait for the norm of all of them, and updates for the next step's forward pass (but early ones)."""
+        """Gradients wait for the norm of all of them, and updates for the next step's forward pass
+        (but early ones)."""
         return self.optimizer != "eager"
 
     @cached_property
     def early(self) -> frozenset[int]:
-        """Units that are updated on the guess that nothing will be clipped. Their gradients stay in DRAM, for the case
-        that they have to be updated again."""
+        """Units that are updated on the guess that nothing will be clipped. Their gradients stay in
+        DRAM, for the case that they have to be updated again."""
         first = closed_first(self.spec, self.placements, self.early_units) if self.early_units else []
         return frozenset(unit.index for unit in first if self.placement(unit).g == DRAM)
 
     @property
     def while_clipped(self) -> "Plan":
-        """What is done while gradients are scaled down, as those of the steps before were: no update is made early."""
+        """What is done while gradients are scaled down, as those of the steps before were: no
+        update is made early."""
         return replace(self, early_units=0)
 
     def updates_early(self, unit: UnitSpec) -> bool:
@@ -178,7 +190,8 @@ class Plan:
         return not self.deferred or unit.index in self.early
 
     def second_planes(self, unit: UnitSpec) -> tuple[str, ...]:
-        """Planes in DRAM of which there are two: the current one, and one that an early update writes."""
+        """Planes in DRAM of which there are two: the current one, and one that an early update
+        writes."""
         return tuple(p for p in self.formats.planes if unit.index in self.early and self.placement(unit).tier(p) == DRAM)
 
     @property
@@ -193,8 +206,8 @@ class Plan:
         return self.placements[unit.index]
 
     def chunk_of(self, unit: UnitSpec) -> int:
-        """What an update handles at once. With nothing on SSD there is nothing to overlap: every pause between chunks, in
-        which threads meet, would be lost."""
+        """What an update handles at once. With nothing on SSD there is nothing to overlap: every
+        pause between chunks, in which threads meet, would be lost."""
         from_ssd = self.ring_planes(unit) or self.weights_from_ssd(unit)
         return min(self.buffers.chunk_elements, unit.num_trainable) if from_ssd else unit.num_trainable
 
@@ -211,8 +224,9 @@ class Plan:
 
     @cached_property
     def _alike(self) -> tuple[tuple[UnitSpec, int], ...]:
-        """Of units of one size, in the same places and updated at the same time, one, and their number. A search asks thousands
-        of plans for their bytes, and most units of a model are equal blocks."""
+        """One of all units of one size that are in the same places and updated at the same time,
+        and their number. A search asks thousands of plans for their bytes, and most units of a
+        model are equal blocks."""
         first: dict[tuple[int, int, bool], UnitSpec] = {}
         numbers: dict[tuple[int, int, bool], int] = {}
         for unit, size, place in zip(self.spec.units, self.spec.sizes, self.placements):
@@ -247,8 +261,8 @@ class Plan:
         streamed = sum(number for _, number in self._streamed(cls))
         count = min(streamed, self._depth_of(cls, self.buffers.weight_slots))
         if (not self.deferred or self.early) and self.host_weight_slot_count(cls) < self._num_from_ssd(cls):
-            # The DRAM copy of a unit stays for its update under backward. A gather beyond these copies would wait for an
-            # update whose gradient needs what is gathered after it.
+            # The DRAM copy of a unit stays for its update under backward. A gather beyond these
+            # copies would wait for an update whose gradient needs what is gathered after it.
             count = min(count, self.host_weight_slot_count(cls))
         return count
 
@@ -305,7 +319,8 @@ class Plan:
         return self._keeping.groups
 
     def return_slots(self, inner: bool) -> tuple[int, int]:
-        """GPU slots for what comes back, checkpoints or inner activations: how many, and of how many bytes each."""
+        """GPU slots for what comes back, checkpoints or inner activations: how many, and of how
+        many bytes each."""
         return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=False)
 
     def staging_slots(self, inner: bool) -> tuple[int, int]:
@@ -412,7 +427,8 @@ class Plan:
         return sum(_paged(self.formats.of(unit).encoding(p).num_bytes(chunk)) for p in planes)
 
     def _merged_bytes(self, stage: StageSpec) -> int:
-        """The fp32 compute copies, made while the stage runs, of units whose halves are on the GPU."""
+        """The fp32 compute copies, made while the stage runs, of units whose halves are on the
+        GPU."""
         units = [self.spec.units[index] for index in stage.units]
         return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu and self.formats.of(u).merges)
 
@@ -422,7 +438,7 @@ class Plan:
                    if self.placement(u).tier(p) == tier)
 
     def _saved_bytes(self, tier: str, *, inner: bool) -> int:
-        """Of all micro-batches; in DRAM and on SSD in whole pages."""
+        """Bytes that all micro-batches keep in a tier; in DRAM and on SSD in whole pages."""
         return self.work.num_micro * self._keeping.num_bytes(tier, inner=inner)
 
     def to_json(self) -> dict:

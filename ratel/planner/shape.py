@@ -91,12 +91,13 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlotClass:
-    """Units that take turns in the same slots, on the GPU and in DRAM. No stage uses two units of one
-    class that move."""
+    """Units that take turns in the same slots, on the GPU and in DRAM. No stage uses two units of
+    one class that move."""
 
     name: str
     is_deep: bool
-    """One unit follows another, through as many slots as there are buffers. Else there is one slot."""
+    """One unit follows another, through as many slots as there are buffers. Else there is one
+    slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,8 @@ class ModelSpec:
 
     @cached_property
     def slot_classes(self) -> tuple[SlotClass, ...]:
-        """Each once: blocks first, then what is before and after them, then what is held all step."""
+        """Each once: blocks first, then what is before and after them, then what is held all
+        step."""
         return tuple(sorted(set(self.classes), key=lambda cls: (_BASES.index(cls.name.split()[0]), cls.name)))
 
     def class_named(self, name: str) -> SlotClass | None:

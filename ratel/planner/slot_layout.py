@@ -13,7 +13,8 @@ from ratel.units import align_up
 
 PAGE_BYTES = 4096
 GRAIN_ELEMENTS = 1 << 18
-"""Elements under one checksum: 0.5 or 1 MiB. Small enough to spread over cores, large enough that the table is nothing."""
+"""Elements under one checksum: 0.5 or 1 MiB. Small enough to spread over cores, large enough that
+the table is nothing."""
 PIECE_ELEMENTS = 1 << 20
 """Elements that a save moves at once: 2 or 4 MiB, from where on drives give their full rate."""
 
@@ -62,8 +63,8 @@ def grain_of(chunk_elements: int) -> int:
 
 
 def segments(unit: UnitSpec, num_elements: int) -> list[tuple[int, int]]:
-    """The trained and the frozen part of a plane. Grains never cross from one into the other: an update writes the first
-    only."""
+    """The trained and the frozen part of a plane. Grains never cross from one into the other: an
+    update writes the first only."""
     split = min(unit.num_trainable, num_elements)
     return [(begin, end) for begin, end in ((0, split), (split, num_elements)) if begin < end]
 
@@ -88,6 +89,7 @@ def first_element(unit: UnitSpec, index: int, grain: int) -> int:
 
 
 def pieces(unit: UnitSpec, num_elements: int, piece: int) -> list[tuple[int, int]]:
-    """Ranges of at most ``piece`` elements (a multiple of the grain), none across the two segments."""
+    """Ranges of at most ``piece`` elements (a multiple of the grain), none across the two
+    segments."""
     return [(begin, min(begin + piece, end)) for start, end in segments(unit, num_elements)
             for begin in range(start, end, piece)]

@@ -1,7 +1,8 @@
-"""Bytes that a step moves, from the plan and its schedule alone: what the engine's counters are held to.
+"""Bytes that a step moves, from the plan and its schedule alone: what the engine's counters are
+held to.
 
-Per trained parameter with everything on SSD (bf16, deep model) this is 14 bytes read and 12 written; units held over
-the turn are gathered once and save a read.
+Per trained parameter with everything on SSD (bf16, deep model) this is 14 bytes read and 12
+written; units held over the turn are gathered once and save a read.
 """
 
 from collections import Counter
@@ -20,7 +21,8 @@ NORM_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes. ``h2d`` and ``d2h`` cross PCIe on a GPU; on a CPU device they are the same copies within DRAM."""
+    """Bytes. ``h2d`` and ``d2h`` cross PCIe on a GPU; on a CPU device they are the same copies
+    within DRAM."""
 
     ssd_read: int = 0
     ssd_written: int = 0
@@ -49,7 +51,8 @@ class Traffic:
 class PassTraffic:
     """A step's traffic by the pass that moves it. The turn (loss) belongs to the backward pass.
 
-    Updates run under backward (eager, early) or under the next forward pass (deferred), and are therefore apart.
+    Updates run under backward (eager, early) or under the next forward pass (deferred), and are
+    therefore apart.
     """
 
     forward: Traffic
@@ -60,7 +63,8 @@ class PassTraffic:
     """Bytes, of forward and backward, that come down before anything of their pass can go up."""
     first_gradient: int
     last_gradient: int
-    """Bytes. Nothing is updated before the first has come up; what comes down after the last waits for its update."""
+    """Bytes. Nothing is updated before the first has come up; what comes down after the last waits
+    for its update."""
 
     @property
     def updates(self) -> Traffic:
@@ -90,8 +94,9 @@ def pass_traffic(plan: Plan) -> PassTraffic:
 def step_traffic(plan: Plan, *, after_flush: bool = False) -> Traffic:
     """One training step with its updates, at the plan's batch shape.
 
-    In deferred mode the update's copy of a unit's weights serves the next forward pass too. The first step, and one
-    ``after_flush``, has no such copy and reads those weights once more. Early updates are taken to be right.
+    In deferred mode the update's copy of a unit's weights serves the next forward pass too. The
+    first step, and one ``after_flush``, has no such copy and reads those weights once more. Early
+    updates are taken to be right.
     """
     passes = pass_traffic(plan)
     total = passes.forward + passes.backward + passes.updates
@@ -108,13 +113,15 @@ def gather_traffic(plan: Plan, index: int) -> Traffic:
 
 
 def gradient_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
-    """The unit's gradient up to DRAM, and on to SSD where it waits there for its (deferred) update."""
+    """The unit's gradient up to DRAM, and on to SSD where it waits there for its (deferred)
+    update."""
     spilled = plan.formats.num_bytes(unit, "g") if "g" in plan.ring_planes(unit) else 0
     return Traffic(ssd_written=spilled, d2h=unit.num_trainable * plan.grad_bytes + NORM_BYTES)
 
 
 def update_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
-    """Optimizer planes from SSD and back; weights back, which a gather has read, or spares reading."""
+    """Optimizer planes from SSD and back; weights back, which a gather has read, or spares
+    reading."""
     ring = {p: plan.formats.num_bytes(unit, p) for p in plan.ring_planes(unit)}
     weights = sum(plan.formats.encoding(p).num_bytes(unit.num_trainable) for p in plan.weights_from_ssd(unit))
     # The gradient is read and then forgotten; the other planes are read and written back.
@@ -122,9 +129,11 @@ def update_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
 
 
 def activation_traffic(plan: Plan, block: int, rows: int) -> Traffic:
-    """What leaves the GPU in one micro-batch's forward pass through a block: its input, and what is kept of its inside.
+    """What leaves the GPU in one micro-batch's forward pass through a block: its input, and what is
+    kept of its inside.
 
-    The same bytes come back in backward. SSD moves whole slots of a full micro-batch, PCIe the rows there are.
+    The same bytes come back in backward. SSD moves whole slots of a full micro-batch, PCIe the rows
+    there are.
     """
     groups = plan.groups_of(block)
     return Traffic(d2h=sum(saved.num_bytes // plan.work.micro_rows * rows for group in groups for saved in group.members),
@@ -132,8 +141,8 @@ def activation_traffic(plan: Plan, block: int, rows: int) -> Traffic:
 
 
 def spill_traffic(plan: Plan, rows: int) -> Traffic:
-    """What the backward pass of one block and micro-batch saves out of the GPU and fetches back. As if nothing were asked
-    for while it is still there."""
+    """What the backward pass of one block and micro-batch saves out of the GPU and fetches back. As
+    if nothing were asked for while it is still there."""
     num_bytes = plan.spill.region_bytes * rows // plan.work.micro_rows if plan.spill else 0
     return Traffic(h2d=num_bytes, d2h=num_bytes)
 

@@ -1,4 +1,5 @@
-"""Where every plane of every unit is, as the plan placed it: a GPU tensor, a DRAM tensor or a range of the volume."""
+"""Where every plane of every unit is, as the plan placed it: a GPU tensor, a DRAM tensor or a range
+of the volume."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ from ratel.store.versions import Versions
 from ratel.units import align_up
 
 DTYPES = {"bf16": torch.bfloat16, "int16": torch.int16, "fp32": torch.float32}
-"""By the name of an encoding (`ratel.planner.formats`): what the numbers of a plane are in memory."""
+"""By the name of an encoding (`ratel.planner.formats`): what the numbers of a plane are in
+memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,10 @@ class Plane:
 class Store:
     """All planes, by unit index and name. A plane without elements (of a frozen unit) is left out.
 
-    A plane of a unit that is updated early has a second place in DRAM, which becomes the plane when the update is kept.
-    On SSD a plane lies at a fixed place of a slot, and `versions` says which slot is current; `checksums` holds what its
-    bytes must add up to. Gradients that wait on SSD have a volume of their own.
+    A plane of a unit that is updated early has a second place in DRAM, which becomes the plane when
+    the update is kept. On SSD a plane lies at a fixed place of a slot, and `versions` says which
+    slot is current; `checksums` holds what its bytes must add up to. Gradients that wait on SSD
+    have a volume of their own.
     """
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, volume: "native.nvme_ds.Volume | None",
@@ -86,7 +89,7 @@ class Store:
         return self.grad_volume if name == "g" else self.volume
 
     def offset(self, slot: int, unit: int, name: str, begin: int = 0) -> int:
-        """Of element ``begin`` of a plane, in bytes of its volume."""
+        """Where element ``begin`` of a plane lies in its volume, in bytes."""
         item = self._planes[unit][name].dtype.itemsize
         if name == "g":
             return self._grad_offsets[unit] + begin * item

@@ -23,10 +23,11 @@ _REMEDY = "Give a directory that you may write to, or that can be made"
 
 
 class RunDirectory:
-    """``OUT``. Only what is known to be a run's, by content, is ever replaced or removed; anything else in it is the user's.
+    """``OUT``. Only what is known to be a run's, by content, is ever replaced or removed; anything
+    else in it is the user's.
 
-    One run at a time: from ``open`` until the context ends the directory itself is locked. The kernel gives the lock of a
-    process that died back, so that none can be stale.
+    One run at a time: from ``open`` until the context ends the directory itself is locked. The
+    kernel gives the lock of a process that died back, so that none can be stale.
     """
 
     def __init__(self, path: Path, folders: Folders = ()) -> None:
@@ -40,19 +41,22 @@ class RunDirectory:
         return results(self.path, self.states)
 
     def holds_run(self) -> bool:
-        """More than what is written before a run's first step, which one that failed there leaves."""
+        """More than what is written before a run's first step, which one that failed there
+        leaves."""
         found = {"startup.json", "model", "state", METRICS} & set(self.earlier_results())
         return bool(found - ({METRICS} if is_empty(self.metrics) else set()))
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse what the run would have to write over or remove though it is somebody else's, or read by the run itself."""
+        """Refuse what the run would have to write over or remove though it is somebody else's, or
+        read by the run itself."""
         check_inputs(self.path, config)
         check_out(self.path, self.states, exports_model=config.export, saves=bool(config.save_every), resumes=config.resume)
 
     def open(self, *, keep_results: bool = False, config: TrainConfig | None = None,
              note: Callable[[str], None] = lambda line: None) -> None:
-        """Make the directory and remove an earlier run's results, so that none is mistaken for this run's; ``note`` is told of
-        them before. With ``config`` all is checked once more, now that nobody else is at it."""
+        """Make the directory and remove an earlier run's results, so that none is mistaken for this
+        run's; ``note`` is told of them before. With ``config`` all is checked once more, now that
+        nobody else is at it."""
         try:
             make_directory(self.path)
             self._take_lock()
@@ -116,7 +120,8 @@ def being_written(out: Path) -> RatelError:
 
 
 def choose(out: str | None, model_name: str, *, may_exist: bool, folders: Folders = ()) -> RunDirectory:
-    """The directory for a run: ``out``, or without one the first free ``runs/MODEL``, ``runs/MODEL-2``, ...
+    """The directory for a run: ``out``, or without one the first free ``runs/MODEL``,
+    ``runs/MODEL-2``, ...
 
     Nothing is touched yet: `RunDirectory.open` does that once the run is known to start.
     """
@@ -147,7 +152,8 @@ def _first_free(parent: Path, name: str) -> Path:
 
 @contextmanager
 def beside_a_run(state: Path, field: str) -> Iterator[None]:
-    """What reads a state while its run goes on may meet one that is being written over: that is no damage."""
+    """What reads a state while its run goes on may meet one that is being written over: that is no
+    damage."""
     try:
         yield
     except DamagedStateError as error:

@@ -1,5 +1,5 @@
-"""OUT/state: one directory per saved step, and the records of commits. A run resumes from the newest; any is enough to
-export from."""
+"""OUT/state: one directory per saved step, and the records of commits. A run resumes from the
+newest; any is enough to export from."""
 
 import os
 import re
@@ -18,12 +18,14 @@ from ratel.runtime.states.saved_state import SavedState
 _NAME = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"(step-\d{8,}|commits)\.(old(?:-\d+)?|partial|removed)")
 _PLANES = re.compile(r"step-\d{8,}\.partial\.planes\.0")
-"""What becomes the planes of a copy: it has its place in the directory of the copy only when it is complete."""
+"""What becomes the planes of a copy: it has its place in the directory of the copy only when it is
+complete."""
 _COMPLETE = "manifest.json"
 
 
 class StateDirectory:
-    """A state counts once its directory has its name: until then the name is another, afterwards it is whole."""
+    """A state counts once its directory has its name: until then the name is another, afterwards it
+    is whole."""
 
     def __init__(self, path: Path, folders: Folders = ()) -> None:
         """``folders``: the SSD directories of the run, where its files may be now."""
@@ -38,7 +40,8 @@ class StateDirectory:
         return sorted(int(match[1]) for match in matches if match and self._is_complete(match[0]))
 
     def _is_complete(self, name: str) -> bool:
-        """It had its manifest when it got its name. One that has lost it since is damaged, and not passed over."""
+        """It had its manifest when it got its name. One that has lost it since is damaged, and not
+        passed over."""
         return (self.path / name / _COMPLETE).is_file() or is_state(self.path / name)
 
     def path_of(self, step: int) -> Path:
@@ -51,8 +54,8 @@ class StateDirectory:
         return copy if committed is None or (steps and steps[-1] > committed) else self.commits
 
     def committed_step(self) -> int | None:
-        """The step of the newest commit; one after all others if it cannot be read, so that it is not passed over and the
-        reader says why."""
+        """The step of the newest commit; one after all others if it cannot be read, so that it is
+        not passed over and the reader says why."""
         if not (settled(self.commits) / _COMPLETE).is_file():
             return None
         with suppress(RatelError, KeyError):
@@ -60,19 +63,21 @@ class StateDirectory:
         return sys.maxsize
 
     def before(self, state: Path) -> Path | None:
-        """The newest copy that is older than this state, and whole as far as its small files tell."""
+        """The newest copy that is older than this state, and whole as far as its small files
+        tell."""
         older = [path for path in map(self.path_of, self.steps()) if state == self.commits or path.name < state.name]
         return next(filter(_looks_whole, reversed(older)), None)
 
     def prune(self, keep: int, *, eval_losses: Mapping[int, float] | None = None) -> None:
-        """Remove all but the ``keep`` newest copies and, given ``eval_losses`` by step, the best; and what killed runs left
-        half written or half removed. No save may be under way."""
+        """Remove all but the ``keep`` newest copies and, given ``eval_losses`` by step, the best;
+        and what killed runs left half written or half removed. No save may be under way."""
         steps = [step for step in self.steps() if is_state(self.path_of(step))]
         rated = [step for step in steps if step in (eval_losses or {})]
         kept = {*steps[max(0, len(steps) - keep) :], *([min(rated, key=eval_losses.get)] if rated else [])}
         for step in set(steps) - kept:
             path = self.path_of(step)
-            # Under its name it must be whole to the last: a kill in the middle of the removal would leave a torso.
+            # Under its name it must be whole to the last: a kill in the middle of the removal would
+            # leave a torso.
             os.rename(path, path.with_name(path.name + ".old"))
         for entry in self.path.iterdir() if self.path.is_dir() else []:
             if not (entry == beside(self.commits) and not self.commits.exists()):
@@ -95,7 +100,8 @@ class StateDirectory:
             discard_commits(path, folders=self.folders)
 
     def drop_all(self) -> None:
-        """Remove every state, and what killed runs left of them. What is somebody else's stays, in the directories that it is in."""
+        """Remove every state, and what killed runs left of them. What is somebody else's stays, in
+        the directories that it is in."""
         self.drop_commits()
         self.prune(0)
         for name in self.held():
@@ -114,7 +120,8 @@ class StateDirectory:
         return sorted(name for name in os.listdir(self.path) if self._is_place(name) and is_state(self.path / name))
 
     def in_the_way(self) -> str | None:
-        """What has the name of a state and is none; nobody could say whose it is, were a state put there."""
+        """What has the name of a state and is none; nobody could say whose it is, were a state put
+        there."""
         for name in sorted(os.listdir(self.path)) if self.path.is_dir() else []:
             path = self.path / name
             if self._is_place(name) and not is_state(path) and (not path.is_dir() or self._holds_names_of_a_state(path, name)):
@@ -125,7 +132,8 @@ class StateDirectory:
         return name == self.commits.name or bool(_NAME.fullmatch(name) or _PART.fullmatch(name))
 
     def _holds_names_of_a_state(self, path: Path, name: str) -> bool:
-        """Where no kill leaves them: a directory in the making, or one being removed, has some of them."""
+        """Where no kill leaves them: a directory in the making, or one being removed, has some of
+        them."""
         return not _PART.fullmatch(name) and any(map(is_state_file, os.listdir(path)))
 
 

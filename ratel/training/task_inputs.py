@@ -1,4 +1,5 @@
-"""What a task learns from: data with labels, opened before the model, which may get its labels from it."""
+"""What a task learns from: data with labels, opened before the model, which may get its labels from
+it."""
 
 import copy
 import os
@@ -53,7 +54,8 @@ class TaskInputs:
 
 
 def open_task(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, tokenizer: Any) -> TaskInputs:
-    """Go through the data, and find out its labels where the model does not know them. Raises RatelError."""
+    """Go through the data, and find out its labels where the model does not know them. Raises
+    RatelError."""
     plain = Task.of(config.task)
     settings = _settings_of(model)
     if isinstance(model, Module):
@@ -92,7 +94,8 @@ def _settings_of(model: Any) -> Any:
 
 
 def _labels(task: Task, settings: Any, *, is_module: bool) -> Labels:
-    """Those of a model with the head for the task, or whose configuration names some; others are found in the data."""
+    """Those of a model with the head for the task, or whose configuration names some; others are
+    found in the data."""
     names = tuple(settings.id2label[number] for number in range(settings.num_labels))
     is_named = any(name != f"LABEL_{number}" for number, name in enumerate(names))
     classes = settings.architectures or []

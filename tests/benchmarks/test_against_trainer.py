@@ -1,4 +1,5 @@
-"""A tiny model is fine-tuned as transformers' Trainer does it: losses, gradient norms and what comes out."""
+"""A tiny model is fine-tuned as transformers' Trainer does it: losses, gradient norms and what
+comes out."""
 
 import importlib.util
 from pathlib import Path

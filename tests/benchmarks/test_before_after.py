@@ -1,4 +1,5 @@
-"""`benchmarks/speed/before_after.py`: both checkouts are measured in turns, and a slower one is seen in the table."""
+"""`benchmarks/speed/before_after.py`: both checkouts are measured in turns, and a slower one is
+seen in the table."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""The rooms of `benchmarks/`: few modules each, and every script of them says what it measures when it is asked."""
+"""The rooms of `benchmarks/`: few modules each, and every script of them says what it measures when
+it is asked."""
 
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def test_no_room_is_crowded() -> None:
 
 
 def test_every_script_shows_its_help() -> None:
-    """As commands are given in the docs: from the repository's root, with nothing else on the path."""
+    """As commands are given in the docs: from the repository's root, with nothing else on the
+    path."""
     assert len(SCRIPTS) >= 20
     code = ("import importlib, runpy, sys\n"
             "for name in sys.argv[1:]:\n"

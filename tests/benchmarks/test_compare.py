@@ -1,4 +1,5 @@
-"""The comparison with other systems: equal weights, tokens and settings give equal losses, and failures are results, too."""
+"""The comparison with other systems: equal weights, tokens and settings give equal losses, and
+failures are results, too."""
 
 import copy
 import json

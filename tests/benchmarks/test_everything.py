@@ -1,4 +1,5 @@
-"""The command that measures everything: each of its commands is one that the scripts take, and time limits are kept."""
+"""The command that measures everything: each of its commands is one that the scripts take, and time
+limits are kept."""
 
 import importlib
 import json

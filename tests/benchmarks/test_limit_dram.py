@@ -1,7 +1,8 @@
-"""Taking memory away for an experiment, and giving it back whatever happens to whom. See benchmarks/size/limit_dram.py.
+"""Taking memory away for an experiment, and giving it back whatever happens to whom. See
+benchmarks/size/limit_dram.py.
 
-Most tests use a directory that looks like the root of a machine with two NUMA nodes; the last ones take a little of the
-real memory where that is permitted.
+Most tests use a directory that looks like the root of a machine with two NUMA nodes; the last ones
+take a little of the real memory where that is permitted.
 """
 
 import json
@@ -75,7 +76,8 @@ def test_a_kernel_without_nodes_has_one_counter(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Tight(Machine):
-    """A kernel that finds at most ``most`` pages on node 0, and more after it was asked to make room."""
+    """A kernel that finds at most ``most`` pages on node 0, and more after it was asked to make
+    room."""
 
     most: int = 100
     after_room: int = 100
@@ -148,7 +150,8 @@ def test_the_status_of_the_command_is_passed_on(machine: Machine) -> None:
 
 
 def start(machine: Machine, method: str = "huge-pages", limit: int = 2 * GIB) -> subprocess.Popen[str]:
-    """A program that limits a command which says its own and the watcher's process number, and goes on and on."""
+    """A program that limits a command which says its own and the watcher's process number, and goes
+    on and on."""
     code = ("import sys, pathlib; from benchmarks.size import limit_dram as dram\n"
             f"machine = dram.Machine(root=pathlib.Path({str(machine.root)!r}))\n"
             "sys.exit(dram.run(['sh', '-c', 'echo $$; exec sleep 60'], "
@@ -262,7 +265,8 @@ def test_locked_memory_for_real() -> None:
 
 @pytest.mark.e2e
 def test_memory_that_may_not_be_locked_is_refused() -> None:
-    """The limit of locked memory holds for whoever lacks CAP_IPC_LOCK, 14, which root can give up (prctl 24)."""
+    """The limit of locked memory holds for whoever lacks CAP_IPC_LOCK, 14, which root can give up
+    (prctl 24)."""
     code = ("import ctypes, os, resource, sys; resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))\n"
             "assert os.geteuid() != 0 or ctypes.CDLL(None).prctl(24, 14, 0, 0, 0) == 0\n"
             "from benchmarks.size import limit_dram as dram\n"

@@ -1,4 +1,5 @@
-"""The search for the largest that fits, and that what it finds is really trained within its limit."""
+"""The search for the largest that fits, and that what it finds is really trained within its
+limit."""
 
 import pytest
 

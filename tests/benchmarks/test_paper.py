@@ -1,4 +1,5 @@
-"""The predictions of the paper's figures: that what is saved is what the model says now, and how well it meets them."""
+"""The predictions of the paper's figures: that what is saved is what the model says now, and how
+well it meets them."""
 
 import json
 
@@ -15,7 +16,8 @@ SAVED = json.loads((RESULTS / "icde25_paper.json").read_text(encoding="utf-8"))
 
 
 def test_the_paper_s_system_moves_30_bytes_per_parameter() -> None:
-    """Its formulas: 2P read under forward, 14P read and 14P written under backward and its updates."""
+    """Its formulas: 2P read under forward, 14P read and 14P written under backward and its
+    updates."""
     spec = systems.gpt("175B")
     passes = pass_traffic(systems.theirs(spec, 8))
     late = passes.backward + passes.updates

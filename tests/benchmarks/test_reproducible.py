@@ -1,4 +1,5 @@
-"""`benchmarks/exactness/reproducible.py` finds the same bits on a CPU; where something was changed, it says what and where."""
+"""`benchmarks/exactness/reproducible.py` finds the same bits on a CPU; where something was changed,
+it says what and where."""
 
 import json
 import subprocess

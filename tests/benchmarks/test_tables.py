@@ -1,4 +1,5 @@
-"""The pages that are made of results and plans: they are up to date, and a figure without an origin does not get in."""
+"""The pages that are made of results and plans: they are up to date, and a figure without an origin
+does not get in."""
 
 import json
 from pathlib import Path
@@ -24,7 +25,8 @@ def test_readme_shows_what_its_plan_lines_and_the_results_say() -> None:
 
 
 def test_the_rows_of_readme_follow_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One plan is asked for again with less memory: its row is another, so the row is not a constant."""
+    """One plan is asked for again with less memory: its row is another, so the row is not a
+    constant."""
     less = readme.PLANS[0].replace("--batch-size 8", "--batch-size 4")
     monkeypatch.setattr(readme, "PLANS", (less,))
     (row,) = (line for line in readme.fits_lines() if line.startswith("| llama"))

@@ -1,4 +1,5 @@
-"""The measurements against the machine's limits: what they ask of a session, what they make of its answers, and their tables."""
+"""The measurements against the machine's limits: what they ask of a session, what they make of its
+answers, and their tables."""
 
 import json
 import sys

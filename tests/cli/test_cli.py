@@ -1,4 +1,5 @@
-"""The command line as a process and as a function: speed, exit statuses, one-line mistakes, and the documents."""
+"""The command line as a process and as a function: speed, exit statuses, one-line mistakes, and the
+documents."""
 
 import json
 import os
@@ -249,7 +250,8 @@ def ratel_arguments(command: str) -> list[str] | None:
 
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their flags parse and their values are valid. CI runs the two that need nothing: see .ci/run."""
+    """Their flags parse and their values are valid. CI runs the two that need nothing: see
+    .ci/run."""
     arguments = ratel_arguments(command)
     if arguments is None:
         known = (ROOT / ".ci" / "run").read_text().splitlines()

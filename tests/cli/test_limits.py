@@ -1,4 +1,5 @@
-"""What a process may not have, and numbers that are no run's: one line, before anything starts or at the end of what began."""
+"""What a process may not have, and numbers that are no run's: one line, before anything starts or
+at the end of what began."""
 
 import errno
 import os
@@ -44,7 +45,8 @@ def test_a_step_of_more_tokens_than_any_memory_holds() -> None:
 
 @pytest.mark.parametrize("option", ["model", "data", "out", "ssd", "tokenizer", "eval_data", "trace"])
 def test_names_that_are_not_utf8_are_refused_before_anything_starts(option: str, tmp_path: Path) -> None:
-    """transformers writes tokenizers with a library that cannot open them: a run would fail at its end."""
+    """transformers writes tokenizers with a library that cannot open them: a run would fail at its
+    end."""
     name = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff")
     with pytest.raises(RatelError, match=r"has a name that is not UTF-8 .given: .*/n\\xff.*Rename it"):
         TrainConfig(**{option: name})
@@ -95,7 +97,8 @@ def test_a_file_larger_than_allowed(ssd_dir: Path) -> None:
 
 
 def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ssd_dir: Path) -> None:
-    """Of the optimizer's, natively, and of Python's at any place: nothing is left behind."""
+    """Neither a native thread of the optimizer nor one of Python's, wherever it fails to start,
+    leaves anything behind."""
     import torch
 
     model, batch = make_model(tmp_path / "model"), {"input_ids": torch.zeros(2, 16, dtype=torch.long)}

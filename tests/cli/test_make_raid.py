@@ -1,6 +1,8 @@
-"""make_raid.sh with stand-ins for every program that looks at or changes drives: what it refuses, says and does.
+"""make_raid.sh with stand-ins for every program that looks at or changes drives: what it refuses,
+says and does.
 
-PATH holds nothing but the stand-ins and links to a few harmless programs, so that nothing real can be reached.
+PATH holds nothing but the stand-ins and links to a few harmless programs, so that nothing real can
+be reached.
 """
 
 import ast
@@ -23,8 +25,8 @@ A, B, ARRAY = "/dev/nvme8n1", "/dev/nvme9n1", "/dev/md77"
 LOOKS = {"lsblk", "findmnt", "swapon", "wipefs", "blkid", "id"}
 """Stand-ins that only answer. A wipefs that is asked to erase would be recorded as a change.
 
-They are started 20 times a test: importing json would take twice as long as all else that they do, so they read and write
-what Python's repr gives."""
+They are started 20 times a test: importing json would take twice as long as all else that they do,
+so they read and write what Python's repr gives."""
 
 STAND_IN = """#!REAL_PYTHON -SE
 import os, sys
@@ -270,7 +272,8 @@ def test_a_mount_point_in_use_is_refused(machine: Machine) -> None:
 
 
 def test_drives_are_examined_again_after_the_answer(machine: Machine) -> None:
-    """The stand-in for `id`, which is asked just before the question, mounts a drive behind the script's back."""
+    """The stand-in for `id`, which is asked just before the question, mounts a drive behind the
+    script's back."""
     late = ("import os\nfacts = eval(open(os.environ['MACHINE']).read())\n"
             f"facts['drives']['{A}']['mounts'] = ['/late']\n"
             "open(os.environ['MACHINE'], 'w').write(repr(facts))\nprint(0)\n")

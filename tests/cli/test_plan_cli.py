@@ -1,4 +1,5 @@
-"""`ratel plan` and `ratel.plan`: the table, the numbers, what would help, wear, the largest that fits, the picture."""
+"""`ratel plan` and `ratel.plan`: the table, the numbers, what would help, wear, the largest that
+fits, the picture."""
 
 import json
 import subprocess

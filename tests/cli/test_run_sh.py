@@ -1,4 +1,5 @@
-"""run.sh with stand-ins for Python and pip: what it checks first, when it installs, and what it passes on."""
+"""run.sh with stand-ins for Python and pip: what it checks first, when it installs, and what it
+passes on."""
 
 import os
 import shutil
@@ -76,7 +77,8 @@ def test_the_first_start_installs_and_the_second_does_not(checkout: Path) -> Non
 
 
 def test_the_pytorch_of_a_virtual_environment_is_used_too(checkout: Path) -> None:
-    """`--system-site-packages` shows what the system has, not what the environment it was called from has."""
+    """`--system-site-packages` shows what the system has, not what the environment it was called
+    from has."""
     done = start(checkout, "doctor", FAKE_PARENT_IS_VENV="1")
     assert done.returncode == 0 and installs(checkout) == ["wheel", str(checkout)], done
     link = (checkout / ".venv" / "site" / "ratel_parent.pth").read_text().strip()

@@ -1,4 +1,5 @@
-"""What a command shows, to whoever does not take it: closed pipes, full disks, stopped readers. The run goes on."""
+"""What a command shows, to whoever does not take it: closed pipes, full disks, stopped readers. The
+run goes on."""
 
 import errno
 import fcntl
@@ -67,7 +68,8 @@ def test_progress_does_not_wait_for_a_reader_who_has_stopped(pipe: tuple[int, in
 
 @pytest.mark.parametrize("blocks", [True, False])
 def test_a_result_waits_for_its_reader(pipe: tuple[int, int], blocks: bool) -> None:
-    """A reader who takes his time has it all; one that shares the pipe may have made it not to block."""
+    """A reader who takes his time has it all; one that shares the pipe may have made it not to
+    block."""
     os.set_blocking(pipe[1], blocks)
     channel, data, taken = Channel(pipe[1]), os.urandom(50_000), []
 
@@ -143,7 +145,8 @@ def test_a_product_that_cannot_be_written_is_a_failure() -> None:
 
 @pytest.mark.e2e
 def test_a_run_whose_output_goes_nowhere_ends_well(tmp_path: Path) -> None:
-    """All at once: standard input and error closed, output a small pipe of which nobody takes more than a line, not blocking."""
+    """All at once: standard input and error closed, output a small pipe of which nobody takes more
+    than a line, not blocking."""
     model, text = make_model(tmp_path / "model"), make_text(tmp_path / "text.jsonl")
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)

@@ -127,7 +127,8 @@ def test_export_in_fp32_keeps_every_bit(out: Path, model: Path, tmp_path: Path,
 @pytest.mark.parametrize("options", [dict(dtype="fp32"), dict(data="batches"), dict(chat=True)])
 def test_export_of_other_runs(options: dict[str, Any], model: Path, tmp_path: Path,
                               capsys: pytest.CaptureFixture[str]) -> None:
-    """fp32 runs, batches without a tokenizer, and a conversation that gave the tokenizer a template."""
+    """fp32 runs, batches without a tokenizer, and a conversation that gave the tokenizer a
+    template."""
     data: Any = make_text(tmp_path / "text.jsonl")
     if options.pop("chat", False):
         turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two, " * 8}]

@@ -1,4 +1,5 @@
-"""Data that was changed between a state and its resumption, bad lines that are passed over, files that change under a run."""
+"""Data that was changed between a state and its resumption, bad lines that are passed over, files
+that change under a run."""
 
 import json
 import logging

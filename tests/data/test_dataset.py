@@ -1,4 +1,5 @@
-"""From files to batches: determinism, the held-out split, resuming, memory, and threads that end."""
+"""From files to batches: determinism, the held-out split, resuming, memory, and threads that
+end."""
 
 import json
 import threading
@@ -53,7 +54,8 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
 
 
 def names(batches: list[Batch]) -> list[str]:
-    """The names of the documents that begin in these batches, in order (one cut at the very end left out)."""
+    """The names of the documents that begin in these batches, in order (one cut at the very end
+    left out)."""
     text = bytes(int(id_) for batch in batches for id_ in batch["input_ids"].flatten() if id_ < 256).decode()
     return [part.split(">")[0] for part in text.split("<")[1:] if ">" in part]
 
@@ -266,7 +268,8 @@ def test_work_ahead_is_bounded() -> None:
 
 
 def test_few_documents_that_begin_with_more_than_a_sequence_of_prompt(tmp_path: Path) -> None:
-    """The packer's first row draws several epochs of so little data, which are no sign that there is nothing to learn."""
+    """The packer's first row draws several epochs of so little data, which are no sign that there
+    is nothing to learn."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "%s", "completion": "abc"}\n' % ("p" * 20) * 3)
     with open_dataset(path, byte_level_tokenizer(), seq_len=16, batch_size=4, seed=0, eval_fraction=0) as dataset:

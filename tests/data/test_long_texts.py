@@ -1,4 +1,5 @@
-"""A long text is tokenised in parts: the tokens are those of the whole, for every kind of tokenizer, or it is not cut."""
+"""A long text is tokenised in parts: the tokens are those of the whole, for every kind of
+tokenizer, or it is not cut."""
 
 import json
 import random
@@ -63,7 +64,8 @@ def split(pattern: str, behavior: str = "isolated") -> Any:
 
 
 def unsplit(normalizer: Any, splitter: Any = None, *, model: dict[str, Any] | None = None) -> PreTrainedTokenizerFast:
-    """Tokens are trained on words; text is then tokenised without being split (Llama 2's and Gemma's files)."""
+    """Tokens are trained on words; text is then tokenised without being split (Llama 2's and
+    Gemma's files)."""
     trained = made(models.BPE(unk_token="<unk>", fuse_unk=True), bpe(), splitter=pre_tokenizers.Metaspace(prepend_scheme="always"))
     backend = trained.backend_tokenizer
     backend.normalizer = normalizer

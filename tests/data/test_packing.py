@@ -144,6 +144,7 @@ def test_permutations_differ_by_key_and_are_well_mixed() -> None:
 
 
 def test_places_are_uniform_over_keys() -> None:
-    """Where document 0 of 10 comes, over 2000 seeds: chi-squared with 9 degrees of freedom, 33.7 at one in 10,000."""
+    """Where document 0 of 10 comes, over 2000 seeds: chi-squared with 9 degrees of freedom, 33.7 at
+    one in 10,000."""
     counts = Counter(Permutation(10, (seed, 0))[0] for seed in range(2000))
     assert sum((counts[place] - 200) ** 2 / 200 for place in range(10)) < 33.7

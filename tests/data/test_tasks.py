@@ -1,4 +1,5 @@
-"""Data of tasks: what stands in lines, which labels there are, what becomes of them in batches, and what is refused where."""
+"""Data of tasks: what stands in lines, which labels there are, what becomes of them in batches, and
+what is refused where."""
 
 import json
 from pathlib import Path

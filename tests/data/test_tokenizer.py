@@ -20,7 +20,8 @@ BOS, EOS, PAD = 256, 257, 258
 
 
 def word_tokenizer(*, bos: bool = True, **options: object) -> PreTrainedTokenizerFast:
-    """Words as tokens, with a post-processor that adds BOS and EOS, as some published tokenizers do."""
+    """Words as tokens, with a post-processor that adds BOS and EOS, as some published tokenizers
+    do."""
     words = ["<s>", "</s>", "<unk>", "a", "b", "c", "d"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -51,7 +52,8 @@ def test_bytes_are_the_ids_and_come_back() -> None:
 
 @pytest.mark.parametrize("model_type", [None, "llama", "qwen2", "qwen3", "gpt2", "gemma", "mixtral"])
 def test_an_exported_byte_level_tokenizer_is_the_same_anywhere(tmp_path: Path, model_type: str | None) -> None:
-    """AutoTokenizer lets the model type choose the class for some families; the ids must not change with it."""
+    """AutoTokenizer lets the model type choose the class for some families; the ids must not change
+    with it."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     if model_type:

@@ -1,4 +1,5 @@
-"""The probe: what it measures, and that it measures again exactly when it must. Small sizes; no rate is judged here."""
+"""The probe: what it measures, and that it measures again exactly when it must. Small sizes; no
+rate is judged here."""
 
 import json
 import threading
@@ -58,7 +59,8 @@ def invented(**changes: Any) -> Probe:
 
 @pytest.mark.native
 def test_a_machine_is_measured(ssd_dir: Path, cache: Path) -> None:
-    """On the CPU device, with two directories on one drive, which are slower together than twice one of them."""
+    """On the CPU device, with two directories on one drive, which are slower together than twice
+    one of them."""
     names = [str(ssd_dir / "a"), str(ssd_dir / "b")]
     found = probe.probe(directories=names, model=tiny(), device="cpu", effort=SMALL)
     hardware = found.hardware
@@ -415,9 +417,11 @@ def test_copies_go_both_ways(tmp_path: Path) -> None:
 
 @pytest.mark.native
 def test_a_limit_that_drives_share_is_found() -> None:
-    """Drives that take turns move no more together than one alone; drives that do not have no common limit."""
+    """Drives that take turns move no more together than one alone; drives that do not have no
+    common limit."""
     class Drive:
-        """It says how long it took: as long as it has to wait for the other, and then for itself."""
+        """It says how long it took: as long as it has to wait for the other, and then for
+        itself."""
 
         def __init__(self, others: list[float]) -> None:
             self.others = others

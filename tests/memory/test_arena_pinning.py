@@ -1,4 +1,5 @@
-"""Pinning in pieces, with a stand-in for the call that does it: borders lie between parts, and a failure leaves nothing pinned."""
+"""Pinning in pieces, with a stand-in for the call that does it: borders lie between parts, and a
+failure leaves nothing pinned."""
 
 from collections.abc import Iterator
 
@@ -16,7 +17,8 @@ PAGE, MOST = 4096, 64 * 4096
 
 
 class Driver:
-    """Registers what it is given, but no more in one call than it can, and nothing that overlaps."""
+    """Registers what it is given, but no more in one call than it can, and nothing that
+    overlaps."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.regions: dict[int, int] = {}

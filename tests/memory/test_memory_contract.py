@@ -1,4 +1,5 @@
-"""Budgets are promises: under a kernel limit, at any depth, for every budget, and with what the machine has left."""
+"""Budgets are promises: under a kernel limit, at any depth, for every budget, and with what the
+machine has left."""
 
 import json
 import os
@@ -49,8 +50,9 @@ def by_depth() -> dict[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def least_bytes(by_depth: dict[int, dict[str, Any]]) -> int:
-    """DRAM that is enough for any depth. Most of it is Python and PyTorch, which differ between machines; what is added
-    are the 60 MB of libraries that a forked child has not touched yet, and what the measured activations vary by."""
+    """DRAM that is enough for any depth. Most of it is Python and PyTorch, which differ between
+    machines; what is added are the 60 MB of libraries that a forked child has not touched yet, and
+    what the measured activations vary by."""
     return by_depth[DEEPER]["dram_bytes"] + int(120e6)
 
 
@@ -86,7 +88,8 @@ def group() -> Iterator[Cgroup]:
 @pytest.mark.e2e
 def test_states_on_ssd_train_in_a_fraction_of_their_size(group: Cgroup, ssd_dir: Path, deep: int,
                                                         deep_state_bytes: int) -> None:
-    """All of Python, PyTorch and the run together stay within a third of the states. Kernel memory counts there too."""
+    """All of Python, PyTorch and the run together stay within a third of the states. Kernel memory
+    counts there too."""
     limit = deep_state_bytes // TIMES_SMALLER
     group.limit(limit)
     done = run_in(group, [dict(layers=deep, steps=2, tier="ssd", dram=limit, ssd=str(ssd_dir), direct="on")])
@@ -101,7 +104,8 @@ def test_states_on_ssd_train_in_a_fraction_of_their_size(group: Cgroup, ssd_dir:
 
 @pytest.mark.e2e
 def test_the_same_limit_stops_what_does_not_keep_to_it(group: Cgroup, deep: int, deep_state_bytes: int) -> None:
-    """Told the truth, a run is refused with what is missing; told of memory that is not there, it is killed."""
+    """Told the truth, a run is refused with what is missing; told of memory that is not there, it
+    is killed."""
     limit = deep_state_bytes // TIMES_SMALLER
     with Session(config(deep), device="cpu", tier="dram", dram=limit, buffers=BUFFERS) as session:
         with pytest.raises(RatelError, match=r"dram: DRAM is short by \d\.\d+ GiB") as refusal:
@@ -160,8 +164,9 @@ def test_on_a_cpu_device_gpu_slots_and_activations_are_dram() -> None:
 
 @pytest.mark.e2e
 def test_measured_dram_does_not_grow_with_depth(by_depth: dict[int, dict[str, Any]]) -> None:
-    """Nine layers more are 764 MB of states. The bound is less than one layer's: their modules, their checkpoints of
-    49 KB each, and the heaps of the allocator, which differ by some 20 MB from run to run, must do with that."""
+    """Nine layers more are 764 MB of states. The bound is less than one layer's: their modules,
+    their checkpoints of 49 KB each, and the heaps of the allocator, which differ by some 20 MB from
+    run to run, must do with that."""
     shallow, deeper = by_depth[SHALLOW], by_depth[DEEPER]
     assert deeper["state_bytes"] - shallow["state_bytes"] > 8 * LAYER_STATE_BYTES
     assert deeper["arena_bytes"] == shallow["arena_bytes"]
@@ -186,7 +191,8 @@ def test_every_budget_is_kept_and_used(ssd_dir: Path, least_bytes: int) -> None:
 
 @pytest.mark.e2e
 def test_activations_on_a_cpu_device_are_in_the_plan(ssd_dir: Path) -> None:
-    """16384 tokens of narrow blocks at once: 0.2 GB more than all margins together hide (half as many: nothing to spare)."""
+    """16384 tokens of narrow blocks at once: 0.2 GB more than all margins together hide (half as
+    many: nothing to spare)."""
     (found,) = measures([dict(layers=2, steps=1, width=192, rows=32, positions=512, micro_batch=32, dtype="fp32",
                               tier="ssd", ssd=str(ssd_dir))])
     assert found["dram_bytes"] - found["workspace_bytes"] < found["peak_bytes"] <= found["dram_bytes"]
@@ -201,7 +207,8 @@ WIDE, WIDE_PARAMETERS = 2304, 63.7e6
 
 @pytest.fixture
 def take_memory() -> Iterator[Any]:
-    """A function that reserves huge pages of ``TAKEN_BYTES`` in all; they are given back whatever happens."""
+    """A function that reserves huge pages of ``TAKEN_BYTES`` in all; they are given back whatever
+    happens."""
     available = Machine().available_bytes()
     if available < 4 * TAKEN_BYTES:
         pytest.skip(f"less than {4 * TAKEN_BYTES // GIB} GiB are free; others on the machine need what there is")
@@ -219,7 +226,8 @@ def take_memory() -> Iterator[Any]:
 
 @pytest.mark.e2e
 def test_reserved_huge_pages_are_not_planned_with(take_memory: Any, ssd_dir: Path) -> None:
-    """Without --dram a session plans with what is free. Others use the machine meanwhile: hence a GiB of tolerance."""
+    """Without --dram a session plans with what is free. Others use the machine meanwhile: hence a
+    GiB of tolerance."""
     layers = int(available_memory() / (14 * WIDE_PARAMETERS)) + 1  # with their gradients more than there is
     before = planned(layers, ssd_dir)
     reserved = take_memory()

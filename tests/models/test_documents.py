@@ -1,5 +1,5 @@
-"""Documents that share a row are kept apart, layer by layer as the model's own masks say, or rows hold one document each; what is
-no causal language model is not trained as one."""
+"""Documents that share a row are kept apart, layer by layer as the model's own masks say, or rows
+hold one document each; what is no causal language model is not trained as one."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Parameters that a class keeps in fp32 (routers of experts) compute in fp32 in a bf16 run, as in transformers: weights,
-gradients, updates, states, exports."""
+"""Parameters that a class keeps in fp32 (routers of experts) compute in fp32 in a bf16 run, as in
+transformers: weights, gradients, updates, states, exports."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,8 @@ def test_weights_and_gradients_are_those_of_transformers(directory: Path) -> Non
 
 
 def test_the_router_is_not_rounded_between_steps(directory: Path) -> None:
-    """Its update is far below bf16's: a copy that computes in bf16 would not move for many steps."""
+    """Its update is far below bf16's: a copy that computes in bf16 would not move for many
+    steps."""
     with opened(directory, lr=1e-6) as session:
         session.step(BATCH)
         session.flush()

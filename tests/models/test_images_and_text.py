@@ -1,4 +1,5 @@
-"""Text training of models for images and text: the text's part is trained, gradients are autograd's, the rest is carried along."""
+"""Text training of models for images and text: the text's part is trained, gradients are
+autograd's, the rest is carried along."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""The state that a session computes with is the one that `from_pretrained` loads: values, dtypes, buffers, ties."""
+"""The state that a session computes with is the one that `from_pretrained` loads: values, dtypes,
+buffers, ties."""
 
 import json
 import logging
@@ -77,7 +78,8 @@ def test_the_comparison_sees_a_buffer_that_is_not_read(tmp_path: Path, monkeypat
 
 
 def test_what_lies_half_way_goes_to_even(tmp_path: Path) -> None:
-    """The upper half of a master rounds such numbers up, PyTorch to even; a master keeps all but its last bit."""
+    """The upper half of a master rounds such numbers up, PyTorch to even; a master keeps all but
+    its last bit."""
     write(configs()["llama"], tmp_path)
     halves = torch.tensor([1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 1.0]).repeat(8)
     rewrite(tmp_path, lambda t: t.update({"model.norm.weight": halves}))

@@ -1,4 +1,5 @@
-"""Rotary frequencies that are chosen by length: those of transformers for the whole batch, in every run of a step."""
+"""Rotary frequencies that are chosen by length: those of transformers for the whole batch, in every
+run of a step."""
 
 from pathlib import Path
 

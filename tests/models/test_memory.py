@@ -116,7 +116,8 @@ def test_ties_survive_construction_without_memory() -> None:
 
 
 def test_a_model_of_many_blocks_is_taken_apart_with_a_small_stack() -> None:
-    """Freed as a whole, the graph of its outline goes down the stack block by block: 8 MiB were too few for 1000."""
+    """Freed as a whole, the graph of its outline goes down the stack block by block: 8 MiB were too
+    few for 1000."""
     code = """if True:
         import torch
         from transformers import LlamaConfig

@@ -19,7 +19,8 @@ WIDTH, PATCHES = 16, 6
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP. Takes the hidden states by keyword and returns a tuple, as some models do."""
+    """Pre-norm attention and MLP. Takes the hidden states by keyword and returns a tuple, as some
+    models do."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -28,7 +29,8 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH), nn.Dropout(dropout))
 
     def forward(self, *, scale: float, hidden: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
-        # Written out: torch's fused attention takes another kernel, of other rounding, if the mask needs a gradient.
+        # Written out: torch's fused attention takes another kernel, of other rounding, if the mask
+        # needs a gradient.
         q, k, v = self.qkv(self.norm1(hidden)).chunk(3, -1)
         scores = q @ k.transpose(1, 2) * WIDTH ** -0.5
         attended = (scores if bias is None else scores + bias).softmax(-1) @ v
@@ -37,7 +39,8 @@ class Layer(nn.Module):
 
 
 class PatchRegression(nn.Module):
-    """Predicts a vector per patch. A raw position parameter, and a bias all blocks share, computed before them."""
+    """Predicts a vector per patch. A raw position parameter, and a bias all blocks share, computed
+    before them."""
 
     def __init__(self, layers: list[nn.Module], *, with_bias: bool = True) -> None:
         super().__init__()
@@ -194,13 +197,15 @@ def penalized_last(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("loss", [loss_fn, penalized_first, penalized_last])
 def test_what_is_computed_before_the_blocks_and_used_after_them(loss: Callable) -> None:
-    """The tail has no weights of other stages, and runs what comes before the blocks without gradient, unless it must."""
+    """The tail has no weights of other stages, and runs what comes before the blocks without
+    gradient, unless it must."""
     torch.manual_seed(0)
     compare(EarlyScale([Layer() for _ in range(3)]), make_patches(), loss=loss)
 
 
 class Assembled(nn.Module):
-    """Writes parts of a new tensor one by one, some of them small, as models that put keys together do."""
+    """Writes parts of a new tensor one by one, some of them small, as models that put keys together
+    do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +225,8 @@ def test_a_block_that_writes_small_parts_of_a_large_tensor() -> None:
 
 
 class Positions(PatchRegression):
-    """Converts its table of positions when it is called, and remembers what follows from it, as CTRL and others do."""
+    """Converts its table of positions when it is called, and remembers what follows from it, as
+    CTRL and others do."""
 
     def __init__(self) -> None:
         super().__init__([Layer() for _ in range(3)])

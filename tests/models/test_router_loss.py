@@ -91,7 +91,8 @@ def compare(found: tuple[float, dict], reference: tuple[float, dict]) -> None:
 
 
 def adds_one(module: nn.Module, given: dict[str, torch.Tensor]) -> bool:
-    """transformers 5.17 fails on its own Granite MoE, and does not look at the configuration of JetMoE."""
+    """transformers 5.17 fails on its own Granite MoE, and does not look at the configuration of
+    JetMoE."""
     try:
         with torch.no_grad():
             return module(**given, use_cache=False).aux_loss is not None
@@ -155,7 +156,8 @@ def test_a_coefficient_that_is_asked_for() -> None:
 
 
 def test_steps_do_not_depend_on_the_size_of_micro_batches() -> None:
-    """The mean over tokens of a step is no mean of means: rows of unlike lengths, each a micro-batch."""
+    """The mean over tokens of a step is no mean of means: rows of unlike lengths, each a
+    micro-batch."""
     module, given = made("qwen3-moe"), tokens(padded=True)
     one, four = (trained(module, given, micro_batch=rows) for rows in (ROWS, 1))
     assert one[0] == pytest.approx(four[0], rel=1e-6)

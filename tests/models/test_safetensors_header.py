@@ -1,5 +1,5 @@
-"""A header is accepted exactly where the safetensors library accepts it, with the same tensors; a key that stands twice is
-refused besides."""
+"""A header is accepted exactly where the safetensors library accepts it, with the same tensors; a
+key that stands twice is refused besides."""
 
 import copy
 import json

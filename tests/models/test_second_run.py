@@ -1,5 +1,5 @@
-"""A block runs twice in a step. Whatever its second run would meet that the first did not is switched off or refused by name;
-what is trained has the gradients of autograd."""
+"""A block runs twice in a step. Whatever its second run would meet that the first did not is
+switched off or refused by name; what is trained has the gradients of autograd."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,7 +122,8 @@ def test_a_switch_that_is_not_thrown_leaves_the_cache_to_the_check(monkeypatch: 
 
 
 class Block(nn.Module):
-    """Attends to ``keys`` as well as to its own, if it is given any; ``extra`` is what a test makes of it."""
+    """Attends to ``keys`` as well as to its own, if it is given any; ``extra`` is what a test makes
+    of it."""
 
     def __init__(self, extra: "Callable[[Block, Tensor, Any], Tensor] | None" = None, number: int = 0) -> None:
         super().__init__()

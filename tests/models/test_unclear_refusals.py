@@ -1,4 +1,5 @@
-"""What cannot be trained on the next token is refused in one line that says what it is and what to do."""
+"""What cannot be trained on the next token is refused in one line that says what it is and what to
+do."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Metrics reach the file, errors reach the caller, and nobody waits for ever; progress says what it should."""
+"""Metrics reach the file, errors reach the caller, and nobody waits for ever; progress says what it
+should."""
 
 import errno
 import io

@@ -1,4 +1,5 @@
-"""Silent corruption on demand: what the hook flips and tears is exactly what it says, so that checks can be tested."""
+"""Silent corruption on demand: what the hook flips and tears is exactly what it says, so that
+checks can be tested."""
 
 import os
 from pathlib import Path
@@ -90,7 +91,8 @@ def test_flips_hit_what_short_transfers_move(backend: str, op: str, ssd_dir: Pat
 
 
 def new_prefix_bytes(got: bytes, old: int, new: int) -> int:
-    """Length of the ``new`` bytes that got holds before ``old`` ones; anything else is a failure."""
+    """Length of the ``new`` bytes that got holds before ``old`` ones; anything else is a
+    failure."""
     prefix_bytes = len(got) - len(got.lstrip(bytes([new])))
     assert got == bytes([new]) * prefix_bytes + bytes([old]) * (len(got) - prefix_bytes)
     return prefix_bytes

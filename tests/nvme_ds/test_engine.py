@@ -1,4 +1,5 @@
-"""Data through the engine: bitwise round trips, the layout on disk, and random traffic against a model in memory."""
+"""Data through the engine: bitwise round trips, the layout on disk, and random traffic against a
+model in memory."""
 
 import os
 import random
@@ -151,7 +152,8 @@ class Region:
             self.engine.wait(ticket)
 
     def round(self) -> None:
-        """Cut the region at random; write new bytes to some pieces, read the others, all in flight at once; compare."""
+        """Cut the region at random; write new bytes to some pieces, read the others, all in flight
+        at once; compare."""
         pages = len(self.model) // 4096
         cuts = [0, *sorted(self.random.sample(range(1, pages), 12)), pages]
         tickets = []

@@ -1,5 +1,5 @@
-"""Order, depth, cap and the end of an engine. A bandwidth cap stretches times, so that slow machines measure the
-same."""
+"""Order, depth, cap and the end of an engine. A bandwidth cap stretches times, so that slow
+machines measure the same."""
 
 import errno
 import os
@@ -38,7 +38,8 @@ def test_urgent_reads_overtake_queued_writes(backend: str, ssd_dir: Path) -> Non
         volume, memory = engine.create_volume([ssd_dir], "v", 2 * MIB), AlignedBuffer(128 * KIB)
         writes = submit_many(engine, volume, memory, 32, nvme_ds.WRITEBACK)
         engine.wait(engine.submit_read(volume, 0, memory.address + 64 * KIB, 64 * KIB, nvme_ds.WEIGHT))
-        # 32 writes take half a second at this cap; the read waits for those already with the kernel and goes next.
+        # 32 writes take half a second at this cap; the read waits for those already with the kernel
+        # and goes next.
         assert num_done(engine, writes) < 16
         engine.wait_all(writes)
 
@@ -69,7 +70,8 @@ def test_background_traffic_gets_one_request_in_sixteen(backend: str, ssd_dir: P
         volume, memory = engine.create_volume([ssd_dir], "v", 8 * MIB), AlignedBuffer(64 * KIB)
         urgent = submit_many(engine, volume, memory, 60, nvme_ds.OPTIMIZER)
         engine.wait_all(submit_many(engine, volume, memory, 2, nvme_ds.BACKGROUND))
-        # Two of them need 30 others to be passed over by; the first few of those went before they were submitted.
+        # Two of them need 30 others to be passed over by; the first few of those went before they
+        # were submitted.
         assert 30 <= num_done(engine, urgent) < 50
         engine.wait_all(urgent)
         engine.wait_all(submit_many(engine, volume, memory, 8, nvme_ds.BACKGROUND))

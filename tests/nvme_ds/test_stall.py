@@ -1,4 +1,5 @@
-"""A device that stops answering: who notices, who is not mistaken for one, and that nothing waits for it at the end."""
+"""A device that stops answering: who notices, who is not mistaken for one, and that nothing waits
+for it at the end."""
 
 import errno
 import os
@@ -17,7 +18,8 @@ from tests.support.patience import patience, wait_until
 pytestmark = pytest.mark.native
 KIB, MIB = 1 << 10, 1 << 20
 SILENT_S = patience(0.1)
-"""For which a device has not answered, and is taken to be dead: far more than a living one takes."""
+"""For which a device has not answered, and is taken to be dead: far more than a living one
+takes."""
 
 
 @pytest.fixture(params=["io_uring", "threads"])

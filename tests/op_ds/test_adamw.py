@@ -1,4 +1,5 @@
-"""op_ds against torch, against itself (every instruction set, thread count and cut), and against bad arguments."""
+"""op_ds against torch, against itself (every instruction set, thread count and cut), and against
+bad arguments."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ def pool() -> Iterator[op_ds.Pool]:
 
 @pytest.fixture
 def correctly_rounded_sqrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch leaves fp32 square roots to MKL, which rounds some of them wrongly (docs/optimizer.md); numpy does not."""
+    """torch leaves fp32 square roots to MKL, which rounds some of them wrongly (docs/optimizer.md);
+    numpy does not."""
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: torch.from_numpy(np.sqrt(x.numpy())))
 
 
@@ -84,7 +86,8 @@ def random_grad(n: int, seed: int, spread: float = 3.0) -> torch.Tensor:
 
 
 def adversarial_grad(n: int, seed: int) -> torch.Tensor:
-    """Zeros of both signs, denormals, values whose square overflows or underflows, and ordinary ones."""
+    """Zeros of both signs, denormals, values whose square overflows or underflows, and ordinary
+    ones."""
     grad = random_grad(n, seed, spread=10.0)
     for i, value in enumerate((0.0, -0.0, 1e-45, -1e-39, 1e-20, 1.0, -3e38, 2e19)):
         grad[i + seed % 3::17 + 2 * i] = value
@@ -144,7 +147,8 @@ def test_torch_square_root_is_the_only_difference(pool: op_ds.Pool) -> None:
         planes.update(pool, param.grad, step, decay=0.1)
         master, m, v = planes.tensors(pool)
         assert_same_bits([m, v], torch_states(optimizer, param)[1:])
-        # An ulp of the root is at most 2^-23 of the step, and may round the weight to its neighbour.
+        # An ulp of the root is at most 2^-23 of the step, and may round the weight to its
+        # neighbour.
         ulp = torch.from_numpy(np.spacing(before.abs().numpy()))
         allowed = ulp * 2 + (param.detach() - before).abs() * 2**-22
         assert ((master - param.detach()).abs() <= allowed).all()
@@ -157,7 +161,8 @@ def test_torch_square_root_is_the_only_difference(pool: op_ds.Pool) -> None:
 @pytest.mark.parametrize("make_grad", [random_grad, adversarial_grad])
 def test_equals_torch_fused_bitwise(pool: op_ds.Pool, kind: str, decay: float, beta1: float,
                                     make_grad: Callable[[int, int], torch.Tensor]) -> None:
-    """As torch is. Only the last elements, which do not fill a vector, go through other code in torch."""
+    """As torch is. Only the last elements, which do not fill a vector, go through other code in
+    torch."""
     n, num_whole = 10_007, 10_000
     weights = torch.randn(n, generator=torch.Generator().manual_seed(0))
     param, optimizer = make_torch(kind, weights, decay, (beta1, 0.999), fused=True)
@@ -273,7 +278,8 @@ def test_split_and_merge_are_exact_for_every_class_of_bits(isa: str) -> None:
 
 
 def pairwise(values: np.ndarray) -> np.ndarray:
-    """Adds neighbours along the last axis until one is left; the definition in docs/optimizer.md."""
+    """Adds neighbours along the last axis until one is left; the definition in
+    docs/optimizer.md."""
     while values.shape[-1] > 1:
         if values.shape[-1] % 2:
             values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
@@ -365,7 +371,8 @@ def page_aligned(n: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("skew", [0, 1, 16], ids=["whole lines", "no line begins there", "half a line"])
 @pytest.mark.parametrize("elsewhere", ["all", "hi", "none"])
 def test_the_result_goes_elsewhere_and_what_was_read_stays(isa: str, elsewhere: str, skew: int) -> None:
-    """Whether stores pass the caches (all planes elsewhere, at whole lines) or not; cuts and ranges begin anywhere."""
+    """Whether stores pass the caches (all planes elsewhere, at whole lines) or not; cuts and ranges
+    begin anywhere."""
     n, cut, weights = 50_003, 1_237, torch.randn(50_003, generator=torch.Generator().manual_seed(5))
     ranges = [(777, 0.1), (40_000, 0.0), (n, 0.2)]
     with op_ds.Pool(3, isa=isa) as pool:

@@ -1,4 +1,5 @@
-"""Optimizer states from Ratel to PyTorch and back: a run that is split in the middle ends as if it were not."""
+"""Optimizer states from Ratel to PyTorch and back: a run that is split in the middle ends as if it
+were not."""
 
 import json
 import re
@@ -117,7 +118,8 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_a_run_split_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train, export, and train from the export; then resume that without the files of the moments."""
+    """Train, export, and train from the export; then resume that without the files of the
+    moments."""
     build("llama").save_pretrained(tmp_path / "model")
     made = batches("llama", 2 * HALF)
     ratel.train(tmp_path / "model", made, out=tmp_path / "whole", steps=2 * HALF, **OPTIONS)
@@ -155,7 +157,8 @@ def test_the_option_on_the_command_line_and_in_a_file(tmp_path: Path, capsys: py
 
 def test_the_examples_in_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
-    """The section's blocks in their order, commands through the command line, on a small run in runs/long."""
+    """The section's blocks in their order, commands through the command line, on a small run in
+    runs/long."""
     monkeypatch.chdir(tmp_path)
     ratel.train("demo", make_text(tmp_path / "text.jsonl"), out="runs/long", steps=1, save_every=1,
                 **{**OPTIONS, "batch_size": 1, "micro_batch": 1})

@@ -46,7 +46,8 @@ def saved(tmp_path: Path, steps: int = HALF, family: str = "llama", name: str = 
 
 @pytest.mark.parametrize("kind", [dict(foreach=True), dict(fused=True), dict(capturable=False)])
 def test_states_are_as_torch_makes_them(kind: dict[str, bool], tmp_path: Path) -> None:
-    """Any grouping and kernel: the optimizer goes on, and its state dict has the dtypes and places of a fresh one."""
+    """Any grouping and kernel: the optimizer goes on, and its state dict has the dtypes and places
+    of a fresh one."""
     path = saved(tmp_path)
     model = build("llama")
     optimizer = torch.optim.AdamW([{"params": [p]} for p in reversed(list(model.parameters()))], lr=LR, **kind)

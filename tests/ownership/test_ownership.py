@@ -1,4 +1,5 @@
-"""Whose files are whose: nothing that a run did not write is written to or removed, whatever has the names of its files.
+"""Whose files are whose: nothing that a run did not write is written to or removed, whatever has
+the names of its files.
 
 Kills between copies and moves are in move_run.py, lost disk caches in test_power_loss.py.
 """
@@ -91,7 +92,8 @@ def test_a_copy_that_its_original_has_written_over_is_refused(inputs: tuple, ssd
 
 
 def test_a_moved_run_goes_on_in_the_same_files(inputs: tuple, ssd_dir: Path, tmp_path: Path) -> None:
-    """OUT and the directories on drives have other names; the manifest says the new ones from then on."""
+    """OUT and the directories on drives have other names; the manifest says the new ones from then
+    on."""
     out = committed(inputs, tmp_path / "a", [ssd_dir / "a", ssd_dir / "b"])
     inodes = [path.stat().st_ino for path in newest(out).files]
     out = out.rename(tmp_path / "moved")
@@ -109,7 +111,8 @@ def test_a_moved_run_goes_on_in_the_same_files(inputs: tuple, ssd_dir: Path, tmp
 
 
 def test_a_directory_and_its_snapshot(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When no number tells two apart, the one that is where the stamp says is the owner; alone, either is."""
+    """When no number tells two apart, the one that is where the stamp says is the owner; alone,
+    either is."""
     monkeypatch.setattr(stamps, "mark_of", lambda directory: "the same" if directory.is_dir() else None)
     volume, file = new_volume_name(), None
     file = ssd_dir / f"{volume}.0"
@@ -182,7 +185,8 @@ def test_what_has_the_name_of_a_result_is_refused(name: str, content: str, overw
 
 
 def test_what_does_not_collide_stays(inputs: tuple, tmp_path: Path) -> None:
-    """The user's own files beside and inside of what a run writes, over a run and two that replace it."""
+    """The user's own files beside and inside of what a run writes, over a run and two that replace
+    it."""
     mine = ["notes.txt", "model/net.py", "state/notes.txt", "state/step-00000001/why.txt", "model.old/model.safetensors"]
     out = tmp_path / "out"
     for name in mine:
@@ -312,7 +316,8 @@ def test_what_a_killed_run_leaves_goes_with_the_next(inputs: tuple, ssd_dir: Pat
 
 
 def test_the_doctor_says_what_lies_there(inputs: tuple, ssd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whose it is, and how to be rid of what nobody needs: files of a killed run, and those of commits that are gone."""
+    """Whose it is, and how to be rid of what nobody needs: files of a killed run, and those of
+    commits that are gone."""
     out, gone = committed(inputs, tmp_path / "out", ssd_dir), committed(inputs, tmp_path / "gone", ssd_dir)
     of_gone = newest(gone).files[0]
     shutil.rmtree(gone)

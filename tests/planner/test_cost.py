@@ -1,4 +1,5 @@
-"""The predicted step: by hand for one resource at a time, against the simulator, and with more of each resource."""
+"""The predicted step: by hand for one resource at a time, against the simulator, and with more of
+each resource."""
 
 import json
 import random
@@ -219,7 +220,8 @@ def test_the_simulator_confirms_tied_and_frozen_models(placement: dict | str, fr
 
 
 def test_updates_from_dram_wait_for_those_from_ssd_before_them() -> None:
-    """One updater takes chunks in order: while the last blocks' states pass the SSDs, those of the others wait."""
+    """One updater takes chunks in order: while the last blocks' states pass the SSDs, those of the
+    others wait."""
     first = {f"block.{i}": "dram" for i in range(50)}
     slow = replace(FAST, ssds=(Ssd(read_bps=1e9, write_bps=1e9, mixed_bps=1e9),), adam_params_per_s=1e9)
     plan = make_plan(DEEP, {"*": {"hi": "dram", "lo": "dram", "m": "ssd", "v": "dram", "g": "dram"}, **first, "pre": "dram"},
@@ -276,7 +278,8 @@ def test_no_step_is_shorter_than_its_bound(seed: int) -> None:
 
 
 def test_steps_measured_on_the_h200_box_are_predicted() -> None:
-    """llama-3b with 24 GiB of GPU memory: what fits on the GPU in forward order, the rest in DRAM, deferred updates.
+    """llama-3b with 24 GiB of GPU memory: what fits on the GPU in forward order, the rest in DRAM,
+    deferred updates.
 
     At batch 8 the step is half optimizer, most of it exposed.
     """

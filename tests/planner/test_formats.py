@@ -48,7 +48,8 @@ def test_scales_lie_with_their_block() -> None:
 
 
 def test_other_formats_are_counted_by_all() -> None:
-    """Moments of half the size: 8 bytes a parameter instead of 12, and 18 moved in a step instead of 26."""
+    """Moments of half the size: 8 bytes a parameter instead of 12, and 18 moved in a step instead
+    of 26."""
     plan = make_plan(tied_spec(40, 1024), HALVES, optimizer="deferred", buffers=Buffers(chunk_elements=1 << 18))
     short = replace(plan, formats=SHORT_MOMENTS)
 

@@ -1,4 +1,5 @@
-"""The search for the best plan: budgets are kept, more of anything is never worse, and the simulator agrees."""
+"""The search for the best plan: budgets are kept, more of anything is never worse, and the
+simulator agrees."""
 
 import random
 from dataclasses import replace
@@ -86,7 +87,8 @@ def test_a_faster_machine_never_gets_a_slower_plan(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_larger_budget_never_gets_a_slower_plan(seed: int) -> None:
-    """Exactly for DRAM and SSD. For the GPU within 1%: how many units it keeps is chosen in steps of an eighth."""
+    """Exactly for DRAM and SSD. For the GPU within 1%: how many units it keeps is chosen in steps
+    of an eighth."""
     requests, hardware = random_requests(seed, with_inner=False), random_hardware(seed)
     before = step_s(requests, hardware)
     for name, slack in (("gpu_budget", 0.01), ("dram_budget", 1e-9), ("ssd_budget", 1e-9)):
@@ -125,7 +127,8 @@ def test_the_same_question_gets_the_same_plan() -> None:
 
 @pytest.mark.parametrize("optimizer", ["auto", "speculative", "deferred"])
 def test_what_is_left_out_would_not_have_been_chosen(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds at which plans that are slow without early updates are the only ones with room for them are among these."""
+    """Seeds at which plans that are slow without early updates are the only ones with room for them
+    are among these."""
     def chosen(seed: int) -> Choice | None:
         return found([replace(request, optimizer=optimizer) for request in random_requests(seed)], random_hardware(seed))
 
@@ -143,7 +146,8 @@ def test_what_fits_nowhere_is_refused_with_the_budget_that_is_short() -> None:
 
 
 def test_400_billion_parameters_are_planned_with_few_calls() -> None:
-    """128 blocks of 3.2 B parameters: a search that looked at many more plans, or longer at each, would make more calls."""
+    """128 blocks of 3.2 B parameters: a search that looked at many more plans, or longer at each,
+    would make more calls."""
     spec = gpt_spec(128, 16384)
     work = Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 16384)
     request = Request(spec=spec, formats=EXACT["bf16"], optimizer="deferred", work=work, gpu_budget=78 * GIB, dram_budget=700 * GIB,
@@ -224,7 +228,8 @@ def test_more_of_anything_never_gets_a_slower_plan_with_early_updates(seed: int)
 
 
 def test_an_optimizer_that_is_slower_than_both_passes_is_hidden_under_both() -> None:
-    """Exact clipping then costs what the bound is: nothing waits for the norm but what the CPU has no time for anyway."""
+    """Exact clipping then costs what the bound is: nothing waits for the norm but what the CPU has
+    no time for anyway."""
     spec, work = gpt_spec(24, 2048), Work(rows=8, seq_len=1024, micro_rows=8, hidden_bytes=2 * 8 * 1024 * 2048)
     request = Request(spec=spec, formats=EXACT["bf16"], optimizer="deferred", work=work, gpu_budget=14 * GIB, dram_budget=200 * GIB,
                       ssd_budget=None, profiles=(profile(2048, 1024),) * 24)

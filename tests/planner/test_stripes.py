@@ -1,5 +1,5 @@
-"""Drives that are not equally fast get shares of the stripes by their speed: which, what it is worth, and that nothing else
-changes."""
+"""Drives that are not equally fast get shares of the stripes by their speed: which, what it is
+worth, and that nothing else changes."""
 
 import os
 from dataclasses import replace
@@ -72,7 +72,8 @@ def test_the_ssd_bound_follows_the_shares() -> None:
 
 @pytest.mark.native
 def test_a_volume_gives_each_drive_its_share(ssd_dir: Path) -> None:
-    """Drives of 60 and 20 MB/s: equal stripes give 40 together, three to one 80. How fast they are, io_bench measures."""
+    """Drives of 60 and 20 MB/s: equal stripes give 40 together, three to one 80. How fast they are,
+    io_bench measures."""
     folders = [ssd_dir / "fast", ssd_dir / "slow"]
     for folder in folders:
         folder.mkdir()

@@ -1,4 +1,5 @@
-"""What a step moves: the table against the formula, the formula against the engine, the engine against the kernel."""
+"""What a step moves: the table against the formula, the formula against the engine, the engine
+against the kernel."""
 
 import os
 from collections.abc import Callable
@@ -36,7 +37,8 @@ STATES_ON_SSD = {"*": {"hi": "ssd", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "d
 
 
 def deep_spec(num_blocks: int, frozen: bool = False) -> ModelSpec:
-    """Blocks alone in number, ends of the same width: what is per parameter shows as depth grows."""
+    """Blocks alone in number, ends of the same width: what is per parameter shows as depth
+    grows."""
     kinds = ["pre", *["block"] * num_blocks, "post"]
     units = tuple(lay_out(i, f"{kind}.{i}", kind, [ParamSpec(name=f"{i}.w", shape=(256, 256), trainable=not frozen)])
                   for i, kind in enumerate(kinds))
@@ -69,7 +71,8 @@ def per_parameter(plan: Plan) -> tuple[float, float, float, float]:
     ({"*": "dram"}, 0, 0),
 ])
 def test_a_deep_model_moves_what_the_table_says(placement: dict, read: float, written: float, optimizer: str) -> None:
-    """In the limit: per parameter 2+2 bytes of weights down and 2 of gradient up, whatever lives where."""
+    """In the limit: per parameter 2+2 bytes of weights down and 2 of gradient up, whatever lives
+    where."""
     found = per_parameter(deep_plan(placement, optimizer=optimizer))
     assert found == pytest.approx((read, written, 4, 2), rel=0.005)
 
@@ -139,7 +142,8 @@ def model(family: str) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Counted:
-    """Over ``STEPS`` steps and the updates they asked for: by the engine, and the reads that the cache spared it."""
+    """Over ``STEPS`` steps and the updates they asked for: by the engine, and the reads that the
+    cache spared it."""
 
     plan: Plan
     read: int
@@ -168,7 +172,8 @@ def count(family: str, ssd_dir: Path, *, flush_each: bool, **options) -> Counted
 
 
 def expected(plan: Plan, *, flush_each: bool) -> tuple[Traffic, int]:
-    """What ``STEPS`` steps move, and the reads spared by plan: updated copies that the next forward pass took over."""
+    """What ``STEPS`` steps move, and the reads spared by plan: updated copies that the next forward
+    pass took over."""
     first, steady = step_traffic(plan, after_flush=True), step_traffic(plan)
     later = first if flush_each else steady
     total = sum([later] * (STEPS - 1), start=first)
@@ -177,7 +182,8 @@ def expected(plan: Plan, *, flush_each: bool) -> tuple[Traffic, int]:
 
 
 SPECULATIVE = dict(optimizer="speculative", max_grad_norm=1e9)
-"""The first step of a run does not guess; here it must, or its updates of units that are early later would read more."""
+"""The first step of a run does not guess; here it must, or its updates of units that are early
+later would read more."""
 
 CASES = {
     "ssd": dict(tier="ssd"),
@@ -209,8 +215,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_engine_moves_what_the_formula_says(case: str, flush_each: bool, ssd_dir: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly. A unit asked for again while its DRAM copy is still in use is not read twice: such reads are counted
-    where they are spared, and the two counts make up the formula's."""
+    """Exactly. A unit asked for again while its DRAM copy is still in use is not read twice: such
+    reads are counted where they are spared, and the two counts make up the formula's."""
     copies = Copies(monkeypatch)
     monkeypatch.setattr(ratel.runtime.session.training_step, "expects_no_scaling", lambda before: True)
     counted = count("llama", ssd_dir, flush_each=flush_each, **CASES[case])
@@ -256,7 +262,8 @@ def kernel_counters() -> tuple[int, int]:
 
 
 def require_counted_directory(directory: Path) -> None:
-    """Skip where the kernel does not count direct I/O: memory file systems, and some containers' overlays."""
+    """Skip where the kernel does not count direct I/O: memory file systems, and some containers'
+    overlays."""
     if not supports_direct(directory):
         pytest.skip("the file system of the test directory has no O_DIRECT; set RATEL_TEST_SSD to one that has")
     if not os.access("/proc/self/io", os.R_OK):
@@ -275,7 +282,8 @@ def require_counted_directory(directory: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("backend", ["auto", "threads"])
 def test_the_kernel_counts_what_the_engine_counts(backend: str, ssd_dir: Path) -> None:
-    """Half a percent and 1 MiB are left for what else the process touches on disk: journal and modules loaded late.
+    """Half a percent and 1 MiB are left for what else the process touches on disk: journal and
+    modules loaded late.
 
     The first step is not compared: blocks that were never written are zeros without a read.
     """

@@ -1,4 +1,5 @@
-"""Guards that an ordinary run seldom needs: each test holds open the moment that its guard is for, and fails without it."""
+"""Guards that an ordinary run seldom needs: each test holds open the moment that its guard is for,
+and fails without it."""
 
 import mmap
 import threading
@@ -27,7 +28,8 @@ HELD_OPEN_S = 0.3
 
 
 class Routed(nn.Module):
-    """Every row goes to one of two experts, and in the batch below all rows of a step go to the same one."""
+    """Every row goes to one of two experts, and in the batch below all rows of a step go to the
+    same one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +116,8 @@ class DroppingModel(nn.Module):
 
 @pytest.mark.numerics
 def test_micro_batches_draw_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal rows, one to a micro-batch: what dropout leaves of them differs, and a second run draws what the first drew."""
+    """Equal rows, one to a micro-batch: what dropout leaves of them differs, and a second run draws
+    what the first drew."""
     torch.manual_seed(0)
     masks: list[float] = []
     dropout, powers = F.dropout, 2.0 ** torch.arange(24)
@@ -189,8 +192,8 @@ def test_a_spare_slot_is_neither_the_current_nor_the_committed_one() -> None:
 @pytest.mark.parametrize("optimizer", ["eager", "deferred", "speculative"])
 def test_a_copy_in_dram_goes_when_the_next_reader_finds_the_same_on_ssd(optimizer: str, ssd_dir: Path, tmp_path: Path,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """With commits every update goes to another place on SSD. A copy that went before that place is known would leave the
-    weights of the step before to whoever asks next."""
+    """With commits every update goes to another place on SSD. A copy that went before that place is
+    known would leave the weights of the step before to whoever asks next."""
     release, last_holds, differing = HostCache.release, [], []
 
     def compared(self: HostCache, slot: HostSlot) -> None:

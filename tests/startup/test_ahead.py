@@ -1,4 +1,5 @@
-"""What a run begins before PyTorch is imported: memory for states, the GPU's context, its libraries."""
+"""What a run begins before PyTorch is imported: memory for states, the GPU's context, its
+libraries."""
 
 import json
 import os
@@ -253,8 +254,8 @@ def test_an_arena_of_another_size_pins_its_memory_itself(num_bytes: int, pool: "
 
 @pytest.mark.native
 def test_what_measures_the_machine_has_it_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pinning keeps others from the driver for seconds. Who gives the memory back waits for it; a plan that counts memory does
-    not."""
+    """Pinning keeps others from the driver for seconds. Who gives the memory back waits for it; a
+    plan that counts memory does not."""
     begun, may_end, ended = (threading.Event() for _ in range(3))
 
     def pin(address: int, num_bytes: int) -> bool:

@@ -1,4 +1,5 @@
-"""The way to the first step: reading ahead, weights straight from their files to their tiers, and the time line."""
+"""The way to the first step: reading ahead, weights straight from their files to their tiers, and
+the time line."""
 
 import gc
 import json

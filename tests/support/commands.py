@@ -1,7 +1,9 @@
-"""Commands as a user starts them, each in a fork of one process that has imported everything. No tests here.
+"""Commands as a user starts them, each in a fork of one process that has imported everything. No
+tests here.
 
-A new interpreter takes seconds to import PyTorch and transformers, as long as most of what is tested; that a new
-interpreter runs the commands, too, is shown by test_cli.py and by one run in test_train_e2e.py.
+A new interpreter takes seconds to import PyTorch and transformers, as long as most of what is
+tested; that a new interpreter runs the commands, too, is shown by test_cli.py and by one run in
+test_train_e2e.py.
 """
 
 import atexit
@@ -23,7 +25,8 @@ PAUSE_S = 0.01
 
 
 class Command:
-    """A command that runs, with the methods of `subprocess.Popen` that the tests need. Its output goes to files."""
+    """A command that runs, with the methods of `subprocess.Popen` that the tests need. Its output
+    goes to files."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._output = directory, tuple(directory / name for name in ("out", "err"))

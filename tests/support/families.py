@@ -60,7 +60,8 @@ def _common() -> dict[str, Any]:
 
 
 class Patches(nn.Module):
-    """A hand-written transformer that is not a language model: patches in, two numbers out; a raw position parameter."""
+    """A hand-written transformer that is not a language model: patches in, two numbers out; a raw
+    position parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,9 +107,11 @@ def loss_fn_of(family: str) -> Callable | None:
 
 
 class Reference:
-    """Everything in memory: fp32 master, forward and backward in ``dtype``, torch's own clipping and AdamW.
+    """Everything in memory: fp32 master, forward and backward in ``dtype``, torch's own clipping
+    and AdamW.
 
-    Gradients of several micro-batches are summed in fp32 and, for bf16, rounded once, as the runtime does.
+    Gradients of several micro-batches are summed in fp32 and, for bf16, rounded once, as the
+    runtime does.
     """
 
     def __init__(self, family: str, *, dtype: torch.dtype, clip: float, lr: float, weight_decay: float,
@@ -163,7 +166,8 @@ class Reference:
 
 @contextmanager
 def correctly_rounded_sqrt() -> Iterator[None]:
-    """torch leaves square roots on the CPU to MKL, which rounds some of them wrongly (docs/optimizer.md)."""
+    """torch leaves square roots on the CPU to MKL, which rounds some of them wrongly
+    (docs/optimizer.md)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "sqrt", lambda x: torch.from_numpy(np.sqrt(x.numpy())))
         yield

@@ -1,6 +1,8 @@
-"""Training runs in forks of one process that has imported everything: what they are asked, what they tell, their end.
+"""Training runs in forks of one process that has imported everything: what they are asked, what
+they tell, their end.
 
-A child tells its parent over a pipe, a line at a time, what has become durable; a killed child tells no more.
+A child tells its parent over a pipe, a line at a time, what has become durable; a killed child
+tells no more.
 """
 
 import os
@@ -45,7 +47,8 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """``status``: as `os.waitstatus_to_exitcode`; ``told``: what it has told. ``hung``: it had to be ended."""
+    """``status``: as `os.waitstatus_to_exitcode`; ``told``: what it has told. ``hung``: it had to
+    be ended."""
 
     status: int
     told: tuple[tuple[str, ...], ...]
@@ -103,7 +106,8 @@ class Site:
 
 
 def import_everything(model: Path) -> None:
-    """Once, so that a fork starts in milliseconds, and what a run imports late as well. Makes ``model``."""
+    """Once, so that a fork starts in milliseconds, and what a run imports late as well. Makes
+    ``model``."""
     import torch
 
     import ratel.data.dataset  # noqa: F401
@@ -126,7 +130,8 @@ def import_everything(model: Path) -> None:
 
 
 def tell_what_lasts(tell: Tell) -> None:
-    """In a child: have it tell of every state that is asked for, and that is durable; and where the run stands."""
+    """In a child: have it tell of every state that is asked for, and that is durable; and where the
+    run stands."""
     from ratel.runtime.states.targets import CommitLog, DirectoryTarget
     from ratel.runtime.states.saver import Saver
     from ratel.training import run
@@ -169,7 +174,8 @@ def after(owner: Any, name: str, act: Callable[..., object]) -> None:
 
 def in_fork(act: Callable[[Tell], object], *, kill_after_s: float | None = None, counted_from: str | None = None,
             patience_s: float = 120.0) -> Ended:
-    """Have a child do it. It is killed after a time, counted from what it tells first of ``counted_from``."""
+    """Have a child do it. It is killed after a time, counted from what it tells first of
+    ``counted_from``."""
     reader, writer = os.pipe()
     errors_reader, errors_writer = os.pipe()
     child = os.fork()
@@ -232,7 +238,8 @@ def newest_step(out: Path) -> int:
 
 
 def check_same(out: Path, whole: Path, folders: Collection[Path] = ()) -> None:
-    """Metrics, exported model and every plane of the last state are equal to the last bit. ``folders``: where drives may be now."""
+    """Metrics, exported model and every plane of the last state are equal to the last bit.
+    ``folders``: where drives may be now."""
     import torch
 
     from ratel.runtime.states.saved_state import SavedState
@@ -248,7 +255,8 @@ def check_same(out: Path, whole: Path, folders: Collection[Path] = ()) -> None:
 
 
 def check_clean(site: Site, out: Path, setting: Setting, *, but: Collection[str] = (), folders: Collection[Path] = ()) -> None:
-    """Of all starts one state is left, and on SSD what it needs, and files of these names. ``folders``: where drives may be now."""
+    """All starts together leave one state, on SSD what it needs, and files of these names.
+    ``folders``: where drives may be now."""
     from ratel.runtime.states.commits import committed_files
 
     left = sorted(entry.name for entry in (out / "state").iterdir())

@@ -1,4 +1,5 @@
-"""Models whose blocks are hard to run a second time in part, and one way to train them all. No tests here."""
+"""Models whose blocks are hard to run a second time in part, and one way to train them all. No
+tests here."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ class Body(nn.Module):
 
 
 class WritesInPlace(nn.Module):
-    """What `up` makes is written over twice: by the activation, and by a residual that is added in place."""
+    """What `up` makes is written over twice: by the activation, and by a residual that is added in
+    place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +72,8 @@ class DropsOut(nn.Module):
 
 
 class Routes(nn.Module):
-    """Two experts, each given the tokens that chose it: the sizes of its products depend on values."""
+    """Two experts, each given the tokens that chose it: the sizes of its products depend on
+    values."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,17 +1,19 @@
 """Streams and events for a CPU device that behave like a GPU's at their worst. No tests here.
 
-On a CPU device a copy is done when its call returns, so no test there can see an event that nobody waits for. `LateLanes`
-stands in for `Lanes`: what is enqueued on ``h2d`` and ``d2h`` is run by a thread for each, after a random delay, and
-only there; an event is reached when its lane has come to it. On top of that every access is held to the order that
-events give it, so that luck hides nothing:
+On a CPU device a copy is done when its call returns, so no test there can see an event that nobody
+waits for. `LateLanes` stands in for `Lanes`: what is enqueued on ``h2d`` and ``d2h`` is run by a
+thread for each, after a random delay, and only there; an event is reached when its lane has come to
+it. On top of that every access is held to the order that events give it, so that luck hides
+nothing:
 
-- a copy may touch only what the compute lane had touched before the last event of it that the copy's lane waited for;
+- a copy may touch only what the compute lane had touched before the last event of it that the
+  copy's lane waited for;
 - the compute lane may touch nothing that a copy reads or writes, unless it waited for the copy;
 - no copy may touch what an earlier one of the other lane touches, unless its lane waited for that;
 - nobody may free memory that a copy still has to touch.
 
-What is wrong is in ``violations``. Host threads are not told apart: what one of them has waited for (``Event.synchronize``) counts
-as known to all that is enqueued from then on.
+What is wrong is in ``violations``. Host threads are not told apart: what one of them has waited for
+(``Event.synchronize``) counts as known to all that is enqueued from then on.
 """
 
 import random
@@ -49,7 +51,8 @@ class Range:
 
 @dataclass
 class Work:
-    """Something enqueued: an operation, or an event to reach or to wait for. ``number`` counts its lane's work."""
+    """Something enqueued: an operation, or an event to reach or to wait for. ``number`` counts its
+    lane's work."""
 
     number: int
     run: Any = None
@@ -60,7 +63,8 @@ class Work:
 
 @dataclass
 class Point:
-    """Where a lane was when an event was recorded: what it had come to itself, and what it knew of the others."""
+    """Where a lane was when an event was recorded: what it had come to itself, and what it knew of
+    the others."""
 
     reached: threading.Event
     clock: dict[str, int]
@@ -109,7 +113,8 @@ class _Lane(threading.Thread):
 
 class LateLanes(Lanes):
     def __init__(self, device: torch.device, *, seed: int = 0, max_delay_s: float = 0.002, deaf: str = "") -> None:
-        """``deaf``: a lane that does not hear what it is told to wait for, to see that this is noticed."""
+        """``deaf``: a lane that does not hear what it is told to wait for, to see that this is
+        noticed."""
         super().__init__(device)
         assert device.type == "cpu"
         self.violations: list[str] = []

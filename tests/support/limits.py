@@ -1,4 +1,5 @@
-"""Limits of the whole machine's memory. Of huge pages there can be one at a time: tests beside each other take turns."""
+"""Limits of the whole machine's memory. Of huge pages there can be one at a time: tests beside each
+other take turns."""
 
 import time
 from collections.abc import Iterator

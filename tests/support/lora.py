@@ -9,7 +9,8 @@ from torch import nn
 COMMON = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 FEW_EXPERTS = dict(num_experts_per_tok=2)
-"""Three experts, a rank of 4, gate and up of other sizes than down: no two sizes can be taken for each other."""
+"""Three experts, a rank of 4, gate and up of other sizes than down: no two sizes can be taken for
+each other."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON), "qwen3": ("Qwen3Config", COMMON | {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", COMMON | {"tie_word_embeddings": True}),
@@ -67,7 +68,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def trained(targets: Any, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Tensors for a file as training could leave them, without those of tied layers; lengths stay positive."""
+    """Tensors for a file as training could leave them, without those of tied layers; lengths stay
+    positive."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: shape for part in (*targets.layers, *targets.full) if part.tied_to is None for name, shape in part.file_shapes.items()}
     return {name: torch.rand(shape, generator=generator) + 0.5 if "magnitude" in name else torch.randn(shape, generator=generator) * 0.15

@@ -50,7 +50,8 @@ def make_model(family: str, seed: int = 0) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(configs()[family]())
     with torch.no_grad():
         for param in model.parameters():
-            # Norms start at exactly one (or zero) and biases at zero: give every weight a value of its own.
+            # Norms start at exactly one (or zero) and biases at zero: give every weight a value of
+            # its own.
             param.add_(torch.randn_like(param) * 0.02)
     return model
 
@@ -94,7 +95,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def vertical_pass(parts: Parts, batch: Any) -> Tensor:
-    """Forward without graphs, then backward block by block with recomputation. Gradients land in ``.grad``."""
+    """Forward without graphs, then backward block by block with recomputation. Gradients land in
+    ``.grad``."""
     rng: list[Tensor] = []
 
     def keep(run: Callable[[], Any]) -> Any:

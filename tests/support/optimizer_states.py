@@ -13,7 +13,8 @@ HALF, LR, DECAY = 4, 1e-3, 0.1
 
 
 class Plain(Reference):
-    """An ordinary run: torch's AdamW on the model's own fp32 parameters, those that require grad."""
+    """An ordinary run: torch's AdamW on the model's own fp32 parameters, those that require
+    grad."""
 
     def __init__(self, family: str, *, micro_rows: int = ROWS, frozen: str | None = None) -> None:
         super().__init__(family, dtype=torch.float32, clip=0.5, lr=LR, weight_decay=DECAY, micro_rows=micro_rows)

@@ -1,7 +1,9 @@
-"""How long tests wait before they call something a hang, which RATEL_TEST_PATIENCE scales. No tests here.
+"""How long tests wait before they call something a hang, which RATEL_TEST_PATIENCE scales. No tests
+here.
 
-No test asserts how fast anything is: that is for benchmarks. A time limit only ends what would never end by itself. Every
-limit is written for an idle machine and multiplied by one number, so that a slow machine with others on it passes, too.
+No test asserts how fast anything is: that is for benchmarks. A time limit only ends what would
+never end by itself. Every limit is written for an idle machine and multiplied by one number, so
+that a slow machine with others on it passes, too.
 """
 
 import os
@@ -49,7 +51,8 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def alarm(seconds: float, handler: Callable[..., object]) -> Iterator[None]:
-    """The limit of the whole test is kept by the same timer, and goes on afterwards with what is left of it."""
+    """The limit of the whole test is kept by the same timer, and goes on afterwards with what is
+    left of it."""
     previous, begun_s = signal.signal(signal.SIGALRM, handler), time.monotonic()
     left_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

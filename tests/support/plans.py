@@ -26,7 +26,8 @@ def gpt_spec(num_blocks: int, hidden: int, vocab: int = 32000) -> ModelSpec:
 
 
 def tied_spec(num_blocks: int, hidden: int, *, frozen: bool = False) -> ModelSpec:
-    """One embedding for both ends, in a unit that both use; ``frozen``: every third block, and half of the others."""
+    """One embedding for both ends, in a unit that both use; ``frozen``: every third block, and half
+    of the others."""
     units = [lay_out(0, "pre", "pre", [ParamSpec(name="positions", shape=(1024, hidden))])]
     for i in range(num_blocks):
         shapes = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
@@ -52,7 +53,8 @@ def make_plan(spec: ModelSpec, placement: dict | str = "dram", *, rows: int = 8,
 
 
 def random_plan(seed: int, *, uniform: bool) -> Plan:
-    """``uniform``: every block's planes live in the same tiers, as far as the GPU does not hold all of a block's."""
+    """``uniform``: every block's planes live in the same tiers, as far as the GPU does not hold all
+    of a block's."""
     r = random.Random(f"plan {seed}")
     blocks = r.randint(8, 40)
     spec = gpt_spec(blocks, r.choice([2048, 3072, 4096, 5120, 8192, 12288]), r.choice([32000, 50257, 128256]))

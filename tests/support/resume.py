@@ -28,7 +28,8 @@ def make_model(path: Path) -> Path:
 
 
 def make_text(path: Path) -> Path:
-    """So little that eight steps go through it more than twice, with rests of documents waiting in between."""
+    """So little that eight steps go through it more than twice, with rests of documents waiting in
+    between."""
     records = [{"text": f"{word} {n}. " * (3 + n % 3)} for n, word in enumerate(WORDS)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

@@ -1,4 +1,5 @@
-"""Tiny models with heads for tasks, batches for them, and what autograd makes of transformers' own loss."""
+"""Tiny models with heads for tasks, batches for them, and what autograd makes of transformers' own
+loss."""
 
 from typing import Any
 

@@ -1,10 +1,12 @@
-"""Runs with one fault of the I/O engine each, and what becomes of them. A process of its own, as kill_run.py.
+"""Runs with one fault of the I/O engine each, and what becomes of them. A process of its own, as
+kill_run.py.
 
     python -m tests.tools.fault_run DIRECTORY SEED NUM_FAULTS [--json FILE]
 
-A fault may be harmless: the run ends, with the right result. Or the run ends with an error that says what failed where;
-then it is resumed without the fault, from the newest state, or, where that is what was damaged, as the message says. In
-the end the result is that of a run without faults, to the last bit. Anything else ends this program with status 1.
+A fault may be harmless: the run ends, with the right result. Or the run ends with an error that
+says what failed where; then it is resumed without the fault, from the newest state, or, where that
+is what was damaged, as the message says. In the end the result is that of a run without faults, to
+the last bit. Anything else ends this program with status 1.
 """
 
 import json
@@ -27,7 +29,8 @@ from tests.tools.kill_run import expect
 
 FAULTS_OF_A_RUN = 3
 MOST_STARTS = 12
-"""Of one run, in which a fault is passed and a state is taken up again. Far more than it takes."""
+"""The most starts of one run, in which a fault is passed and a state is taken up again: far more
+than it takes."""
 FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "read fails": ("read", dict(fail_op="read", errno=EIO), "Input/output error"),
     "write fails": ("write", dict(fail_op="write", errno=EIO), "Input/output error"),
@@ -40,7 +43,8 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "answers are late": ("write", dict(max_delay_us=3000), ""),
     "device is silent": ("", dict(stall_op="any"), "the device does not answer"),
 }
-"""By name: the operation before which it is armed, the arguments of `Engine.inject`, and what its error must say."""
+"""By name: the operation before which it is armed, the arguments of `Engine.inject`, and what its
+error must say."""
 SILENT_AFTER_S = patience(0.5)
 """Instead of two minutes; a sync on a busy machine does take more than half a second."""
 IN_THE_FILE = ("write has a flipped bit", "write is torn")
@@ -200,7 +204,8 @@ class Faulting:
 
 
 def at_requests(act: Any) -> None:
-    """In a child: call ``act(engine, request, count)`` before every transfer and sync; ``count`` is of that request."""
+    """In a child: call ``act(engine, request, count)`` before every transfer and sync; ``count`` is
+    of that request."""
     import nvme_ds
 
     lock, counts = threading.Lock(), Counter()

@@ -1,10 +1,12 @@
-"""Gives Ratel mutated files of every kind that it reads, each in a fork of one process that has imported everything.
+"""Gives Ratel mutated files of every kind that it reads, each in a fork of one process that has
+imported everything.
 
     python -m tests.tools.fuzz_run DIRECTORY --seed N --cases N [--only TARGET] [--json FILE]
 
-A case fails if it prints a traceback, is ended by a signal, needs more than ten seconds of processor time, refuses in other than
-one line, or changes anything outside of what its command may write to. Ends with status 1 if one did. Every case is fixed by its
-number, so a failure is repeated with ``--seed N --cases 1``.
+A case fails if it prints a traceback, is ended by a signal, needs more than ten seconds of
+processor time, refuses in other than one line, or changes anything outside of what its command may
+write to. Ends with status 1 if one did. Every case is fixed by its number, so a failure is repeated
+with ``--seed N --cases 1``.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from tests.support.patience import patience
 from tests.tools import fuzzing as mutations
 
 CPU_S, WALL_S = 10, 90
-"""Of a case. Wall time is for cases that wait; on a busy machine a case that computes may have to wait its turn."""
+"""The most seconds of a case. Wall time is for cases that wait; on a busy machine a case that
+computes may have to wait its turn."""
 MEMORY_BYTES = 6 << 30
 Mutate = Callable[[random.Random, bytes], bytes]
 FEW = ["--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--dtype", "fp32", "--eval-sequences", "2", "--micro-batch", "2", "--dram", "1GiB",
@@ -259,7 +262,8 @@ def import_everything() -> None:
 
 
 def make_template(sandbox: Path) -> None:
-    """A model, whole and in shards, with a tokenizer; data; runs with copies and with commits; moments; remembered plans."""
+    """A model, whole and in shards, with a tokenizer; data; runs with copies and with commits;
+    moments; remembered plans."""
     import torch
     import transformers
 

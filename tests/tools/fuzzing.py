@@ -1,4 +1,5 @@
-"""Mutations of the files that Ratel reads: of their structure, of what stands in them, and of their bytes. No tests here."""
+"""Mutations of the files that Ratel reads: of their structure, of what stands in them, and of their
+bytes. No tests here."""
 
 import json
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 canary = "/nowhere"
-"""A directory that nothing may be written to, by its absolute name; CANARY stands for it in what follows."""
+"""A directory that nothing may be written to, by its absolute name; CANARY stands for it in what
+follows."""
 
 NUMBERS = (-1, 0, 1, 2, 3, 7, 64, 255, 4096, 65536, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 53, 1 << 62, 1 << 63, 1 << 64, -(1 << 63),
            10**18, 10**30, 10**400, -0.0, 0.5, -1.5, 1e-300, 1e308, float("nan"), float("inf"), float("-inf"))
@@ -119,7 +121,8 @@ def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def resealed(content: bytes) -> bytes:
-    """JSON with the seal of a state, made again over whatever stands there now. What cannot be read keeps none."""
+    """JSON with the seal of a state, made again over whatever stands there now. What cannot be read
+    keeps none."""
     try:
         found = json.loads(content)
         found.pop("seal", None)

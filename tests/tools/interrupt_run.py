@@ -2,9 +2,10 @@
 
     python -m tests.tools.interrupt_run DIRECTORY command|library [--part I/N] [--every N] [--seconds S] [--json FILE] [--done FILE]
 
-``command``: SIGINT is sent at the line, to a `ratel train`. ``library``: KeyboardInterrupt is raised at the line, in a session that
-somebody's program uses. Lines are those of ratel, nvme_ds and op_ds in the main thread; each one is tried when it is come to for
-the first time and for the last, in an order in which any beginning is a sample of the whole. Prints one JSON object per try that has
+``command``: SIGINT is sent at the line, to a `ratel train`. ``library``: KeyboardInterrupt is
+raised at the line, in a session that somebody's program uses. Lines are those of ratel, nvme_ds and
+op_ds in the main thread; each one is tried when it is come to for the first time and for the last,
+in an order in which any beginning is a sample of the whole. Prints one JSON object per try that has
 a problem, and one with the sums; status 1 if there was one.
 """
 

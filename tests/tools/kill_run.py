@@ -1,10 +1,12 @@
-"""Kills training runs again and again, and resumes them. A process of its own, which the forks can start from at once.
+"""Kills training runs again and again, and resumes them. A process of its own, which the forks can
+start from at once.
 
     python -m tests.tools.kill_run DIRECTORY SEED NUM_KILLS [--json FILE]
 
-Prints one JSON object per kill; ends with status 1 at the first state that is lost or run that ends otherwise. Each run
-is of one optimizer mode; where its states are, how they are made to last and how often changes between its starts. Half
-of the kills come from outside at a random time, the others from inside just before or after a file operation.
+Prints one JSON object per kill; ends with status 1 at the first state that is lost or run that ends
+otherwise. Each run is of one optimizer mode; where its states are, how they are made to last and
+how often changes between its starts. Half of the kills come from outside at a random time, the
+others from inside just before or after a file operation.
 """
 
 import json
@@ -29,7 +31,8 @@ FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir")
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """Where a kill is to hit: after seconds, or at the ``count``-th operation of a kind (``files``, ``data``)."""
+    """Where a kill is to hit: after seconds, or at the ``count``-th operation of a kind (``files``,
+    ``data``)."""
 
     kind: str
     after_s: float = 0.0
@@ -168,7 +171,8 @@ class Killing:
 
 
 def at_operations(kind: str, act: Callable[[int, str, bool], None]) -> None:
-    """Call ``act(count, name, is_after)`` before and after each operation of the kind in this process."""
+    """Call ``act(count, name, is_after)`` before and after each operation of the kind in this
+    process."""
     import nvme_ds
     import ratel.native  # noqa: F401
 

@@ -1,4 +1,5 @@
-"""A training run in a process of its own, whose memory is looked at: a list of options as JSON in, of measures out."""
+"""A training run in a process of its own, whose memory is looked at: a list of options as JSON in,
+of measures out."""
 
 import json
 import os

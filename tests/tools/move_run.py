@@ -1,9 +1,11 @@
-"""As kill_run.py, and between the starts of a run its directories are renamed, copied and moved to another file system's place.
+"""As kill_run.py, and between the starts of a run its directories are renamed, copied and moved to
+another file system's place.
 
     python -m tests.tools.move_run DIRECTORY SEED NUM_KILLS [--json FILE]
 
-What is tested besides: a moved run goes on where it stood, in its own SSD files; a copy goes on in files of its own, to the
-same bits, and what it was made of is whole and goes on as if there had been no copy; removing the copy removes nothing else.
+What is tested besides: a moved run goes on where it stood, in its own SSD files; a copy goes on in
+files of its own, to the same bits, and what it was made of is whole and goes on as if there had
+been no copy; removing the copy removes nothing else.
 """
 
 import os
@@ -76,7 +78,8 @@ class Moving(Killing):
         return copy
 
     def _renamed_drives(self, out: Path, setting: Setting) -> tuple[str, ...]:
-        """Rename some of the directories in which the state is; where it is on none, of those that the next start is given."""
+        """Rename some of the directories in which the state is; where it is on none, of those that
+        the next start is given."""
         used = [path.parent.name for path in files_in_place(out, self._folders())] or [n for n in setting.folders if self._site.folder(n).is_dir()]
         renamed = []
         for name in used:
@@ -96,7 +99,8 @@ class Moving(Killing):
         shutil.rmtree(copy)
 
     def _gone_on_in_a_copy(self, out: Path, lasting: int) -> Path:
-        """As a move to another file system, which copies and removes: the SSD files are read, and nobody's from now on."""
+        """As a move to another file system, which copies and removes: the SSD files are read, and
+        nobody's from now on."""
         copy = self._copied(out)
         if self._moves.random() < 0.5 and not files_in_place(out, []):
             self._check(lambda: drop(out, self._folders()))
@@ -106,7 +110,8 @@ class Moving(Killing):
         return copy
 
     def _try_stale(self, copy: Path, out: Path, setting: Setting) -> None:
-        """The original has gone on and may have written over what the copy speaks of: then that is noticed, and nothing else."""
+        """The original has gone on and may have written over what the copy speaks of: then that is
+        noticed, and nothing else."""
         step = newest_step(copy)
         ended = self._train(copy, setting)
         if ended.status == 0:

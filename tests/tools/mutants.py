@@ -1,4 +1,5 @@
-"""Small changes of a source file that its tests should notice: a statement less, a condition the other way round. No tests here."""
+"""Small changes of a source file that its tests should notice: a statement less, a condition the
+other way round. No tests here."""
 
 import ast
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ class _Maker:
                     yield from self._of(statement)
 
     def _of(self, node: ast.AST) -> Iterator[Mutant]:
-        """What stands in a function, without functions in it (which are met by themselves), types and texts."""
+        """What stands in a function, without functions in it (which are met by themselves), types
+        and texts."""
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or self._says_nothing(node):
             return
         yield from self._of_this(node)
@@ -66,7 +68,8 @@ class _Maker:
                         yield from self._of(part)
 
     def _is_remembered(self, node: ast.AST) -> bool:
-        """A name that is missing, or an attribute from the start, is noticed by whoever comes by."""
+        """A name that is missing, or an attribute from the start, is noticed by whoever comes
+        by."""
         return isinstance(node, ast.Assign) and not self._is_beginning and not all(isinstance(t, ast.Name) for t in node.targets)
 
     def _says_nothing(self, node: ast.AST) -> bool:

@@ -3,10 +3,12 @@
     python -m tests.tools.mutation_run learn FILE [PYTEST ARGUMENTS]
     python -m tests.tools.mutation_run run FILE [--paths ratel/store ...] [--sample N] [--seed N] [--processes N] [--json FILE]
 
-``learn`` runs the tests under coverage (`pip install coverage`) and notes which of them come to which lines. ``run`` takes a sample
-of mutants (mutants.py), each in a copy of the tree, and gives it the tests that come to its line, the quickest first, in a fork of
-a process that has imported PyTorch and transformers. A mutant survives if they pass. One whose tests compute for much longer than
-without it, or wait and compute nothing at all, is noticed as well. Prints one JSON object per survivor, and one with the sums.
+``learn`` runs the tests under coverage (`pip install coverage`) and notes which of them come to
+which lines. ``run`` takes a sample of mutants (mutants.py), each in a copy of the tree, and gives
+it the tests that come to its line, the quickest first, in a fork of a process that has imported
+PyTorch and transformers. A mutant survives if they pass. One whose tests compute for much longer
+than without it, or wait and compute nothing at all, is noticed as well. Prints one JSON object per
+survivor, and one with the sums.
 """
 
 import argparse
@@ -93,7 +95,8 @@ class Tried:
 
 
 class Copy:
-    """A copy of the tree, and a process that has imported what is large and forks for every list of tests."""
+    """A copy of the tree, and a process that has imported what is large and forks for every list of
+    tests."""
 
     def __init__(self, directory: Path) -> None:
         self.root = directory / "tree"
@@ -174,7 +177,7 @@ def _watched(child: int) -> str:
 
 
 def _processor_seconds(leader: int) -> float:
-    """Of all processes of its session."""
+    """Seconds of processor time of all processes of its session."""
     ticks = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -247,7 +250,8 @@ class Run:
         return Tried(file, mutant, len(tests), copy.outcome_with(file, mutant, tests, limit_s))
 
     def _that_pass(self, copy: Copy, tests: list[str]) -> list[str]:
-        """A test that fails without a mutant as well notices nothing. Asked of all together first."""
+        """A test that fails without a mutant as well notices nothing. Asked of all together
+        first."""
         unknown = [name for name in tests if name not in self._passes]
         if unknown:
             together = copy.outcome(unknown, 1000) == "survived"

@@ -1,10 +1,12 @@
-"""Power failures without a switch: what a run had not synced is taken off the disk, and what it said must be there all the same.
+"""Power failures without a switch: what a run had not synced is taken off the disk, and what it
+said must be there all the same.
 
     python -m tests.tools.power_run DIRECTORY SEED NUM_FAILURES [--json FILE]
 
-A child trains while a record is kept of what is on the platter: a file's bytes as of its last sync, a directory's names as of
-its own. It ends before or after one of its operations on files, at random, and from the record disks are rebuilt as file systems may
-leave them. A step that was told to last, and a model that was told to be exported, are on each of them, to the last bit.
+A child trains while a record is kept of what is on the platter: a file's bytes as of its last sync,
+a directory's names as of its own. It ends before or after one of its operations on files, at
+random, and from the record disks are rebuilt as file systems may leave them. A step that was told
+to last, and a model that was told to be exported, are on each of them, to the last bit.
 """
 
 import json
@@ -41,7 +43,8 @@ class Node:
 
 
 class Platter:
-    """``numbers`` has a number of its own for every file and directory there ever was, as inodes are used again."""
+    """``numbers`` has a number of its own for every file and directory there ever was, as inodes
+    are used again."""
 
     def __init__(self, root: Path, fails_at: int, tell: Tell) -> None:
         self.root, self._fails_at, self._tell = root, fails_at, tell
@@ -144,8 +147,8 @@ def _status(path: Any) -> "os.stat_result | None":
 
 DISKS = {"nothing unsynced": (False, "synced"), "names in order": (True, "synced"), "data before names": (False, "seen"),
          "some pages": (True, "pages")}
-"""By name, whether directories are as they were seen last, and what is in files: a journal may keep the order of names, write
-data early, or get to some pages of it."""
+"""By name, whether directories are as they were seen last, and what is in files: a journal may keep
+the order of names, write data early, or get to some pages of it."""
 
 
 def rebuild(root: Path, platter: tuple[int, dict[int, Node], dict[int, Node], str], disk: str, draw: random.Random) -> None:

@@ -1,10 +1,12 @@
-"""The long proofs of durability on one commit, in as many processes as there are cores, within a time.
+"""The long proofs of durability on one commit, in as many processes as there are cores, within a
+time.
 
     python -m tests.tools.proof_run DIRECTORY --json FILE [--seconds S] [--processes N] [--share F] [--only KIND,..] [--done FILE]
 
-Fuzzed files, kills with copies and renames between them, power failures, and in the time that is left interrupts at all lines.
-The file has the counts and every failure; DIRECTORY/results has what each process found, and moments.json the interrupts that were
-tried: with ``--done`` a second call goes on with the others. Ends with status 1 if anything failed or did not come to its end.
+Fuzzed files, kills with copies and renames between them, power failures, and in the time that is
+left interrupts at all lines. The file has the counts and every failure; DIRECTORY/results has what
+each process found, and moments.json the interrupts that were tried: with ``--done`` a second call
+goes on with the others. Ends with status 1 if anything failed or did not come to its end.
 """
 
 import argparse

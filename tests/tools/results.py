@@ -7,7 +7,8 @@ from typing import Any
 
 
 def write_results(path: Path, benchmark: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """With the machine and the commit, so that it can be done again. Counts are added to those the file has already."""
+    """With the machine and the commit, so that it can be done again. Counts are added to those the
+    file has already."""
     from ratel.hardware.host import describe_host
 
     host = describe_host()

@@ -1,4 +1,5 @@
-"""Idle time of the compute lane and its causes: on spans made by hand, and on steps that were slowed down on purpose."""
+"""Idle time of the compute lane and its causes: on spans made by hand, and on steps that were
+slowed down on purpose."""
 
 import json
 import time
@@ -47,7 +48,8 @@ def test_idle_without_a_wait_is_launch() -> None:
 
 @pytest.mark.unit
 def test_a_wait_for_weights_is_followed_to_what_held_them_up() -> None:
-    """From 1 to 3 the uploader waits for the SSD, from 3 to 4 the reader for a slot, from 4 to 5 the copy runs."""
+    """From 1 to 3 the uploader waits for the SSD, from 3 to 4 the reader for a slot, from 4 to 5
+    the copy runs."""
     found = find_bubbles(timeline(*compute((0, 1), (6, 10)), span("main waits", 0.5, 5.5, "weights"),
                                   span("uploader waits", 0, 3, "SSD read"), span("reader waits", 2, 4, "DRAM slot"),
                                   span("h2d", 4, 5)))
@@ -57,7 +59,8 @@ def test_a_wait_for_weights_is_followed_to_what_held_them_up() -> None:
 
 @pytest.mark.unit
 def test_weights_that_wait_for_their_update_are_exposed_optimizer_time() -> None:
-    """The update computes from 1 to 2, waits for its bytes to 4, and then for nothing but write-backs, which fill the ring."""
+    """The update computes from 1 to 2, waits for its bytes to 4, and then for nothing but
+    write-backs, which fill the ring."""
     found = find_bubbles(timeline(*compute((0, 1), (7, 10)), span("main waits", 1, 7, "weights"),
                                   span("reader waits", 0.5, 6, "update"), span("cpu optimizer", 1, 2),
                                   span("updater waits", 2, 4, "SSD read"), span("loader waits", 0, 5.5, "ring slot")))
@@ -67,7 +70,8 @@ def test_weights_that_wait_for_their_update_are_exposed_optimizer_time() -> None
 
 @pytest.mark.unit
 def test_on_a_gpu_only_copies_delay_what_is_enqueued() -> None:
-    """Enqueued at 2, it waits for the copy of its weights to 4 and for a gradient to leave to 5, whatever main does."""
+    """Enqueued at 2, it waits for the copy of its weights to 4 and for a gradient to leave to 5,
+    whatever main does."""
     late = span("compute", 5.5, 10, launched_s=2)
     found = find_bubbles(timeline(span("compute", 0, 1, launched_s=0), late, span("main waits", 2.5, 9, "norm"),
                                   span("main waits", 1.5, 1.75, "weights"), span("h2d", 1, 4), span("d2h", 3, 5)))
@@ -109,7 +113,8 @@ def test_resources_are_held_to_the_measured_rates() -> None:
 
 @pytest.mark.unit
 def test_a_simulated_compute_lane_has_bubbles_that_add_up() -> None:
-    """What a plan is predicted to lose can be read off the same way, though nobody waits in the simulator."""
+    """What a plan is predicted to lose can be read off the same way, though nobody waits in the
+    simulator."""
     from ratel.planner.forecast.simulate import simulate
 
     plan, machine = make_plan(gpt_spec(8, 2048), "ssd"), load_hardware("4090")
@@ -121,7 +126,7 @@ def test_a_simulated_compute_lane_has_bubbles_that_add_up() -> None:
 
 
 def traced(ssd: Path, prepare=lambda session: None, **options) -> StepReport:
-    """Of the third step."""
+    """The report of the third step."""
     with Session(build("llama"), **{**dict(device="cpu", ssd=[ssd], lr=1e-3, micro_batch=2), **options}) as session:
         for index, batch in enumerate(batches("llama", 3)):
             out = session.step(batch, trace=index == 2)
@@ -143,8 +148,9 @@ def test_bubbles_and_computation_make_up_the_step(device: str, optimizer: str, s
 
 @pytest.mark.numerics
 def test_a_slow_ssd_binds_and_reading_is_why_the_step_waits(ssd_dir: Path) -> None:
-    """Only `hi` of blocks is on SSD, which forward and backward read and updates write. There is a DRAM slot for each:
-    with fewer (the ends share one), half of the waiting is for slots whose last users wait for the SSD."""
+    """Only `hi` of blocks is on SSD, which forward and backward read and updates write. There is a
+    DRAM slot for each: with fewer (the ends share one), half of the waiting is for slots whose last
+    users wait for the SSD."""
     report = traced(ssd_dir, placement={"*": "dram", "block.*": {"hi": "ssd"}}, checkpoint_tier="gpu",
                     ssd_bandwidth="100KB/s", buffers=Buffers(host_weight_slots=16))
     assert report.bound("busy_s")[0] == "ssd" and report.bound("busy_s")[1] > 0.6 * report.step_s
@@ -156,7 +162,8 @@ def test_a_slow_ssd_binds_and_reading_is_why_the_step_waits(ssd_dir: Path) -> No
 
 @pytest.mark.numerics
 def test_a_slow_optimizer_is_exposed(ssd_dir: Path) -> None:
-    """Deferred updates run under forward, which takes next to nothing here: all that they are slowed down shows."""
+    """Deferred updates run under forward, which takes next to nothing here: all that they are
+    slowed down shows."""
     exposed = []
     for delay_s in (0.0, 0.1):
 

@@ -135,7 +135,8 @@ def test_what_is_not_traced_is_not_recorded(ssd_dir: Path) -> None:
 
 @pytest.mark.parametrize("cap_bps", [None, 8 * MIB])
 def test_the_engine_records_transfers(cap_bps: float | None, ssd_dir: Path) -> None:
-    """One span for a transfer of eight requests; with a cap, at least as long as the cap makes it."""
+    """One span for a transfer of eight requests; with a cap, at least as long as the cap makes
+    it."""
     with Engine(request_bytes=64 << 10, bandwidth_bps=cap_bps) as engine:
         volume, memory = engine.create_volume([ssd_dir], "v", 4 * MIB), AlignedBuffer(4 * MIB)
         engine.wait(engine.submit_write(volume, 0, memory.address, 4 * MIB, nvme_ds.WEIGHT))
@@ -178,7 +179,8 @@ def test_a_run_traces_its_third_step_or_its_last(steps: int, step: int, tmp_path
 
 @pytest.mark.gpu
 def test_clocks_agree() -> None:
-    """A copy that the host waits for lies between the host's own readings, at any time after the marks."""
+    """A copy that the host waits for lies between the host's own readings, at any time after the
+    marks."""
     from time import sleep
 
     from ratel.memory.lanes import Lanes

@@ -1,4 +1,5 @@
-"""The loop and the run around it, over a stand-in for the session: what is recorded, when it ends, what is left."""
+"""The loop and the run around it, over a stand-in for the session: what is recorded, when it ends,
+what is left."""
 
 import json
 import math
@@ -216,7 +217,8 @@ def test_batches_are_gone_through_again_and_generators_once() -> None:
 
 @pytest.fixture
 def fake_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """``train`` on a fake session that acts as told; returns the session for a look at its calls."""
+    """``train`` on a fake session that acts as told; returns the session for a look at its
+    calls."""
     import ratel.training.run as module
 
     def start(act: Any = lambda number: None, **options: Any) -> tuple[FakeSession, Any]:

@@ -1,4 +1,5 @@
-"""A run that is taken up again ends where it would have ended: the same bits in the model, the same metrics."""
+"""A run that is taken up again ends where it would have ended: the same bits in the model, the same
+metrics."""
 
 import json
 import os
@@ -79,7 +80,8 @@ def states(out: Path) -> list[str]:
 @pytest.mark.parametrize("step", [1, 3, 5, 8])
 def test_a_stopped_run_ends_as_if_it_had_not_been(step: int, model: Path, text: Path, whole: Path, tmp_path: Path,
                                                   stop_in: Any) -> None:
-    """Steps 3 and 8 are to be evaluated, and the request to stop prevents it: the resumed run makes up for it."""
+    """Steps 3 and 8 are to be evaluated, and the request to stop prevents it: the resumed run makes
+    up for it."""
     stopped(step, stop_in, model, text, tmp_path)
     assert states(tmp_path) == [f"step-{step:08d}"]
     result = train(model, None, tmp_path, resume=True)

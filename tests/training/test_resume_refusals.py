@@ -1,4 +1,5 @@
-"""What cannot be resumed is refused with its reason, and nothing in the run's directory has changed."""
+"""What cannot be resumed is refused with its reason, and nothing in the run's directory has
+changed."""
 
 import shutil
 from pathlib import Path
@@ -49,7 +50,8 @@ def refused(out: Path, match: str, model: Any, data: Any = None, **options: Any)
 
 
 def test_a_run_that_goes_on_is_not_called_damaged(out: Path, model: Path) -> None:
-    """Its states go while they are read: whoever follows the advice for damaged ones would remove what is whole."""
+    """Its states go while they are read: whoever follows the advice for damaged ones would remove
+    what is whole."""
     with RunDirectory(out) as writing:
         writing.open(keep_results=True)
         refused(out, "--out: another run is writing to it", model)

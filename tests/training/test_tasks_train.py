@@ -1,4 +1,5 @@
-"""`ratel train --task` from a directory: against a plain loop over the same batches, exported, resumed, refused."""
+"""`ratel train --task` from a directory: against a plain loop over the same batches, exported,
+resumed, refused."""
 
 import json
 from pathlib import Path
@@ -183,7 +184,8 @@ def test_what_batches_show_a_classifier_to_be_is_exported(is_module: bool, tmp_p
 
 
 def test_words_keep_the_space_before_them(tmp_path: Path) -> None:
-    """Byte-level tokenizers join a space to the word after it; words that come one by one have none."""
+    """Byte-level tokenizers join a space to the word after it; words that come one by one have
+    none."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, RobertaTokenizer
 

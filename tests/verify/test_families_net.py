@@ -1,4 +1,5 @@
-"""A part of the net over all classes of transformers: some that together touch every mechanism, and a sample of the others.
+"""A part of the net over all classes of transformers: some that together touch every mechanism, and
+a sample of the others.
 
 All of it is `python -m benchmarks.exactness.families`, which writes docs/families.md.
 """

@@ -1,4 +1,5 @@
-"""The check of a model's kind: it finds what is planted, keeps what it found, and refuses training by it."""
+"""The check of a model's kind: it finds what is planted, keeps what it found, and refuses training
+by it."""
 
 import json
 from collections.abc import Callable
@@ -144,7 +145,8 @@ def tiny_run(tmp_path: Path, **options: Any) -> Any:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Names of the classes that are checked, in an empty cache; what they are said to be is ``checks.outcome``."""
+    """Names of the classes that are checked, in an empty cache; what they are said to be is
+    ``checks.outcome``."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made: list[str] = []
 

@@ -1,4 +1,5 @@
-"""When a drive fails, lies or falls silent in a run that makes its states last: nothing is silent, hangs or is lost.
+"""When a drive fails, lies or falls silent in a run that makes its states last: nothing is silent,
+hangs or is lost.
 
 What a failing drive does to a session without states is in test_failures.py.
 """
@@ -27,7 +28,8 @@ SEED, FAULTS = 6, 20
 
 @pytest.mark.timeout(300)
 def test_every_kind_of_fault_is_harmless_or_said_and_nothing_durable_is_lost(tmp_path: Path, ssd_dir: Path) -> None:
-    """Everything is checked where it happens (fault_run.py); here, that the faults were of all kinds."""
+    """Everything is checked where it happens (fault_run.py); here, that the faults were of all
+    kinds."""
     done = run_tool("fault_run", ssd_dir, SEED, FAULTS, "--json", tmp_path / "summary.json", limit_s=290)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())["results"]
@@ -134,7 +136,8 @@ def test_a_checkpoint_of_a_block_that_comes_back_wrong_ends_the_session(ssd_dir:
 @pytest.mark.parametrize("what", ["sync", "record"])
 def test_a_commit_that_fails_ends_the_session_and_leaves_the_one_before(what: str, ssd_dir: Path, tmp_path: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """After it nothing may be written to what the failed record speaks of: it may be whole on disk."""
+    """After it nothing may be written to what the failed record speaks of: it may be whole on
+    disk."""
     from ratel.runtime.states import targets as save_targets
 
     commits = tmp_path / "commits"

@@ -1,4 +1,5 @@
-"""Mutated files of every kind that is read: each refused in one line or harmless, none a traceback, a hang or a write elsewhere.
+"""Mutated files of every kind that is read: each refused in one line or harmless, none a traceback,
+a hang or a write elsewhere.
 
 200 cases, always the same; `fuzz_run.py` makes as many others as are asked for.
 """

@@ -59,7 +59,8 @@ def test_a_hangup_is_a_request_unless_it_is_ignored(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_deferred_signal_is_the_programs_own() -> None:
-    """At a check, at the end of the block, or for the second time at once: the handler that was there is called."""
+    """At a check, at the end of the block, or for the second time at once: the handler that was
+    there is called."""
     seen: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
@@ -181,9 +182,11 @@ def test_a_terminal_that_goes_away_ends_a_run_in_order(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("form", "every"), [("command", 500), ("library", 250)])
 def test_interrupts_at_some_of_all_lines(form: str, every: int, tmp_path: Path) -> None:
-    """All of them: `python -m tests.tools.interrupt_run DIRECTORY command` and the same with library."""
+    """All of them: `python -m tests.tools.interrupt_run DIRECTORY command` and the same with
+    library."""
     done = run_tool("interrupt_run", tmp_path, form, "--every", every, limit_s=590)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # A busy machine waits longer, and has more lines of waiting among those that are counted than it comes to again.
+    # A busy machine waits longer, and has more lines of waiting among those that are counted than
+    # it comes to again.
     assert found["tried"] >= 10 and found["came"] >= 5 and found["with_problems"] == 0, found

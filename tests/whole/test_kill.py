@@ -1,4 +1,5 @@
-"""SIGKILL at any instant loses no state that was durable, and the resumed run ends with the same bits."""
+"""SIGKILL at any instant loses no state that was durable, and the resumed run ends with the same
+bits."""
 
 import json
 from collections import Counter

@@ -1,4 +1,5 @@
-"""What was said to be written is there after a power failure, the exported model included (power_run.py)."""
+"""What was said to be written is there after a power failure, the exported model included
+(power_run.py)."""
 
 import json
 from pathlib import Path

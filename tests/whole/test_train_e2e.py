@@ -1,4 +1,5 @@
-"""Whole runs as a user starts them: the command, Ctrl-C, the examples, and bad input at the front door."""
+"""Whole runs as a user starts them: the command, Ctrl-C, the examples, and bad input at the front
+door."""
 
 import importlib.util
 import json

@@ -28,15 +28,16 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-"""For tokenizers that bring none: ``<|role|>``, the content on the next lines, and EOS after each answer."""
+"""For tokenizers that bring none: ``<|role|>``, the content on the next lines, and EOS after each
+answer."""
 
 
 def load_tokenizer(model: object = None, **options: Any) -> "PreTrainedTokenizerBase":
     """The tokenizer that belongs to a model.
 
-    A directory with tokenizer files, or a model instance that was loaded from one, gives that tokenizer. Everything
-    else (a directory without one, a preset's name, a module, None) gives the byte-level one of 259 tokens. ``options``:
-    of the tokenizer in the directory.
+    A directory with tokenizer files, or a model instance that was loaded from one, gives that
+    tokenizer. Everything else (a directory without one, a preset's name, a module, None) gives the
+    byte-level one of 259 tokens. ``options``: of the tokenizer in the directory.
     """
     directory = _directory_of(model)
     if directory is None or not has_tokenizer(directory):
@@ -56,8 +57,9 @@ def load_tokenizer(model: object = None, **options: Any) -> "PreTrainedTokenizer
 
 
 def load_for(task: str, source: object) -> "tuple[PreTrainedTokenizerBase, OwnTokenizer | None]":
-    """As `load_tokenizer`, and `own_tokenizer`. For words that come one by one the space before each, which is a part of a
-    word's first token, is put back where the tokenizer has it as an option; it is not as in the directory then."""
+    """As `load_tokenizer`, and `own_tokenizer`. For words that come one by one the space before
+    each, which is a part of a word's first token, is put back where the tokenizer has it as an
+    option; it is not as in the directory then."""
     tokenizer = load_tokenizer(source)
     if task == TOKENS and getattr(tokenizer, "add_prefix_space", None) is False:
         return load_tokenizer(source, add_prefix_space=True), None
@@ -66,21 +68,23 @@ def load_for(task: str, source: object) -> "tuple[PreTrainedTokenizerBase, OwnTo
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTokenizer:
-    """A tokenizer is that of the model's directory, whose files go along with the weights byte for byte."""
+    """A tokenizer is that of the model's directory, whose files go along with the weights byte for
+    byte."""
 
     chat_template: Any
     """As it was read."""
 
 
 def own_tokenizer(model: object, tokenizer: "PreTrainedTokenizerBase") -> OwnTokenizer | None:
-    """Whether ``tokenizer``, as `load_tokenizer` has just returned it for ``model``, is that of a directory."""
+    """Whether ``tokenizer``, as `load_tokenizer` has just returned it for ``model``, is that of a
+    directory."""
     is_directory = isinstance(model, (str, os.PathLike)) and os.path.isdir(model)
     return OwnTokenizer(chat_template=tokenizer.chat_template) if is_directory and has_tokenizer(model) else None
 
 
 def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path, own: OwnTokenizer | None) -> None:
-    """Put a tokenizer into an exported model. Of one whose files are there already only a chat template is written, if it
-    has come to have another."""
+    """Put a tokenizer into an exported model. Of one whose files are there already only a chat
+    template is written, if it has come to have another."""
     if own is not None and tokenizer.chat_template == own.chat_template:
         return
     if own is not None and isinstance(tokenizer.chat_template, str):
@@ -104,7 +108,8 @@ def has_tokenizer(directory: "str | os.PathLike[str]") -> bool:
 
 
 def byte_level_tokenizer() -> "PreTrainedTokenizerBase":
-    """Ids 0 to 255 are the bytes of UTF-8, then BOS, EOS and PAD. Saved, it loads with AutoTokenizer anywhere."""
+    """Ids 0 to 255 are the bytes of UTF-8, then BOS, EOS and PAD. Saved, it loads with
+    AutoTokenizer anywhere."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
@@ -121,8 +126,8 @@ def byte_level_tokenizer() -> "PreTrainedTokenizerBase":
 def check_vocab(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
     """Refuse a tokenizer that makes ids the model has no embedding for.
 
-    Added tokens beyond the model's vocabulary are let pass, because published text-only models carry them (image
-    markers, say); the encoder refuses a document in which one appears.
+    Added tokens beyond the model's vocabulary are let pass, because published text-only models
+    carry them (image markers, say); the encoder refuses a document in which one appears.
     """
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     added = set(added_tokens(tokenizer).values()) - used
@@ -144,7 +149,8 @@ _SAMPLE = "Two  words, \t(1234) déjà-vu\r\n\n 語。 don't <x> A_b ½"
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase", *, renders: bool) -> str:
-    """What it makes of texts, as a digest: its vocabulary, the tokens of a sample, and (``renders``) its chat template."""
+    """What it makes of texts, as a digest: its vocabulary, the tokens of a sample, and
+    (``renders``) its chat template."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=itemgetter(1))
     content = ["\0".join(token for token, _ in vocabulary), affixes(tokenizer), tokenizer(_SAMPLE)["input_ids"],
                [tokenizer.eos_token_id, tokenizer.pad_token_id], str(tokenizer.chat_template) if renders else ""]
@@ -185,7 +191,8 @@ def _directory_of(model: object) -> Path | None:
 
 
 def _byte_symbols() -> list[str]:
-    """The character by which the ByteLevel pre-tokenizer stands for each byte: itself where it prints, else 256 on."""
+    """The character by which the ByteLevel pre-tokenizer stands for each byte: itself where it
+    prints, else 256 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]

@@ -4,8 +4,9 @@
     header         JSON: {"__metadata__": {text: text}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
     data           the tensors' bytes, without gap or overlap, to the end of the file
 
-What is accepted here the safetensors library accepts too, with the same tensors (tests/models/test_safetensors_header.py).
-The reverse has one exception: a key that stands twice, of which the library takes the last, is refused.
+What is accepted here the safetensors library accepts too, with the same tensors
+(tests/models/test_safetensors_header.py). The reverse has one exception: a key that stands twice,
+of which the library takes the last, is refused.
 """
 
 import json
@@ -22,10 +23,11 @@ from ratel.schema import SchemaError, shown
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
         "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
         "I64": 64, "U64": 64, "F64": 64, "C64": 64}
-"""Of one element of each dtype of the format."""
+"""Bits of one element of each dtype of the format."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit. A larger number at the start of a file means that it is something else."""
+"""The format's own limit. A larger number at the start of a file means that it is something
+else."""
 
 METADATA = "__metadata__"
 REMEDY = "Download or save the files again"
@@ -51,7 +53,8 @@ class Header:
 
 
 def read_header(path: Path, field: str = "model") -> Header:
-    """Raises RatelError, under the name of the option ``field``, for a file that is not as the format says."""
+    """Raises RatelError, under the name of the option ``field``, for a file that is not as the
+    format says."""
     try:
         descriptor = descriptor_of(path)
         try:

@@ -1,5 +1,5 @@
-"""Modes that PyTorch calls for every operation are left whatever happens: one that stays on would change what everything later in
-the process computes."""
+"""Modes that PyTorch calls for every operation are left whatever happens: one that stays on would
+change what everything later in the process computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,9 @@ _STACKS = (_get_current_dispatch_mode_stack, _get_current_function_mode_stack)
 
 @contextmanager
 def modes_as_before() -> Iterator[None]:
-    """Around code with modes of its own. An exception that arises between the last line of a ``with`` and the call of its
-    ``__exit__`` (of a handler of signals, of a debugger) passes that by; it does not pass by the one further out, too."""
+    """Around code with modes of its own. An exception that arises between the last line of a
+    ``with`` and the call of its ``__exit__`` (of a handler of signals, of a debugger) passes that
+    by; it does not pass by the one further out, too."""
     depths = [len(stack()) for stack in _STACKS]
     try:
         yield

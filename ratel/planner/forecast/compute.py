@@ -1,8 +1,10 @@
-"""Seconds of GPU work of every stage, for a plan on a machine: measured blocks where there are any, FLOPs elsewhere.
+"""Seconds of GPU work of every stage, for a plan on a machine: measured blocks where there are any,
+FLOPs elsewhere.
 
-A micro-batch of few tokens leaves the GPU's matrix units idle between its kernels. One number describes that: a block
-attains half of the GPU's rate at ``gpu_half_tokens``, so that n tokens take the time of ``n + gpu_half_tokens``. Smaller ones
-yet take as long as it takes to launch their kernels, which is measured with the blocks.
+A micro-batch of few tokens leaves the GPU's matrix units idle between its kernels. One number
+describes that: a block attains half of the GPU's rate at ``gpu_half_tokens``, so that n tokens take
+the time of ``n + gpu_half_tokens``. Smaller ones yet take as long as it takes to launch their
+kernels, which is measured with the blocks.
 """
 
 from functools import lru_cache
@@ -14,15 +16,18 @@ from ratel.planner.shape import StageSpec, UnitSpec
 from ratel.planner.traffic import kept_inner
 
 SUM_BYTES = 6
-"""Per parameter and pass, where gradients of several passes are summed in fp32: the gradient (2) is read and the sum (4) read and
-written, in place of one gradient read and written, which is in a block's own time."""
+"""Per parameter and pass, where gradients of several passes are summed in fp32: the gradient (2) is
+read and the sum (4) read and written, in place of one gradient read and written, which is in a
+block's own time."""
 
 LOSS_TOKEN_BYTES = 32
-"""GPU memory traffic per token and vocabulary entry: logits and gradient in bf16 and fp32, each written and read."""
+"""GPU memory traffic per token and vocabulary entry: logits and gradient in bf16 and fp32, each
+written and read."""
 
 
 def block_profile(plan: Plan, block: int) -> BlockProfile:
-    """What the plan says about a block, or what follows from its parameters: two FLOPs each a token, and attention."""
+    """What the plan says about a block, or what follows from its parameters: two FLOPs each a
+    token, and attention."""
     return plan.profiles[block] if plan.profiles else _derived_profile(plan, block)
 
 
@@ -30,7 +35,8 @@ def _derived_profile(plan: Plan, block: int) -> BlockProfile:
     stage = _blocks(plan)[block]
     matrices = sum(p.num_elements for u in stage.units for p in plan.spec.units[u].params if len(p.shape) > 1)
     seq_len = plan.work.seq_len
-    # QK' and PV: 4 FLOPs per position, channel and earlier position, of which there are seq_len / 2 on average.
+    # QK' and PV: 4 FLOPs per position, channel and earlier position, of which there are seq_len / 2
+    # on average.
     attention = 2 * seq_len * (plan.spec.hidden_size or 0)
     flops = float(seq_len * (2 * matrices + attention))
     return BlockProfile(forward_flops=flops, recompute_flops=flops)
@@ -41,7 +47,7 @@ def _blocks(plan: Plan) -> list[StageSpec]:
 
 
 def recomputed_flops(plan: Plan, block: int) -> float:
-    """Of one row: what backward runs again beside what is kept."""
+    """FLOPs of one row that backward makes again beside what is kept."""
     saved = sum(inner.row_flops for inner, _ in kept_inner(plan, block))
     return max(block_profile(plan, block).recompute_flops - saved, 0.0)
 
@@ -55,8 +61,8 @@ class GpuSeconds:
         self.block = lru_cache(maxsize=None)(self._block)
 
     def _block(self, block: int, rows: int) -> tuple[float, float]:
-        """Forward, and backward with its recomputation, of one micro-batch of ``rows`` rows. A device that is done before
-        it is given the next work waits for it."""
+        """Forward, and backward with its recomputation, of one micro-batch of ``rows`` rows. A
+        device that is done before it is given the next work waits for it."""
         keeps = bool(kept_inner(self._plan, block))
         launch_s = block_profile(self._plan, block).launch_s
         least = launch_s[keeps] if launch_s else (0.0, 0.0)
@@ -93,7 +99,8 @@ class GpuSeconds:
         return rows + self._hardware.gpu_half_tokens / self._seq_len
 
     def _measured(self, points: tuple[tuple[int, float, float], ...], rows: int) -> tuple[float, float]:
-        """Between two measured numbers of rows on the line; beyond them as the saturation curve goes."""
+        """Between two measured numbers of rows on the line; beyond them as the saturation curve
+        goes."""
         for (low, *at_low), (high, *at_high) in zip(points, points[1:]):
             if low <= rows <= high:
                 share = (rows - low) / (high - low)
@@ -102,9 +109,11 @@ class GpuSeconds:
         return tuple(s * self._busy_rows(rows) / self._busy_rows(near) for s in seconds)
 
     def ends(self, stage: StageSpec, rows: int) -> tuple[float, float]:
-        """Of the stages around the blocks: before them a lookup and its gradient, after them loss and its gradient.
+        """Seconds of the stages around the blocks: before them a lookup and its gradient, after
+        them the loss and its gradient.
 
-        The loss runs forward and backward at the turn; all its time is in the second number. It is measured with the blocks.
+        The loss runs forward and backward at the turn; all its time is in the second number. It is
+        measured with the blocks.
         """
         spec, tokens = self._plan.spec, rows * self._seq_len
         moved = 2 * self._plan.weight_bytes * tokens * (spec.hidden_size or 0)

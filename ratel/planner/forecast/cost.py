@@ -1,8 +1,10 @@
-"""Predicts the time of a step: how long each resource is busy in each pass, and what of it is exposed.
+"""Predicts the time of a step: how long each resource is busy in each pass, and what of it is
+exposed.
 
-The busy times are plain quotients of bytes, FLOPs and parameters by rates; their maximum is the step's bound. The step
-takes a little more, because the first gather of a pass, the last gradient and the last update have nothing to hide
-under; ``ratel/planner/forecast/recurrence.py`` follows the stages to find how much. docs/planner.md has the formulas.
+The busy times are plain quotients of bytes, FLOPs and parameters by rates; their maximum is the
+step's bound. The step takes a little more, because the first gather of a pass, the last gradient
+and the last update have nothing to hide under; ``ratel/planner/forecast/recurrence.py`` follows the
+stages to find how much. docs/planner.md has the formulas.
 """
 
 from collections import Counter
@@ -21,13 +23,16 @@ RESOURCES = ("compute", "h2d", "d2h", "cpu optimizer", "dram", "ssd")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Of one step in steady state. ``forward`` and ``backward``: seconds for which each of RESOURCES is busy."""
+    """What one step takes in steady state. ``forward`` and ``backward``: seconds for which each of
+    RESOURCES is busy."""
 
     step_s: float
     forward_s: float
-    """To the end of the last block's forward pass, with what it waits for: updates made under it."""
+    """To the end of the last block's forward pass, with what it waits for: updates made under
+    it."""
     backward_s: float
-    """The rest: loss, backward, updates on the GPU, and eager updates as far as the next step waits for them."""
+    """The rest: loss, backward, updates on the GPU, and eager updates as far as the next step waits
+    for them."""
     forward: dict[str, float]
     backward: dict[str, float]
     tokens_per_s: float
@@ -55,12 +60,14 @@ class Prediction:
 
 
 def predict(plan: Plan, hardware: Hardware) -> Prediction:
-    """The step time of ``plan`` on ``hardware``. Raises RatelError if the plan uses SSDs and the machine has none."""
+    """The step time of ``plan`` on ``hardware``. Raises RatelError if the plan uses SSDs and the
+    machine has none."""
     return predict_below(plan, hardware, float("inf"))
 
 
 def predict_below(plan: Plan, hardware: Hardware, limit_s: float) -> Prediction | None:
-    """As `predict`, but None for a step whose busiest resource alone takes ``limit_s``: most of a search's plans."""
+    """As `predict`, but None for a step whose busiest resource alone takes ``limit_s``: most of a
+    search's plans."""
     gpu = GpuSeconds(plan, hardware)
     passes = pass_traffic(plan)
     updated = [u for u in plan.spec.units if not plan.placement(u).on_gpu]
@@ -86,7 +93,7 @@ class _PassWork:
     params: int
     """Updated by the CPU during the pass."""
     update_bytes: float
-    """Of memory traffic for each of them."""
+    """Bytes of memory traffic for each of them."""
     first_h2d: int
     last_d2h: int = 0
     """Bytes beside which nothing can move the other way."""
@@ -97,7 +104,8 @@ class _PassWork:
 
 
 def _prices(work: _PassWork, hardware: Hardware) -> Prices:
-    """What a byte or a parameter costs beside the pass's other traffic: total seconds over total work."""
+    """What a byte or a parameter costs beside the pass's other traffic: total seconds over total
+    work."""
     moved = work.traffic
     h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h, first_in=work.first_h2d, last_out=work.last_d2h)
     beside = (moved.dram_bytes - work.before_updates) / max(work.params, 1)
@@ -138,7 +146,8 @@ def _compute_seconds(plan: Plan, gpu: GpuSeconds) -> tuple[float, float]:
 
 def _prediction(plan: Plan, times: Times, forward: dict[str, float], backward: dict[str, float],
                 moved: Traffic) -> Prediction:
-    # The recurrence lets urgent transfers and copies pass each other; no resource does more work than there is time.
+    # The recurrence lets urgent transfers and copies pass each other; no resource does more work
+    # than there is time.
     step_s = max(times.step_s, *(forward[name] + backward[name] for name in RESOURCES))
     forward_s, backward_s = times.forward_s, step_s - times.forward_s
     return Prediction(step_s=step_s, forward_s=forward_s, backward_s=backward_s, forward=forward, backward=backward,

@@ -11,8 +11,8 @@ from ratel.units import format_bytes, format_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """``save_every`` 0: saves are the user's own business. Seconds are those of the SSDs, copies taken to be on as fast
-    ones; None where their rate is not known. Training goes on meanwhile."""
+    """``save_every`` 0: saves are the user's own business. Seconds are those of the SSDs, copies
+    taken to be on as fast ones; None where their rate is not known. Training goes on meanwhile."""
 
     mode: str
     save_every: int

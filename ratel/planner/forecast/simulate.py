@@ -1,8 +1,9 @@
-"""Runs a plan's schedule against a machine's numbers, event by event: the same threads, slots and queues as the engine.
+"""Runs a plan's schedule against a machine's numbers, event by event: the same threads, slots and
+queues as the engine.
 
-Every function below that yields is one thread or one stream of ``ratel/runtime`` and does what that does, with
-transfers and computation that only take time. The result checks the closed form (``ratel/planner/forecast/cost.py``) and can be
-drawn (``ratel/trace/timeline.py``).
+Every function below that yields is one thread or one stream of ``ratel/runtime`` and does what that
+does, with transfers and computation that only take time. The result checks the closed form
+(``ratel/planner/forecast/cost.py``) and can be drawn (``ratel/trace/timeline.py``).
 """
 
 from collections import defaultdict, deque
@@ -22,7 +23,8 @@ from ratel.planner.traffic import (Traffic, activation_traffic, gather_traffic, 
                                    spill_traffic, update_traffic)
 
 MOST_CHUNKS = 24
-"""Pieces of one unit's update at most: a unit of 3 B parameters has 770 chunks, which would simulate for a minute."""
+"""Pieces of one unit's update at most: a unit of 3 B parameters has 770 chunks, which would
+simulate for a minute."""
 
 CHUNKS_AHEAD = 4
 """Chunks by which the CPU may be ahead of DRAM: so far its waits for others' bursts even out."""
@@ -31,9 +33,9 @@ CHUNKS_AHEAD = 4
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
     step_s: float
-    """Of the last two steps, in steady state."""
+    """Seconds of a step in steady state: the mean of the last two."""
     spans: tuple[Span, ...] = field(repr=False)
-    """Of all steps."""
+    """What every resource did in all steps."""
     step_ends_s: tuple[float, ...]
     moved: dict[str, float]
     """Bytes of all steps by lane: ``h2d``, ``d2h``, ``ssd read``, ``ssd write``."""
@@ -89,7 +91,8 @@ class _Engine:
             self._submit(late)
 
     def _update_on_gpu(self) -> Process:
-        """Of the step before: the main thread has only launched it, and the gathers of this step have begun."""
+        """The GPU's updates of the step before: the main thread has only launched it, and the
+        gathers of this step have begun."""
         for unit in self._plan.spec.units:
             if self._plan.placement(unit).on_gpu and unit.num_trainable:
                 yield from self._compute(f"update {unit.name}", self._m.gpu.update(unit))
@@ -156,7 +159,8 @@ class _Engine:
         return activation_traffic(self._plan, block, self._rows[micro])
 
     def _spill(self, name: str, rows: int) -> list[Event]:
-        """What a block's second run saves, on its way out and back: each way begins with what is saved first."""
+        """What a block's second run saves, on its way out and back: each way begins with what is
+        saved first."""
         moved = spill_traffic(self._plan, rows)
         ways = ((TwoWay.OUT, moved.d2h), (TwoWay.IN, moved.h2d))
         return [self._m.link.move(way, num_bytes, f"saved tensors {name}") for way, num_bytes in ways if num_bytes]
@@ -300,7 +304,8 @@ class _Engine:
         unit, plan = update.unit, self._plan
         planes = plan.ring_planes(unit)
         num_bytes = sum(plan.formats.num_bytes(unit, p) for p in planes)
-        # Of what is in DRAM an update is one piece; here it is cut as well, since memory is shared with copies all along.
+        # Of what is in DRAM an update is one piece; here it is cut as well, since memory is shared
+        # with copies all along.
         size = max(min(plan.buffers.chunk_elements, unit.num_trainable), -(-unit.num_trainable // MOST_CHUNKS))
         for begin in range(0, unit.num_trainable, size):
             share = min(size, unit.num_trainable - begin) / unit.num_trainable

@@ -1,4 +1,5 @@
-"""What the simulated engine consists of: the machine's resources, and what its threads hand each other."""
+"""What the simulated engine consists of: the machine's resources, and what its threads hand each
+other."""
 
 from dataclasses import dataclass, field
 
@@ -66,7 +67,7 @@ class Update:
 class Chunk:
     update: Update
     share: float
-    """Of the unit's parameters."""
+    """The part of the unit's parameters that this chunk has."""
     read: Event
     is_first: bool
     is_last: bool

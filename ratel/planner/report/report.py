@@ -13,7 +13,7 @@ from ratel.planner.report.advice import Gain
 from ratel.units import format_bytes, format_seconds
 
 SHOWN_SHARE = 0.03
-"""Of a tier: purposes that take less are summed up."""
+"""Purposes that take less than this share of a tier are summed up."""
 
 NAMES = {"compute": "GPU computes", "h2d": "link to the GPU", "d2h": "link from the GPU", "cpu optimizer": "CPU optimizer",
          "dram": "DRAM bandwidth", "ssd": "SSDs"}
@@ -46,7 +46,8 @@ class Report:
                 "SSD": (self.plan.ssd_items, limit)}
 
     def describe(self) -> str:
-        """Fits, where it goes, how long a step takes, what binds, what would help, what it writes."""
+        """Fits, where it goes, how long a step takes, what binds, what would help, what it
+        writes."""
         sections = [list(self._heading()), self._memory(), self._time(), list(self._durability()), list(self._advice()),
                     [f"note: {note}" for note in self.notes]]
         return "\n\n".join("\n".join(section) for section in sections if section)

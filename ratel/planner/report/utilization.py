@@ -13,20 +13,23 @@ from ratel.units import format_bytes
 
 _SSD, _READ, _WRITE = "ssd", "ssd read", "ssd write"
 _OF_SSD = (_READ, _WRITE)
-"""Parts of one resource: neither binds by itself, since both directions share what a device gives."""
+"""Parts of one resource: neither binds by itself, since both directions share what a device
+gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attained:
-    """One resource in one step. ``busy_s`` is None for DRAM, which nothing watches; ``num_bytes`` for the GPU's computation;
-    ``at_rate_s``, the time that its work takes at the measured rates, where the machine was not measured."""
+    """One resource in one step. ``busy_s`` is None for DRAM, which nothing watches; ``num_bytes``
+    for the GPU's computation; ``at_rate_s``, the time that its work takes at the measured rates,
+    where the machine was not measured."""
 
     busy_s: float | None
     num_bytes: int | None
     at_rate_s: float | None
 
     def fraction(self, step_s: float) -> float | None:
-        """Of the measured rate, while it was busy; of DRAM during the whole step."""
+        """The share of its measured rate that the resource attained while it was busy; DRAM during
+        the whole step."""
         time_s = step_s if self.busy_s is None else self.busy_s
         return None if self.at_rate_s is None or not time_s else self.at_rate_s / time_s
 
@@ -38,7 +41,8 @@ class StepReport:
     bubbles: Bubbles
 
     def bound(self, what: str) -> tuple[str, float] | None:
-        """The resource with the largest ``busy_s`` or ``at_rate_s``, and that; None where it is not known."""
+        """The resource with the largest ``busy_s`` or ``at_rate_s``, and that; None where it is not
+        known."""
         times = {name: getattr(r, what) for name, r in self.resources.items()
                  if name not in _OF_SSD and getattr(r, what) is not None}
         return max(times.items(), key=lambda item: item[1]) if times else None
@@ -88,7 +92,8 @@ def _row(name: str, *cells: str) -> str:
 
 
 def report_step(timeline: Timeline, hardware: Hardware | None, compute_s: float | None) -> StepReport:
-    """``compute_s``: of the step's computation at the machine's measured rate (`ratel.planner.forecast.cost.predict`)."""
+    """``compute_s``: of the step's computation at the machine's measured rate
+    (`ratel.planner.forecast.cost.predict`)."""
     lanes: dict[str, list[Span]] = {}
     for span in timeline.spans:
         lanes.setdefault(span.lane, []).append(span)
@@ -120,7 +125,7 @@ def _seconds_at_rate(hardware: Hardware, moved: dict[str, int], dram: int) -> di
 
 
 def busy_seconds(spans: Iterable[Span], step_s: float) -> float:
-    """Of the step, the time in which any of the spans goes on."""
+    """Seconds of the step in which any of the spans goes on."""
     total_s = until_s = 0.0
     for span in sorted(spans, key=lambda s: s.begin_s):
         begin_s, end_s = max(span.begin_s, until_s), min(span.end_s, step_s)
@@ -139,7 +144,7 @@ def _busiest_directory(lanes: dict[str, list[Span]], names: tuple[str, ...], ste
 
 
 def _bytes_within(span: Span, step_s: float) -> int:
-    """Of a span that crosses the step's begin or end, the share within."""
+    """The bytes of a span; of one that crosses the step's begin or end, the share within."""
     if span.end_s <= span.begin_s:
         return span.num_bytes
     inside_s = min(span.end_s, step_s) - max(span.begin_s, 0.0)

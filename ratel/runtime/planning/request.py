@@ -1,4 +1,5 @@
-"""Planning without training: a model in outline, a machine in numbers, and the search between them."""
+"""Planning without training: a model in outline, a machine in numbers, and the search between
+them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,8 +88,8 @@ class Planner:
         return PlanResult(plan=chosen.plan, prediction=chosen.prediction, report=report)
 
     def _choose(self) -> tuple[Choice, list[Request]]:
-        """As a session does: of a few sizes of micro-batches the best one, smaller ones only where none fits, and at last
-        the smallest with what its second runs save in DRAM."""
+        """As a session does: of a few sizes of micro-batches the best one, smaller ones only where
+        none fits, and at last the smallest with what its second runs save in DRAM."""
         config, spills = self.config, self.config.activations == SPILL
         sizes = micro_sizes(config.batch_size, config.seq_len) if config.micro_batch == "auto" else [config.micro_batch]
         tried = [(sizes[begin : begin + COMPARED], spills) for begin in range(0, len(sizes), COMPARED)]
@@ -110,7 +111,8 @@ class Planner:
 
     def request(self, micro_rows: int, *, rows: int | None = None, seq_len: int | None = None,
                 depth: int | None = None, spills: bool = False) -> Request:
-        """``depth``: with so many blocks instead of the model's. ``spills``: what second runs save goes to DRAM."""
+        """``depth``: with so many blocks instead of the model's. ``spills``: what second runs save
+        goes to DRAM."""
         config, machine = self.config, self.machine
         rows, seq_len = rows or config.batch_size, seq_len or config.seq_len
         micro = self._micro(micro_rows, seq_len, spills)
@@ -137,8 +139,8 @@ class Planner:
     # --- the largest ------------------------------------------------------------------------------------------------
 
     def fits(self, *, rows: int | None = None, seq_len: int | None = None, depth: int | None = None) -> bool:
-        """With any size of micro-batch: all at once needs no sums of gradients, one row the least activations, least of all
-        with what its second runs save in DRAM."""
+        """With any size of micro-batch: all at once needs no sums of gradients, one row the least
+        activations, least of all with what its second runs save in DRAM."""
         rows = rows or self.config.batch_size
         given = self.config.micro_batch
         sizes = [min(given, rows)] if given != "auto" else [1, rows] if rows * (seq_len or self.config.seq_len) <= (
@@ -168,9 +170,10 @@ class LargestModel:
 
 
 def largest_model(config: TrainConfig, machine: Machine, model: Any) -> LargestModel | None:
-    """The largest of the model's family: up the ladder of its presets to the last that fits, then with more blocks of that
-    width, as long as it stays below the next preset, or with fewer of the next one's. A model that is no preset is made
-    deeper or less deep. None if even two blocks do not fit."""
+    """The largest of the model's family: up the ladder of its presets to the last that fits, then
+    with more blocks of that width, as long as it stays below the next preset, or with fewer of the
+    next one's. A model that is no preset is made deeper or less deep. None if even two blocks do
+    not fit."""
     rungs = family(model) if isinstance(model, str) and model in PRESETS else []
     if not rungs:
         with _planner(model, config, machine) as planner:
@@ -189,8 +192,8 @@ def largest_model(config: TrainConfig, machine: Machine, model: Any) -> LargestM
 
 
 def _deepened(name: str, config: TrainConfig, machine: Machine, ceiling: int) -> LargestModel | None:
-    """As wide as the preset, with more blocks as long as it is smaller than ``ceiling``: without a limit on SSD space any
-    number of blocks fits."""
+    """As wide as the preset, with more blocks as long as it is smaller than ``ceiling``: without a
+    limit on SSD space any number of blocks fits."""
     with _planner(preset_config(name, num_blocks=SMALL_DEPTH), config, machine) as planner:
         usual = preset_blocks(name)
         most = largest_count(lambda depth: with_depth(planner.spec, depth).num_params < ceiling, least=usual) or usual
@@ -214,12 +217,14 @@ def _planner(model: Any, config: TrainConfig, machine: Machine) -> Iterator[Plan
 
 def plan(model: Any, *, hardware: "str | Hardware" = "auto", ssds: int | None = None, ssd_space: "str | int | None" = None,
          endurance: str | None = None, advice: bool = True, **options: Any) -> PlanResult:
-    """The best plan to train ``model`` within budgets, and what it is predicted to do. Nothing is run or allocated.
+    """The best plan to train ``model`` within budgets, and what it is predicted to do. Nothing is
+    run or allocated.
 
-    ``model``: as `ratel.train` takes it, a causal language model. ``hardware``: ``auto`` for this machine, the name or
-    file of another one, or its numbers; then ``ssds`` is how many SSDs it has and ``ssd_space`` what they hold in all.
-    ``options`` are those of `ratel.train`: ``gpu_memory``, ``dram``, ``ssd``, ``batch_size``, ``seq_len``, ...
-    ``endurance``: of one drive, as ``3500TBW``. ``advice``: also plan with more of each resource.
+    ``model``: as `ratel.train` takes it, a causal language model. ``hardware``: ``auto`` for this
+    machine, the name or file of another one, or its numbers; then ``ssds`` is how many SSDs it has
+    and ``ssd_space`` what they hold in all. ``options`` are those of `ratel.train`: ``gpu_memory``,
+    ``dram``, ``ssd``, ``batch_size``, ``seq_len``, ... ``endurance``: of one drive, as ``3500TBW``.
+    ``advice``: also plan with more of each resource.
 
     Raises RatelError for what cannot be trained, and for budgets that are short, with by how much.
     """

@@ -24,16 +24,19 @@ from ratel.units import format_bytes
 
 _REPLACED = ".replaced"
 Weights = Callable[[UnitSpec], Iterable[tuple[int, Tensor]]]
-"""A unit's fp32 weights, 1-D on the CPU in its layout, in pieces from the first to the last: ``(begin, values)``."""
+"""A unit's fp32 weights, 1-D on the CPU in its layout, in pieces from the first to the last:
+``(begin, values)``."""
 
 
 def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
                  beside: Callable[[Path], None] | None = None) -> Path:
-    """Write ``path`` (replaced once complete; what else was in it stays): the weights as the checkpoint had them, and what lay
-    beside them (docs/models.md). Returns it. It has its name only when all of it is on disk.
+    """Write ``path`` (replaced once complete; what else was in it stays): the weights as the
+    checkpoint had them, and what lay beside them (docs/models.md). Returns it. It has its name only
+    when all of it is on disk.
 
-    In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported model is the one that was
-    trained. ``beside`` writes further files into the directory that it is given, before that has its name.
+    In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported
+    model is the one that was trained. ``beside`` writes further files into the directory that it is
+    given, before that has its name.
     """
     def write(unfinished: Path) -> None:
         parts.write_beside(unfinished, dtype)
@@ -45,8 +48,9 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
 
 
 def export_directory(path: Path, what: str, write: Callable[[Path], None]) -> Path:
-    """``write`` fills the directory that it is given, weights last, which takes the place of ``path`` when all of it is on disk;
-    what else was in that stays. Returns it. ``what``: for messages."""
+    """``write`` fills the directory that it is given, weights last, which takes the place of
+    ``path`` when all of it is on disk; what else was in that stays. Returns it. ``what``: for
+    messages."""
     path = export_target(path, "export")
     from safetensors import SafetensorError
 
@@ -69,7 +73,8 @@ def export_directory(path: Path, what: str, write: Callable[[Path], None]) -> Pa
 
 
 def export_target(path: Path, field: str) -> Path:
-    """Where a model goes that is exported to ``path``, links followed. Refuses a directory with a model of somebody else's."""
+    """Where a model goes that is exported to ``path``, links followed. Refuses a directory with a
+    model of somebody else's."""
     path = replaceable(path, field)
     exports.settle(path, path.with_name(path.name + _REPLACED))
     taken = exports.others_in_the_way(path)
@@ -105,7 +110,8 @@ def _unfinished(path: Path) -> Path:
 
 
 def _discard(old: Path, into: Path) -> None:
-    """Of an older export its files go: a shard or an index that the new one does not have would be read with it."""
+    """The files of an older export go: a shard or an index that the new one does not have would be
+    read with it."""
     move_others(sorted(set(os.listdir(old)) - exports.own_files(old)), old, into)
     exports.remove_export(old)
 
@@ -119,7 +125,8 @@ def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
 
 
 def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.dtype) -> None:
-    """What is in memory at a time is the parameters that one tensor of the checkpoint, or one group of them, is made from."""
+    """What is in memory at a time is the parameters that one tensor of the checkpoint, or one group
+    of them, is made from."""
     layout = parts.export_layout(dtype)
     pieces = [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, weights)) for unit in layout.units]
     pieces += [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, partial(_unused, parts))) for unit in layout.unused]

@@ -1,4 +1,5 @@
-"""What a state's small files hold: the manifest, written once, and the commit records (docs/state_format.md)."""
+"""What a state's small files hold: the manifest, written once, and the commit records
+(docs/state_format.md)."""
 
 import json
 import re
@@ -35,7 +36,7 @@ STATE_BEGINNINGS = {MANIFEST: f'{{"format": "{FORMAT}"'.encode(), **dict.fromkey
 """By which a file of a state is known, even where it is damaged."""
 
 _RECORD_BYTES = 1 << 30
-"""Of a commit record, at most: the checksums of 100 TB are less."""
+"""The most bytes that a commit record may have: the checksums of 100 TB are less."""
 _MOST_UNITS, _MOST_ELEMENTS = 1 << 20, 1 << 48
 
 _NAME = text(r"[^\x00]+", "a name")
@@ -60,7 +61,8 @@ _RECORD = record({"sequence": whole(), "slots": listing(whole(0, 15)), "training
 
 
 class DamagedStateError(RatelError):
-    """A state, or a file of it, is not what was written. ``message`` is the error's, without value and remedy."""
+    """A state, or a file of it, is not what was written. ``message`` is the error's, without value
+    and remedy."""
 
     def __init__(self, message: str, *, value: Path, remedy: str = "Resume from an older state") -> None:
         self.message = message
@@ -102,7 +104,8 @@ def describe_planes(spec: ModelSpec, layout: SlotLayout) -> list[dict[str, Any]]
 
 def make_manifest(spec: ModelSpec, layout: SlotLayout, formats: StateFormats, *, grain: int, num_slots: int, files: list[str],
                   pattern: list[int], stripe_bytes: int) -> bytes:
-    """``files``: relative to the state's directory, or absolute; ``pattern``: the file of each stripe of one round."""
+    """``files``: relative to the state's directory, or absolute; ``pattern``: the file of each
+    stripe of one round."""
     content = {"format": FORMAT, "version": VERSION, "checksum": "crc32", "grain": grain, "num_slots": num_slots,
                "slot_bytes": layout.num_bytes, "files": files, "pattern": pattern, "stripe_bytes": stripe_bytes,
                "planes": describe_planes(spec, layout), "model": describe_model(spec),
@@ -138,7 +141,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_planes(manifest: dict[str, Any]) -> None:
-    """Every plane that a unit needs is there, as long as the unit, within its slot and in files that are named."""
+    """Every plane that a unit needs is there, as long as the unit, within its slot and in files
+    that are named."""
     units, planes = manifest["model"]["units"], manifest["planes"]
     if len(units) != len(planes):
         raise SchemaError(f"planes has {len(planes)} entries for {len(units)} units")
@@ -178,7 +182,8 @@ def pack_commit(commit: Commit) -> bytes:
 
 
 def read_commit(path: Path) -> Commit:
-    """The newest of the state's records that is whole. One that a crash cut short in the writing does not count."""
+    """The newest of the state's records that is whole. One that a crash cut short in the writing
+    does not count."""
     commits = [commit for commit in (_unpack(path / name) for name in COMMITS) if commit is not None]
     if not commits:
         raise DamagedStateError("neither of its commit records is whole", value=path)
@@ -186,7 +191,8 @@ def read_commit(path: Path) -> Commit:
 
 
 def _unpack(path: Path) -> Commit | None:
-    """None if it is not whole. Raises DamagedStateError for one that is sealed, and says what no run writes."""
+    """None if it is not whole. Raises DamagedStateError for one that is sealed, and says what no
+    run writes."""
     try:
         head, _, rest = read_regular(path, _RECORD_BYTES).partition(b"\n")
         found = parse_json(head, allow_infinity=True)
@@ -206,8 +212,9 @@ def _unpack(path: Path) -> Commit | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherState:
-    """What a model has besides the planes of its units, packed (`ratel.models.checkpoints.other_state`), in a file that is
-    named by its content: one that is there need not be written again, and none is ever written over."""
+    """What a model has besides the planes of its units, packed
+    (`ratel.models.checkpoints.other_state`), in a file that is named by its content: one that is
+    there need not be written again, and none is ever written over."""
 
     content: bytes
 
@@ -228,7 +235,8 @@ def is_other_file(name: str) -> bool:
 
 
 def is_state_file(name: str) -> bool:
-    """Of what is in a state's directory: all else is somebody else's, and stays."""
+    """Whether a file in a state's directory is the state's: all else is somebody else's, and
+    stays."""
     return name in (MANIFEST, *COMMITS, PLANES_FILE, partial_name(MANIFEST)) or is_other_file(name)
 
 

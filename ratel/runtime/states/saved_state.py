@@ -1,4 +1,5 @@
-"""Reads a training state: one that was copied to a directory, or the commits that a run made in place on its SSDs.
+"""Reads a training state: one that was copied to a directory, or the commits that a run made in
+place on its SSDs.
 
     STATE/manifest.json       where every plane lies in which files, written once
     STATE/commit-0, commit-1  by turns: which slot holds what, the checksum of every grain, the state of the training
@@ -37,7 +38,8 @@ PIECE_GRAINS = 8
 
 
 class SavedState:
-    """A state on disk, its manifest and its newest commit checked; planes are verified as they are read."""
+    """A state on disk, its manifest and its newest commit checked; planes are verified as they are
+    read."""
 
     def __init__(self, path: Path, folders: Folders = ()) -> None:
         """``folders``: where SSD files may be that are not where they were."""
@@ -66,7 +68,8 @@ class SavedState:
 
     @property
     def is_foreign(self) -> bool:
-        """Its planes are in the SSD files of another directory, of which this one is a copy: they are read, and left alone."""
+        """Its planes are in the SSD files of another directory, of which this one is a copy: they
+        are read, and left alone."""
         return self.is_in_place and not all(belongs_to(path, self.path) for path in self.files)
 
     def check_files(self) -> None:
@@ -83,7 +86,8 @@ class SavedState:
                 yield unit, name
 
     def other_state(self) -> dict[str, Any] | None:
-        """Buffers and extra state, by name; None in a state of an older format. Raises RatelError if they are damaged."""
+        """Buffers and extra state, by name; None in a state of an older format. Raises RatelError
+        if they are damaged."""
         entry = self.training.get("buffers")
         if entry is None:
             return None
@@ -112,8 +116,9 @@ class SavedState:
         return self.manifest["planes"][unit].get(plane, {"num_elements": 0})["num_elements"]
 
     def read(self, unit: int, plane: str, out: Tensor | None = None) -> Tensor | None:
-        """A plane of a unit (CPU), or None where the unit has none. ``out``: of its dtype, contiguous, where the plane is put
-        from the first element on. Raises RatelError for a grain that is damaged."""
+        """A plane of a unit (CPU), or None where the unit has none. ``out``: of its dtype,
+        contiguous, where the plane is put from the first element on. Raises RatelError for a grain
+        that is damaged."""
         if plane not in self.manifest["planes"][unit]:
             return None
         num_bytes = self._num_bytes(unit, plane)

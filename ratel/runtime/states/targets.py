@@ -1,4 +1,5 @@
-"""What a save becomes: a directory with a copy of everything, or a commit of what lies in the run's own SSD files."""
+"""What a save becomes: a directory with a copy of everything, or a commit of what lies in the run's
+own SSD files."""
 
 import os
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ STRIPE_BYTES = 1 << 20
 
 
 class DirectoryTarget:
-    """A new directory at ``path``. It has its name only once it is complete; an older one of that name goes last, and what
-    else was in it stays."""
+    """A new directory at ``path``. It has its name only once it is complete; an older one of that
+    name goes last, and what else was in it stays."""
 
     is_in_place = False
 
@@ -45,7 +46,8 @@ class DirectoryTarget:
         """Allocates the file in full: a full disk is found before anything is copied."""
         remove_state(self._partial)
         make_directory(self._partial)
-        # Beside the directory, whose name is another each time: the engine keeps a queue for every folder that it sees.
+        # Beside the directory, whose name is another each time: the engine keeps a queue for every
+        # folder that it sees.
         self._volume = self._engine.create_volume([self.path.parent], f"{self._partial.name}.planes",
                                                   self._layout.num_bytes)
 
@@ -86,11 +88,13 @@ class DirectoryTarget:
 
 
 class CommitLog:
-    """The directory of a run that commits in place: what its SSD files hold, and the records of the commits."""
+    """The directory of a run that commits in place: what its SSD files hold, and the records of the
+    commits."""
 
     def __init__(self, path: Path, plan: Plan, store: Store, *, stripe_bytes: int, pattern: list[int],
                  folders: Sequence[str]) -> None:
-        """``folders``: where SSD files of an earlier run may be that are not where its records say."""
+        """``folders``: where SSD files of an earlier run may be that are not where its records
+        say."""
         self.path, self.plan, self.store, self._folders = path, plan, store, folders
         self._manifest = make_manifest(plan.spec, plan.slot_layout, plan.formats, grain=plan.grain, num_slots=plan.num_slots,
                                        files=list(store.volume.paths), pattern=pattern, stripe_bytes=stripe_bytes)
@@ -103,7 +107,8 @@ class CommitLog:
         return self._manifest
 
     def take_over(self, newest: Commit) -> None:
-        """The directory is this run's already, and holds that commit. Its manifest says where the files are now."""
+        """The directory is this run's already, and holds that commit. Its manifest says where the
+        files are now."""
         self._sequence, self._is_there = newest.sequence, True
         self._other_before = newest.training.get("buffers", {}).get("file")
         if (self.path / MANIFEST).read_bytes() != self._manifest:  # drives may be mounted elsewhere now
@@ -144,7 +149,8 @@ class CommitLog:
             sync_path(path.parent)
 
     def _make(self, name: str, record: bytes, other: OtherState | None) -> None:
-        """The first commit. It takes the place of an earlier run's, whose files go only now; ours stay from now on."""
+        """The first commit. It takes the place of an earlier run's, whose files go only now; ours
+        stay from now on."""
         for file in self.store.volume.paths:
             sync_path(Path(file).parent)  # to sync a file does not say that its name will be there
         partial = self.path.with_name(self.path.name + ".partial")
@@ -174,7 +180,8 @@ class CommitLog:
 
 
 class CommitTarget:
-    """One commit. Planes on SSD are where they must be already; the others are copied beside them."""
+    """One commit. Planes on SSD are where they must be already; the others are copied beside
+    them."""
 
     is_in_place = True
 
@@ -209,7 +216,8 @@ class CommitTarget:
 
 
 def _write_other(directory: Path, other: OtherState | None) -> None:
-    """Before the record that speaks of it. A file of that name has that content, or was cut short by a crash."""
+    """Before the record that speaks of it. A file of that name has that content, or was cut short
+    by a crash."""
     if other is not None and not _is_whole(directory / other.file, other):
         write_synced(directory / other.file, other.content)
         sync_path(directory)
@@ -220,7 +228,8 @@ def _is_whole(path: Path, other: OtherState) -> bool:
 
 
 def _require(volume: "native.nvme_ds.Volume") -> None:
-    """A record speaks of files that are there: what was removed meanwhile is written to as if it were, and then gone."""
+    """A record speaks of files that are there: what was removed meanwhile is written to as if it
+    were, and then gone."""
     try:
         volume.check_files()
     except OSError as error:

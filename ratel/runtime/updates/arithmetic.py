@@ -1,4 +1,5 @@
-"""The code that updates planes, by the name that the table of formats has for it (`ratel.planner.formats`)."""
+"""The code that updates planes, by the name that the table of formats has for it
+(`ratel.planner.formats`)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class UpdateCode:
     """Both give the same bits. Scalars are those of `op_ds.Pool.adamw`: ``lr`` to ``ranges``."""
 
     in_memory: Callable[..., None]
-    """``(pool, planes, targets, **scalars)``: by the threads of the pool, from ``planes`` into ``targets``, which may be the same."""
+    """``(pool, planes, targets, **scalars)``: by the threads of the pool, from ``planes`` into
+    ``targets``, which may be the same."""
     on_gpu: Callable[..., None]
     """``(planes, **scalars)``: in place."""
 

@@ -1,4 +1,5 @@
-"""The chat templates that TRL ships as files, the talks that they are tried with, and how two masks differ."""
+"""The chat templates that TRL ships as files, the talks that they are tried with, and how two masks
+differ."""
 
 import importlib.util
 import os
@@ -107,7 +108,8 @@ TALKS: dict[str, list[dict[str, Any]]] = {
 
 
 class Learned:
-    """What is learned of a talk: ``stretches`` with the text ``before`` each, in ``texts``; or why it is ``refused``."""
+    """What is learned of a talk: ``stretches`` with the text ``before`` each, in ``texts``; or why
+    it is ``refused``."""
 
     def __init__(self, encoder: ChatEncoder, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.stretches: list[str] = []
@@ -134,8 +136,9 @@ def runs(mask: Any) -> list[tuple[int, int]]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> tuple[list[str], str] | None:
-    """What transformers says that a template marks, and the whole text; None where the template refuses the talk. Contents
-    are given as they are, then joined, then in parts, until all of the talk is in the text."""
+    """What transformers says that a template marks, and the whole text; None where the template
+    refuses the talk. Contents are given as they are, then joined, then in parts, until all of the
+    talk is in the text."""
     # Older transformers give a thought by the one name that it was written under.
     talk = [{"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
             for message in TALKS[name]]
@@ -180,8 +183,8 @@ def lost(name: str, text: str) -> list[str]:
 
 
 def compare(name: str, learned: Learned, twin: tuple[list[str], str] | None, plain: str) -> str:
-    """A word for how the mask of a template differs from that of its twin; "unexplained" is none. ``plain``: the talk as
-    transformers renders it with the template."""
+    """A word for how the mask of a template differs from that of its twin; "unexplained" is none.
+    ``plain``: the talk as transformers renders it with the template."""
     if learned.refused is not None:
         return "refused" if lost(name, plain) or "another </think>" in learned.refused else "unexplained"
     if twin is None:

@@ -104,7 +104,8 @@ def test_a_template_that_is_strict_about_turns_and_ends_with_eos() -> None:
 
 
 def test_a_first_word_that_shares_its_token_with_a_space_is_learned() -> None:
-    """As with sentencepiece, where ``▁two`` is one token; but no token reaches from the prompt into the answer."""
+    """As with sentencepiece, where ``▁two`` is one token; but no token reaches from the prompt into
+    the answer."""
     for splitter, gap, learned in ((pre_tokenizers.Metaspace(prepend_scheme="never"), " ", "▁two"),
                                    (pre_tokenizers.Split(":two", "isolated"), "", "two ")):
         words = Tokenizer(models.WordLevel({"?": 0, "▁two": 1, ":two": 2, "two ": 3}, unk_token="?"))

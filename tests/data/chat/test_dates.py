@@ -1,4 +1,5 @@
-"""A chat template that writes the date writes that of the run's first day, also when the run is resumed on another."""
+"""A chat template that writes the date writes that of the run's first day, also when the run is
+resumed on another."""
 
 import json
 from datetime import date

@@ -1,4 +1,5 @@
-"""Tokenizers that render conversations themselves, with no template (mistral-common's): the same rule, on tokens."""
+"""Tokenizers that render conversations themselves, with no template (mistral-common's): the same
+rule, on tokens."""
 
 import json
 from typing import Any
@@ -13,7 +14,8 @@ pytestmark = pytest.mark.unit
 
 
 class Own:
-    """As transformers' MistralCommonBackend: no templates, no added vocabulary, and a last answer only to be continued."""
+    """As transformers' MistralCommonBackend: no templates, no added vocabulary, and a last answer
+    only to be continued."""
 
     chat_template = None
     is_fast = False

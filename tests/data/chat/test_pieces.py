@@ -1,4 +1,5 @@
-"""A completion follows its prompt: the tokens say what was written, with no space between, whatever the tokenizer adds."""
+"""A completion follows its prompt: the tokens say what was written, with no space between, whatever
+the tokenizer adds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,8 @@ def metaspace(scheme: str, split: bool = False) -> PreTrainedTokenizerFast:
 
 
 def prepended() -> PreTrainedTokenizerFast:
-    """Llama 2's and Mistral's file: the space is put there by the normalizer, again after every special token."""
+    """Llama 2's and Mistral's file: the space is put there by the normalizer, again after every
+    special token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -105,7 +107,8 @@ def test_a_tokenizer_that_loses_something_gets_no_space_either() -> None:
 
 
 class Slow:
-    """A tokenizer that says nothing about characters: ids of texts and texts of ids, no more (SentencePiece's own, tekken)."""
+    """A tokenizer that says nothing about characters: ids of texts and texts of ids, no more
+    (SentencePiece's own, tekken)."""
 
     is_fast = False
 
@@ -141,8 +144,9 @@ def test_a_tokenizer_without_offsets_gives_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - {"metaspace never"}))
 def test_the_prompt_of_every_turn_has_the_tokens_of_inference(name: str) -> None:
-    """Also of those that put a space after each special token: the first of the second turn is one. (Left out: words that grow
-    together over the border of an answer, once it is history; no sequence of both turns can have both.)"""
+    """Also of those that put a space after each special token: the first of the second turn is one.
+    (Left out: words that grow together over the border of an answer, once it is history; no
+    sequence of both turns can have both.)"""
     tokenizer = TOKENIZERS[name]()
     tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}two {{ m.content }} and{% else %}"
                                " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")

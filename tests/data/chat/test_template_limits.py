@@ -1,4 +1,5 @@
-"""A chat template that does not end, or makes a text without end, is an error at the first conversation."""
+"""A chat template that does not end, or makes a text without end, is an error at the first
+conversation."""
 
 from datetime import date
 

@@ -1,7 +1,8 @@
-"""Chat templates that are in use, with talks of many kinds: what is learned with a template is what its twin marks.
+"""Chat templates that are in use, with talks of many kinds: what is learned with a template is what
+its twin marks.
 
-TRL ships some of the templates twice: as they are, and with ``{% generation %}`` around what the assistant says. The
-table in docs/data.md says where the two masks differ, and the words for why.
+TRL ships some of the templates twice: as they are, and with ``{% generation %}`` around what the
+assistant says. The table in docs/data.md says where the two masks differ, and the words for why.
 """
 
 from collections import Counter
@@ -43,7 +44,8 @@ def test_masks_are_those_of_the_twin(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_template_without_a_twin(name: str) -> None:
-    """Everything that the assistant says is learned and nothing of others, or the talk is refused."""
+    """Everything that the assistant says is learned and nothing of others, or the talk is
+    refused."""
     tokenizer = common.tokenizer_for(common.source(name))
     encoder = ChatEncoder(tokenizer)
     learned = {talk: Learned(encoder, tokenizer, talk) for talk in TALKS}
@@ -55,7 +57,8 @@ def test_a_template_without_a_twin(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_TWIN)
 def test_marks_of_a_template_are_believed(name: str) -> None:
-    """The twin as the user's own template: what its marks hold of the model's own writing, and nothing else."""
+    """The twin as the user's own template: what its marks hold of the model's own writing, and
+    nothing else."""
     twin = common.source(f"{name}_training")
     tokenizer = common.tokenizer_for(twin)
     encoder = ChatEncoder(tokenizer)

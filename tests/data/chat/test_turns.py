@@ -1,4 +1,5 @@
-"""Where an answer begins and ends, for the kinds of templates there are: one small template for each kind."""
+"""Where an answer begins and ends, for the kinds of templates there are: one small template for
+each kind."""
 
 import json
 from typing import Any
@@ -31,11 +32,13 @@ INSIDE = ("{% for m in messages %}{% if m.role == 'tool' %}{% elif m.role == 'as
           "{% for t in messages[loop.index0 + 1:] if m.tool_calls and t.role == 'tool' %}[result {{ t.content }}]{% endfor %}"
           "{{ m.content }}{% if not m.tool_calls %}<|end|>\n{% endif %}{% else %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
           "{% endif %}{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' %}<|assistant|>\n{% endif %}")
-# Thoughts of the last turn only; without one, or with thinking switched off in the prompt, an empty one.
+# Thoughts of the last turn only; without one, or with thinking switched off in the prompt, an empty
+# one.
 THINKS = ("{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content }}"
           "</think>{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
           "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}")
-# The thought of a call stays until there is a final answer: adding a turn changes what stands before it.
+# The thought of a call stays until there is a final answer: adding a turn changes what stands
+# before it.
 FORGETS = ("{% set final = messages[-1].role == 'assistant' and not messages[-1].tool_calls %}{% for m in messages %}"
            "<|{{ m.role }}|>{% if m.reasoning_content and (loop.last or not final) %}[thought {{ m.reasoning_content }}]{% endif %}"
            "{% for c in m.tool_calls or [] %}[call {{ c.function.name }}]{% endfor %}{{ m.content }}<|end|>{% endfor %}"

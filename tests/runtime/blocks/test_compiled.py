@@ -1,4 +1,5 @@
-"""Compiled blocks: the same training within rounding, and eager ones where compiling is not possible."""
+"""Compiled blocks: the same training within rounding, and eager ones where compiling is not
+possible."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ from tests.support.inner import assert_same, make, train
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """``aot_eager`` does all but generate code: it traces, functionalizes and splits off backward. Its results are those
-    of eager operations."""
+    """``aot_eager`` does all but generate code: it traces, functionalizes and splits off backward.
+    Its results are those of eager operations."""
     def use(name: Any) -> None:
         monkeypatch.setattr(session_module, "CompiledBlocks", lambda parts: CompiledBlocks(parts, name))
 

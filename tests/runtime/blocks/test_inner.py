@@ -1,4 +1,5 @@
-"""What is kept of the inside of blocks, and what is not made again, changes no bit; it saves the work it should."""
+"""What is kept of the inside of blocks, and what is not made again, changes no bit; it saves the
+work it should."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ def everything_again() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_choice_changes_a_bit(family: str, dtype: str, device: str, ssd_dir: Path) -> None:
-    """In fp32 what is kept differs by its size alone: the scattered choice sends it all four ways."""
+    """In fp32 what is kept differs by its size alone: the scattered choice sends it all four
+    ways."""
     with everything_again():
         expected = train(family, ssd_dir, device, dtype=dtype)
     for choice in ("recompute", "gpu", "dram", "ssd", SCATTERED) if dtype == "bf16" else ("recompute", SCATTERED):
@@ -83,7 +85,8 @@ def test_random_delays_at_every_hand_over(seed: int, device: str, ssd_dir: Path)
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches_of_other_shapes_are_run_again_in_full_at_first(device: str, ssd_dir: Path) -> None:
-    """Fewer rows, fewer positions: learned when they first come, kept from then on. The plan has room for these."""
+    """Fewer rows, fewer positions: learned when they first come, kept from then on. The plan has
+    room for these."""
     def losses(choice: str) -> list[float]:
         with Session(build("llama"), lr=1e-3, device=device, ssd=ssd_dir, micro_batch=2, activations=choice,
                      gpu_memory="4GiB" if device == "cuda" else None) as session:
@@ -225,7 +228,7 @@ def test_a_random_operation_is_neither_kept_nor_left_out() -> None:
 
 @pytest.mark.unit
 def test_what_saves_nothing_is_not_offered() -> None:
-    """Of a chain only its end: with that kept, the products before it are not needed."""
+    """Only the end of a chain is offered: with that kept, the products before it are not needed."""
     block = Lambda(lambda m, x: torch.relu(m.two(m.one(x))))
     block.one.weight.requires_grad_(False)
     block.two.weight.requires_grad_(False)
@@ -238,8 +241,8 @@ def test_what_saves_nothing_is_not_offered() -> None:
 
 
 class Changes(nn.Module):
-    """Does one operation more or another one in the runs that ``script`` names; late: after the last product, which a
-    second run leaves out."""
+    """Does one operation more or another one in the runs that ``script`` names; late: after the
+    last product, which a second run leaves out."""
 
     script: dict[int, str] = {}
     runs = 0
@@ -261,7 +264,8 @@ CHANGES = ("more", "other", "late more", "late other")
 
 
 def changing(choice: str, first: dict[int, str], later: dict[int, str], device: str) -> float:
-    """The norm of a step in which runs of blocks, counted from its beginning, are changed. Run 3 is backward's first."""
+    """The norm of a step in which runs of blocks, counted from its beginning, are changed. Run 3 is
+    backward's first."""
     torch.manual_seed(0)
     Changes.script, Changes.runs = first, 0
     with Session(Body(Changes), loss_fn=patches_loss, device=device, dtype="fp32", micro_batch=4, max_grad_norm=0.5,
@@ -301,7 +305,8 @@ class Scaled(nn.Module):
 
 
 class LastIsLearned(Body):
-    """Only the last block's argument needs a gradient; only there does backward need the last product."""
+    """Only the last block's argument needs a gradient; only there does backward need the last
+    product."""
 
     def __init__(self) -> None:
         super().__init__(Scaled)
@@ -392,7 +397,8 @@ def test_ssd_needs_a_directory() -> None:
 @pytest.mark.numerics
 @pytest.mark.parametrize("tier", ["gpu", "dram", "ssd"])
 def test_a_plan_counts_what_is_kept(tier: str, ssd_dir: Path) -> None:
-    """4 blocks, 2 micro-batches of 2 rows. The machinery asserts that the arena is laid out to the byte."""
+    """4 blocks, 2 micro-batches of 2 rows. The machinery asserts that the arena is laid out to the
+    byte."""
     plans = {}
     for choice in ("recompute", tier):
         with Session(build("llama"), device="cpu", ssd=ssd_dir, tier="dram", micro_batch=2, activations=choice,
@@ -412,7 +418,8 @@ def test_a_plan_counts_what_is_kept(tier: str, ssd_dir: Path) -> None:
 
 
 def runs(device: str, ssd: Path, **options: Any) -> list[dict[str, Any]]:
-    """Measures of training with each choice, of 2048 tokens at once: narrow blocks, which hold much for what they compute."""
+    """Measures of training with each choice, of 2048 tokens at once: narrow blocks, which hold much
+    for what they compute."""
     base = dict(layers=2, steps=1, width=192, rows=16, positions=256, micro_batch=8, tier="dram", device=device, ssd=str(ssd),
                 **options)
     return measures([{**base, "activations": choice} for choice in ("recompute", "gpu", "dram", "ssd")])

@@ -1,4 +1,5 @@
-"""A second run is under its mode only where it has to be, and notices from there on what is not as in the trace."""
+"""A second run is under its mode only where it has to be, and notices from there on what is not as
+in the trace."""
 
 from contextlib import nullcontext
 from typing import Any

@@ -1,4 +1,5 @@
-"""--deterministic: kernels that give the same bits every time, or a refusal that names the operation that has none."""
+"""--deterministic: kernels that give the same bits every time, or a refusal that names the
+operation that has none."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""What backward needs of a block passes through DRAM: the same bits, within a window, where nothing else fits."""
+"""What backward needs of a block passes through DRAM: the same bits, within a window, where nothing
+else fits."""
 
 import ctypes
 import gc
@@ -64,7 +65,8 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize("family, dtype", [("llama", "fp32"), ("gpt2-dropout", "fp32"), ("dropout", "fp32"), *(
     (family, "bf16") for family in ("llama", "llama-tied", "gemma2", "mixtral", "gpt2-dropout", *OWN))])
 def test_spilling_changes_no_bit(family: str, dtype: str, device: str, ssd_dir: Path, moves: dict[str, int]) -> None:
-    """Three micro-batches, the last one smaller; attention, dropout, routing by values, writing in place."""
+    """Three micro-batches, the last one smaller; attention, dropout, routing by values, writing in
+    place."""
     shape = dict(rows=5, micro_batch=2, dtype=dtype)
     expected = train(family, ssd_dir, device, **shape)
     assert not moves["_send"]
@@ -350,18 +352,20 @@ M_MMAP_THRESHOLD = -3
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_budget_that_is_too_small_otherwise(device: str) -> None:
-    """Refused with everything on the GPU, trained with what backward needs in DRAM; the measured peak says so."""
+    """Refused with everything on the GPU, trained with what backward needs in DRAM; the measured
+    peak says so."""
     if device == "cuda":
         return hold_to_too_small_a_budget(device)
-    # The resident set is measured. What is left over from other tests in the heap is used again piece by piece: 330 MB were
-    # measured for 80 and 190 for 150.
+    # The resident set is measured. What is left over from other tests in the heap is used again
+    # piece by piece: 330 MB were measured for 80 and 190 for 150.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         fresh.submit(hold_to_too_small_a_budget, device).result()
 
 
 def hold_to_too_small_a_budget(device: str) -> None:
     if device == "cpu":
-        # glibc's threshold to the kernel's own allocation rises with what is freed. Fixed, it stays where it is.
+        # glibc's threshold to the kernel's own allocation rises with what is freed. Fixed, it stays
+        # where it is.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     generator = torch.Generator().manual_seed(1)
     batch = {"x": torch.randn(1, POSITIONS[device], 12, generator=generator), "y": torch.zeros(1, 2)}

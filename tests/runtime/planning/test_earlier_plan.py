@@ -122,7 +122,7 @@ def test_memory_that_was_freed_is_used(freed: int, searches: int, searched: list
 
 
 def replaced(change: Callable[[str], str]) -> None:
-    """Of what is kept of plans."""
+    """Change what is kept of plans."""
     for file in probe_cache.cache_directory().iterdir():
         content = file.read_text()
         if "placements" in content:

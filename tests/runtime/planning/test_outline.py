@@ -1,4 +1,5 @@
-"""The memory and the FLOPs of a model that is not run, against the same model run: on the CPU, and once on an H200."""
+"""The memory and the FLOPs of a model that is not run, against the same model run: on the CPU, and
+once on an H200."""
 
 import json
 from pathlib import Path
@@ -40,7 +41,8 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def allocated_peak(parts: models.Parts) -> int:
-    """Of the trial's runs, as the CPU's allocator counts: with every block run in full, less weights."""
+    """The peak of the trial's runs, as the CPU's allocator counts: with every block run in full,
+    less weights."""
     blocks, peaks = BlockRuns(parts), []
     nothing = tuple(() for _ in range(parts.num_blocks))
     with torch.no_grad():
@@ -66,7 +68,8 @@ def allocated_peak(parts: models.Parts) -> int:
 @pytest.mark.parametrize("vocab_size", [512, 8000])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_activations_take_what_the_allocator_hands_out(family: str, vocab_size: int, dtype: torch.dtype) -> None:
-    """With the small vocabulary a block has the peak, with the large one the loss. A few scalars are not seen."""
+    """With the small vocabulary a block has the peak, with the large one the loss. A few scalars
+    are not seen."""
     found = Outline(config(family, vocab_size), dtype=dtype, max_seq_len=POSITIONS).micro(ROWS, POSITIONS, on_cuda=False)
     parts = models.load(config(family, vocab_size), dtype=dtype, device=CPU)
     real = allocated_peak(parts)
@@ -77,7 +80,8 @@ def test_activations_take_what_the_allocator_hands_out(family: str, vocab_size: 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
 def test_blocks_are_profiled_as_where_they_are_trained(family: str) -> None:
-    """The same results to keep, with the same bytes and FLOPs, as `try_out` finds by running on real tensors."""
+    """The same results to keep, with the same bytes and FLOPs, as `try_out` finds by running on
+    real tensors."""
     outline = Outline(config(family, 512), dtype=torch.float32, max_seq_len=POSITIONS)
     parts = models.load(config(family, 512), dtype=torch.float32, device=CPU)
     found, real = outline.micro(ROWS, POSITIONS).profiles, try_out(BlockRuns(parts), [batch()], CPU, "recompute").profiles

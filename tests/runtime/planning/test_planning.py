@@ -1,4 +1,5 @@
-"""A session that plans with a machine's rates does what its plan says, and trains to the same bits."""
+"""A session that plans with a machine's rates does what its plan says, and trains to the same
+bits."""
 
 import os
 import tempfile

@@ -1,4 +1,5 @@
-"""What was measured of a block is kept, so that the next run plans the same and rounds its sums the same."""
+"""What was measured of a block is kept, so that the next run plans the same and rounds its sums the
+same."""
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.support.families import build
 
 
 def planned_seconds(batch_rows: int = 2, **options: object) -> set[tuple]:
-    """Of blocks, and of the loss."""
+    """The seconds planned for blocks, and for the loss."""
     with Session(build("llama"), device="cpu", dtype="fp32", hardware=load_hardware("4090"), **options) as session:
         plan = session.plan_for(batch_rows, 16).plan
         return {(*profile.seconds, plan.loss_s) for profile in plan.profiles}

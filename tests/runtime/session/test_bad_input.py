@@ -1,10 +1,12 @@
-"""What a session refuses: which field, how much is missing, what to do; and that nothing has been touched by then.
+"""What a session refuses: which field, how much is missing, what to do; and that nothing has been
+touched by then.
 
-Refused elsewhere, each with its test: safetensors, configurations, unknown model types, modules without repeated blocks
-(models/test_refusals.py); data with its line numbers (data/test_records.py, data/test_dataset.py, test_train_e2e.py);
-a compiler or library that is missing (nvme_ds/test_faults.py, op_ds/test_errors.py, test_run_sh.py); CUDA asked for and
-absent (test_hardware.py, test_train_e2e.py); losses that stay NaN, a full disk (test_train_e2e.py); options
-(test_config.py, test_cli.py).
+Refused elsewhere, each with its test: safetensors, configurations, unknown model types, modules
+without repeated blocks (models/test_refusals.py); data with its line numbers (data/test_records.py,
+data/test_dataset.py, test_train_e2e.py); a compiler or library that is missing
+(nvme_ds/test_faults.py, op_ds/test_errors.py, test_run_sh.py); CUDA asked for and absent
+(test_hardware.py, test_train_e2e.py); losses that stay NaN, a full disk (test_train_e2e.py);
+options (test_config.py, test_cli.py).
 """
 
 import errno
@@ -51,7 +53,8 @@ class Untouched:
         self.threads = threading.active_count()
 
     def refuses(self, message: str, field: str, **options: object) -> RatelError:
-        """At the first step, if not before. What is not closed until then is the module: it is a skeleton."""
+        """At the first step, if not before. What is not closed until then is the module: it is a
+        skeleton."""
 
         def attempt() -> None:
             with open_session(self.model, self.directory, loss_fn=loss_fn_of(self.family), **options) as session:
@@ -87,7 +90,8 @@ def shortage(error: RatelError) -> tuple[int, int, int]:
 ])
 def test_a_budget_too_small_says_by_how_much(options: dict, what: str, field: str, budget: int, ssd_dir: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    # What blocks of a CPU device take is measured in a heap, twice here, and differs by what is free in it: 5 to 6 MB of this model.
+    # What blocks of a CPU device take is measured in a heap, twice here, and differs by what is
+    # free in it: 5 to 6 MB of this model.
     monkeypatch.setattr(trial._HostMeter, "peak_growth", lambda meter: 5_000_000)
     error = Untouched(ssd_dir).refuses(f"{what} is short by", field, **options)
     missing, needed, allowed = shortage(error)
@@ -324,7 +328,8 @@ def test_a_model_without_weights_that_cannot_be_given_any(ssd_dir: Path) -> None
 
 @pytest.mark.parametrize("part", ["", "model"])
 def test_a_module_is_in_one_session_at_a_time(part: str, ssd_dir: Path) -> None:
-    """Also a part of one. The first session goes on, and gives back what it has trained; the next one may then begin."""
+    """Also a part of one. The first session goes on, and gives back what it has trained; the next
+    one may then begin."""
     model = build("llama")
     with open_session(model, ssd_dir) as first:
         loss_fn = (lambda module, batch: module(**batch).last_hidden_state.square().mean(dim=(1, 2)).sum()) if part else None

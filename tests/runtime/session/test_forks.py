@@ -1,4 +1,5 @@
-"""Forked children of a session's process, and threads beside the one that uses it: refused, and harming nothing."""
+"""Forked children of a session's process, and threads beside the one that uses it: refused, and
+harming nothing."""
 
 import gc
 import os
@@ -51,7 +52,8 @@ def in_child(act: Callable[[], object], *, patience_s: int = 60) -> int:
 
 
 def test_a_forked_child_is_refused_and_harms_nothing(ssd_dir: Path, tmp_path: Path) -> None:
-    """It asks for everything, closes the session and ends; the parent goes on as if it had not been."""
+    """It asks for everything, closes the session and ends; the parent goes on as if it had not
+    been."""
     given = batches("llama", 4)
     with open_session(ssd_dir) as session:
         expected = [session.step(batch).loss for batch in given]

@@ -1,4 +1,5 @@
-"""What is busy between two steps is in neither, so no resource is busy for longer than a step takes; bytes are all counted."""
+"""What is busy between two steps is in neither, so no resource is busy for longer than a step
+takes; bytes are all counted."""
 
 from types import SimpleNamespace
 

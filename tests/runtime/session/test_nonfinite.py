@@ -1,4 +1,5 @@
-"""A loss or gradient that is not finite leaves no trace: the step is skipped and reported, every state bit stays."""
+"""A loss or gradient that is not finite leaves no trace: the step is skipped and reported, every
+state bit stays."""
 
 import math
 from functools import cache
@@ -53,7 +54,8 @@ class Poison:
 
 
 def open_session(ssd_dir: Path | None, poisoned: str | None, options: dict) -> tuple[Session, Poison, list]:
-    """Of a parameter of llama, or, for None, of the loss of the hand-written transformer."""
+    """A session in which the gradient of a parameter of llama is poisoned, or, for None, of the
+    loss of the hand-written transformer."""
     family = "patches" if poisoned is None else "llama"
     model = build(family)
     poison = Poison(model, poisoned)
@@ -74,7 +76,8 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @cache
 def of_the_good_ones(poisoned: str | None, dtype: str, clip: float) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and states where only the good steps are made: the same in any tier and mode (test_placement.py)."""
+    """Losses and states where only the good steps are made: the same in any tier and mode
+    (test_placement.py)."""
     options = dict(tier="dram", dtype=dtype, max_grad_norm=clip, optimizer="deferred")
     session, _, (first, _, _, last) = open_session(None, poisoned, options)
     with session:
@@ -116,7 +119,8 @@ def test_eager_skips_a_step_whose_loss_is_not_finite(what: str, ssd_dir: Path) -
 
 
 def test_skipping_does_not_wait_for_a_flush(ssd_dir: Path) -> None:
-    """Updates and spilled gradients of other steps are on their way when a step is skipped; slow disks, no flush."""
+    """Updates and spilled gradients of other steps are on their way when a step is skipped; slow
+    disks, no flush."""
     for options in (dict(tier="ssd"), dict(placement={"*": {"g": "ssd"}}),
                     dict(tier="ssd", optimizer="eager", max_grad_norm=0)):
         results = []

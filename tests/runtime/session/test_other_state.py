@@ -1,4 +1,5 @@
-"""Buffers and extra state belong to the model: trained with, saved, resumed, exported, given back."""
+"""Buffers and extra state belong to the model: trained with, saved, resumed, exported, given
+back."""
 
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def test_the_routing_bias_of_a_directory_is_trained_with_and_exported(tmp_path: 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["copy", "commit"])
 def test_a_state_keeps_what_changed_between_steps(in_place: bool, ssd_dir: Path, tmp_path: Path) -> None:
-    """Buffers that the user's program moves (loads of experts) are of the step that they were saved with."""
+    """Buffers that the user's program moves (loads of experts) are of the step that they were saved
+    with."""
     options = dict(ssd=[ssd_dir], tier="ssd", durable="step", commits=tmp_path / "s") if in_place else {}
     model = net()
     with opened(model, **options) as session:

@@ -1,4 +1,5 @@
-"""The runtime against an ordinary in-memory run: torch's autograd, clipping and AdamW over fp32 masters."""
+"""The runtime against an ordinary in-memory run: torch's autograd, clipping and AdamW over fp32
+masters."""
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ STEPS, LR, DECAY = 20, 1e-3, 0.1
 FAMILIES = [*CAUSAL, "patches"]
 NEVER, ALWAYS = 1e9, 1e-2
 
-# A tied embedding collects the head's gradient and the embedding's. With one micro-batch both orders are one sum;
-# with several, the reference adds (head + embedding) of each, the vertical schedule all heads first.
+# A tied embedding collects the head's gradient and the embedding's. With one micro-batch both
+# orders are one sum; with several, the reference adds (head + embedding) of each, the vertical
+# schedule all heads first.
 REORDERED = {("llama-tied", 1), ("gpt2", 1), ("gemma2", 1)}
 
 

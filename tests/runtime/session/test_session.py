@@ -45,7 +45,8 @@ def test_dropout_is_replayed_and_does_not_depend_on_placement(device: str, ssd_d
 
 
 def test_dropout_gradient_is_that_of_the_same_masks(ssd_dir: Path) -> None:
-    """The directional derivative of the loss along the update: with other masks in recomputation it would not match."""
+    """The directional derivative of the loss along the update: with other masks in recomputation it
+    would not match."""
     model = gpt2_with_dropout().double().float()
     batch = batches("llama", 1)[0]
     losses = []
@@ -152,7 +153,8 @@ def test_a_loss_that_is_no_tensor(returned: Callable, name: str, ssd_dir: Path) 
 
 @pytest.mark.parametrize("family", ["llama", "patches"])
 def test_a_module_does_not_answer_while_its_weights_are_with_a_session(family: str, ssd_dir: Path, tmp_path: Path) -> None:
-    """Zeros stand in for them: a checkpoint of the module, or samples in the middle of training, would be of these."""
+    """Zeros stand in for them: a checkpoint of the module, or samples in the middle of training,
+    would be of these."""
     model, (batch,) = build(family), batches(family, 1)
     inputs = batch["input_ids"] if family == "llama" else batch["x"]
     with open_session(model, ssd_dir, loss_fn=loss_fn_of(family)) as session:
@@ -253,7 +255,8 @@ def test_two_sessions_on_one_directory_are_refused(ssd_dir: Path) -> None:
                                      dict(placement={"*": "dram", "block.*": {"m": "ssd", "g": "ssd"}}, checkpoint_tier="ssd")],
                          ids=["gpu", "eager", "ssd", "commits", "activations", "mixed"])
 def test_what_a_closed_session_held_does_not_wait_for_the_collector(device: str, options: dict, ssd_dir: Path, tmp_path: Path) -> None:
-    """A circle of references would keep planes and slots, gigabytes of them, while a next session plans with what is free."""
+    """A circle of references would keep planes and slots, gigabytes of them, while a next session
+    plans with what is free."""
     with collector_off():
         if "durable" in options:
             options = {**options, "commits": tmp_path / "commits"}

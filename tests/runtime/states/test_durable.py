@@ -1,4 +1,5 @@
-"""States that last while training goes on: what is saved is of one step, whatever runs meanwhile; and what is left behind.
+"""States that last while training goes on: what is saved is of one step, whatever runs meanwhile;
+and what is left behind.
 
 Kills are in test_kill.py, failing drives in test_faults.py, the format and damage in test_state.py.
 """
@@ -74,7 +75,8 @@ def after_each_step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
 @pytest.mark.parametrize("place", PLACES)
 def test_commits_equal_the_run_without(place: str, optimizer: str, after_each_step: dict, ssd_dir: Path,
                                        tmp_path: Path) -> None:
-    """With random delays; each commit is under way while the next step runs. The last but one is resumed elsewhere."""
+    """With random delays; each commit is under way while the next step runs. The last but one is
+    resumed elsewhere."""
     draw = random.Random(f"{place} {optimizer}")
     for chunk_elements in (2048, 1 << 22):
         commits = tmp_path / f"commits-{chunk_elements}"
@@ -161,7 +163,8 @@ def test_an_interrupt_while_a_save_is_asked_for_leaves_nobody_waiting(ssd_dir: P
 
 def test_a_copy_that_can_neither_be_written_nor_removed_leaves_the_session(ssd_dir: Path, tmp_path: Path,
                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that has gone read-only: the first error is the one to report, and training goes on."""
+    """As on a file system that has gone read-only: the first error is the one to report, and
+    training goes on."""
     def fails(*arguments: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -243,7 +246,8 @@ def on_ssd(folder: Path) -> set[str]:
 
 def test_from_copies_to_commits_and_back(run_inputs: tuple, whole: Path, ssd_dir: Path, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the other way of keeping states has left goes once it is superseded; on other drives, too."""
+    """What the other way of keeping states has left goes once it is superseded; on other drives,
+    too."""
     from ratel.training import loop
 
     out, states = tmp_path / "out", StateDirectory(tmp_path / "out" / "state")
@@ -261,7 +265,8 @@ def test_from_copies_to_commits_and_back(run_inputs: tuple, whole: Path, ssd_dir
 
 def test_no_state_is_removed_while_another_is_made(run_inputs: tuple, ssd_dir: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first commit makes and renames directories; what tidies up beside it would take them for leftovers."""
+    """The first commit makes and renames directories; what tidies up beside it would take them for
+    leftovers."""
     out, savers, prune, made = tmp_path / "out", [], StateDirectory.prune, Saver.__init__
 
     def noting(self: Saver, *arguments: Any) -> None:
@@ -390,7 +395,8 @@ def test_a_second_session_on_the_same_commits_is_refused(ssd_dir: Path, tmp_path
 
 
 def test_a_lock_goes_with_its_process(ssd_dir: Path, tmp_path: Path) -> None:
-    """A child that is killed while it holds everything; nothing has to be cleaned up before the next session."""
+    """A child that is killed while it holds everything; nothing has to be cleaned up before the
+    next session."""
     commits = tmp_path / "commits"
     child = start(ssd_dir, commits, code=(
         "import signal, sys; from pathlib import Path; from tests.runtime.states.test_durable import *\n"
@@ -415,7 +421,7 @@ def test_a_lock_goes_with_its_process(ssd_dir: Path, tmp_path: Path) -> None:
 
 
 def test_checksums_of_the_record_are_of_what_is_there(ssd_dir: Path, tmp_path: Path) -> None:
-    """Of two commits one after the other: the older record still speaks of its own version."""
+    """After two commits the older record still speaks of its own version."""
     commits = tmp_path / "commits"
     with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         for batch in batches("llama", 2):

@@ -1,5 +1,5 @@
-"""An export is the directory that was trained, with other weights: every file beside them, config.json key by key, tensors
-as the checkpoint had them."""
+"""An export is the directory that was trained, with other weights: every file beside them,
+config.json key by key, tensors as the checkpoint had them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""What importing and exporting take beside the arena is what plans set aside: four bytes for each element of the largest unit."""
+"""What importing and exporting take beside the arena is what plans set aside: four bytes for each
+element of the largest unit."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.e2e
 
 ELEMENTS = 100_000 * 512
 ROOM_BYTES = 4 * ELEMENTS + 96 * MIB
-"""With pieces under way. As much again, which an eighth byte of each element would be, does not fit."""
+"""With pieces under way. As much again, which an eighth byte of each element would be, does not
+fit."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""A state whose JSON was edited and sealed again is refused in one line: a seal shows damage, not what may stand there."""
+"""A state whose JSON was edited and sealed again is refused in one line: a seal shows damage, not
+what may stand there."""
 
 import json
 import zlib

@@ -1,4 +1,5 @@
-"""A saved state continues the run bit for bit, anywhere; a damaged one is refused with its place."""
+"""A saved state continues the run bit for bit, anywhere; a damaged one is refused with its
+place."""
 
 import json
 import zlib
@@ -62,7 +63,8 @@ def test_resuming_anywhere_equals_going_on(family: str, ssd_dir: Path, tmp_path:
 
 
 def test_a_resumed_run_keeps_its_micro_batches(ssd_dir: Path, tmp_path: Path) -> None:
-    """Others are tried and may be faster, or fit better; but sums would be rounded in another order."""
+    """Others are tried and may be faster, or fit better; but sums would be rounded in another
+    order."""
     state = saved_after(2, "llama", ssd_dir, tmp_path / "s", micro_batch=1)
     with open_session("llama", ssd_dir, micro_batch="auto") as session:
         session.load(state)
@@ -197,7 +199,8 @@ def test_a_reader_of_its_own(kind: str, ssd_dir: Path, tmp_path: Path) -> None:
 
 
 def read_by_the_page(path: Path) -> dict[str, np.ndarray]:
-    """All masters, written from docs/state_format.md alone: numpy, json and zlib, none of our code."""
+    """All masters, written from docs/state_format.md alone: numpy, json and zlib, none of our
+    code."""
     manifest = json.loads((path / "manifest.json").read_bytes())
     record = max((whole for name in ("commit-0", "commit-1") if (path / name).exists()
                   and (whole := unpacked((path / name).read_bytes()))), key=lambda pair: pair[0]["sequence"])

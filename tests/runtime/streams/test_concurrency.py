@@ -1,7 +1,8 @@
-"""Waits that must end and bytes that must have arrived, in the corners that ordinary runs do not reach.
+"""Waits that must end and bytes that must have arrived, in the corners that ordinary runs do not
+reach.
 
-Also tested: every placement under random delays in test_placement.py; failures in test_failures.py; skipped steps in
-test_nonfinite.py.
+Also tested: every placement under random delays in test_placement.py; failures in test_failures.py;
+skipped steps in test_nonfinite.py.
 """
 
 import threading
@@ -53,7 +54,8 @@ def assert_same(one: tuple, other: tuple) -> None:
 
 @pytest.mark.parametrize("checkpoint_tier", ["dram", "ssd"])
 def test_a_batch_of_fewer_micro_batches_than_planned(checkpoint_tier: str, ssd_dir: Path) -> None:
-    """The last batch of a data set is smaller; nobody must wait for the checkpoints that it does not have."""
+    """The last batch of a data set is smaller; nobody must wait for the checkpoints that it does
+    not have."""
     steps = [batches("llama", 1, rows=rows, seed=rows)[0] for rows in (4, 2, 3, 1, 4)]
     results = []
     for options in (dict(tier="dram", checkpoint_tier="gpu"),
@@ -67,7 +69,8 @@ def test_a_batch_of_fewer_micro_batches_than_planned(checkpoint_tier: str, ssd_d
 
 @pytest.mark.parametrize("checkpoint_tier", ["gpu", "dram"])
 def test_eager_with_fewer_slots_in_dram_than_on_the_gpu(checkpoint_tier: str, ssd_dir: Path) -> None:
-    """Blocks held over the turn keep their DRAM copies for their updates; those behind must not need them to go on."""
+    """Blocks held over the turn keep their DRAM copies for their updates; those behind must not
+    need them to go on."""
     eager = dict(optimizer="eager", max_grad_norm=0)
     steps = batches("llama", 2)
     with open_session(ssd_dir, tier="dram", **eager) as session:
@@ -86,7 +89,8 @@ def test_eager_with_fewer_slots_in_dram_than_on_the_gpu(checkpoint_tier: str, ss
     (["layers.1", "model.norm", "lm_head"], 2),
 ])
 def test_updates_leave_a_slot_to_units_that_are_not_updated(frozen: list[str], slots: int, ssd_dir: Path) -> None:
-    """Deferred updates run ahead of the next forward pass, and keep their slots for it; it must get past others."""
+    """Deferred updates run ahead of the next forward pass, and keep their slots for it; it must get
+    past others."""
     steps = batches("llama", 3)
     with open_session(ssd_dir, model=with_frozen(*frozen), tier="dram") as session:
         expected = train(session, steps)
@@ -101,7 +105,8 @@ def test_updates_leave_a_slot_to_units_that_are_not_updated(frozen: list[str], s
 
 
 def test_a_flush_that_was_interrupted_can_be_followed_by_a_step(ssd_dir: Path) -> None:
-    """What it has given up for good (slots kept for the next forward pass) must not be taken again half-way."""
+    """What it has given up for good (slots kept for the next forward pass) must not be taken again
+    half-way."""
     steps = batches("llama", 2)
     with open_session(ssd_dir, model=with_frozen("layers.1"), tier="dram") as session:
         expected = train(session, steps)
@@ -143,7 +148,8 @@ class Fp32Stream(nn.Module):
 
 
 def test_checkpoints_keep_the_dtype_of_the_hidden_states(ssd_dir: Path) -> None:
-    """A checkpoint rounded on its way would recompute another forward pass than the one that was."""
+    """A checkpoint rounded on its way would recompute another forward pass than the one that
+    was."""
     steps, results = batches("patches", 2), []
     for checkpoint_tier in ("gpu", "dram", "ssd"):
         torch.manual_seed(0)
@@ -157,7 +163,8 @@ def test_checkpoints_keep_the_dtype_of_the_hidden_states(ssd_dir: Path) -> None:
 
 
 def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stream is the caller's current one: what is between the blocks too, or it races with what is in them."""
+    """Whatever stream is the caller's current one: what is between the blocks too, or it races with
+    what is in them."""
     seen, lane = {}, threading.local()
 
     @contextmanager
@@ -187,7 +194,8 @@ def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pyte
 
 
 class Lending(nn.Module):
-    """Gives its blocks what ``lend`` makes of a weight of the stage before them: as hidden states, or beside those."""
+    """Gives its blocks what ``lend`` makes of a weight of the stage before them: as hidden states,
+    or beside those."""
 
     def __init__(self, lend: Callable[[torch.Tensor], torch.Tensor], *, as_hidden: bool, copies: bool) -> None:
         super().__init__()
@@ -217,7 +225,8 @@ class Adding(nn.Linear):
 @pytest.mark.parametrize("lend", [torch.Tensor.contiguous, nn.Dropout(0.3)], ids=["contiguous", "dropout"])
 @pytest.mark.parametrize("as_hidden", [False, True])
 def test_weights_that_blocks_are_given_outlive_their_slot(as_hidden: bool, lend: Callable, ssd_dir: Path) -> None:
-    """Where what is made of a weight is its memory itself (in one row; in evaluation), the next unit lands there."""
+    """Where what is made of a weight is its memory itself (in one row; in evaluation), the next
+    unit lands there."""
     steps, results = batches("patches", 3), []
     for copies in (True, False):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Every event that the runtime has to wait for is waited for: seen on a CPU, with copies that run late (`late_lanes`)."""
+"""Every event that the runtime has to wait for is waited for: seen on a CPU, with copies that run
+late (`late_lanes`)."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -67,7 +68,8 @@ def test_a_lane_that_does_not_wait_is_noticed(deaf: str, ssd_dir: Path, monkeypa
 
 
 def half_used(x: Tensor, w: Tensor) -> Tensor:
-    """Autograd saves for a branch that the result does not use; it is fetched ahead, and never asked for."""
+    """Autograd saves for a branch that the result does not use; it is fetched ahead, and never
+    asked for."""
     for _ in range(4):
         x = torch.tanh(x @ w)
         torch.sin(x * 2).cos().mul(x)
@@ -75,7 +77,8 @@ def half_used(x: Tensor, w: Tensor) -> Tensor:
 
 
 def test_what_was_fetched_and_not_used_is_in_nobodys_way() -> None:
-    """Its copy may still run when its memory is given up, and when its place in DRAM is written over in the next block."""
+    """Its copy may still run when its memory is given up, and when its place in DRAM is written
+    over in the next block."""
     lanes, region = made(0.01), torch.empty(1 << 20, dtype=torch.uint8)
     spiller = Spiller(lanes, region, Spill(region_bytes=1 << 20, window_bytes=4 * 4096, least_bytes=64))
     x, w = torch.randn(32, 32), torch.randn(32, 32).requires_grad_()

@@ -100,7 +100,8 @@ def test_fp32_compute_on_every_tier(device: str, ssd_dir) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(6))
 def test_random_delays_at_every_hand_over(seed: int, device: str, ssd_dir) -> None:
-    """Each seed is another placement, mode and set of delays; a missing event or wait shows as another bit."""
+    """Each seed is another placement, mode and set of delays; a missing event or wait shows as
+    another bit."""
     draw = random.Random(seed)
     clip = draw.choice([0.0, 0.5])
     family = draw.choice(["llama", "llama-tied"])

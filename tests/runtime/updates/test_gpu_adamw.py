@@ -86,7 +86,8 @@ def test_planes_are_those_of_op_ds(pool: op_ds.Pool) -> None:
 
 
 def exact_fma(a: float, b: float, c: float) -> float:
-    """Rational arithmetic, rounded to fp32 by integer division: shares nothing with the code under test."""
+    """Rational arithmetic, rounded to fp32 by integer division: shares nothing with the code under
+    test."""
     value = Fraction(a) * Fraction(b) + Fraction(c)
     if value == 0:
         return 0.0
@@ -98,7 +99,8 @@ def exact_fma(a: float, b: float, c: float) -> float:
 @pytest.mark.numerics
 def test_fma_rounds_once() -> None:
     rng = np.random.default_rng(0)
-    # Odd products of 25 bits are ties of fp32; an addend below an fp64 ulp decides them, and is lost if rounded twice.
+    # Odd products of 25 bits are ties of fp32; an addend below an fp64 ulp decides them, and is
+    # lost if rounded twice.
     p, q = (rng.integers(2**bits, 2 ** (bits + 1), 4000) | 1 for bits in (11, 12))
     a, b = p.astype(np.float32), q.astype(np.float32)
     c = rng.choice([2.0**-40, -(2.0**-40), 0.0, 1e-45, -0.5, 1e8], 4000).astype(np.float32)
