@@ -36,8 +36,8 @@ def _lines(content: Found) -> list[str]:
     missing = content["registered"] - total["classes"]
     lines = [
         "# Families", "",
-        "`python -m benchmarks.exactness.families` made this page with transformers "
-        f"{versions['transformers']} and torch {versions['torch']}.",
+        f"`python -m benchmarks.exactness.families` made this page with transformers {versions['transformers']} and",
+        f"torch {versions['torch']}.",
         f"Of the {total['classes']} classes in the registries for text (causal, sequence and token classification, masked)",
         f"**{total['trained']} are trained and equal** to plain PyTorch, {total['refused']} are refused with a reason"
         + (f", **{total['wrong']} are wrong**." if total["wrong"] else "."),
