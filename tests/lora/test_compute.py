@@ -1,4 +1,5 @@
-"""Adapted linears against plain autograd with the same mask, in every order; and what the orders cost, against lora.md's table."""
+"""Adapted linears against plain autograd with the same mask, in every order; and what the orders
+cost, against lora.md's table."""
 
 from collections.abc import Callable
 from typing import Any
@@ -222,7 +223,8 @@ def test_flops_are_those_of_the_table(name: str) -> None:
 
 
 class _Products(TorchDispatchMode):
-    """FLOPs of matrix products; PyTorch's own counter passes over those that write to an argument."""
+    """FLOPs of matrix products; PyTorch's own counter passes over those that write to an
+    argument."""
 
     flops = 0
 

@@ -1,4 +1,5 @@
-"""The adapter's Triton kernels against the reference in fp64: any rank, odd shapes, several linears, much memory; the same bits every time.
+"""The adapter's Triton kernels against the reference in fp64: any rank, odd shapes, several
+linears, much memory; the same bits every time.
 
 And what happens where they fail, which needs no GPU.
 """

@@ -1,4 +1,5 @@
-"""Dropout masks of adapters: places and keys decide, nothing else; and they look like independent draws."""
+"""Dropout masks of adapters: places and keys decide, nothing else; and they look like independent
+draws."""
 
 import math
 
@@ -32,7 +33,8 @@ def test_the_share_that_is_dropped(p: float) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_elements_are_independent(seed: int) -> None:
-    """Neighbours at many distances, columns that differ in single bits, corners of rectangles, keys that differ in one part."""
+    """Neighbours at many distances, columns that differ in single bits, corners of rectangles, keys
+    that differ in one part."""
     found = deviations(keep_mask(1024, 1024, mask_key(seed, 0, 0, 0), P), P)
     columns = torch.arange(1024)
     for by in (1, 2, 3, 4, 8, 64, 512):

@@ -1,4 +1,5 @@
-"""Adapted linears inside transformers' models: gradients are peft's and plain autograd's, siblings share a reading, second runs agree."""
+"""Adapted linears inside transformers' models: gradients are peft's and plain autograd's, siblings
+share a reading, second runs agree."""
 
 import copy
 from collections.abc import Iterator

@@ -1,8 +1,9 @@
 """Which order an adapted linear is computed in.
 
-``auto`` is ``fused`` for every shape: it makes the fewest passes over X and Y, and what it does depends on shapes alone, so that two
-runs are equal bit for bit. The other criteria take the best of the orders of ``graphs`` for a shape. None of them takes one that
-merges W + s B A, unless it is asked to by name or by ``-merged``: in bf16 small updates are rounded away (docs/lora_compute.md).
+``auto`` is ``fused`` for every shape: it makes the fewest passes over X and Y, and what it does
+depends on shapes alone, so that two runs are equal bit for bit. The other criteria take the best of
+the orders of ``graphs`` for a shape. None of them takes one that merges W + s B A, unless it is
+asked to by name or by ``-merged``: in bf16 small updates are rounded away (docs/lora_compute.md).
 """
 
 import functools
@@ -25,14 +26,15 @@ CRITERIA = ("flops", "bytes", "time")
 LIMIT_S = 0.05
 """For each order."""
 ROWS_STEP = 256
-"""Rows are rounded up to a multiple before timing: micro-batches of nearly one size need one measurement."""
+"""Rows are rounded up to a multiple before timing: micro-batches of nearly one size need one
+measurement."""
 
 Choice = tuple[str, str]
 
 
 def choose(graph: str, size: Size, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The forward and the backward order for ``auto``, ``flops``, ``bytes``, ``time``, one of the latter with ``-merged``, ``fused``,
-    or an order by its names, such as ``f1+b2``."""
+    """The forward and the backward order for ``auto``, ``flops``, ``bytes``, ``time``, one of the
+    latter with ``-merged``, ``fused``, or an order by its names, such as ``f1+b2``."""
     check(graph)
     if graph in ("auto", FUSED):
         return FUSED, FUSED
@@ -70,7 +72,8 @@ def _best(criterion: str, size: Size, merged: bool, device: torch.device, dtype:
 
 
 def measured(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of every order and of ``fused`` (both ways together), from this machine's cache or measured now."""
+    """Seconds of every order and of ``fused`` (both ways together), from this machine's cache or
+    measured now."""
     rounded = Size(**{**vars(size), "rows": -(-size.rows // ROWS_STEP) * ROWS_STEP})
     key = {**processors_key(device), "what": "orders of adapted linears", "dtype": str(dtype),
            "kernels": ops.kernels_serve(device), "size": vars(rounded)}

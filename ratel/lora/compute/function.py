@@ -1,6 +1,7 @@
 """Linears with adapters as one node of autograd: forward and backward in an order of one's choice.
 
-Saved are X and references to weights and adapters, never a mask; ``fused`` also saves S = X A' where it is small beside X.
+Saved are X and references to weights and adapters, never a mask; ``fused`` also saves S = X A'
+where it is small beside X.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """A linear as it is without its adapter. ``weight`` [j, i]: of a Conv1D, which stores [i, j], the transposed view."""
+    """A linear as it is without its adapter. ``weight`` [j, i]: of a Conv1D, which stores [i, j],
+    the transposed view."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -51,7 +53,8 @@ class _How:
 
 
 def adapted_linear(x: Tensor, base: Frozen, adapter: Adapter, dropout: Dropout | None = None, graph: str = "auto") -> Tensor:
-    """x W' + bias + scale dropout(x) A' B' for x [..., i]; a gradient for x, A and B, and for W and bias where they want one."""
+    """x W' + bias + scale dropout(x) A' B' for x [..., i]; a gradient for x, A and B, and for W and
+    bias where they want one."""
     return adapted_linears(x, [base], [adapter], dropout, graph)[0]
 
 
@@ -59,7 +62,8 @@ def adapted_linears(x: Tensor, bases: Sequence[Frozen], adapters: Sequence[Adapt
                     graph: str = "auto") -> tuple[Tensor, ...]:
     """All of some linears that read the same x, in one reading of it where ``graph`` is ``fused``.
 
-    ``dropout`` has a key for each linear, so each drops elements of its own, as peft's do. ``graph``: see ``choice.choose``.
+    ``dropout`` has a key for each linear, so each drops elements of its own, as peft's do.
+    ``graph``: see ``choice.choose``.
     """
     assert len(bases) == len(adapters) and (dropout is None or len(dropout.draw) == 1 + len(bases)), "one of each for each linear"
     if len({adapter.rank for adapter in adapters}) > 1:
@@ -154,7 +158,8 @@ def _fused_forward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part])
 
 def _fused_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], dys: list[Tensor | None], s: Tensor | None,
                     wants_x: bool) -> Grads:
-    """dS and dB in one reading of each dY; then dA and the adapters' part of dX, to which the bases' products are added."""
+    """dS and dB in one reading of each dY; then dA and the adapters' part of dX, to which the
+    bases' products are added."""
     a, rank = _stacked(parts), parts[0][2].shape[0]
     s = ops.down(x, a, draw, how.p) if s is None else s
     columns = [s[:, index * rank:(index + 1) * rank] for index in range(len(parts))]

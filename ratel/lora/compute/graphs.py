@@ -1,9 +1,10 @@
 """The orders in which an adapted linear can be computed, in plain PyTorch, and what each costs.
 
-RunLoRA (arXiv 2312.03415) numbers the forward orders f1 to f4 and the backward ones b1 to b8. They follow from few choices. S = X A'
-is made anew in backward, so that only X is saved; Z = s dY B is the gradient of S; Q = dY' X is as large as W; D = s B A is what the
-adapter adds to W. Dropout changes the adapter's X alone: where it drops something, W and D cannot become one matrix, and the orders
-that merge them use D with a product of its own. Letters of shapes as in ``reference``.
+RunLoRA (arXiv 2312.03415) numbers the forward orders f1 to f4 and the backward ones b1 to b8. They
+follow from few choices. S = X A' is made anew in backward, so that only X is saved; Z = s dY B is
+the gradient of S; Q = dY' X is as large as W; D = s B A is what the adapter adds to W. Dropout
+changes the adapter's X alone: where it drops something, W and D cannot become one matrix, and the
+orders that merge them use D with a product of its own. Letters of shapes as in ``reference``.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from ratel.lora.compute.reference import scaled_product
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of one linear and its adapter. ``drops``: whether dropout is on. ``element_bytes``: of X and W."""
+    """Of one linear and its adapter. ``drops``: whether dropout is on. ``element_bytes``: of X and
+    W."""
 
     rows: int
     inputs: int
@@ -31,7 +33,8 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a graph computes with: one linear, its rows flat. ``mask`` makes the adapter's input of X, and its own transpose."""
+    """What a graph computes with: one linear, its rows flat. ``mask`` makes the adapter's input of
+    X, and its own transpose."""
 
     x: Tensor
     w: Tensor
@@ -81,7 +84,8 @@ def forward_f4(g: Given) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Backward:
-    """Where dA, dB and dX come from: dA = Z' X or s B' Q; dB = s dY' S or s Q A'; dX = dY W + Z A or dY (W + D)."""
+    """Where dA, dB and dX come from: dA = Z' X or s B' Q; dB = s dY' S or s Q A'; dX = dY W + Z A
+    or dY (W + D)."""
 
     a_from_q: bool
     b_from_q: bool
@@ -152,7 +156,8 @@ def flops(name: str, size: Size) -> int:
 
 
 def traffic_bytes(name: str, size: Size) -> int:
-    """Each product reads its operands and writes its result once; what is added to a result is read as well."""
+    """Each product reads its operands and writes its result once; what is added to a result is read
+    as well."""
     elements = sum(rows * inner + inner * columns + rows * columns for rows, inner, columns in products(name, size))
     m, i, j = size.rows, size.inputs, size.outputs
     added = {"f1": m * j, "f3": m * j, "f2": j * i, "f4": j * i}.get(name, j * i if merges(name) else m * i)

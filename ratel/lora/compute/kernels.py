@@ -1,8 +1,10 @@
 """The adapter's Triton kernels. Importing this module needs Triton.
 
-Letters as in ``reference``. All read row-major tensors whose last stride is one, accumulate in fp32 and index with 64 bits. Sums over
-rows are split among programs, and their parts are added by a second kernel in a fixed order: no atomics, the same bits every time. A
-rank is padded with zeros to R, a power of two that the matrix units take. Keys come as two halves of 32 bits, of up to three linears.
+Letters as in ``reference``. All read row-major tensors whose last stride is one, accumulate in fp32
+and index with 64 bits. Sums over rows are split among programs, and their parts are added by a
+second kernel in a fixed order: no atomics, the same bits every time. A rank is padded with zeros to
+R, a power of two that the matrix units take. Keys come as two halves of 32 bits, of up to three
+linears.
 """
 
 import triton
@@ -15,7 +17,8 @@ COLUMN0, COLUMN1, COLUMN2 = (tl.constexpr(value) for value in (masks.COLUMN0, ma
 MOST_LINEARS = 3
 KEYS = ["key0_low", "key0_high", "key1_low", "key1_high", "key2_low", "key2_high"]
 CHANGING = ["num_rows", "first_row", "threshold", "factor", *KEYS]
-"""Arguments that change from call to call: a kernel made for their values would be compiled again and again."""
+"""Arguments that change from call to call: a kernel made for their values would be compiled again
+and again."""
 
 
 @triton.jit
@@ -68,7 +71,8 @@ def down_kernel(x, a, out, num_rows, num_inputs, x_stride, out_stride, part_stri
                 key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                 LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
                 BM: tl.constexpr, BK: tl.constexpr):
-    """S: programs of the same rows and another linear run beside each other, so that x comes from memory once."""
+    """S: programs of the same rows and another linear run beside each other, so that x comes from
+    memory once."""
     linear = tl.program_id(0) % LINEARS
     rows = (tl.program_id(0) // LINEARS).to(tl.int64) * BM + tl.arange(0, BM)
     ranks = tl.arange(0, R)
@@ -91,7 +95,8 @@ def down_kernel(x, a, out, num_rows, num_inputs, x_stride, out_stride, part_stri
 @triton.jit(do_not_specialize=CHANGING)
 def up_grads_kernel(dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy_stride, b_stride, s_stride,
                     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One block of columns and some blocks of rows of dY: that block's part of dS, those rows' part of dB'."""
+    """One block of columns and some blocks of rows of dY: that block's part of dS, those rows' part
+    of dB'."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, R)
     steps = tl.cdiv(num_rows, BM * tl.num_programs(1))
@@ -127,7 +132,8 @@ def down_grads_kernel(x, ds, a, da_parts, dx, num_rows, num_inputs, x_stride, ds
                       key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                       LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr):
-    """One block of columns and some blocks of rows of x: those rows' part of dA, and dX through the adapters."""
+    """One block of columns and some blocks of rows of x: those rows' part of dA, and dX through the
+    adapters."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, R)
     steps = tl.cdiv(num_rows, BM * tl.num_programs(1))

@@ -1,4 +1,5 @@
-"""Launches of the adapter's kernels, and what shape of block each takes. Importing this module needs Triton.
+"""Launches of the adapter's kernels, and what shape of block each takes. Importing this module
+needs Triton.
 
 The functions are those of ``reference``, with the same arguments and results.
 """
@@ -14,9 +15,11 @@ from ratel.lora.compute import kernels, reference
 from ratel.lora.compute.masks import threshold
 
 MOST_RANK = 64
-"""Above it a second reading of dY or x costs less than the parts of sums that one reading would leave to be added."""
+"""Above it a second reading of dY or x costs less than the parts of sums that one reading would
+leave to be added."""
 PROGRAMS = 264
-"""Twice the multiprocessors of an H200: sums over rows are split among so many programs or a few more."""
+"""Twice the multiprocessors of an H200: sums over rows are split among so many programs or a few
+more."""
 SUM_BLOCK = 1024
 
 

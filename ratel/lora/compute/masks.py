@@ -1,14 +1,18 @@
-"""Which elements of an adapter's input dropout keeps: a function of a key and of an element's place, never stored.
+"""Which elements of an adapter's input dropout keeps: a function of a key and of an element's
+place, never stored.
 
-A mask depends on nothing that a device, a kernel or a split into micro-batches could change. Its key is made from the run's
-seed, the step, the stage and the linear; an element's place is its row in the whole batch of the step and its column. So a
-second run of a block, backward, and any number of micro-batches draw the same mask, on the CPU and in the kernels.
+A mask depends on nothing that a device, a kernel or a split into micro-batches could change. Its
+key is made from the run's seed, the step, the stage and the linear; an element's place is its row
+in the whole batch of the step and its column. So a second run of a block, backward, and any number
+of micro-batches draw the same mask, on the CPU and in the kernels.
 
-Each row gets 64 random bits: the splitmix64 sequence that begins at the key, at the row's place (Steele, Lea and Flood, "Fast
-splittable pseudorandom number generators", 2014), each column 32 by a multiplication. An element mixes both by two more, with the
-constants of the mixer lowbias32 (Wellons, "Hash function prospector", 2018); the second half of the row's bits comes in between,
-so that rows with one half alike are not. Philox, the usual generator, takes 25 instructions an element where this takes eight,
-and making a mask would take longer than reading the elements that it is for (docs/lora_compute.md).
+Each row gets 64 random bits: the splitmix64 sequence that begins at the key, at the row's place
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), each column 32 by a
+multiplication. An element mixes both by two more, with the constants of the mixer lowbias32
+(Wellons, "Hash function prospector", 2018); the second half of the row's bits comes in between, so
+that rows with one half alike are not. Philox, the usual generator, takes 25 instructions an element
+where this takes eight, and making a mask would take longer than reading the elements that it is for
+(docs/lora_compute.md).
 """
 
 import hashlib
@@ -32,13 +36,15 @@ def mask_key(seed: int, step: int, stage: str | int, linear: str | int) -> int:
 
 
 class Dropout(NamedTuple):
-    """Of some linears that read the same input: one probability, a key for each, and where the input's rows are."""
+    """Of some linears that read the same input: one probability, a key for each, and where the
+    input's rows are."""
 
     p: float
     draw: Tensor
-    """[first row, key, key, ...], 64 bits each, on the CPU. A tensor, and no numbers, because an operation's numbers belong to its form, and
-    a form that changes at every step would be traced and compiled at every step. The first row is that of this input in the step's whole
-    batch: rows are tokens, or whatever is left when all dimensions but the last are taken as one."""
+    """[first row, key, key, ...], 64 bits each, on the CPU. A tensor, and no numbers, because an
+    operation's numbers belong to its form, and a form that changes at every step would be traced
+    and compiled at every step. The first row is that of this input in the step's whole batch: rows
+    are tokens, or whatever is left when all dimensions but the last are taken as one."""
 
     @classmethod
     def of(cls, p: float, keys: Iterable[int], first_row: int = 0) -> "Dropout":
@@ -53,7 +59,8 @@ def threshold(p: float) -> int:
 
 def keep_mask(num_rows: int, num_columns: int, key: int, p: float, first_row: int = 0,
               device: torch.device | str = "cpu") -> Tensor:
-    """[num_rows, num_columns], True where kept: the reference, which the kernels agree with bit for bit."""
+    """[num_rows, num_columns], True where kept: the reference, which the kernels agree with bit for
+    bit."""
     low, high = _row_words(num_rows, key, first_row, device)
     columns = torch.arange(num_columns, dtype=torch.int32, device=device) * _signed(COLUMN0, 32)
     columns ^= _shifted(columns, 16, 32)

@@ -1,7 +1,8 @@
 """Adapted linears in the place of a model's own, under the names that those have.
 
-Siblings that read one tensor (queries, keys and values; gate and up) are computed together when the first of them is called, so that
-the tensor is read once; what the others return lies ready for them. One that is called with something else is computed for itself.
+Siblings that read one tensor (queries, keys and values; gate and up) are computed together when the
+first of them is called, so that the tensor is read once; what the others return lies ready for
+them. One that is called with something else is computed for itself.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,8 @@ SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "k
 
 
 class Draws:
-    """Where in a run the linears of a block are. Whoever runs the block begins before it, and before its second run."""
+    """Where in a run the linears of a block are. Whoever runs the block begins before it, and
+    before its second run."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -34,8 +36,9 @@ class Draws:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear with an adapter. ``weight`` and ``bias`` are the base's own parameters under their own names; ``lora_A`` and ``lora_B``
-    come beside them. Dropout, of probability ``p``, is on in training mode."""
+    """A linear with an adapter. ``weight`` and ``bias`` are the base's own parameters under their
+    own names; ``lora_A`` and ``lora_B`` come beside them. Dropout, of probability ``p``, is on in
+    training mode."""
 
     def __init__(self, base: nn.Module, adapter: Adapter, *, p: float, stage: str, name: str, graph: str = "auto") -> None:
         super().__init__()
@@ -88,7 +91,8 @@ class SharedInput:
         return y
 
     def _is_given(self, x: Tensor) -> bool:
-        """The same tensor with the same content, in the same place of the run: what lies ready was made of that."""
+        """The same tensor with the same content, in the same place of the run: what lies ready was
+        made of that."""
         if self._given is None or self._given[0] is not x or self._given[1] is not self.dropout:
             return False
         return self._given[2:] == self._state(x)[2:]
@@ -117,9 +121,11 @@ def compute(taker: AdaptedLinear | SharedInput, x: Tensor) -> tuple[Tensor, ...]
 
 def adapt(root: nn.Module, adapters: Mapping[str, Adapter], *, draws: Draws, stage: str = "", dropout: float = 0.0,
           graph: str = "auto", shared: Iterable[tuple[str, ...]] = SHARED) -> dict[str, AdaptedLinear]:
-    """Put adapters on the linears of ``root`` that have these names; the base's parameters are frozen. Returns them by name.
+    """Put adapters on the linears of ``root`` that have these names; the base's parameters are
+    frozen. Returns them by name.
 
-    Raises RatelError for a module that is no linear, and for an adapter whose shape is another layer's.
+    Raises RatelError for a module that is no linear, and for an adapter whose shape is another
+    layer's.
     """
     made = {name: AdaptedLinear(_checked(root, name, adapter), adapter, p=dropout, stage=stage, name=name, graph=graph)
             for name, adapter in adapters.items()}

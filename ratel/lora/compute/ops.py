@@ -1,7 +1,9 @@
-"""The adapter's operations as PyTorch's dispatcher knows them, each by the Triton kernel or by the reference.
+"""The adapter's operations as PyTorch's dispatcher knows them, each by the Triton kernel or by the
+reference.
 
-They are operations of a library (``ratel_lora``) so that whoever traces, compiles or plans a block sees them: a kernel that is launched
-past the dispatcher reads unseen. All are pure: the same arguments give the same bits, and none writes to its arguments.
+They are operations of a library (``ratel_lora``) so that whoever traces, compiles or plans a block
+sees them: a kernel that is launched past the dispatcher reads unseen. All are pure: the same
+arguments give the same bits, and none writes to its arguments.
 """
 
 import functools
@@ -23,7 +25,8 @@ _failed = False
 
 
 def use_kernels(choice: str) -> None:
-    """``auto``: Triton on an NVIDIA GPU where it can be imported and compiles. ``on``: or an error. ``off``: plain PyTorch."""
+    """``auto``: Triton on an NVIDIA GPU where it can be imported and compiles. ``on``: or an error.
+    ``off``: plain PyTorch."""
     global _choice, _failed
     if choice not in CHOICES:
         raise RatelError("is not a way to run an adapter's operations", field="kernels", value=choice,
@@ -48,7 +51,8 @@ def _triton_is_there(device_type: str) -> bool:
 
 
 def _run(name: str, x: Tensor, *args: Any) -> Any:
-    """By the kernel if there is one for this; what Triton cannot compile here is said once and not tried again."""
+    """By the kernel if there is one for this; what Triton cannot compile here is said once and not
+    tried again."""
     global _failed
     if kernels_serve(x.device):
         from ratel.lora.compute import launch

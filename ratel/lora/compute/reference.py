@@ -1,8 +1,10 @@
-"""The adapter's operations in plain PyTorch: what the CPU runs, what the kernels are tested against, what runs where they cannot.
+"""The adapter's operations in plain PyTorch: what the CPU runs, what the kernels are tested
+against, what runs where they cannot.
 
-All inputs have two dimensions. Letters: M rows, i inputs, j outputs, r rank, g linears that share an input.
-x [M, i], w [j, i], a [g r, i] (the linears' A, one below the other), b [j, r], s [M, g r], dy [M, j]. ``draw`` is
-``Dropout``'s, with as many keys as there are linears; None: nothing is dropped, and all of a is one.
+All inputs have two dimensions. Letters: M rows, i inputs, j outputs, r rank, g linears that share
+an input. x [M, i], w [j, i], a [g r, i] (the linears' A, one below the other), b [j, r], s [M, g
+r], dy [M, j]. ``draw`` is ``Dropout``'s, with as many keys as there are linears; None: nothing is
+dropped, and all of a is one.
 """
 
 from collections.abc import Iterator
