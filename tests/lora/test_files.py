@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lora_common import MODELS, TIED, load_in_peft, logits, make, peft_model, peft_tensors, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ratel.lora.initial import initial, residual
 from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import Targets, resolve
+from tests.support.lora import MODELS, TIED, load_in_peft, logits, make, peft_model, peft_tensors, trained
 
 pytestmark = pytest.mark.numerics
 peft = pytest.importorskip("peft")

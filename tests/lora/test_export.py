@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_common import make, trained
 
 from ratel.errors import RatelError
 from ratel.lora.config import LoraConfig
@@ -16,6 +15,7 @@ from ratel.lora.outline import outline_of
 from ratel.lora.targets import resolve
 from ratel.ownership import exports
 from ratel.runtime.states.export import export_directory
+from tests.support.lora import make, trained
 
 pytestmark = pytest.mark.unit
 FILES = ["adapter_config.json", "adapter_model.safetensors"]

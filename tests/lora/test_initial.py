@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from lora_common import logits, make, peft_model, peft_tensors
 from torch import Tensor, nn
 
 from ratel.lora.config import LoraConfig
@@ -15,6 +14,7 @@ from ratel.lora.layers import AdaptedLayer
 from ratel.lora.outline import EMBEDDING, outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import Targets, resolve
+from tests.support.lora import logits, make, peft_model, peft_tensors
 
 pytestmark = pytest.mark.numerics
 peft = pytest.importorskip("peft")

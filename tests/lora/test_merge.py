@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lora_common import logits, make, peft_model, trained
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
@@ -14,6 +13,7 @@ from ratel.lora.merge import merged, merged_parameter, merges, unties
 from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import Targets, resolve
+from tests.support.lora import logits, make, peft_model, trained
 
 pytestmark = pytest.mark.numerics
 peft = pytest.importorskip("peft")
