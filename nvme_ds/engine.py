@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from nvme_ds import files, native
@@ -87,7 +88,7 @@ class Engine:
         self._devices: dict[str, int] = {}
         self._volumes: dict[int, Volume] = {}
         self._buffers: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # whoever an exception leaves it with can still close
         self._thread_local = threading.local()
         self._closed = False
         self._abandoned = False
@@ -111,23 +112,23 @@ class Engine:
         that is missing or not writable, and for a name that a link has, a file in use, one with
         other names, or one that may not go.
         """
-        def make(paths: list[str], sizes: list[int]) -> list[int]:
+        def make(paths: list[str], sizes: list[int], undo: ExitStack) -> list[int]:
             tails = [tail(index) for index in range(len(paths))]
-            return files.create_files(paths, [size + len(end) for size, end in zip(sizes, tails)], tails, may_replace)
+            return files.create_files(paths, [size + len(end) for size, end in zip(sizes, tails)], tails, may_replace, undo)
 
-        return self._make_volume(make, True, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+        return self._make_volume(make, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
     def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
                     stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
                     keep: bool = True, *, tail_bytes: int = 0) -> Volume:
         """Files made by ``create_volume`` with the same arguments. Files of another size raise
         OSError (EINVAL)."""
-        def find(paths: list[str], sizes: list[int]) -> list[int]:
-            return files.open_files(paths, [size + tail_bytes for size in sizes])
+        def find(paths: list[str], sizes: list[int], undo: ExitStack) -> list[int]:
+            return files.open_files(paths, [size + tail_bytes for size in sizes], undo)
 
-        return self._make_volume(find, False, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+        return self._make_volume(find, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
-    def _make_volume(self, make_files, are_new, directories, name, num_bytes, stripe_bytes, weights, direct, keep) -> Volume:
+    def _make_volume(self, make_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep) -> Volume:
         self._require_open()
         folders = [os.path.realpath(directory) for directory in directories]
         weights = [1] * len(folders) if weights is None else list(weights)
@@ -135,18 +136,13 @@ class Engine:
         num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         pattern = stripe_pattern(weights)
         paths = files.volume_paths(folders, name)
-        fds = make_files(paths, file_sizes(num_bytes, stripe_bytes, pattern))
-        try:
+        with ExitStack() as undo:  # from the first file on: no exception comes between its making and somebody who removes it
+            fds = make_files(paths, file_sizes(num_bytes, stripe_bytes, pattern), undo)
             inodes = [files.inode_of(os.fstat(fd)) for fd in fds]
             is_direct = files.bypass_page_cache(fds, paths, direct, refuse=self._no_direct)
             how = _DIRECT[direct] if is_direct else _DIRECT["off"]
             handle = self._add_volume(folders, fds, paths, pattern, stripe_bytes, num_bytes, how)
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            for path in paths if are_new else []:
-                os.unlink(path)
-            raise
+            undo.pop_all()
         volume = Volume(self, handle, paths, inodes, num_bytes, is_direct, keep, pattern, stripe_bytes)
         with self._lock:
             self._volumes[handle] = volume

@@ -38,22 +38,15 @@ MayReplace = Callable[[int], bool]
 """Whether a file of a wanted name may go; it is asked with the file's descriptor."""
 
 
-def create_files(paths: Sequence[str], sizes: Sequence[int], tails: Sequence[bytes], may_replace: MayReplace) -> list[int]:
-    """Descriptors of new files, fully allocated; none is left behind when one fails. ``tails``:
-    their last bytes."""
-    with ExitStack() as undo:
-        return _keep(undo, [_create(path, num_bytes, tail, may_replace, undo)
-                            for path, num_bytes, tail in zip(paths, sizes, tails)])
+def create_files(paths: Sequence[str], sizes: Sequence[int], tails: Sequence[bytes], may_replace: MayReplace,
+                 undo: ExitStack) -> list[int]:
+    """Descriptors of new files, fully allocated. ``tails``: their last bytes. ``undo`` closes and removes them."""
+    return [_create(path, num_bytes, tail, may_replace, undo) for path, num_bytes, tail in zip(paths, sizes, tails)]
 
 
-def open_files(paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
-    with ExitStack() as undo:
-        return _keep(undo, [_open(path, num_bytes, undo) for path, num_bytes in zip(paths, sizes)])
-
-
-def _keep(undo: ExitStack, fds: list[int]) -> list[int]:
-    undo.pop_all()
-    return fds
+def open_files(paths: Sequence[str], sizes: Sequence[int], undo: ExitStack) -> list[int]:
+    """Descriptors, which ``undo`` closes."""
+    return [_open(path, num_bytes, undo) for path, num_bytes in zip(paths, sizes)]
 
 
 def _create(path: str, num_bytes: int, tail: bytes, may_replace: MayReplace, undo: ExitStack) -> int:

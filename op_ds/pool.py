@@ -70,7 +70,9 @@ class Pool:
         self._library = load()
         self._handle: ctypes.c_void_p | None = None
         self._owner_pid = os.getpid()
-        self._users, self._idle = 0, threading.Condition()
+        self._idle = threading.Condition()
+        self._users: set[int] = set()
+        """The threads in a call."""
         handle = ctypes.c_void_p()
         status = self._library.op_ds_pool_create(num_threads, _ISAS[chosen], ctypes.byref(handle))
         if status == -errno.ENOTSUP:
@@ -194,25 +196,27 @@ class Pool:
 
     def close(self) -> None:
         """Wait for calls in flight and stop the threads. Idempotent."""
+        me = threading.get_ident()  # is in no call: an exception that came into the end of one may have left it among them
         with self._idle:
             handle, self._handle = self._handle, None
-            self._idle.wait_for(lambda: self._users == 0)
+            self._idle.wait_for(lambda: self._users <= {me})
         if handle is not None and os.getpid() == self._owner_pid:
             _check_status(self._library.op_ds_pool_destroy(handle), "pool_destroy")
 
     def _call(self, name: str, *arguments: object) -> None:
+        me = threading.get_ident()
         with self._idle:
             if self._handle is None:
                 raise RuntimeError("the pool is closed")
             if os.getpid() != self._owner_pid:
                 raise RuntimeError("a Pool does not survive fork, its threads stay in the parent: make one per process")
             handle = self._handle
-            self._users += 1
+            self._users.add(me)
         try:
             _check_status(getattr(self._library, f"op_ds_{name}")(handle, *arguments), name)
         finally:
             with self._idle:
-                self._users -= 1
+                self._users.discard(me)
                 self._idle.notify_all()
 
     def __enter__(self) -> "Pool":

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import nvme_ds
 from nvme_ds import AlignedBuffer, BuildError, Engine, IoError, NoSpaceError, build, files, native
 from nvme_ds.errors import DirectError
+from tests.tools.interrupting import Tracer, interrupt, moments
 
 pytestmark = pytest.mark.native
 KIB, MIB = 1 << 10, 1 << 20
@@ -300,3 +302,21 @@ def test_a_file_that_another_process_removes_before_its_lock_is_not_used(ssd_dir
     with Engine() as engine, pytest.raises(OSError, match="another process has just removed the file") as caught:
         engine.create_volume([ssd_dir], "v", MIB)
     assert caught.value.errno == errno.EBUSY and list(ssd_dir.iterdir()) == []
+
+
+def test_an_exception_at_any_line_of_making_a_volume_leaves_nothing_in_use(ssd_dir: Path) -> None:
+    """As an exception of a signal may come in a program that does not defer them: the name is free for the next engine."""
+    def attempt(tracer: Tracer) -> None:
+        with Engine() as engine, suppress(KeyboardInterrupt):
+            tracer.run(lambda: engine.create_volume([ssd_dir], "v", MIB))
+
+    whole = Tracer()
+    attempt(whole)
+    tried = moments(whole.hits)
+    for moment in tried:
+        attempt(Tracer(moment, interrupt))
+        for left in ssd_dir.iterdir():  # the engine had it already and there was no volume yet: it is known by its stamp later
+            with left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    assert len(tried) > 100

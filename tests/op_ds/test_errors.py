@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import op_ds
 from op_ds import build, library
 from tests.support.patience import patience
+from tests.tools.interrupting import Tracer, interrupt, moments
 
 pytestmark = pytest.mark.native
 
@@ -183,3 +185,16 @@ def test_op_ds_stands_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(60),
                           cwd=Path(op_ds.__file__).parents[1])
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_pool_closes_after_an_exception_at_any_line_of_a_call() -> None:
+    """As an exception of a signal may come in a program that does not defer them."""
+    def attempt(tracer: Tracer) -> None:
+        with op_ds.Pool(2) as pool, suppress(KeyboardInterrupt):
+            tracer.run(lambda: update(pool))
+
+    whole = Tracer()
+    attempt(whole)
+    for moment in moments(whole.hits):
+        attempt(Tracer(moment, interrupt))
+    assert len(whole.hits) > 20

@@ -116,7 +116,10 @@ class Fuzz:
         directory.mkdir(parents=True, exist_ok=True)
         os.environ["XDG_CACHE_HOME"] = str(self._sandbox / "cache")
         if not self._template.exists():
-            _in_child(lambda: make_template(self._sandbox), self._directory / "making", limited=False)
+            making = self._directory / "making"
+            status = _in_child(lambda: make_template(self._sandbox), making, limited=False)
+            if status:
+                raise RuntimeError(f"what is to be mutated was not made (status {status}): {making.read_text()[-3000:]}")
             self._sandbox.rename(self._template)
         import_everything()
 

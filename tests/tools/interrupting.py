@@ -69,6 +69,13 @@ class Tracer:
     def end(self) -> None:
         sys.settrace(None)
 
+    def run(self, act: Callable[[], object]) -> None:
+        self.begin()
+        try:
+            act()
+        finally:
+            self.end()
+
     def _on_call(self, frame: Any, event: str, value: Any) -> Any:
         code = frame.f_code
         if id(code) not in self._known:
@@ -89,6 +96,10 @@ class Tracer:
                 frame.f_trace = None
                 self._act()
         return self._on_line
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def moments(hits: dict[tuple[str, int], int]) -> list[Moment]:
@@ -167,7 +178,7 @@ class Interrupting:
     def _interrupt(self, tell: Tell) -> None:
         tell("came")
         if self._form == LIBRARY:
-            raise KeyboardInterrupt
+            interrupt()
         os.kill(os.getpid(), signal.SIGINT)
 
     def _command(self, tell: Tell, tracer: Tracer) -> None:

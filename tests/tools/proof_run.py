@@ -34,7 +34,7 @@ PARTS = {"fuzz": 10, "moves": 12, "power": 8}
 SEEDS = {"fuzz": 70000, "moves": 1200, "power": 1600}
 SCRIPTS = {"fuzz": "fuzz_run", "moves": "move_run", "power": "power_run"}
 FORMS = ("command", "library")
-STARTUP_S, SHUTDOWN_S = 30.0, 10.0
+STARTUP_S, SHUTDOWN_S = 30.0, 15.0
 """Seconds for the start of a process, and for an interrupt that is being tried when time is up."""
 NOT_BEGUN = 75
 
