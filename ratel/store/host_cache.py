@@ -39,6 +39,11 @@ class HostCache:
         self._freed = exchange.condition()
         self._by_unit: dict[int, HostSlot] = {}
         self._unread: set[int] = set()
+        self._left: dict[int, HostSlot] = {}
+        """By unit, what the gather for backward left to an update."""
+        self._kept: dict[int, HostSlot] = {}
+        """By unit, what an update left to the next forward pass."""
+        self._keeps = False
         self.saved_bytes = 0
         self._held_by = "DRAM slot" if plan.deferred else "update slot"
         """What a trace says of a wait: in eager mode most slots hold weights that are yet to be updated."""
@@ -59,7 +64,7 @@ class HostCache:
     def acquire_ahead(self, unit: int) -> HostSlot:
         """As ``acquire``, for an update whose result stays in the slot until the next forward pass reads it.
 
-        Leaves one slot to units that the pass reads before without an update (see ``expect_reads``): it would wait for a
+        Leaves one slot to units that the pass reads before without an update (see ``expect_forward``): it would wait for a
         slot, and the slots for the pass to get past those units.
         """
         with self._exchange.lock:
@@ -67,14 +72,44 @@ class HostCache:
                                     self._plan.spec.units[unit].name)
             return self._take(unit, 1)
 
-    def expect_reads(self, units: Iterable[int]) -> None:
-        """The next forward pass is to read these units from SSD, in their order, besides those that are updated."""
+    def expect_forward(self, unread: Iterable[int]) -> None:
+        """A forward pass is to come: updates keep their results for it, and it reads the units ``unread`` from SSD, in their
+        order, besides those that are updated."""
         with self._exchange.lock:
-            self._unread = set(units)
+            self._keeps, self._unread = True, set(unread)
             self._freed.notify_all()
 
-    def _class(self, unit: int) -> str:
-        return self._plan.spec.classes[unit].name
+    def expect_no_forward(self) -> None:
+        """Nothing is kept for a forward pass that may be far off."""
+        with self._exchange.lock:
+            self._keeps, self._unread = False, set()
+            self._freed.notify_all()
+            for unit in list(self._kept):
+                self.took_over(unit)
+
+    def leave(self, unit: int, slot: HostSlot) -> None:
+        """The gather for backward leaves one hold of its copy to the (eager) update that follows."""
+        with self._exchange.lock:
+            self._left[unit] = slot
+
+    def take_left(self, unit: int) -> HostSlot | None:
+        """What was left to the unit's update, which releases it."""
+        with self._exchange.lock:
+            return self._left.pop(unit, None)
+
+    def keep_for_forward(self, slot: HostSlot) -> None:
+        """One more hold, on an updated copy, until the next forward pass takes it over, if one is expected."""
+        with self._exchange.lock:
+            if self._keeps:
+                slot.refs += 1
+                self._kept[slot.unit] = slot
+
+    def took_over(self, unit: int) -> None:
+        """The updated copy kept for the next forward pass has another holder now."""
+        with self._exchange.lock:
+            slot = self._kept.pop(unit, None)
+        if slot is not None:
+            self.release(slot)
 
     def _available(self, unit: int) -> int:
         return len(self._free[self._class(unit)]) + (unit in self._by_unit)

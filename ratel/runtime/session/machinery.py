@@ -31,7 +31,7 @@ from ratel.runtime.streams.gradients import Gradients
 from ratel.runtime.streams.slot_sums import SlotSums
 from ratel.runtime.streams.streamer import Streamer
 from ratel.runtime.streams.weights import WeightSource
-from ratel.runtime.updates.optimizer import OptimizerPipeline
+from ratel.runtime.updates.pipeline import OptimizerPipeline
 from ratel.startup import arena_ahead
 from ratel.store.host_cache import HostCache
 from ratel.store.plane_io import PlaneIO
@@ -75,7 +75,7 @@ class Machinery:
         self.updates = OptimizerPipeline(plan, self.store, cache, self.arena, exchange, self.pool, self.engine, self.io,
                                          self.writes)
         held.workers.append(self.updates)
-        self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates)
+        self.weights = WeightSource(plan, self.store, cache, exchange, self.lanes, self.updates.ledger)
         self.activations = Activations(plan, self.arena, device, exchange, self.lanes, self.copies,
                                        self.writes, self.engine, activation_volume,
                                        SlotSums(self.pool, activation_volume, enabled=io.checksums))

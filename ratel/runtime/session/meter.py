@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ratel import native
 from ratel.memory.lanes import LANES, Lanes
-from ratel.runtime.updates.optimizer import OptimizerPipeline
+from ratel.runtime.updates.pipeline import OptimizerPipeline
 
 
 @dataclass(frozen=True, kw_only=True)

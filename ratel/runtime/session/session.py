@@ -48,7 +48,7 @@ from ratel.runtime.states.moments import check_moments, export_moments, open_mom
 from ratel.runtime.states.saved_state import SavedState
 from ratel.runtime.states.saver import Target, raise_failure
 from ratel.runtime.states.targets import CommitTarget, DirectoryTarget
-from ratel.runtime.updates.optimizer import Hyper
+from ratel.runtime.updates.jobs import Hyper
 from ratel.startup.known_hardware import hardware_for
 from ratel.store.volumes import IoOptions
 from ratel.trace import phases

@@ -15,10 +15,10 @@ from ratel.planner.shape import UnitSpec, forward_order
 from ratel.runtime.blocks.batch import Micro
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.session.machinery import Machinery
-from ratel.runtime.streams.gradients import Moved
 from ratel.runtime.streams.step import VerticalStep
 from ratel.runtime.updates.arithmetic import UPDATES
-from ratel.runtime.updates.optimizer import Arrival, Hyper, decay_ranges
+from ratel.runtime.updates.jobs import GradientInFlight, Hyper
+from ratel.runtime.updates.updater import decay_ranges
 
 
 REMEMBERED_STEPS = 8
@@ -62,7 +62,7 @@ class Training:
             return float(self._vertical.evaluate(micros, targets=targets))
 
     def _step(self, micros: list[Micro], targets: int, attempt: int, hyper: Hyper) -> Outcome:
-        self._m.updates.begin_step()
+        self._m.updates.ledger.begin_step()
         early = self._start_early(hyper)
         loss = self._vertical.train(micros, targets=targets, step=attempt, early=bool(early))
         with self._m.exchange.tracing.waiting("norm"):
@@ -100,7 +100,7 @@ class Training:
         else:
             for unit in late:
                 if not self._plan.placement(unit).on_gpu:
-                    self._m.updates.discard(unit)
+                    self._m.updates.ledger.discard(unit.index)
         return again
 
     def _conclude_eager(self, finite: bool) -> bool:
@@ -142,29 +142,31 @@ class Training:
 
 def hand_over(plan: Plan, machinery: Machinery, unit: UnitSpec, grad: torch.Tensor) -> None:
     """A complete gradient goes to where its update takes it from."""
-    moved = machinery.gradients.finish(unit, grad)
-    if moved is None:
+    gradients = machinery.gradients
+    gradients.close(unit, grad)
+    gradient = gradients.move(unit, grad, gradients.measure(unit, grad))
+    if gradient is None:
         return
     if plan.deferred and plan.grads_pass_through(unit):
-        _spill(machinery, unit, moved)
+        _to_ssd(machinery, unit, gradient)
     else:
-        machinery.updates.arrived(unit, Arrival(moved.host, moved.arrived, moved.norm, moved.release))
+        machinery.updates.arrived(unit, gradient)
 
 
-def _spill(machinery: Machinery, unit: UnitSpec, moved: Moved) -> None:
+def _to_ssd(machinery: Machinery, unit: UnitSpec, gradient: GradientInFlight) -> None:
     """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
     # Not the machinery: whoever drops that would wait for the thread that has this.
     io, engine, writes, updates = machinery.io, machinery.engine, machinery.writes, machinery.updates
 
     def write() -> None:
-        ticket = io.write(unit.index, "g", 0, moved.host, native.nvme_ds.WRITEBACK)
+        ticket = io.write(unit.index, "g", 0, gradient.host, native.nvme_ds.WRITEBACK)
         writes.when(lambda: engine.wait(ticket), announce)
 
     def announce() -> None:
-        moved.release()
-        updates.arrived(unit, Arrival(None, moved.arrived, moved.norm, None))
+        gradient.release()
+        updates.arrived(unit, gradient.on_ssd())
 
-    machinery.copies.when_event(moved.arrived, write)
+    machinery.copies.when_event(gradient.arrived, write)
 
 
 def expects_no_scaling(guesses: Iterable[bool]) -> bool:

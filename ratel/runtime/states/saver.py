@@ -24,7 +24,8 @@ from ratel.planner.placement import GPU, SSD
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import pieces
-from ratel.runtime.updates.optimizer import OptimizerPipeline, at_once
+from ratel.runtime.updates.pipeline import OptimizerPipeline
+from ratel.runtime.updates.updater import at_once
 from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
 
@@ -155,7 +156,7 @@ class Saver:
     def _copy(self, save: Save) -> None:
         save.target.begin()
         for unit in self._order:
-            self._updates.wait_persisted(unit.index, save.asked[unit.index])
+            self._updates.ledger.wait_persisted(unit.index, save.asked[unit.index])
             jitter.pause()
             self._copy_unit(save, unit)
             with self._exchange.lock:

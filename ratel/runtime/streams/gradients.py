@@ -1,31 +1,15 @@
 """Gradients of one unit at a time: accumulated on the GPU over micro-batches, measured, and moved to DRAM once."""
 
-from dataclasses import dataclass
-
 import torch
 
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
-from ratel.memory.lanes import Event, Lanes
+from ratel.memory.lanes import Lanes
 from ratel.memory.slots import Slot, SlotPool
 from ratel.planner.plan import Plan
 from ratel.planner.shape import ParamSpec, UnitSpec
+from ratel.runtime.updates.jobs import GradientInFlight
 from ratel.store.planes import Store
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """A gradient on its way to DRAM: ``host`` and ``norm`` (fp32 scalar) are valid once ``arrived``; ``slot``, if any,
-    is to be given back after the update."""
-
-    host: torch.Tensor
-    norm: torch.Tensor
-    arrived: Event
-    slot: Slot | None
-
-    def release(self) -> None:
-        if self.slot is not None:
-            self.slot.pool.release(self.slot, Event())
 
 
 CPU_CHUNK = 1 << 16
@@ -44,7 +28,7 @@ def cpu_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Gradients:
-    """``begin`` a unit before its first backward, ``collect`` after each, ``finish`` after the last.
+    """``begin`` a unit before its first backward, ``collect`` after each; ``close``, ``measure`` and ``move`` after the last.
 
     The norm of each parameter's gradient is taken on the device that computed it, wherever the gradient then goes, so
     that the clipping scale does not depend on placement. The total is formed as ``torch.nn.utils.clip_grad_norm_``
@@ -73,7 +57,7 @@ class Gradients:
         """By unit, and address and type of a buffer."""
 
     def begin(self, unit: UnitSpec) -> torch.Tensor:
-        """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``finish``."""
+        """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``close``."""
         grad = self._resident(unit)
         if grad is None:
             slot = self._slots[unit.index] = self._pools[self._plan.class_of(unit)].acquire("gradient", unit.name)
@@ -101,16 +85,47 @@ class Gradients:
         if pairs:  # in one call: on a GPU a launch for each parameter costs more than the copies of a small block
             (torch._foreach_copy_ if first else torch._foreach_add_)(*map(list, zip(*pairs)))
 
-    def finish(self, unit: UnitSpec, grad: torch.Tensor) -> "Moved | None":
-        """Round, measure and move to DRAM; ``None`` for a unit that is updated on the GPU."""
-        with self._lanes.work("compute", f"gradient {unit.name}"):
-            total = self._total(unit, grad)
-            if total is not grad:
+    def close(self, unit: UnitSpec, grad: torch.Tensor) -> None:
+        """The last pass has been collected: round the sum into ``grad``, which is complete then.
+
+        What several processes add up, they add up between this and ``measure``.
+        """
+        total = self._total(unit, grad)
+        if total is not grad:
+            with self._lanes.work("compute", f"gradient {unit.name}"):
                 grad.copy_(total)
-            norm = self._measure(unit, grad)
+
+    def measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
+        """Norms of the unit's parameters into their places in the total; returns the unit's own (fp32 scalar on the device)."""
+        with self._lanes.work("compute", f"gradient {unit.name}"):
+            views = self._views(unit, grad)
+            norms = [cpu_norm(view) for view in views] if grad.device.type == "cpu" else torch._foreach_norm(views, 2, dtype=torch.float32)
+            stacked = torch.stack(norms)
+            self._norms[self._places[unit.index]] = stacked
+            return torch.linalg.vector_norm(stacked)
+
+    def move(self, unit: UnitSpec, grad: torch.Tensor, norm: torch.Tensor) -> GradientInFlight | None:
+        """Send it to DRAM; ``None`` for a unit that is updated on the GPU."""
         if self._plan.placement(unit).on_gpu:
             return None
-        return self._move(unit, grad, norm)
+        host, host_slot = self._host_place(unit)
+        host_norm = self._host_norms[unit.index]
+        self._lanes.wait("d2h", self._lanes.record("compute"))
+        with self._lanes.work("d2h", f"gradient {unit.name}", grad.numel() * grad.element_size() + norm.element_size()):
+            host.copy_(grad, non_blocking=True)
+            host_norm.copy_(norm, non_blocking=True)
+        arrived = self._lanes.record("d2h")
+        slot = self._slots.pop(unit.index)
+        slot.pool.release(slot, arrived)
+        self._norms_leaving[unit.index] = norm  # its memory must not be reused before the copy has run
+        return GradientInFlight(host=host, norm=host_norm, arrived=arrived, slot=host_slot)
+
+    def _host_place(self, unit: UnitSpec) -> tuple[torch.Tensor, Slot | None]:
+        if not self._plan.grads_pass_through(unit):
+            return self._store.plane(unit.index, "g").tensor, None
+        # Eager: what holds it is an update; deferred: the write of an earlier gradient.
+        slot = self._host[self._plan.class_of(unit)].acquire("SSD write" if self._plan.deferred else "update slot", unit.name)
+        return slot.buffer[: unit.num_trainable * self._dtype.itemsize].view(self._dtype), slot
 
     def total_norm(self) -> torch.Tensor:
         """fp32 scalar on the device: the global norm of the step's gradients."""
@@ -126,40 +141,12 @@ class Gradients:
         acc = self._acc.get(self._plan.class_of(unit))
         return grad if acc is None or unit.fp32 else acc[: grad.numel()]
 
-    def _measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
-        """Norms of the unit's parameters into their places; returns the unit's own."""
-        views = self._views(unit, grad)
-        norms = [cpu_norm(view) for view in views] if grad.device.type == "cpu" else torch._foreach_norm(views, 2, dtype=torch.float32)
-        stacked = torch.stack(norms)
-        self._norms[self._places[unit.index]] = stacked
-        return torch.linalg.vector_norm(stacked)
-
     def _views(self, unit: UnitSpec, flat: torch.Tensor) -> list[torch.Tensor]:
         """One for each trained parameter, made once: buffers stay where they are."""
         key = unit.index, flat.data_ptr(), flat.dtype
         if key not in self._cut:
             self._cut[key] = [flat[p.offset : p.end].view(p.shape) for p in _trained(unit)]
         return self._cut[key]
-
-    def _move(self, unit: UnitSpec, grad: torch.Tensor, norm: torch.Tensor) -> "Moved":
-        host_slot = None
-        if self._plan.grads_pass_through(unit):
-            # Eager: what holds it is an update; deferred: the write of an earlier gradient.
-            host_slot = self._host[self._plan.class_of(unit)].acquire("SSD write" if self._plan.deferred else "update slot",
-                                                               unit.name)
-            host = host_slot.buffer[: unit.num_trainable * self._dtype.itemsize].view(self._dtype)
-        else:
-            host = self._store.plane(unit.index, "g").tensor
-        host_norm = self._host_norms[unit.index]
-        self._lanes.wait("d2h", self._lanes.record("compute"))
-        with self._lanes.work("d2h", f"gradient {unit.name}", grad.numel() * grad.element_size() + norm.element_size()):
-            host.copy_(grad, non_blocking=True)
-            host_norm.copy_(norm, non_blocking=True)
-        arrived = self._lanes.record("d2h")
-        slot = self._slots.pop(unit.index)
-        slot.pool.release(slot, arrived)
-        self._norms_leaving[unit.index] = norm  # its memory must not be reused before the copy has run
-        return Moved(host, host_norm, arrived, host_slot)
 
     def _resident(self, unit: UnitSpec) -> torch.Tensor | None:
         if self._plan.placement(unit).on_gpu:

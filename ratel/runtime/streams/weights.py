@@ -7,7 +7,7 @@ from ratel.memory.lanes import Lanes
 from ratel.memory.slots import Slot, SlotPool
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
-from ratel.runtime.updates.optimizer import OptimizerPipeline
+from ratel.runtime.updates.ledger import Ledger
 from ratel.store.host_cache import HostCache, HostSlot
 from ratel.store.planes import DTYPES, Store
 
@@ -16,8 +16,8 @@ class WeightSource:
     """Weights from DRAM planes and SSD slots into GPU slots, never before the unit's pending update is done."""
 
     def __init__(self, plan: Plan, store: Store, cache: HostCache, exchange: Exchange, lanes: Lanes,
-                 updates: OptimizerPipeline) -> None:
-        self._plan, self._store, self._cache, self._lanes, self._updates = plan, store, cache, lanes, updates
+                 ledger: Ledger) -> None:
+        self._plan, self._store, self._cache, self._lanes, self._ledger = plan, store, cache, lanes, ledger
         self._dtype = DTYPES[plan.formats.compute.name]
         self._pools = {cls: self._make_pool(cls, exchange) for cls in (found.name for found in plan.spec.slot_classes)}
         self._staging = self._make_staging()
@@ -29,13 +29,13 @@ class WeightSource:
         return self._plan.spec.units[gather.unit].name
 
     def open(self, gather: Gather) -> HostSlot | None:
-        self._updates.wait_updated(gather.unit)
+        self._ledger.wait_updated(gather.unit)
         if not self._plan.weights_from_ssd(self._plan.spec.units[gather.unit]):
             return None
         slot = self._cache.acquire(gather.unit, refs=2 if gather.keep_for_update else 1)
         if gather.keep_for_update:
-            self._updates.leave(gather.unit, slot)
-        self._updates.took_over(gather.unit)
+            self._cache.leave(gather.unit, slot)
+        self._cache.took_over(gather.unit)
         return slot
 
     def fill(self, gather: Gather, handle: HostSlot | None, slot: Slot) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""What the optimizer pipeline is asked to do: gradients that arrive, updates of units, chunks of updates."""
+"""What passes through the optimizer pipeline: gradients that arrive, updates of units, chunks of updates."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ratel.memory.lanes import Event
+from ratel.memory.slots import Slot
 from ratel.planner.shape import UnitSpec
 from ratel.store.host_cache import HostSlot
 from ratel.store.plane_io import Read
@@ -28,15 +28,25 @@ class Hyper:
     grad_scale: float = 1.0
 
 
-@dataclass(slots=True)
-class Arrival:
-    """A gradient in DRAM: ``host`` is valid once ``arrived``; ``release`` gives its slot back after the update."""
+@dataclass(frozen=True, slots=True)
+class GradientInFlight:
+    """A unit's gradient on its way from the device to its update. The owner of the update releases it."""
 
     host: torch.Tensor | None
-    arrived: Event
+    """1-D in DRAM, valid once ``arrived``. None: it waits on SSD."""
     norm: torch.Tensor
     """fp32 scalar in DRAM, valid once ``arrived``: the norm of the unit's gradient."""
-    release: Callable[[], None] | None
+    arrived: Event
+    slot: Slot | None = None
+    """In DRAM, that it passes through. None: it has a place of its own."""
+
+    def release(self) -> None:
+        if self.slot is not None:
+            self.slot.pool.release(self.slot, Event())
+
+    def on_ssd(self) -> "GradientInFlight":
+        """The same gradient, when it has been written and its slot is others'."""
+        return replace(self, host=None, slot=None)
 
 
 @dataclass(slots=True)

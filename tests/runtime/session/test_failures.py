@@ -244,8 +244,8 @@ def break_reader(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_loader(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    updates = subject.session._machinery.updates
-    monkeypatch.setattr(updates, "_start_chunk", failing(3, updates._start_chunk))
+    loader = subject.session._machinery.updates.loader
+    monkeypatch.setattr(loader, "_start_chunk", failing(3, loader._start_chunk))
 
 
 def break_retirer(name: str) -> Callable[[Subject, pytest.MonkeyPatch], None]:

@@ -30,7 +30,8 @@ from ratel.runtime.streams.gradients import Gradients
 from ratel.runtime.streams.step import VerticalStep
 from ratel.runtime.streams.weights import WeightSource
 from ratel.runtime.updates.jobs import Chunk, Job
-from ratel.runtime.updates.optimizer import OptimizerPipeline
+from ratel.runtime.updates.loader import Loader
+from ratel.runtime.updates.pipeline import OptimizerPipeline
 from ratel.store.host_cache import HostSlot
 from tests.runtime.session.test_nonfinite import check_skipped_exactly
 from tests.runtime.states.test_durable import assert_holds, everything
@@ -233,14 +234,14 @@ def test_weights_that_an_early_update_has_changed_are_nobody_elses(deferred: Cal
 def test_an_update_is_made_again_when_the_one_in_vain_has_ended(deferred: Callable, ssd_dir: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """With commits both write the same slot, and a drive may serve the later request first."""
-    seen, start = [], OptimizerPipeline._start_chunk
+    seen, start = [], Loader._start_chunk
 
-    def noting(updates: OptimizerPipeline, job: Job, begin: int, end: int) -> Chunk:
+    def noting(loader: Loader, job: Job, begin: int, end: int) -> Chunk:
         if job.after is not None:
             seen.append(job.after.written)
-        return start(updates, job, begin, end)
+        return start(loader, job, begin, end)
 
-    monkeypatch.setattr(OptimizerPipeline, "_start_chunk", noting)
+    monkeypatch.setattr(Loader, "_start_chunk", noting)
     assert_same(run(ssd_dir, max_grad_norm=ALWAYS, delay_s=0.02, **PLACES["ssd"]), deferred("llama", ALWAYS))
     assert len(seen) >= STEPS and all(seen)
 
