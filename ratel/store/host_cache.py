@@ -111,6 +111,9 @@ class HostCache:
         if slot is not None:
             self.release(slot)
 
+    def _class(self, unit: int) -> str:
+        return self._plan.spec.classes[unit].name
+
     def _available(self, unit: int) -> int:
         return len(self._free[self._class(unit)]) + (unit in self._by_unit)
 

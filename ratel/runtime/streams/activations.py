@@ -110,7 +110,9 @@ class Activations:
         self._copy_out(leaving, INPUT, [hidden])
         self._leaving.append((self._send(leaving), leaving.tensors))
         while len(self._leaving) > MAX_COPIES_BEHIND * self._plan.work.num_micro:
-            self._wait_copied(self._leaving.popleft()[0])
+            copied, _tensors = self._leaving.popleft()  # which are held until the wait is over
+            self._wait_copied(copied)
+            del _tensors
 
     def begin(self) -> None:
         """A block is about to save inner activations. Waits until there is GPU memory for what is

@@ -47,6 +47,15 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     return {dtype: run(tmp_path_factory.mktemp("ssd"), tier="dram", dtype=dtype) for dtype in ("bf16", "fp32")}
 
 
+def test_a_checkpoint_is_held_until_it_has_been_copied(expected: dict, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory must be nobody else's before, also where the main thread itself is about to wait for that copy."""
+    monkeypatch.setattr("ratel.runtime.streams.activations.MAX_COPIES_BEHIND", 0.5)  # of two micro-batches
+    with late_lanes(monkeypatch, max_delay_s=0.02) as made:
+        outs, _ = run(ssd_dir, dtype="bf16", **VARIANTS["spilled"])
+    assert made[0].violations == []
+    assert outs == expected["bf16"][0]
+
+
 @pytest.mark.parametrize("variant, dtype", [*((v, "bf16") for v in VARIANTS), ("mixed, one of each buffer", "fp32"), ("spilled", "fp32")])
 def test_copies_that_run_late_change_nothing(variant: str, dtype: str, expected: dict, ssd_dir: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
