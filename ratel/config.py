@@ -294,7 +294,7 @@ class TrainConfig:
             object.__setattr__(self, "save_every", 1)
         if self.durable == "step" and self.keep > 1:
             raise RatelError("commits in place are one state, the newest", field="--keep", value=self.keep,
-                             remedy="Use --durable checkpoint to keep more")
+                             remedy="Use --keep 1, or --durable checkpoint to keep more")
         if self.keep_best and not self.eval_every:
             raise RatelError("nothing says which state is best", field="--keep-best", value=True,
                              remedy="Give --eval-every N as well")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ratel.config import TrainConfig, flag_of, read_file, resolve
 from ratel.errors import RatelError
+from ratel.ownership.apart import contains
 from ratel.reading import read_json
 from ratel.schema import anything, check, mapping, text
 
@@ -20,11 +21,52 @@ def complete(given: Mapping[str, Any], file: str | os.PathLike[str] | None) -> T
     run to be continued."""
     in_file = read_file(Path(file)) if file is not None else {}
     named = {**in_file, **given}
+    if file is not None and named.get("out") is not None:
+        _check_file(Path(file), Path(named["out"]))
     if named.get("resume") is not True or named.get("out") is None:
         return resolve(given, file)
-    earlier = read_earlier(Path(named["out"]))
+    earlier = _earlier(Path(named["out"]), named)
+    _check_start(named, earlier)
     options = {**_without(earlier, _OF_ONE_START), **_without(in_file, ("overwrite",)), **given, "resume": True}
     return resolve(options)
+
+
+def _check_file(file: Path, out: Path) -> None:
+    """It is read before all else, and would be replaced with what the run replaces."""
+    if os.path.isdir(out) and contains(out, file):
+        from ratel.training.claims import check_input
+
+        check_input(out, "--config", file)
+
+
+def _earlier(out: Path, named: Mapping[str, Any]) -> dict[str, Any]:
+    """None where config.json is lost, and the model is given again: the states are worth more."""
+    if named.get("model") is not None and (out / "state").is_dir() and not os.path.lexists(out / "config.json"):
+        return {}
+    return read_earlier(out)
+
+
+def _check_start(named: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
+    """What the run was started with may be elsewhere by now; and what only a start can take."""
+    for name in ("model", "data", "eval_data", "tokenizer"):
+        path = None if named.get(name) is not None else earlier.get(name)
+        if path is None or os.path.exists(path) or all(map(os.path.exists, path.split(","))) or _is_preset(name, path):
+            continue
+        back = "" if os.path.isabs(path) else ", or resume in the directory that the run was started in"
+        raise RatelError("is what the run was started with, and is not there", field=flag_of(name), value=path,
+                         remedy=f"Say where it is now with {flag_of(name)}{back}")
+    moments = named.get("optimizer_state")
+    if moments is not None and os.fspath(moments) != earlier.get("optimizer_state"):
+        raise RatelError("contradicts --resume: the state that is continued has moments of its own", field="--optimizer-state",
+                         value=moments, remedy="Leave it out")
+
+
+def _is_preset(name: str, path: str) -> bool:
+    if name != "model":
+        return False
+    from ratel.models.presets import PRESETS  # and PyTorch with it, which a start comes without so far
+
+    return path in PRESETS
 
 
 def read_earlier(out: Path) -> dict[str, Any]:
@@ -36,12 +78,13 @@ def read_earlier(out: Path) -> dict[str, Any]:
         return options
     except FileNotFoundError as error:
         missing = f"there is no {path}" if out.is_dir() else f"{out} is not a directory"
+        again = ", or --model and all other options as they were" if out.is_dir() else ""
         raise RatelError(missing, field="--resume", remedy="Give --out the directory of a run that was started with "
-                                                           "--save-every N") from error
+                                                           f"--save-every N{again}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RatelError(f"what the run was started with cannot be read: {reason}", field="--resume", value=path,
-                         remedy="Put the file right, or remove it and start anew with --overwrite") from error
+                         remedy="Put the file right, or remove it and give --model and all other options again with --resume") from error
 
 
 def read_run(out: Path) -> dict[str, Any]:

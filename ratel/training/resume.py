@@ -19,7 +19,7 @@ from ratel.runtime.states.saved_state import MOUNT_IT, SavedState
 from ratel.schema import SchemaError, anything, boolean, check, mapping, nullable, number, record, text, whole
 from ratel.synced import replace_synced
 from ratel.training.loop import Progress
-from ratel.training.options import read_earlier
+from ratel.training.options import read_run
 from ratel.training.output import RunDirectory, being_written
 
 
@@ -51,7 +51,7 @@ def take_up(out: RunDirectory, session: Session) -> Resumption:
     """Load the newest state of ``out`` into the session. Nothing is changed on disk."""
     if out.is_being_written:
         raise being_written(out.path)
-    options = read_earlier(out.path)
+    options = read_run(out.path)
     state = out.states.newest()
     if state is None:
         raise RatelError(f"there is no complete state in {out.states.path}", field="--resume",
@@ -104,7 +104,7 @@ def naming_an_older(out: RunDirectory, state: Path) -> Iterator[None]:
         way_back = f"{_way_back(out, state)}, and check the drive"
         is_elsewhere = isinstance(error, MissingFileError)
         raise RatelError(error.message, field="--resume", value=getattr(error, "value", None) or error.path,
-                         remedy=f"{MOUNT_IT}. If it is lost: {way_back}" if is_elsewhere else way_back) from error
+                         remedy=f"{MOUNT_IT}; if it is lost: {way_back[0].lower()}{way_back[1:]}" if is_elsewhere else way_back) from error
 
 
 @contextmanager
