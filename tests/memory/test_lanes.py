@@ -1,0 +1,121 @@
+"""Lanes of a CPU device, and the record of what ran on them."""
+
+from time import perf_counter
+
+import pytest
+import torch
+
+from ratel.memory import jitter
+from ratel.memory.lanes import Event, Lanes, Span
+
+pytestmark = pytest.mark.unit
+
+
+def test_on_a_cpu_everything_is_reached_when_a_call_returns() -> None:
+    lanes = Lanes(torch.device("cpu"))
+    event = lanes.record("compute")
+    lanes.wait("h2d", event), lanes.wait("d2h", None)
+    event.synchronize()
+    lanes.synchronize()
+    with lanes.computing(), lanes.on("d2h"):
+        pass
+    assert not lanes.is_cuda and lanes.device.type == "cpu"
+
+
+def test_an_event_of_a_device_is_waited_for() -> None:
+    class Device:
+        waited = 0
+
+        def synchronize(self) -> None:
+            self.waited += 1
+
+    device = Device()
+    Event(device).synchronize()
+    assert device.waited == 1
+
+
+def test_work_is_noted_with_lane_label_bytes_and_time() -> None:
+    lanes, before_s = Lanes(torch.device("cpu")), perf_counter()
+    with lanes.work("h2d", "block.1", 64):
+        with lanes.work("compute", "inside"):
+            pass
+    after_s = perf_counter()
+    inside, outside = lanes.take_spans()
+    assert (outside.lane, outside.label, outside.num_bytes, inside.num_bytes) == ("h2d", "block.1", 64, 0)
+    assert before_s <= outside.begin <= inside.begin <= inside.end <= outside.end <= after_s
+    assert outside.seconds == outside.end - outside.begin and outside.done() and outside.launched_s is None
+    assert lanes.take_spans() == []
+
+
+def test_what_still_runs_is_left_for_the_next_time() -> None:
+    lanes = Lanes(torch.device("cpu"))
+    running, over = Span("h2d", "runs", 1.0), Span("h2d", "over", 1.0, end=2.0)
+    lanes.spans = [running, over]
+    assert lanes.take_spans() == [over] and lanes.spans == [running] and not running.done()
+
+
+def test_a_span_of_a_device_is_over_when_its_event_is() -> None:
+    class Moment:
+        def __init__(self, is_reached: bool) -> None:
+            self.is_reached = is_reached
+
+        def query(self) -> bool:
+            return self.is_reached
+
+        def elapsed_time(self, other: object) -> float:
+            return 2500.0
+
+    assert not Span("h2d", "x", Moment(True), end=Moment(False)).done()
+    span = Span("h2d", "x", Moment(True), end=Moment(True))
+    assert span.done() and span.seconds == 2.5
+
+
+def test_a_trace_has_what_ran_in_it_and_nothing_else() -> None:
+    lanes = Lanes(torch.device("cpu"))
+    with lanes.work("compute", "before"):
+        pass
+    lanes.take_spans()
+    lanes.start_trace()
+    before_s = perf_counter()
+    for label in ("taken", "left"):
+        with lanes.work("d2h", label, 8):
+            pass
+        if label == "taken":
+            lanes.take_spans()
+    lanes.spans.append(Span("compute", "never over", perf_counter()))
+    spans, error_s = lanes.stop_trace()
+    assert [(s.lane, s.name, s.num_bytes) for s in spans] == [("d2h", "taken", 8), ("d2h", "left", 8)] and error_s == 0.0
+    assert all(before_s <= s.launched_s <= s.begin_s <= s.end_s for s in spans)
+    with lanes.work("compute", "after"):
+        pass
+    assert lanes._traced is None and lanes.spans[-1].launched_s is None
+
+
+def test_delays_are_drawn_as_often_as_was_asked_and_as_the_seed_says() -> None:
+    slept: list[float] = []
+
+    def delays(seed: int, probability: float) -> list[float]:
+        with jitter.injected(0.5, seed=seed, probability=probability) as given:
+            drawn = [given.draw() for _ in range(200)]
+        assert given.count == 200 and all(0 <= delay < 0.5 for delay in drawn)
+        return drawn
+
+    assert delays(1, 0.5) == delays(1, 0.5) != delays(2, 0.5)
+    assert not any(delays(1, 0.0)) and all(delays(1, 1.0))
+    assert 50 < sum(delay > 0 for delay in delays(3, 0.5)) < 150
+    assert slept == []
+
+
+def test_a_pause_sleeps_for_what_was_drawn_and_only_while_delays_are_injected(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(jitter.time, "sleep", slept.append)
+    jitter.pause()
+    with jitter.injected(0.5, seed=1, probability=1.0) as outer:
+        jitter.pause()
+        with jitter.injected(0.0, probability=0.0) as inner:
+            jitter.pause(on_stream=True)
+            assert inner.count == 1
+        jitter.pause(on_stream=True)
+        assert outer.count == 2
+    jitter.pause()
+    assert len(slept) == 2 and all(0 < delay < 0.5 for delay in slept)
