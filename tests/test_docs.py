@@ -107,6 +107,8 @@ def is_known(symbol: str) -> bool:
         return _in_module(name)
     if not rest:
         return first in defined() or hasattr(builtins, first) or ("(" not in symbol and first in source_text())
+    if f"{first}.py" in file_names() and rest[-1] in defined():
+        return True
     if (ROOT / "benchmarks" / first).is_dir():
         return is_module(f"benchmarks.{name}")
     return all(part in defined() or part.isdigit() or f'"{part}"' in source_text() or f'{part}.' in source_text() for part in (first, rest[-1]))
