@@ -144,6 +144,19 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in LOG], ids=lambda page: page.name)
+def test_every_command_that_runs_a_module_names_one(page: Path) -> None:
+    named = {name for name in re.findall(r"python -m ([\w.]+\w)", page.read_text(encoding="utf-8")) if not PLACEHOLDERS.search(name)}
+    programs = {name for name in named if is_module(name) and _has_main(name)} | {"pip"}
+    assert named <= programs, named - programs
+
+
+def _has_main(dotted: str) -> bool:
+    place = ROOT / dotted.replace(".", "/")
+    file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    return file.is_file() and "__main__" in file.read_text(encoding="utf-8")
+
+
 def _anchors(page: Path) -> set[str]:
     heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
