@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from families_common import batches
-from plan_common import gpt_spec, make_plan, tied_spec
 from ratel.models import parts as parts_module
 from ratel.models.structure.unit_layout import Layout, make_layout
 from ratel.planner.forecast.cost import predict
@@ -15,8 +13,10 @@ from ratel.planner.forecast.simulate import simulate
 from ratel.planner.hardware import load_hardware
 from ratel.planner.schedule import unit_gathers
 from ratel.planner.shape import ModelSpec, ParamSpec, SlotClass, StageSpec, lay_out, outside_blocks
-from test_concurrency import assert_same, open_session, train
-from test_failures import SMALL
+from tests.runtime.streams.test_concurrency import assert_same, open_session, train
+from tests.runtime.streams.test_placement import SMALL
+from tests.support.families import batches
+from tests.support.plans import gpt_spec, make_plan, tied_spec
 
 pytestmark = pytest.mark.numerics
 
