@@ -69,7 +69,7 @@ def test_who_finds_no_slot_waits_for_a_release(ssd_dir: Path) -> None:
 def test_a_slot_is_left_to_units_that_are_read_before(ssd_dir: Path) -> None:
     with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred", buffers=slots(2)) as p:
         fill(p)
-        p.cache.expect_reads([2])
+        p.cache.expect_forward([2])
         first = p.cache.acquire_ahead(3)
         assert (first.unit, first.refs) == (3, 1)
         waiting = in_thread("waiter", p.cache.acquire_ahead, 4)  # the last slot is for unit 2, which is read before
@@ -79,19 +79,19 @@ def test_a_slot_is_left_to_units_that_are_read_before(ssd_dir: Path) -> None:
         p.cache.release(slot)
         assert waiting.result().unit == 4
         p.cache.release(first), p.cache.release(waiting.result())
-        p.cache.expect_reads([3])
+        p.cache.expect_forward([3])
         held = [p.cache.acquire_ahead(unit) for unit in (1, 2)]  # the pass comes to both before it comes to 3
         for slot in held:
             p.cache.release(slot)
-        p.cache.expect_reads([0])  # of another class: its slots are others
+        p.cache.expect_forward([0])  # of another class: its slots are others
         held = [p.cache.acquire_ahead(unit) for unit in (1, 2)]
         for slot in held:
             p.cache.release(slot)
-        p.cache.expect_reads([1])
+        p.cache.expect_forward([1])
         held = [p.cache.acquire_ahead(2)]
         waiting = in_thread("waiter", p.cache.acquire_ahead, 3)
         assert not waiting._done.wait(0.1)
-        p.cache.expect_reads([])  # there is no next pass
+        p.cache.expect_no_forward()  # there is no next pass
         assert waiting.result().unit == 3
         p.exchange.close()
 
@@ -132,7 +132,7 @@ def test_a_waiter_is_woken_when_another_shares_its_unit(ssd_dir: Path) -> None:
     """Whoever takes what was expected to be read makes room for updates that were kept waiting."""
     with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred", buffers=slots(3)) as p:
         fill(p)
-        p.cache.expect_reads([1])
+        p.cache.expect_forward([1])
         held = p.cache.acquire(2)
         p.cache.acquire_ahead(3)
         waiting = in_thread("waiter", p.cache.acquire_ahead, 4)
@@ -154,3 +154,48 @@ def test_views_are_the_planes_that_live_on_ssd_one_after_the_other(ssd_dir: Path
             assert (view.data_ptr(), view.dtype, view.numel()) == (cursor, plane.dtype, plane.num_elements)
             cursor += plane.num_bytes
         assert cursor <= slot.buffer.data_ptr() + slot.buffer.numel()
+
+
+def test_what_backward_leaves_to_an_update_is_taken_once(ssd_dir: Path) -> None:
+    with parts(ssd_dir, "ssd", spec=FOUR) as p:
+        fill(p)
+        slot = p.cache.acquire(1, refs=2)
+        assert p.cache.take_left(1) is None
+        p.cache.leave(1, slot)
+        p.cache.release(slot)  # the gather's own hold
+        assert p.cache.take_left(2) is None and p.cache.take_left(1) is slot and p.cache.take_left(1) is None
+        assert slot.refs == 1
+
+
+def test_an_updated_copy_is_kept_for_a_forward_pass_that_is_expected(ssd_dir: Path) -> None:
+    with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred", buffers=slots(2)) as p:
+        fill(p)
+        slot = p.cache.acquire(1)
+        p.cache.keep_for_forward(slot)
+        assert slot.refs == 1, "no pass is expected"
+        p.cache.expect_forward([])
+        p.cache.keep_for_forward(slot)
+        p.cache.release(slot)  # the update is over
+        assert slot.refs == 1
+        p.cache.took_over(2)
+        assert p.cache.acquire(1) is slot and slot.refs == 2
+        p.cache.took_over(1)
+        assert slot.refs == 1
+        p.cache.took_over(1)
+        assert slot.refs == 1, "it was taken over once"
+
+
+def test_what_is_kept_for_a_pass_that_does_not_come_is_given_back(ssd_dir: Path) -> None:
+    with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred", buffers=slots(2)) as p:
+        fill(p)
+        p.cache.expect_forward([])
+        kept = [p.cache.acquire_ahead(unit) for unit in (1, 2)]
+        for slot in kept:
+            p.cache.keep_for_forward(slot)
+            p.cache.release(slot)
+        waiting = in_thread("waiter", p.cache.acquire, 3)
+        assert not waiting._done.wait(0.1)
+        p.cache.expect_no_forward()
+        assert waiting.result() in kept and sum(slot.refs for slot in kept) == 1
+        p.cache.keep_for_forward(waiting.result())
+        assert waiting.result().refs == 1
