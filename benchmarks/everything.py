@@ -35,7 +35,7 @@ class Measurement:
     about_s: float
     """What it took on an H200 with a disk of 2 GB/s; it is ended after half as much again."""
     prints_json: bool = False
-    """Instead of writing the file itself."""
+    """Whether the command prints its results instead of writing the file itself."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What the engine raises."""
+"""The errors that the engine raises."""
 
 from __future__ import annotations
 

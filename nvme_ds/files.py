@@ -40,12 +40,13 @@ MayReplace = Callable[[int], bool]
 
 def create_files(paths: Sequence[str], sizes: Sequence[int], tails: Sequence[bytes], may_replace: MayReplace,
                  undo: ExitStack) -> list[int]:
-    """Descriptors of new files, fully allocated. ``tails``: their last bytes. ``undo`` closes and removes them."""
+    """Descriptors of new files, fully allocated. ``tails``: their last bytes. ``undo`` closes and
+    removes them."""
     return [_create(path, num_bytes, tail, may_replace, undo) for path, num_bytes, tail in zip(paths, sizes, tails)]
 
 
 def open_files(paths: Sequence[str], sizes: Sequence[int], undo: ExitStack) -> list[int]:
-    """Descriptors, which ``undo`` closes."""
+    """Descriptors of the files, which ``undo`` closes."""
     return [_open(path, num_bytes, undo) for path, num_bytes in zip(paths, sizes)]
 
 

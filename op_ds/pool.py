@@ -72,7 +72,7 @@ class Pool:
         self._owner_pid = os.getpid()
         self._idle = threading.Condition()
         self._users: set[int] = set()
-        """The threads in a call."""
+        """The threads that are in a call now."""
         handle = ctypes.c_void_p()
         status = self._library.op_ds_pool_create(num_threads, _ISAS[chosen], ctypes.byref(handle))
         if status == -errno.ENOTSUP:

@@ -1,4 +1,4 @@
-"""``python -m ratel``."""
+"""``python -m ratel`` is the command ``ratel``."""
 
 import sys
 

@@ -111,7 +111,7 @@ class Watch:
         self._answer(self, self.count.last, None)
 
     def settle(self) -> None:
-        """What was asked for is done."""
+        """Note that what was asked for is done."""
         self._answered = self.asked
 
     def previous(self, number: int) -> Any:

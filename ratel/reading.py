@@ -66,7 +66,7 @@ def read_regular(path: StrPath, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
 
 
 def read_text(path: StrPath) -> str:
-    """UTF-8. Raises OSError and JsonError."""
+    """The text of a file in UTF-8. Raises OSError and JsonError."""
     return _decoded(read_regular(path))
 
 

@@ -69,7 +69,7 @@ def boolean(value: Any, where: str) -> None:
 
 
 def anything(value: Any, where: str) -> None:
-    """What nobody relies on."""
+    """Accept what nobody relies on."""
 
 
 def one_of(*choices: Any) -> Check:

@@ -65,5 +65,5 @@ def align_up(number: int, multiple: int) -> int:
 
 
 def format_count(number: int, noun: str) -> str:
-    """``1 step``, ``2,000 steps``."""
+    """A number with its noun: ``1 step``, ``2,000 steps``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

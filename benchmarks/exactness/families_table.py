@@ -1,4 +1,4 @@
-"""docs/families.md out of what benchmarks/exactness/families.py found."""
+"""Writes docs/families.md out of what benchmarks/exactness/families.py found."""
 
 from pathlib import Path
 from typing import Any

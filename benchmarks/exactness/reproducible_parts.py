@@ -33,7 +33,7 @@ COPIED_BYTES = 128 << 20
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
     given: list[Tensor]
-    """Query, key and value."""
+    """Query, key and value of attention."""
     more: dict[str, Any]
     asked: Tensor
     """The gradient of the output."""

@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 
 
 def kernel_spans(profiler: profile) -> list[Span]:
-    """Everything but copies between memories."""
+    """The spans of all kernels but copies between memories."""
     return [Span(lane="compute", name=e.name, begin_s=e.time_range.start / 1e6, end_s=e.time_range.end / 1e6)
             for e in profiler.events()
             if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))]

@@ -77,7 +77,7 @@ def ratel(args: argparse.Namespace, options: dict[str, Any]) -> tuple[float, lis
 
 
 def fastest(action: Callable[[], object], args: argparse.Namespace) -> float:
-    """Seconds, the device's work awaited."""
+    """Seconds of the fastest round, the device's work awaited."""
     found = []
     for _ in range(2 + args.rounds):
         begin = time.perf_counter()

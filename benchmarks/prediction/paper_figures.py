@@ -8,7 +8,7 @@ SEQ_LEN, VOCAB = 1024, 50257
 
 SHAPES = {"6B": (28, 4096), "13B": (40, 5120), "30B": (48, 7168), "70B": (80, 8192), "135B": (88, 11264),
           "175B": (96, 12288), "276B": (112, 14336), "412B": (128, 16384)}
-"""Blocks and hidden size."""
+"""The number of blocks and the hidden size of each model."""
 
 CAPACITY_SHAPES = ("6B", "13B", "30B", "70B", "135B", "276B", "412B")
 """The steps in which it looks for the largest model: 175B is none of its answers."""
@@ -47,7 +47,7 @@ STEP_S_AT_BEST_SWAP = {24: 28.1, 36: 27.7, 48: 32.1, 60: 39.7}
 STAGES_13B_32 = {"forward": 5.0, "backward and optimizer": 20.0}
 
 LARGEST_BY_DRAM = {128: "70B", 256: "276B", 384: "276B", 512: "276B", 640: "276B", 768: "276B"}
-"""Batch 1, by GB of DRAM."""
+"""The largest model at batch 1, by GB of DRAM."""
 
 LARGEST_BY_TIER = {
     ("dram", 128): {12: "70B", 24: "30B", 36: "13B", 60: "6B"},

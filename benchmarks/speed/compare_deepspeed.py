@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def entries(args: argparse.Namespace) -> Iterator[Entry]:
-    """One round, what matters most first."""
+    """The entries of one round, what matters most first."""
     work = {"model": read_model(args.model), "seq_len": args.seq_len, "device": args.device, "dtype": args.dtype, "lr": args.lr}
     dram = {**work, "steps": args.steps, "gpu_memory": args.gpu_memory}
 

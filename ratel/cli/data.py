@@ -1,4 +1,4 @@
-"""``ratel data``."""
+"""The command ``ratel data``."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""``ratel doctor``."""
+"""The command ``ratel doctor``."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""``ratel train``."""
+"""The command ``ratel train``."""
 
 import argparse
 import gc

@@ -44,12 +44,12 @@ class Link:
         self._threads = Crew(2, "ratel-copies")
 
     def down(self) -> None:
-        """Host to device."""
+        """Copy from the host to the device."""
         with self._lanes.on("h2d"):
             self._device[0].copy_(self._host[0], non_blocking=True)
 
     def up(self) -> None:
-        """Device to host."""
+        """Copy from the device to the host."""
         with self._lanes.on("d2h"):
             self._host[1].copy_(self._device[1], non_blocking=True)
 

@@ -62,7 +62,7 @@ def avoid_fragmentation() -> None:
 
 
 def why_no_cuda() -> str | None:
-    """None where CUDA works."""
+    """Why CUDA cannot be used; None where it works."""
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:

@@ -116,5 +116,5 @@ def _kib(text: str | None) -> int | None:
 
 
 def _chosen(text: str) -> str | None:
-    """``madvise`` of ``always [madvise] never``."""
+    """The word in brackets: ``madvise`` of ``always [madvise] never``."""
     return text[text.index("[") + 1 : text.index("]")] if "[" in text else None

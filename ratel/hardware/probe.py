@@ -74,11 +74,11 @@ class Probe:
     block_model: str
     block_seq_len: int
     block_seconds: tuple[tuple[int, float, float], ...]
-    """As ``BlockProfile.seconds``, of the largest block."""
+    """The form of ``BlockProfile.seconds``, for the largest block."""
     adam_params: int
     """That the CPU optimizer was measured on."""
     seconds: float
-    """That the measurements took."""
+    """Seconds that the measurements took."""
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Probe":

@@ -97,7 +97,7 @@ class Arena:
                 phases.note("pinning memory", begin_s, bytes=self.num_bytes)
 
     def _pin(self, pieces: list[tuple[int, int]]) -> None:
-        """All of them, or none."""
+        """Pin all of the pieces, or none."""
         pinned: list[int] = []
         try:
             for begin, end in pieces:

@@ -116,7 +116,7 @@ class MetricsWriter:
             os.close(self._file)
 
     def _put(self, lines: list[str]) -> OSError | None:
-        """All of them, or none."""
+        """Write all of the lines, or none."""
         data, size = memoryview("".join(lines).encode()), None
         try:
             if self._file is None:

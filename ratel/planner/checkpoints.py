@@ -51,7 +51,7 @@ class Group:
 
     block: int
     what: str
-    """`INPUT`, or the tier."""
+    """What the group is: `INPUT`, or the tier that keeps it."""
     tier: str
     members: tuple[Saved, ...]
 

@@ -36,11 +36,11 @@ class Hardware:
     gpu_half_tokens: float
     """Tokens of a micro-batch at which a block attains half of that rate."""
     gpu_bps: float
-    """GPU memory."""
+    """Bytes/s of the GPU's memory."""
     h2d_bps: float
     d2h_bps: float
     duplex_bps: float
-    """Each way while both run."""
+    """Bytes/s each way while both run."""
     dram_bytes: int
     dram_bps: float
     """Reads and writes together, whoever makes them."""

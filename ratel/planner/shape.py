@@ -121,7 +121,7 @@ class ModelSpec:
 
     @cached_property
     def classes(self) -> tuple[SlotClass, ...]:
-        """By unit."""
+        """The slot class of each unit."""
         return _classes_of(self)
 
     @cached_property

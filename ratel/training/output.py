@@ -87,7 +87,7 @@ class RunDirectory:
 
     @property
     def is_being_written(self) -> bool:
-        """By a run in another process."""
+        """Whether a run in another process writes to this directory."""
         try:
             there = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

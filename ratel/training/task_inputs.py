@@ -33,7 +33,7 @@ class TaskInputs:
     task: Task
     tokenizer: Any
     own_tokenizer: OwnTokenizer | None
-    """As in `Inputs`."""
+    """The tokenizer of the user's own, as in `Inputs`."""
     labels: Labels | None
     corpus: Corpus
     eval_corpus: Corpus | None

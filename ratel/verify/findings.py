@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def is_right(self) -> bool:
-        """Trained, and nothing failed."""
+        """Whether the class is trained, and nothing failed."""
         return self.refused is None and not self.failed
 
     def to_json(self) -> dict[str, Any]:

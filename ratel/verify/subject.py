@@ -134,7 +134,7 @@ class Subject:
 
 
 def _write(model_class: type[nn.Module], config: Any, directory: Path) -> dict[str, bool]:
-    """Returns which parameters are trained."""
+    """Save the model to the directory; returns which parameters are trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

@@ -28,13 +28,13 @@ class Position:
     was changed then."""
 
     def to_dict(self, size: int) -> dict[str, Any]:
-        """``size``: of the corpus."""
+        """The position as JSON values. ``size``: how many documents the corpus has."""
         learned = {"learned": pack_numbers(self.learned, size)} if self.learned else {}
         return {"epoch": self.epoch, "cursor": self.cursor, "waiting": [list(piece) for piece in self.waiting], **learned}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], size: int) -> "Position":
-        """Raises SchemaError."""
+        """The position that `to_dict` wrote. Raises SchemaError."""
         check(dict(state), record({"epoch": whole(0, 1 << 40), "cursor": whole(0, size),
                                    "waiting": listing(listing(whole(), least=2, most=2), most=1 << 20)}, {"learned": text()}, is_open=True), "data")
         if any(number >= size for number, _ in state["waiting"]):

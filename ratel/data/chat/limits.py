@@ -32,7 +32,7 @@ class TooMuchError(TemplateError):
 
 
 def begin() -> None:
-    """A rendering starts, in this thread."""
+    """Note that a rendering starts, in this thread."""
     _left.work, _left.characters = MOST_WORK, MOST_CHARACTERS
 
 
@@ -122,7 +122,7 @@ def _measured(value: Any) -> Any:
 
 
 def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Widths, repetitions and lengths."""
+    """Refuse numbers that would be widths, repetitions or lengths of millions."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) > _LARGEST_ARGUMENT:
             raise TooMuchError(f"it calls a function with the number {value:,.0f}" if abs(value) < 1e300 else "it calls a function with a huge number")

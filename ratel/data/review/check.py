@@ -68,7 +68,7 @@ class ConversationCheck:
             raise self._found
 
     def stop(self) -> None:
-        """``go_on`` goes on."""
+        """End the thread; ``go_on`` can go on from here."""
         if self._thread is not None:
             self._stopped.set()
             self._thread.join(_JOIN_S)

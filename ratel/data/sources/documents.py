@@ -94,7 +94,7 @@ def pack_numbers(numbers: Iterable[int], size: int) -> str:
 
 
 def unpack_numbers(packed: str, size: int) -> frozenset[int]:
-    """Raises SchemaError."""
+    """The set that `pack_numbers` made a text of. Raises SchemaError."""
     try:
         limit = (size + 7) // 8
         data = zlib.decompressobj().decompress(base64.b64decode(packed, validate=True), limit + 1)

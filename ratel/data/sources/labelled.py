@@ -55,7 +55,7 @@ class Labels:
 
     @property
     def are_known(self) -> bool:
-        """The model has them."""
+        """Whether the model has the labels, so that others are refused."""
         return self._is_known
 
     # -- reading -------------------------------------------------------------------------------------------------

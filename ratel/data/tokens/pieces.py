@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Ids = np.ndarray
-"""int32 ``[n]``."""
+"""Token ids, int32 ``[n]``."""
 
 PIECE = 1 << 18
 """Characters of a long text that are tokenised at once."""
@@ -135,7 +135,7 @@ class _Told:
         self._last_s = perf_counter()
 
     def before(self, part: str) -> None:
-        """The part comes now."""
+        """Note that the part is the next one."""
         if len(part) > LONG:
             log.warning("%s of a text are tokenised at once, since no place to cut them is known for this tokenizer: that takes a while "
                         "and about %s of memory", format_count(len(part), "character"), format_bytes(_BYTES_A_CHARACTER * len(part)))

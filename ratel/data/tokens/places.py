@@ -43,7 +43,7 @@ class Place:
     probe: str
 
     def last(self, text: str, start: int, end: int) -> int | None:
-        """The last one between."""
+        """The last place to cut between ``start`` and ``end``."""
         reach = 1 << 10
         while True:
             low = max(start + 1, end - reach)

@@ -160,7 +160,7 @@ class _Watch:
         self._root = root
         self._sources: dict[int, tuple[nn.Module, int | None]] = {}
         self._kept: list[Tensor] = []
-        """So that ids stay unique."""
+        """Tensors that are kept so that their ids stay unique."""
         self.result: Tensor | None = None
 
     def __call__(self, gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Tensor:

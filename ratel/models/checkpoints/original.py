@@ -25,7 +25,7 @@ class Group:
 
     names: tuple[str, ...]
     outlines: dict[str, Outline]
-    """What comes of them."""
+    """The tensors that they become."""
 
 
 class Originals:

@@ -15,7 +15,7 @@ from ratel.planner.shape import ParamSpec, UnitSpec
 
 
 PIECE_ELEMENTS = 1 << 20
-"""Worked on at once."""
+"""How many elements are worked on at once."""
 log = logging.getLogger(__name__)
 
 

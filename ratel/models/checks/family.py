@@ -48,7 +48,7 @@ class Family:
     """`OWN` or `MADE`: how documents in one row are kept apart; None: they are not, or it could not
     be tried."""
     reason: str = ""
-    """What stood in the way."""
+    """What stood in the way of finding out."""
 
 
 def family_of(module: nn.Module) -> Family:

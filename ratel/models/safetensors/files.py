@@ -24,7 +24,7 @@ OTHER_DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": 
 """What a buffer may be beside those."""
 
 PIECE_ELEMENTS = 1 << 22
-"""Read at once."""
+"""How many elements are read at once."""
 
 _PATH = text(r"(?!/)(?!(.*/)?\.\.(/|$))[^\x00]+", "the name of a file in the directory")
 INDEX = record({"weight_map": mapping(text(), _PATH)}, is_open=True)

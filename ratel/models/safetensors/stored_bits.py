@@ -22,10 +22,10 @@ class Run:
 
     file: Path
     offset: int
-    """Bytes."""
+    """Where the run begins in the file, in bytes."""
     begin: int
     end: int
-    """Elements of the unit."""
+    """Where the run ends in the unit, in elements."""
 
 
 class StoredBits:

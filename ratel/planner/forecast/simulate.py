@@ -53,7 +53,7 @@ def simulate(plan: Plan, hardware: Hardware, *, steps: int = 5) -> Simulation:
 
 
 class _Engine:
-    """The runtime's threads. Names follow ``ratel/runtime``."""
+    """The runtime's threads, simulated. Names follow ``ratel/runtime``."""
 
     def __init__(self, plan: Plan, machine: Machine) -> None:
         self._plan, self._m, self._clock = plan, machine, machine.clock

@@ -15,7 +15,7 @@ WEIGHT, ACTIVATION, OPTIMIZER, WRITE_BACK = range(4)
 
 
 class Machine:
-    """Resources."""
+    """The resources of a simulated machine."""
 
     def __init__(self, plan: Plan, hardware: Hardware) -> None:
         self.clock = Clock()

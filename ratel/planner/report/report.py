@@ -28,9 +28,9 @@ class Report:
     hardware: Hardware
     ssd_budget: int | None
     wear: Wear | None
-    """``None`` without SSDs."""
+    """How the SSDs wear; ``None`` without SSDs."""
     gains: tuple[Gain, ...] | None
-    """``None``: not asked for."""
+    """What more of each resource would gain; ``None``: not asked for."""
     notes: tuple[str, ...] = ()
     save_every: int = 0
 

@@ -203,7 +203,7 @@ class _Tracer(TorchDispatchMode):
 
     @contextmanager
     def following(self, module: nn.Module) -> Iterator[None]:
-        """Which submodule runs is known inside."""
+        """Note which submodule runs, inside this context."""
         named = [(name, child) for name, child in module.named_modules() if name]
         handles = [child.register_forward_pre_hook(partial(self._enter, name)) for name, child in named]
         handles += [child.register_forward_hook(self._leave) for _, child in named]

@@ -49,7 +49,7 @@ class Program:
     """The submodule in which the second run begins to differ from a full one; '' if that is the
     block itself."""
     begins_at: int
-    """How many operations come before."""
+    """How many operations come before that submodule."""
 
     @classmethod
     def make(cls, trace: OpTrace, numbers: dict[str, int]) -> "Program":

@@ -46,5 +46,5 @@ def same_bits(on: bool) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Without PyTorch's own advice."""
+    """The first line of an error, without PyTorch's own advice."""
     return str(error).splitlines()[0].split(", but you set")[0].split(". ")[0]

@@ -41,10 +41,10 @@ class Source(Protocol):
         """The copy has completed; give the DRAM back."""
 
     def pool(self, gather: Gather) -> SlotPool:
-        """Slots that the gather goes into."""
+        """The pool of slots that the gather goes into."""
 
     def name(self, gather: Gather) -> str:
-        """What it is called in traces."""
+        """What the gather is called in traces."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ class UpdateCode:
     """``(pool, planes, targets, **scalars)``: by the threads of the pool, from ``planes`` into
     ``targets``, which may be the same."""
     on_gpu: Callable[..., None]
-    """``(planes, **scalars)``: in place."""
+    """The update on a GPU, ``(planes, **scalars)``, in place."""
 
 
 def _adamw_in_memory(pool: op_ds.Pool, planes: Planes, targets: Planes, **scalars: Any) -> None:

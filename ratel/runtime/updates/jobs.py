@@ -1,4 +1,5 @@
-"""What passes through the optimizer pipeline: gradients that arrive, updates of units, chunks of updates."""
+"""What passes through the optimizer pipeline: gradients that arrive, updates of units, chunks of
+updates."""
 
 from dataclasses import dataclass, field, replace
 
@@ -11,8 +12,8 @@ from ratel.store.host_cache import HostSlot
 from ratel.store.plane_io import Read
 
 KEEP, AGAIN, FORGET = "keep", "again", "forget"
-"""What becomes of an early update: its result is the unit's state; it is made once more, with another scale; or the step is
-skipped."""
+"""What becomes of an early update: its result is the unit's state; it is made once more, with
+another scale; or the step is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Hyper:
 
 @dataclass(frozen=True, slots=True)
 class GradientInFlight:
-    """A unit's gradient on its way from the device to its update. The owner of the update releases it."""
+    """A unit's gradient on its way from the device to its update. The owner of the update releases
+    it."""
 
     host: torch.Tensor | None
     """1-D in DRAM, valid once ``arrived``. None: it waits on SSD."""
@@ -56,7 +58,7 @@ class Job:
     unit: UnitSpec
     hyper: Hyper
     number: int
-    """Of this unit's updates, from 1."""
+    """The number of this among the unit's updates, from 1."""
     weights: HostSlot | None = None
     chunks_left: int = 0
     keep: bool = False
@@ -64,14 +66,16 @@ class Job:
     """Not so where the step is skipped."""
     write_tickets: list[int] = field(default_factory=list)
     early: bool = False
-    """Begun before the norm is known, as a rule. ``hyper`` is a guess until there is a ``verdict``."""
+    """Begun before the norm is known, as a rule. ``hyper`` is a guess until there is a
+    ``verdict``."""
     slot: int | None = None
     """On SSD, that the result goes to. None: the successor's."""
     begun: bool = False
     written: bool = False
     verdict: str | None = None
     after: "Job | None" = None
-    """The early update that this one makes again: it may still use the places that this one writes."""
+    """The early update that this one makes again: it may still use the places that this one
+    writes."""
 
     @property
     def is_void(self) -> bool:

@@ -1,4 +1,5 @@
-"""The books of the optimizer pipeline: by unit, which updates were asked for, are done, and are on their tiers."""
+"""The books of the optimizer pipeline: by unit, which updates were asked for, are done, and are on
+their tiers."""
 
 from collections.abc import Callable
 
@@ -8,7 +9,8 @@ from ratel.runtime.updates.jobs import GradientInFlight
 
 
 class Ledger:
-    """Numbers of updates by unit, from 1, and the gradients that have arrived. One lock and one condition for all of it.
+    """Numbers of updates by unit, from 1, and the gradients that have arrived. One lock and one
+    condition for all of it.
 
     ``asked``, ``updated`` and ``persisted`` are read and written with ``exchange.lock`` held.
     """
@@ -34,7 +36,7 @@ class Ledger:
         self._changed.notify_all()
 
     def wait(self, ready: Callable[[], bool], cause: str = "", unit: int | None = None) -> None:
-        """See `Exchange.wait_for`."""
+        """Wait as `Exchange.wait_for` does."""
         with self.exchange.lock:
             self.exchange.wait_for(self._changed, ready, cause, "" if unit is None else self._units[unit].name)
 
