@@ -184,13 +184,14 @@ def test_all_computation_is_on_the_compute_lane(ssd_dir: Path, monkeypatch: pyte
         session.prepare(4, 16)
         m = session._machinery
         monkeypatch.setattr(m.lanes, "on", on)
-        for owner, name in ((m.gradients, "begin"), (m.gradients, "collect"), (m.gradients, "finish"),
+        for owner, name in ((m.gradients, "begin"), (m.gradients, "collect"), (m.gradients, "close"),
+                            (m.gradients, "measure"), (m.gradients, "move"),
                             (m.gradients, "total_norm"), (m.activations, "save_input"), (session.parts, "head"),
                             (session.parts, "tail_logits")):
             monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
         train(session, batches("llama", 2))
         session.evaluate(batches("llama", 1))
-    assert len(seen) == 7 and set().union(*seen.values()) == {"compute"}, seen
+    assert len(seen) == 9 and set().union(*seen.values()) == {"compute"}, seen
 
 
 class Lending(nn.Module):
