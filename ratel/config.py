@@ -122,10 +122,15 @@ def _read_router(value: Any, flag: str) -> float | str:
     return value if value in ("auto", "off") else number_reader(float, 0, above=True)(value, flag)
 
 
+_NO_BUDGET = 2048
+"""What is given as a number of bytes may be anything a program computes; not so little."""
+
+
 def _check_unit(value: Any, number: float, flag: str, counted: str, meant: str) -> None:
     """A bare number that is next to nothing was meant in a larger unit."""
-    if isinstance(value, str) and value.strip().isdigit() and 0 < number < MIB:
-        raise RatelError(f"is {number:.0f} {counted}", field=flag, value=value, remedy=f"Write the unit: {value.strip()}{meant}")
+    bare = value.strip() if isinstance(value, str) else str(value)
+    if bare.isdigit() and 0 < number < (MIB if isinstance(value, str) else _NO_BUDGET):
+        raise RatelError(f"is {number:.0f} {counted}", field=flag, value=value, remedy=f"Write the unit: {bare}{meant}")
 
 
 def _bytes(value: Any, flag: str) -> int:
@@ -361,9 +366,11 @@ def read_file(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise RatelError(f"is not TOML: {reason}", field="--config", value=path,
-                         remedy="Write one `option = value` on a line") from error
+                         remedy="Write one `option = value` on a line, with texts in quotes") from error
     options: dict[str, Any] = {}
     for key, value in table.items():
+        if isinstance(value, dict):
+            raise RatelError(f"is a table in {path}", field=f"[{key}]", remedy="Write options without a table above them")
         name = _known(key, f" in {path}")
         if name in options:
             raise RatelError(f"stands twice in {path}, with - and with _", field=key, remedy="Leave one of them")
@@ -371,11 +378,32 @@ def read_file(path: Path) -> dict[str, Any]:
     return options
 
 
+_ELSEWHERE = {
+    "model": "model_name model_name_or_path model_path base_model pretrained checkpoint", "data": "dataset dataset_path train_data train_file train_path",
+    "eval_data": "validation_file val_data test_data eval_dataset", "eval_sequences": "max_eval_samples",
+    "out": "output output_dir out_dir save_dir", "steps": "epochs num_epochs num_train_epochs max_steps num_steps iters iterations",
+    "batch_size": "bs batch train_batch_size global_batch_size", "micro_batch": "per_device_train_batch_size micro_batch_size micro_batch_size_per_gpu",
+    "seq_len": "max_length max_seq_length max_seq_len context_length sequence_length block_size cutoff_len",
+    "lr": "learning_rate", "min_lr": "min_learning_rate", "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "warmup_steps": "warmup num_warmup_steps", "max_grad_norm": "grad_clip gradient_clipping clip_grad clip", "weight_decay": "wd",
+    "dtype": "bf16 fp16 fp32 precision torch_dtype half", "gpu_memory": "vram gpu_mem max_gpu_memory", "dram": "ram cpu_memory memory host_memory",
+    "ssd": "nvme nvme_path offload_dir", "ssd_bandwidth": "bandwidth", "save_every": "save_steps save_interval", "eval_every": "eval_steps eval_interval",
+    "keep": "save_total_limit", "log_every": "logging_steps log_interval", "attention": "attn_implementation attn flash_attention",
+    "deterministic": "full_determinism", "resume": "resume_from_checkpoint continue", "overwrite": "overwrite_output_dir force"}
+"""What other programs call our options."""
+
+
+def meant_by(name: str) -> str | None:
+    """The option of another program's name."""
+    return next((ours for ours, theirs in _ELSEWHERE.items() if name.replace("-", "_").lower() in theirs.split()), None)
+
+
 def _known(key: str, where: str) -> str:
     names = [spec.name for spec in fields(TrainConfig)]
     name = key.replace("-", "_")
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=1)
+    meant = meant_by(name)
+    close = [meant] if meant else difflib.get_close_matches(name, names, n=1)
     remedy = f"Did you mean {close[0]}?" if close else "See `ratel train --help` for the options"
     raise RatelError(f"is not an option{where}", field=key, remedy=remedy)

@@ -75,7 +75,7 @@ def test_file_is_read_and_overridden(tmp_path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("batchsize = 4", r"batchsize: is not an option in .*run.toml. Did you mean batch_size\?"),
-    ("[memory]\ndram = 1", "memory: is not an option in .*run.toml"),
+    ("[memory]\ndram = 1", "\\[memory\\]: is a table in .*run.toml"),
     ("steps = 5\nlr = fast", r"--config: is not TOML: .*line 2"),
     ("lr = -1", "--lr: must be above 0"),
     ("batch-size = 2\nbatch_size = 3", "batch_size: stands twice in .*run.toml, with - and with _"),

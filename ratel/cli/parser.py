@@ -2,30 +2,52 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from ratel.config import TrainConfig, flag_of, number_reader, option_of
+from ratel.config import TrainConfig, flag_of, meant_by, number_reader, option_of
 from ratel.errors import RatelError
+
+
+_NEGATIVE = re.compile(r"-\.?\d.*")
+_WITHOUT_VALUE = re.compile(r"argument ([^\s/:]+)\S*: expected (?:one|at least one) argument")
+_NO_COMMAND = re.compile(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)")
 
 
 class Parser(argparse.ArgumentParser):
     """Mistakes become RatelErrors: one line, with the flag that was probably meant."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = _NEGATIVE  # else a value of an option that begins so counts as an option
+
     def error(self, message: str) -> NoReturn:
+        lacking = _WITHOUT_VALUE.fullmatch(message)
+        if lacking is not None:
+            action = next(action for action in self._actions if lacking[1] in action.option_strings)
+            raise RatelError("needs a value", field=lacking[1], remedy=f"Write {lacking[1]} {action.metavar or 'VALUE'}")
+        command = _NO_COMMAND.match(message)
+        if command is not None:
+            close = difflib.get_close_matches(command[1], re.findall(r"'(\S+?)'", command[2]), n=1)
+            raise RatelError("is not a command", value=command[1], remedy=f"{f'Did you mean {close[0]}? ' if close else ''}See `ratel --help`")
         raise RatelError(message, remedy=f"See `{self.prog} --help`")
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag, parser = unknown[0].partition("=")[0], getattr(args, "parser", self)
+            if not flag.startswith("-"):
+                raise RatelError("stands where an option should", value=unknown[0], remedy="Values follow their options, as --model DIR --data FILE; "
+                                 "those that switch something on take none")
             raise RatelError("is not an option here", field=flag, remedy=parser.hint(flag))
         return args
 
     def hint(self, unknown: str) -> str:
         known = [flag for action in self._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown, known, n=1)
+        meant = meant_by(unknown.lstrip("-"))
+        close = [flag_of(meant)] if meant and flag_of(meant) in known else difflib.get_close_matches(unknown, known, n=1)
         return f"Did you mean {close[0]}?" if close else f"See `{self.prog} --help`"
 
 

@@ -86,8 +86,10 @@ def _depth_key(settings: Settings) -> str:
 
 
 def _suggestion(name: str) -> str:
-    if "/" in name:
-        return "Give the path of a Hugging Face directory on this machine; nothing is downloaded"
+    give = "Give the path of a Hugging Face directory on this machine; nothing is downloaded"
+    if "/" in name or "." in name.partition("-")[0]:
+        return give
     close = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
     known = f"Presets are {', '.join(PRESETS)}"
-    return f"Did you mean {' or '.join(close)}? {known}" if close else known
+    close_by = " or ".join(close)
+    return f"{f'Did you mean {close_by}? ' if close else ''}{give}. {known}"

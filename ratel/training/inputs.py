@@ -79,6 +79,11 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     if config.micro_batch != "auto" and config.batch_size % config.micro_batch:
         raise RatelError(f"does not divide --batch-size {config.batch_size}", field="--micro-batch", value=config.micro_batch,
                          remedy="Give a divisor, or auto")
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)) and not callable(tokenizer):
+        raise RatelError("is no tokenizer", field="tokenizer", value=type(tokenizer).__name__,
+                         remedy="Give one of transformers, or the directory of one")
+    if not is_text(eval_data) and not isinstance(eval_data, Iterable):
+        raise RatelError("is neither a path nor an iterable of batches", field="eval_data", value=type(eval_data).__name__)
     own = None
     if task is not None:
         tokenizer, own = task.tokenizer, task.own_tokenizer

@@ -19,6 +19,9 @@ _UNREMARKABLE = (*_OF_ONE_START, "out", "quiet", "log_every", "optimizer_state")
 def complete(given: Mapping[str, Any], file: str | os.PathLike[str] | None) -> TrainConfig:
     """The same as `ratel.config.resolve`; with ``resume``, what is not given is what it was in the
     run to be continued."""
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise RatelError("is not the path of a TOML file", field="config", value=type(file).__name__,
+                         remedy="Give options themselves as keyword arguments: ratel.train(model, data, lr=1e-5, ...)")
     in_file = read_file(Path(file)) if file is not None else {}
     named = {**in_file, **given}
     if file is not None and named.get("out") is not None:

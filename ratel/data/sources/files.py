@@ -62,7 +62,7 @@ def _sources_of(path: Path, field: str) -> Iterator[Source]:
         if not path.is_file():
             raise RatelError("it is not a regular file", field=field, value=path, remedy=_COPY_IT)
         raise RatelError("not a kind of file that can be read", field=field, value=path,
-                         remedy="Give a .txt file, a .jsonl file or a directory of them")
+                         remedy='Give a .txt file, a .jsonl file (one JSON object on a line, as {"text": ...}) or a directory of them')
     else:
         files = [path]
     for file in files:
@@ -76,8 +76,9 @@ def _file_source(path: Path, field: str) -> Source:
     except NotRegularError as error:
         raise RatelError(error.strerror, field=field, value=path, remedy=_COPY_IT) from error
     except OSError as error:
-        raise RatelError(f"cannot be opened: {error.strerror}", field=field, value=path,
-                         remedy="Check the path and its permissions") from error
+        missing = "Give a .txt file, a .jsonl file or a directory of them on this machine; nothing is downloaded"
+        raise RatelError(f"cannot be opened: {error.strerror}", field=field, value=path, remedy=(
+            missing if isinstance(error, FileNotFoundError) else "Check the path and its permissions")) from error
     return Source(name=str(path), suffix=path.suffix.lower(), num_bytes=num_bytes)
 
 

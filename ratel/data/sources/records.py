@@ -17,6 +17,12 @@ _ELSEWHERE = {"function_call": 'Write it as "tool_calls"', "audio": "Only text i
               "images": "Only text is trained on: remove it", "videos": "Only text is trained on: remove it",
               "refusal": 'Write it as "content"'}
 """Keys of a message that hold something said elsewhere than in its content."""
+_OTHER_FORMS: tuple[tuple[set[str], str], ...] = (
+    ({"instruction", "output"}, 'Write {"prompt": instruction and input, "completion": output}, or both as "messages"'),
+    ({"conversations"}, 'Call them "messages", each {"role": "user" or "assistant", "content": ...}'),
+    ({"question", "answer"}, 'Call them "prompt" and "completion"'), ({"input", "output"}, 'Call them "prompt" and "completion"'),
+    ({"prompt", "response"}, 'Call the response "completion"'), ({"content"}, 'Call it "text"'))
+"""Lines as other programs have them."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -112,7 +118,8 @@ def _record(fields: dict[str, Any]) -> Record | None:
         return _chat(fields)
     if not present:
         seen = ", ".join(f'"{key}"' for key in list(fields)[:6]) or "no keys at all"
-        raise RecordError(f"no key that is known here; the object has {seen}")
+        other = next((remedy for keys, remedy in _OTHER_FORMS if keys <= fields.keys()), EXPECTED)
+        raise RecordError(f"no key that is known here; the object has {seen}", other)
     if len(present) == 1:
         other = "completion" if present[0] == "prompt" else "prompt"
         raise RecordError(f'"{present[0]}" without "{other}"')

@@ -119,7 +119,8 @@ def _check_causal(batch: Mapping[str, Tensor], spec: ModelSpec) -> None:
     _check_range(ids, "input_ids", spec.vocab_size, f"a token id is outside the model's vocabulary of {spec.vocab_size}")
     for name in ("labels", "position_ids"):
         if name in batch and (not isinstance(batch[name], Tensor) or batch[name].shape != ids.shape):
-            raise RatelError("must be a tensor of the shape of input_ids", field=name, value=tuple(ids.shape))
+            found = tuple(batch[name].shape) if isinstance(batch[name], Tensor) else type(batch[name]).__name__
+            raise RatelError(f"must be a tensor of the shape of input_ids, {tuple(ids.shape)}", field=name, value=found)
         if name in batch and batch[name].is_floating_point():
             raise RatelError("must be whole numbers", field=name, value=batch[name].dtype)
     if "labels" in batch:

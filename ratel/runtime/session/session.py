@@ -280,6 +280,8 @@ class Session:
     def evaluate(self, batches: Iterable[Any]) -> float:
         """Mean loss per target token (per row for a model with its own loss), without dropout. Batches of more rows than a
         step's are taken in pieces."""
+        if not isinstance(batches, Iterable):
+            raise RatelError("is not an iterable of batches", field="evaluate", value=type(batches).__name__, remedy="Give a list of them")
         total, weight = 0.0, 0
         self.parts.set_training(False)
         try:
