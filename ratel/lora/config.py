@@ -1,4 +1,5 @@
-"""What an adapter is: rank, scale, which layers it is put on, how it begins. The words mean what peft's mean (docs/lora.md)."""
+"""What an adapter is: rank, scale, which layers it is put on, how it begins. The words mean what
+peft's mean (docs/lora.md)."""
 
 import math
 import re
@@ -33,10 +34,11 @@ _MOST_RANK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """One adapter. A text in ``targets`` or ``exclude`` is a regular expression for whole names (``targets`` may be `all-linear`,
-    too); a tuple has names, or ends of names after a dot. ``rank_pattern`` and ``alpha_pattern``: regular expressions for ends of
-    names, of which the first that fits counts. ``parameters``: targets that are parameters of other modules (fused experts).
-    Raises RatelError for values that cannot be."""
+    """One adapter. A text in ``targets`` or ``exclude`` is a regular expression for whole names
+    (``targets`` may be `all-linear`, too); a tuple has names, or ends of names after a dot.
+    ``rank_pattern`` and ``alpha_pattern``: regular expressions for ends of names, of which the
+    first that fits counts. ``parameters``: targets that are parameters of other modules (fused
+    experts). Raises RatelError for values that cannot be."""
 
     rank: int = 8
     alpha: float = 8
@@ -55,7 +57,8 @@ class LoraConfig:
     layers: int | tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     tied: bool = False
-    """Whether an embedding and a head that are one parameter in the model stay one (peft's ensure_weight_tying)."""
+    """Whether an embedding and a head that are one parameter in the model stay one (peft's
+    ensure_weight_tying)."""
     words: Mapping[str, str] = field(default_factory=lambda: OPTIONS, repr=False, compare=False)
     """What its fields are called where they were given, for messages."""
 
@@ -136,8 +139,8 @@ class LoraConfig:
 
 
 def names_or_pattern(given: str) -> str | tuple[str, ...]:
-    """What a text of the command line says: `all-linear`, names separated by commas, or else a regular expression. A name has
-    letters, digits, `_`, `-` and dots between them."""
+    """What a text of the command line says: `all-linear`, names separated by commas, or else a
+    regular expression. A name has letters, digits, `_`, `-` and dots between them."""
     parts = tuple(part.strip() for part in given.split(","))
     is_names = all(re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", part) for part in parts)
     return parts if is_names and given.lower() != ALL_LINEAR else given

@@ -1,7 +1,9 @@
-"""An adapter that was trained on a changed base (pissa, olora), as one for the base as it is stored.
+"""An adapter that was trained on a changed base (pissa, olora), as one for the base as it is
+stored.
 
-Training began at W = (W - s B0 A0) + s B0 A0 and ended at (W - s B0 A0) + s B A. So the original weight and an adapter of twice
-the rank, [A; A0] and [B, -B0], give what was trained, but for the rounding of W - s B0 A0 to the weight's dtype.
+Training began at W = (W - s B0 A0) + s B0 A0 and ended at (W - s B0 A0) + s B A. So the original
+weight and an adapter of twice the rank, [A; A0] and [B, -B0], give what was trained, but for the
+rounding of W - s B0 A0 to the weight's dtype.
 """
 
 import math
@@ -31,6 +33,7 @@ def converted_targets(targets: Targets) -> Targets:
 
 
 def converted_tensors(layer: AdaptedLayer, trained: LayerTensors, initial: LayerTensors) -> LayerTensors:
-    """``initial``: what `ratel.lora.initial.initial` gave. The magnitudes of DoRA are of the sum, and stay."""
+    """``initial``: what `ratel.lora.initial.initial` gave. The magnitudes of DoRA are of the sum,
+    and stay."""
     assert layer.experts == 1, "pissa and olora are not for experts"
     return LayerTensors(a=torch.cat([trained.a, initial.a]), b=torch.cat([trained.b, -initial.b], dim=1), magnitude=trained.magnitude)

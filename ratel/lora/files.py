@@ -1,4 +1,5 @@
-"""An adapter in files: `adapter_config.json` and `adapter_model.safetensors`, as peft and vLLM read them."""
+"""An adapter in files: `adapter_config.json` and `adapter_model.safetensors`, as peft and vLLM read
+them."""
 
 import re
 from collections.abc import Mapping
@@ -35,8 +36,9 @@ _OLDER_EXPERTS = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter:
-    """One that was read. ``tensors``: fp32, by their names in the file, those of tied layers left out. ``base_copies``: parameters of
-    the base that peft has stored beside it; what is loaded must be equal to them."""
+    """One that was read. ``tensors``: fp32, by their names in the file, those of tied layers left
+    out. ``base_copies``: parameters of the base that peft has stored beside it; what is loaded must
+    be equal to them."""
 
     config: LoraConfig
     targets: Targets
@@ -48,8 +50,8 @@ class StoredAdapter:
 
 def write_adapter(directory: Path, targets: Targets, tensors: Mapping[str, Tensor], *, base_name: str | None = None, base: str | None = None,
                   task: str | None = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> None:
-    """Write both files into a directory that has neither, synced. ``tensors``: by their names in the file, without those of tied
-    layers; ``base``: the base's fingerprint. Raises OSError."""
+    """Write both files into a directory that has neither, synced. ``tensors``: by their names in
+    the file, without those of tied layers; ``base``: the base's fingerprint. Raises OSError."""
     settings = settings_of(stored_config(targets), base=base_name, task=task,
                            is_transposed=any(layer.kind == CONV1D for layer in targets.layers))
     write_synced(directory / CONFIG_FILE, encode(settings))
@@ -62,8 +64,8 @@ def write_adapter(directory: Path, targets: Targets, tensors: Mapping[str, Tenso
 
 
 def read_adapter(directory: Path, outline: ModelOutline, *, base: str | None = None, field: str = "lora") -> StoredAdapter:
-    """An adapter for this model. ``base``: the model's fingerprint, if known. Raises RatelError for one that is not whole, or was made
-    for another base."""
+    """An adapter for this model. ``base``: the model's fingerprint, if known. Raises RatelError for
+    one that is not whole, or was made for another base."""
     config = of_directory(directory, field)
     path = _weights_file(directory, field)
     header = read_header(path, field)
@@ -131,7 +133,8 @@ def _without_tied(own: dict[str, Tensor], targets: Targets, path: Path, field: s
 
 
 def _base_copies(names: Mapping[str, object], targets: Targets) -> dict[str, str]:
-    """Names in the file -> parameters of the base: peft stores embeddings that are adapted, or that were made longer."""
+    """Names in the file -> parameters of the base: peft stores embeddings that are adapted, or that
+    were made longer."""
     outline = targets.outline
     parameters = {f"{PREFIX}{layer.file_name}.base_layer.weight": layer.weight for layer in targets.layers}
     parameters |= {f"{PREFIX}{name}.weight": f"{name}.weight" for name in (outline.embedding, outline.head) if name}

@@ -1,7 +1,9 @@
-"""Which base an adapter was trained on, by content: one SHA-256 over names, shapes and values of all parameters.
+"""Which base an adapter was trained on, by content: one SHA-256 over names, shapes and values of
+all parameters.
 
-Values are taken as bf16 (ties to even), so that a checkpoint has one fingerprint in fp32 and in bf16, in however many files it
-lies. Each parameter has a digest of its own first: they can be made in any order and on any thread, as weights come in.
+Values are taken as bf16 (ties to even), so that a checkpoint has one fingerprint in fp32 and in
+bf16, in however many files it lies. Each parameter has a digest of its own first: they can be made
+in any order and on any thread, as weights come in.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +27,8 @@ def digest_of(shape: Iterable[int], pieces: Iterable[Tensor]) -> str:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """``digests``: of all parameters by name; one that is in the model twice, under its first name."""
+    """``digests``: of all parameters by name; one that is in the model twice, under its first
+    name."""
     lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return f"sha256:{sha256(''.join(lines).encode()).hexdigest()}"
 

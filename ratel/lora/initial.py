@@ -1,5 +1,6 @@
-"""What an adapter begins with, in peft's ways. Each tensor has a seed of its own, from the run's seed and the tensor's name, so
-that neither the order of layers nor where they are changes a bit of it."""
+"""What an adapter begins with, in peft's ways. Each tensor has a seed of its own, from the run's
+seed and the tensor's name, so that neither the order of layers nor where they are changes a bit of
+it."""
 
 import math
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ class LayerTensors:
 
 
 def initial(layer: AdaptedLayer, config: LoraConfig, seed: int, weight: Tensor | None = None) -> LayerTensors:
-    """On the CPU. ``weight``: the parameter as the model has it, which is needed where `needs_weight` says so; it is not changed.
+    """On the CPU. ``weight``: the parameter as the model has it, which is needed where
+    `needs_weight` says so; it is not changed.
 
-    With an init that takes from the base, the layer begins as the base if it goes on with `residual` in the place of the weight.
+    With an init that takes from the base, the layer begins as the base if it goes on with
+    `residual` in the place of the weight.
     """
     assert layer.tied_to is None, "a tied layer has the tensors of another"
     if _takes_from_base(layer, config):
@@ -46,12 +49,14 @@ def needs_weight(layer: AdaptedLayer, config: LoraConfig) -> bool:
 
 
 def residual(layer: AdaptedLayer, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The weight without what the adapter begins with, rounded to the weight's dtype: the base that pissa and olora train on."""
+    """The weight without what the adapter begins with, rounded to the weight's dtype: the base that
+    pissa and olora train on."""
     return as_stored(layer, (as_matrix(layer, weight.float()) - (layer.scale * b) @ a).to(weight.dtype))
 
 
 def norms(layer: AdaptedLayer, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Of each output, in fp32: the length of its row in W + s B A. DoRA's magnitudes begin as these."""
+    """Of each output, in fp32: the length of its row in W + s B A. DoRA's magnitudes begin as
+    these."""
     return torch.linalg.norm(as_matrix(layer, weight.float()) + layer.scale * (b @ a), dim=1)
 
 

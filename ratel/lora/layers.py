@@ -6,13 +6,15 @@ from ratel.lora.outline import EMBEDDING
 
 PREFIX = "base_model.model."
 PARAMETER = "parameter"
-"""The kind of a layer that is a parameter of another module: a matrix, or the fused matrices of experts."""
+"""The kind of a layer that is a parameter of another module: a matrix, or the fused matrices of
+experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedLayer:
-    """A [a_rows, in] and B [out, b_columns] of a layer. With E experts and rank r, A is [E*r, in] with the expert slowest, and B
-    [out, r*E] with the expert fastest: ``A.view(E, r, in)``, ``B.view(out, r, E)``. Of an embedding `in` counts tokens."""
+    """A [a_rows, in] and B [out, b_columns] of a layer. With E experts and rank r, A is [E*r, in]
+    with the expert slowest, and B [out, r*E] with the expert fastest: ``A.view(E, r, in)``,
+    ``B.view(out, r, E)``. Of an embedding `in` counts tokens."""
 
     name: str
     parameter: str
@@ -77,7 +79,8 @@ class AdaptedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class FullModule:
-    """A module that is trained as a whole. ``parameters``: their names in the model, with shapes."""
+    """A module that is trained as a whole. ``parameters``: their names in the model, with
+    shapes."""
 
     name: str
     parameters: dict[str, tuple[int, ...]]

@@ -1,7 +1,8 @@
 """Weights with their adapter added, one at a time, with the rounding that peft's merge has.
 
-peft adds the product, in fp32, to the weight of a Linear or Conv1D and rounds the sum once. Of embeddings and of parameters it
-rounds the product to the weight's dtype first. DoRA's sum is rounded once.
+peft adds the product, in fp32, to the weight of a Linear or Conv1D and rounds the sum once. Of
+embeddings and of parameters it rounds the product to the weight's dtype first. DoRA's sum is
+rounded once.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +19,8 @@ from ratel.lora.targets import Targets
 
 @torch.no_grad()
 def merged(layer: AdaptedLayer, weight: Tensor, tensors: LayerTensors) -> Tensor:
-    """A new tensor of the weight's shape and dtype. What it takes beside is the product: four bytes for each element. Raises
-    RatelError where the sum is not finite."""
+    """A new tensor of the weight's shape and dtype. What it takes beside is the product: four bytes
+    for each element. Raises RatelError where the sum is not finite."""
     added = _product(layer, tensors)
     if layer.has_magnitude:
         assert tensors.magnitude is not None
@@ -35,13 +36,15 @@ def merged(layer: AdaptedLayer, weight: Tensor, tensors: LayerTensors) -> Tensor
 
 
 def merges(targets: Targets) -> dict[str, AdaptedLayer]:
-    """The parameters that merging changes, by name. A weight that an embedding and a head share and that stays one changes once."""
+    """The parameters that merging changes, by name. A weight that an embedding and a head share and
+    that stays one changes once."""
     return {layer.weight: layer for layer in targets.layers if layer.tied_to is None}
 
 
 def unties(targets: Targets) -> bool:
-    """Whether an embedding and a head that are one parameter are two after merging: one of them has an adapter, or was trained as a
-    whole, and the other not. Such a model is stored with both weights, and with `tie_word_embeddings` false."""
+    """Whether an embedding and a head that are one parameter are two after merging: one of them has
+    an adapter, or was trained as a whole, and the other not. Such a model is stored with both
+    weights, and with `tie_word_embeddings` false."""
     outline = targets.outline
     changed = [*targets.layers, *targets.full]
     return bool(outline.tied) and any(part.name in (*outline.tied, outline.embedding) for part in changed) and not any(

@@ -1,7 +1,8 @@
-"""What in a description of a new adapter can only be a mistake: names that fit nothing, and ranks beyond a layer's size.
+"""What in a description of a new adapter can only be a mistake: names that fit nothing, and ranks
+beyond a layer's size.
 
-peft passes over most of these in silence, and something stays untrained. An adapter that exists already is not held to this:
-its tensors say what it is.
+peft passes over most of these in silence, and something stays untrained. An adapter that exists
+already is not held to this: its tensors say what it is.
 """
 
 import re
@@ -58,8 +59,8 @@ def _refuse_patterns(targets: Targets) -> None:
 
 
 def _refuse_rank(targets: Targets, layer: AdaptedLayer) -> None:
-    """A rank beyond the smaller side of a layer adds nothing. Routers and gates that `all-linear` has brought in are small for any
-    rank, and take the one that the others have, as in peft."""
+    """A rank beyond the smaller side of a layer adds nothing. Routers and gates that `all-linear`
+    has brought in are small for any rank, and take the one that the others have, as in peft."""
     most = min(layer.in_features, layer.out_features)
     if layer.rank <= most:
         return

@@ -1,4 +1,5 @@
-"""Names of modules as users write them: their ends, and what is nearest to one that is not there."""
+"""Names of modules as users write them: their ends, and what is nearest to one that is not
+there."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

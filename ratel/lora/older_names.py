@@ -1,8 +1,9 @@
-"""Targets of models with experts, under the names that they had before transformers 5 fused the experts.
+"""Targets of models with experts, under the names that they had before transformers 5 fused the
+experts.
 
-peft takes `w1` of Mixtral, or `gate_proj` of Qwen3-MoE, for the fused parameter that it is a part of now, and `all-linear` for
-what was a Linear then: experts and routers are among the targets. gate and up are one parameter: an adapter for both is one of
-twice the rank and twice alpha.
+peft takes `w1` of Mixtral, or `gate_proj` of Qwen3-MoE, for the fused parameter that it is a part
+of now, and `all-linear` for what was a Linear then: experts and routers are among the targets. gate
+and up are one parameter: an adapter for both is one of twice the rank and twice alpha.
 """
 
 import re
@@ -32,7 +33,8 @@ _FAMILIES = {"mixtral": _MIXTRAL, "qwen2_moe": _QWEN}
 
 
 def older_names_of(model_type: str | None) -> OlderNames | None:
-    """transformers' own table says which models' experts were stored as Mixtral's or as Qwen2-MoE's."""
+    """transformers' own table says which models' experts were stored as Mixtral's or as
+    Qwen2-MoE's."""
     if model_type is None:
         return None
     from transformers import conversion_mapping
@@ -42,8 +44,9 @@ def older_names_of(model_type: str | None) -> OlderNames | None:
 
 
 def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterable[str], matches: Mapping[str, bool]) -> LoraConfig:
-    """The same adapter with names that the model has now. ``linear``: what `all-linear` means; ``matches``: for a pattern, which of
-    `possible_names` it fits. Raises RatelError for one half of what is fused."""
+    """The same adapter with names that the model has now. ``linear``: what `all-linear` means;
+    ``matches``: for a pattern, which of `possible_names` it fits. Raises RatelError for one half of
+    what is fused."""
     older = older_names_of(outline.model_type)
     if older is None or config.targets is None:
         return config
@@ -65,8 +68,8 @@ def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterab
 
 
 def possible_names(outline: ModelOutline) -> dict[str, str]:
-    """Names that a regular expression may mean, with the last parts that stand for them: modules, parameters, and the experts'
-    matrices as they were called before."""
+    """Names that a regular expression may mean, with the last parts that stand for them: modules,
+    parameters, and the experts' matrices as they were called before."""
     names = [module.name for module in outline.modules] + [f"{m.name}.{parameter}" for m in outline.modules for parameter in m.parameters]
     found = {name: name.rpartition(".")[2] for name in names}
     older = older_names_of(outline.model_type)

@@ -1,4 +1,5 @@
-"""What of a model adapters have to know: its modules with their names, kinds and shapes. No weights are needed: a skeleton does."""
+"""What of a model adapters have to know: its modules with their names, kinds and shapes. No weights
+are needed: a skeleton does."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ LINEAR, CONV1D, EMBEDDING, OTHER = "linear", "conv1d", "embedding", "other"
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleOutline:
-    """One module, under the first of its names. ``parameters``: its own ones, in their order, with shapes."""
+    """One module, under the first of its names. ``parameters``: its own ones, in their order, with
+    shapes."""
 
     name: str
     kind: str
@@ -31,7 +33,8 @@ class ModuleOutline:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOutline:
-    """All modules, in the model's order. ``aliases``: further names of modules that are in it more than once."""
+    """All modules, in the model's order. ``aliases``: further names of modules that are in it more
+    than once."""
 
     modules: tuple[ModuleOutline, ...]
     aliases: dict[str, str]

@@ -1,7 +1,8 @@
-"""peft's own description of an adapter, as an object or as `adapter_config.json`: read strictly, and written.
+"""peft's own description of an adapter, as an object or as `adapter_config.json`: read strictly,
+and written.
 
-What Ratel cannot do is refused by name. A field that nobody knows yet, of a later peft, is taken as unset where its value says
-nothing, and refused otherwise: it may change what the adapter computes.
+What Ratel cannot do is refused by name. A field that nobody knows yet, of a later peft, is taken as
+unset where its value says nothing, and refused otherwise: it may change what the adapter computes.
 """
 
 import json
@@ -46,7 +47,8 @@ _SCHEMA = record({"peft_type": text()}, {
 _WITHOUT_EFFECT = {"auto_mapping", "revision", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "eva_config",
                    "corda_config", "loftq_config", "lora_ga_config", "runtime_config", "base_model_name_or_path", "task_type",
                    "fan_in_fan_out", "peft_type", "bias", "init_lora_weights"}
-"""Fields that say nothing of what an adapter computes, say it with another field, or are looked at on their own."""
+"""Fields that say nothing of what an adapter computes, say it with another field, or are looked at
+on their own."""
 
 _KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Inits after which an adapter is on the base as it is stored."""
@@ -148,8 +150,9 @@ def _init_of(value: bool | str, field: str, source: object, *, is_new: bool) -> 
 
 def settings_of(config: LoraConfig, *, base: str | None = None, task: str | None = "CAUSAL_LM",
                 is_transposed: bool = False) -> dict[str, Any]:
-    """`adapter_config.json` of an adapter that is trained: peft loads it for use. ``is_transposed``: the weights of targets are
-    stored the other way round (GPT-2's Conv1D). Fields of later versions of peft are there only where they say something."""
+    """`adapter_config.json` of an adapter that is trained: peft loads it for use.
+    ``is_transposed``: the weights of targets are stored the other way round (GPT-2's Conv1D).
+    Fields of later versions of peft are there only where they say something."""
     assert not config.changes_base, "such an adapter is stored as one for the base as it is (ratel/lora/converted.py)"
     names = {name: list(value) if isinstance(value, tuple) else value for name, value in
              (("target_modules", config.targets), ("exclude_modules", config.exclude), ("modules_to_save", config.full or None))}

@@ -1,17 +1,18 @@
-"""The description of an adapter as its file has it: what was found in the model, in names that mean just that to peft."""
+"""The description of an adapter as its file has it: what was found in the model, in names that mean
+just that to peft."""
 
 from dataclasses import replace
 
 from ratel.lora.config import LoraConfig
 from ratel.lora.layers import PARAMETER
-from ratel.lora.names import ends_with_any
 from ratel.lora.outline import ModelOutline
 from ratel.lora.targets import Targets
 
 
 def stored_config(targets: Targets) -> LoraConfig:
-    """Layers are listed, by their last parts where these are enough: `all-linear`, regular expressions and what is excluded mean
-    the same in any version of peft then. Of weights that are one in the model both names are there: peft ties by them."""
+    """Layers are listed, by their last parts where these are enough: `all-linear`, regular
+    expressions and what is excluded mean the same in any version of peft then. Of weights that are
+    one in the model both names are there: peft ties by them."""
     layers = [layer.name for layer in targets.layers if layer.kind != PARAMETER]
     full = [*targets.config.full, *targets.effective.full, *(module.name for module in targets.full if module.tied_to)]
     return replace(targets.effective, targets=tuple(_shortest(layers, targets.outline)), exclude=None, layers=None, layers_pattern=(),
@@ -19,7 +20,6 @@ def stored_config(targets: Targets) -> LoraConfig:
 
 
 def _shortest(names: list[str], outline: ModelOutline) -> list[str]:
-    others = [module.name for module in outline.modules if module.name not in names]
-    found = (leaf if not any(ends_with_any(other, (leaf,)) for other in others) else name
-             for name, leaf in ((name, name.rpartition(".")[2]) for name in names))
-    return sorted(set(found))
+    adapted = set(names)
+    other_leaves = {module.leaf for module in outline.modules if module.name not in adapted}
+    return sorted({name if (leaf := name.rpartition(".")[2]) in other_leaves else leaf for name in names})

@@ -1,4 +1,5 @@
-"""Which layers of a model an adapter is put on, as peft chooses them, and what is trained as a whole beside them."""
+"""Which layers of a model an adapter is put on, as peft chooses them, and what is trained as a
+whole beside them."""
 
 import re
 from collections.abc import Iterator
@@ -140,7 +141,8 @@ def _sizes(config: LoraConfig, key: str) -> dict[str, float]:
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 def _parameters(config: LoraConfig, outline: ModelOutline) -> Iterator[AdaptedLayer]:
-    """Of one module the first is innermost: its tensors are those of the module's `base_layer`, once for each that follows."""
+    """Of one module the first is innermost: its tensors are those of the module's `base_layer`,
+    once for each that follows."""
     for module in outline.modules:
         found = [parameter for parameter in module.parameters if module.name and ends_with_any(f"{module.name}.{parameter}", config.parameters)]
         if found and _fits(config, module.name):

@@ -1,5 +1,5 @@
-"""What an adapter is, from options, from peft's object and from `adapter_config.json`: read strictly, and what is not supported is
-refused by name."""
+"""What an adapter is, from options, from peft's object and from `adapter_config.json`: read
+strictly, and what is not supported is refused by name."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_a_directory_without_an_adapter(tmp_path: Path) -> None:
 
 
 def test_an_object_of_peft() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion="0.21")
     given = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.5, target_modules=["q", "k"], init_lora_weights="gaussian", use_rslora=True,
                             layers_to_transform=2, layers_pattern="h", modules_to_save=["s"], task_type="CAUSAL_LM", rank_pattern={"q": 9})
     assert is_peft_config(given) and not is_peft_config(LoraConfig()) and not is_peft_config("LORA")
@@ -121,7 +121,7 @@ def test_an_object_of_peft() -> None:
 
 
 def test_objects_of_peft_that_are_refused() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion="0.21")
     for given, words in ((peft.LoHaConfig(), "LOHA"), (peft.LoraConfig(bias="lora_only"), "biases of the base"), (peft.IA3Config(), "IA3"),
                          (peft.LoraConfig(init_lora_weights="eva"), "asks for init_lora_weights 'eva'"),
                          (peft.LoraConfig(init_lora_weights=False), "asks for init_lora_weights False"),
@@ -133,8 +133,9 @@ def test_objects_of_peft_that_are_refused() -> None:
 
 
 def test_every_field_of_peft_is_known() -> None:
-    """A field of a later peft that says something is refused; those of this one are each decided on."""
-    peft = pytest.importorskip("peft")
+    """A field of a later peft that says something is refused; those of this one are each decided
+    on."""
+    peft = pytest.importorskip("peft", minversion="0.21")
     from ratel.lora.config import PEFT_FIELDS
     from ratel.lora.peft_config import _FULL_NAMES, _WITHOUT_EFFECT
 

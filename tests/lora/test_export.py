@@ -70,7 +70,7 @@ def test_a_kill_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_somebody_elses_adapter_stays(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion="0.21")
     peft.get_peft_model(make("llama"), peft.LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
     before = {name: (tmp_path / "adapter" / name).read_bytes() for name in os.listdir(tmp_path / "adapter")}
     with pytest.raises(RatelError, match="holds adapter_config.json, which no export has written"):

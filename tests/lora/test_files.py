@@ -23,7 +23,7 @@ from ratel.lora.targets import Targets, resolve
 from tests.support.lora import MODELS, TIED, load_in_peft, logits, make, peft_model, peft_tensors, trained
 
 pytestmark = pytest.mark.numerics
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.21")
 
 DENSE = [dict(target_modules="all-linear", use_rslora=True),
          dict(target_modules=["q_proj", "embed_tokens", "c_attn", "wte"], rank_pattern={"q_proj": 3, "c_attn": 5}, alpha_pattern={".*0.*": 3}),

@@ -17,7 +17,7 @@ from ratel.lora.targets import Targets, resolve
 from tests.support.lora import logits, make, peft_model, peft_tensors
 
 pytestmark = pytest.mark.numerics
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.21")
 
 
 def begin(targets: Targets, model: nn.Module, seed: int = 0) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from ratel.lora.targets import Targets, resolve
 from tests.support.lora import logits, make, peft_model, trained
 
 pytestmark = pytest.mark.numerics
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.21")
 
 CASES = [("llama", dict(target_modules="all-linear")), ("gpt2", dict(target_modules="all-linear", use_rslora=True)),
          ("llama", dict(target_modules=["q_proj", "embed_tokens"])), ("gpt2", dict(target_modules=["c_proj", "wpe"])),

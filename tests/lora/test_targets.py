@@ -1,4 +1,5 @@
-"""Which layers are adapted: the same names, ranks, scales and shapes as peft gives the same model."""
+"""Which layers are adapted: the same names, ranks, scales and shapes as peft gives the same
+model."""
 
 from typing import Any
 
@@ -16,7 +17,7 @@ from ratel.models.structure.skeleton import strip_parameters
 from tests.support.lora import EXPERTS, MODELS, TIED, make, peft_model, peft_shapes
 
 pytestmark = pytest.mark.numerics
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.21")
 
 
 def cases(name: str) -> list[dict[str, Any]]:
@@ -137,7 +138,8 @@ def test_a_rank_above_the_layer() -> None:
 
 
 def test_routers_take_the_rank_of_the_others() -> None:
-    """peft's all-linear has them among its targets; they have as many outputs as there are experts, or one."""
+    """peft's all-linear has them among its targets; they have as many outputs as there are experts,
+    or one."""
     refuse_mistakes(resolve(LoraConfig(rank=8), outline_of(make("qwen2_moe"))))
     assert "mlp.gate" in refusal("mixtral", rank=8, targets=("q_proj", "gate"))
     assert "is above the size" in refusal("qwen2_moe", rank=60)

@@ -61,7 +61,7 @@ def test_an_adapter_directory(with_model: bool, tmp_path: Path) -> None:
     if with_model:
         write(configs()["llama"], tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base", "peft_type": "LORA"}))
-    refused(tmp_path, "adapter", '"some/base"', "merge_and_unload")
+    refused(tmp_path, "adapter", '"some/base"', "ratel export --adapter")
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8"])

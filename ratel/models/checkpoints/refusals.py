@@ -22,8 +22,9 @@ def refuse_directory(directory: Path) -> None:
     `from_pretrained` would put on one."""
     adapter = directory / "adapter_config.json"
     if adapter.exists():
-        raise RatelError(f"holds an adapter (PEFT){_base_of(adapter)}, not a model alone", field="model", value=directory, remedy="Merge it into its model with peft (merge_and_unload, "
-                         "save_pretrained), or remove adapter_config.json to train the model without it")
+        raise RatelError(f"holds an adapter (PEFT){_base_of(adapter)}, not a model alone", field="model", value=directory,
+                         remedy="Merge it into its model (ratel export --adapter DIR --model BASE --out NEW), or remove adapter_config.json "
+                                "to train the model without it")
     if (directory / "config.json").exists():
         return
     for names, what, remedy in _FOREIGN:
