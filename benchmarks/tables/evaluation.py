@@ -61,7 +61,7 @@ QUESTIONS: dict[str, dict[str, Section]] = {
     "What do single parts do?": {
         "adam": Section("CPU optimizer", lambda content: parts.adam_lines(content if isinstance(content, list) else [content])),
         "updates": Section("The CPU optimizer in steps and alone", parts.updates_lines), "io": Section("I/O", parts.io_lines),
-        "launches": _target("launches")}}
+        "launches": _target("launches"), "lora": Section("Adapters", parts.lora_lines)}}
 SECTIONS = {kind: section for kinds in QUESTIONS.values() for kind, section in kinds.items()}
 
 PLOTS: dict[str, tuple[str, Callable[[Any], Callable[[Any], None]]]] = {

@@ -34,3 +34,14 @@ def updates_lines(report: dict[str, Any]) -> list[str]:
         cells = " | ".join(f"{rate / 1e9:.2f}" for rate in rates)
         lines.append(f"| {p['name']} | {p['batch_size']} | {cells} | {p['huge_pages']:.0%} |")
     return lines
+
+
+def lora_lines(report: dict[str, Any]) -> list[str]:
+    """Single linears and whole layers have tables of their own."""
+    from ratel.lora.compute import bench
+
+    lines = ["What adapters cost, as multiples of the frozen linears: the device's time, and the clock's in brackets.", ""]
+    for is_linear in (True, False):
+        points = [point for point in report["points"] if ("inputs" in point) == is_linear]
+        lines += [*bench.table(points).splitlines(), ""] if points else []
+    return lines[:-1]

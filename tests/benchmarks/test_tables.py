@@ -61,3 +61,10 @@ def test_only_results_from_before_commits_were_noted_have_none() -> None:
 def test_no_history_is_kept_beside_the_results() -> None:
     """What a result was before stands in git; docs/log.md names the commit."""
     assert [path.name for path in RESULTS.iterdir() if path.stem.endswith(("_before", "_small_probe", "_short_timings"))] == []
+
+
+def test_adapters_have_a_table_of_linears_and_one_of_layers() -> None:
+    point = {"rank": 8, "dropout": 0.0, "frozen_ms": 1.0, "floor": 1.02, "ratios": {"fused": {"device": 1.25, "clock": 1.5}}}
+    lines = evaluation.SECTIONS["lora"].lines({"points": [{**point, "inputs": 64, "outputs": 32}, {**point, "layer": "llama-3b"}]})
+    assert [line.split(" | ")[0] for line in lines if " | 8 | " in line] == ["| 64 -> 32", "| llama-3b"]
+    assert sum(line.endswith("| 1.25 (1.50) |") for line in lines) == 2
