@@ -14,6 +14,7 @@ from ratel.errors import RatelError
 from ratel.lora.config import LoraConfig
 from ratel.lora.initial import LayerTensors
 from ratel.lora.layers import PREFIX, AdaptedLayer
+from ratel.lora.older_experts import with_fused
 from ratel.lora.outline import CONV1D, ModelOutline
 from ratel.lora.peft_config import CONFIG_FILE, encode, of_directory, settings_of
 from ratel.lora.stored_config import stored_config
@@ -69,14 +70,6 @@ def read_adapter(directory: Path, outline: ModelOutline, *, base: str | None = N
     config = of_directory(directory, field)
     path = _weights_file(directory, field)
     header = read_header(path, field)
-    targets = resolve(config, outline)
-    shapes = {name: entry.shape for name, entry in header.tensors.items()}
-    copies = _base_copies(shapes, targets)
-    _refuse_names(shapes.keys() - copies.keys(), targets, path, field)
-    wanted = targets.file_shapes | {name: _shape_in(outline, parameter) for name, parameter in copies.items()}
-    for name in sorted(shapes):
-        if shapes[name] != wanted[name]:
-            _refuse_base(f"{_plain(name)} has the shape {list(shapes[name])}, and this model gives it {list(wanted[name])}", path, field)
     quantised = next((name for name, entry in header.tensors.items() if entry.dtype_name not in DTYPES), None)
     if quantised is not None:
         raise RatelError(f"{_plain(quantised)} is stored as {header.tensors[quantised].dtype_name}, not in floating point", field=field, value=path,
@@ -84,11 +77,35 @@ def read_adapter(directory: Path, outline: ModelOutline, *, base: str | None = N
     stored = header.metadata.get(BASE_KEY)
     if stored is not None and base is not None and stored != base:
         _refuse_base(f"its base has the fingerprint {stored[:23]}..., this model {base[:23]}...", path, field)
-    files = TensorFiles([path], field)
-    own = {name: files.read(name).float() for name in targets.file_shapes}
+    targets = resolve(config, outline)
+    tensors = _read(TensorFiles([path], field), targets, path, field)
+    copies = _base_copies(tensors, targets)
+    own = {name: values.float() for name, values in tensors.items() if name not in copies}
     _refuse_values(own, path, field)
     return StoredAdapter(config=config, targets=targets, tensors=_without_tied(own, targets, path, field), base=stored,
-                         base_copies={parameter: files.read(name) for name, parameter in copies.items()})
+                         base_copies={parameter: tensors[name] for name, parameter in copies.items()})
+
+
+def _read(files: TensorFiles, targets: Targets, path: Path, field: str) -> dict[str, Tensor]:
+    """All tensors, once their names are those that the model gives an adapter, and with the shapes
+    that it gives them."""
+    found = with_fused(files.tensors, targets, files.read)
+    copies = _base_copies(found, targets)
+    _refuse_names(found.keys() - copies.keys(), targets, path, field)
+    wanted = targets.file_shapes | {name: _shape_in(targets.outline, parameter) for name, parameter in copies.items()}
+    tensors = {}
+    for name in sorted(found):
+        shape = files.tensors[name].shape if name in files.tensors else None  # before anything of a wrong size is read
+        try:
+            values = found[name]() if shape in (None, wanted[name]) else None
+        except RuntimeError as error:
+            raise RatelError(f"has parts of {_plain(name)} that do not fit together", field=field, value=path,
+                             remedy="Copy the adapter again") from error
+        if values is None or tuple(values.shape) != wanted[name]:
+            _refuse_base(f"{_plain(name)} has the shape {list(shape if values is None else values.shape)}, and this model gives it "
+                         f"{list(wanted[name])}", path, field)
+        tensors[name] = values
+    return tensors
 
 
 def tensors_of(layer: AdaptedLayer, targets: Targets, tensors: Mapping[str, Tensor]) -> LayerTensors:
@@ -149,8 +166,8 @@ def _shape_in(outline: ModelOutline, parameter: str) -> tuple[int, ...]:
 def _refuse_names(found: "set[str]", targets: Targets, path: Path, field: str) -> None:
     older = sorted(name for name in found - targets.file_shapes.keys() if _OLDER_EXPERTS.search(name))
     if older:
-        raise RatelError(f"has an adapter for each expert alone, as transformers before 5 had them ({_plain(older[0])})", field=field, value=path,
-                         remedy="Load it in peft with transformers 5, which fuses them, and save it again")
+        raise RatelError(f"has adapters for single experts ({_plain(older[0])}) that cannot be made one for all, because some have none",
+                         field=field, value=path, remedy="Copy the adapter again, or give the model that it was trained on")
     missing = sorted(targets.file_shapes.keys() - found)
     if missing and any(name in module.file_shapes for module in targets.full for name in missing):
         raise RatelError(f"lacks {_plain(missing[0])}, which {CONFIG_FILE} says was trained as a whole (modules_to_save)", field=field, value=path,

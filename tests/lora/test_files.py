@@ -231,7 +231,7 @@ def test_tensors_that_do_not_belong(tmp_path: Path) -> None:
     assert "lacks model.layers.1.self_attn.o_proj.lora_A.weight" in again(**{"o_proj.lora_A.weight": None})
     assert "q_proj.lora_A.weight is not what" in again(**{"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)})
     assert "not finite" in again(**{"o_proj.lora_A.weight": torch.full((4, 32), torch.nan)})
-    assert "transformers before 5" in again(**{"base_model.model.model.layers.0.mlp.experts.1.w1.lora_A.weight": torch.zeros(4, 32)})
+    assert "has adapters for single experts (model.layers.0.mlp.experts.1.w1.lora_A.weight)" in again(**{"base_model.model.model.layers.0.mlp.experts.1.w1.lora_A.weight": torch.zeros(4, 32)})
     assert "is stored as I8" in again(**{"o_proj.lora_A.weight": torch.zeros((4, 32), dtype=torch.int8)})
 
 
@@ -245,6 +245,53 @@ def test_embeddings_that_were_made_longer(tmp_path: Path) -> None:
     written(tmp_path, "llama", 0)
     change(tmp_path, **{"base_model.model.model.embed_tokens.weight": torch.zeros(70, 32)})
     assert "embed_tokens.weight has the shape [70, 32], and this model gives it [64, 32]" in refused(tmp_path, make("llama"))
+
+
+# --- experts as they were before transformers 5 ------------------------------------------------------------------------
+
+OLDER = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), 48), "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), 20)}
+
+
+def older_adapter(directory: Path, name: str, router: bool) -> dict[str, Tensor]:
+    """An adapter for each of three experts alone; the second layer of Qwen's model here has none."""
+    block, names, inner = OLDER[name]
+    generator = torch.Generator().manual_seed(1)
+    shapes: dict[str, tuple[int, int]] = {f"{layer}.self_attn.q_proj": (32, 32) for layer in range(2)}
+    for layer in range(2 if name == "mixtral" else 1):
+        shapes |= {f"{layer}.{block}.gate": (32, 3)} if router else {}
+        shapes |= {f"{layer}.{block}.experts.{expert}.{part}": (inner, 32) if part == names[2] else (32, inner)
+                   for expert in range(3) for part in names}
+    tensors = {f"base_model.model.model.layers.{key}.lora_{letter}.weight": torch.randn(size, generator=generator) * 0.15
+               for key, (inputs, outputs) in shapes.items() for letter, size in (("A", (4, inputs)), ("B", (outputs, 4)))}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", *names, *(["gate"] * router)]}))
+    return tensors
+
+
+@pytest.mark.parametrize("name", OLDER)
+@pytest.mark.parametrize("router", (False, True))
+def test_adapters_of_single_experts_are_fused_as_peft_does_it(tmp_path: Path, name: str, router: bool) -> None:
+    older_adapter(tmp_path, name, router)
+    found = read_adapter(tmp_path, outline_of(make(name)))
+    adapted = load_in_peft(make(name), tmp_path)
+    theirs = peft.get_peft_model_state_dict(adapted, adapter_name="given", save_embedding_layers=False)
+    assert found.tensors.keys() == theirs.keys() and all(torch.equal(values, theirs[key]) for key, values in found.tensors.items())
+    (tmp_path / "again").mkdir()
+    write_adapter(tmp_path / "again", found.targets, found.tensors)
+    torch.testing.assert_close(logits(load_in_peft(make(name), tmp_path / "again")), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_experts_that_are_not_all_there(tmp_path: Path) -> None:
+    tensors = older_adapter(tmp_path, "mixtral", False)
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    change(tmp_path, **{"experts.2.w3.lora_B.weight": None})
+    assert "has adapters for single experts" in refused(tmp_path, make("mixtral"))
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole)
+    change(tmp_path, **{"layers.0.block_sparse_moe.experts.2.w3.lora_A.weight": torch.zeros(4, 31)})
+    assert "parts of model.layers.0.mlp.experts.base_layer.lora_A.weight that do not fit together" in refused(tmp_path, make("mixtral"))
+    save_file({**tensors, **{name: torch.zeros(5, 32) for name in tensors if "w1.lora_A" in name}}, tmp_path / "adapter_model.safetensors")
+    assert "was made for another base: model.layers.0.mlp.experts.base_layer.lora_A.weight has the shape [27, 32]" in refused(tmp_path, make("mixtral"))
 
 
 # --- the fingerprint -------------------------------------------------------------------------------------------------

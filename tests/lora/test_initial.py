@@ -116,9 +116,10 @@ def test_an_approximate_pissa_has_a_seed() -> None:
     weight = torch.linalg.qr(noise[0]).Q @ torch.diag(0.5 ** torch.arange(32.0)) @ torch.linalg.qr(noise[1]).Q
     found, exact = (initial(layer, LoraConfig(rank=16, init=init), 0, weight) for init in ("pissa_niter_4", "pissa"))
     torch.testing.assert_close(found.b @ found.a, exact.b @ exact.a, rtol=0, atol=1e-5)
-    weight = noise[0]
+    weight, state = noise[0], torch.get_rng_state()
     first, again, other = (initial(layer, config, seed, weight).a for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's numbers are drawn from"
 
 
 @pytest.mark.parametrize("name", ("llama", "gpt2"))
