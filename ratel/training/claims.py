@@ -3,6 +3,7 @@ replaces."""
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def check_out(out: Path, states: StateDirectory, *, exports_model: bool, saves: 
         found = _status(out / name)
         continues = resumes and name == METRICS  # a power failure may have cut it short anywhere, which resuming repairs
         if found is not None and not (is_plain(found) if continues else is_runs(out, name)):
-            raise RatelError(f"holds {name}, which no run has written", field="--out", value=out, remedy=_ELSEWHERE)
+            raise _not_ours(out, name, found)
     for name in ("model", "state"):
         if os.path.lexists(out / name) and not (out / name).is_dir():
             raise RatelError(f"holds {name}, which is not a directory", field="--out", value=out, remedy=_ELSEWHERE)
@@ -71,6 +72,14 @@ def check_out(out: Path, states: StateDirectory, *, exports_model: bool, saves: 
     wrong = states.in_the_way() if saves or resumes else None
     if wrong is not None:
         raise RatelError(f"holds state/{wrong}, which is not of a training state", field="--out", value=out, remedy=_ELSEWHERE)
+
+
+def _not_ours(out: Path, name: str, found: os.stat_result) -> RatelError:
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        return RatelError(f"holds {name} as a hard link: what the run writes would be in its other name, too", field="--out", value=out,
+                          remedy="Make a copy of the directory (cp -r), or give another one")
+    what = "as a link" if stat.S_ISLNK(found.st_mode) else "which no run has written"
+    return RatelError(f"holds {name}, {what}", field="--out", value=out, remedy=_ELSEWHERE)
 
 
 def check_inputs(out: Path, config: TrainConfig) -> None:

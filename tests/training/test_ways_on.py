@@ -95,7 +95,7 @@ def test_an_ssd_that_is_mounted_elsewhere(instead: str, home: Path, capsys: pyte
         Path("ssd/ratel-0123456789abcdef.0").write_bytes(b"of somebody else")
     before = {path: path.read_bytes() for path in home.glob("ssd/*")}
     said = message(capsys, resume("commits"))
-    assert "is not there" in said and "Mount its drive again, or name the directory that it is mounted at now with --ssd" in said
+    assert "is not there" in said and "Mount its drive again, or, if it is mounted elsewhere now, name that directory with --ssd" in said
     assert "Mount its drive again" in message(capsys, main(["check", "commits"]))
     assert before == {path: path.read_bytes() for path in home.glob("ssd/*")}
     assert main(["check", "commits", "--ssd", "elsewhere"]) == 0
@@ -182,3 +182,13 @@ def test_a_file_of_options_in_what_is_replaced(place: str, home: Path, capsys: p
     os.rename(file, "copies/run.toml")
     assert main(["train", "--config", "copies/run.toml", *OPTIONS, "--out", "copies", "--overwrite"]) == 0
     assert Path("copies/run.toml").is_file()
+
+
+def test_a_copy_by_hard_links_is_made_a_copy(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["cp", "-al", "copies", "linked"], check=True)
+    before = {path: path.read_bytes() for path in sorted(home.glob("copies/**/*")) if path.is_file()}
+    said = message(capsys, resume("linked"))
+    assert "as a hard link: what the run writes would be in its other name, too (given: linked). Make a copy of the directory (cp -r)" in said
+    subprocess.run(["cp", "-r", "linked", "copied"], check=True)
+    assert resume("copied") == 0
+    assert before == {path: path.read_bytes() for path in sorted(home.glob("copies/**/*")) if path.is_file()}

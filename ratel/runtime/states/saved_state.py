@@ -31,7 +31,7 @@ from ratel.runtime.states.durable_files import settled
 from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, formats_of, read_commit, read_manifest, read_other_state
 from ratel.store.planes import DTYPES
 
-MOUNT_IT = "Mount its drive again, or name the directory that it is mounted at now with --ssd"
+MOUNT_IT = "Mount its drive again, or, if it is mounted elsewhere now, name that directory with --ssd"
 _MISSING = "a file that planes of the state are in is not there"
 READERS = 8
 PIECE_GRAINS = 8
