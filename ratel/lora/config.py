@@ -133,7 +133,8 @@ class LoraConfig:
 
     def _check_pattern(self, name: str, pattern: str) -> None:
         try:
-            re.compile(rf"(.*\.)?({pattern})$")
+            re.compile(pattern)
+            re.compile(rf"(.*\.)?({pattern})$")  # as it is used: flags that are for a whole expression are none here
         except (re.error, RecursionError, OverflowError) as error:
             self.refuse(name, f"is not a regular expression: {error}", pattern, "Correct it; a dot in a name is written \\.")
 

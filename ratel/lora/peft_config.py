@@ -137,14 +137,14 @@ def _init_of(value: bool | str, field: str, source: object, *, is_new: bool) -> 
     if not is_new and name in _KEPT_BASE:
         return "default"
     if not is_new:
-        raise RatelError(f"was begun with init_lora_weights {value!r}, so it belongs to a base that its training has changed", field=field,
+        raise RatelError(f"was begun with init_lora_weights {shown(value)}, so it belongs to a base that its training has changed", field=field,
                          value=source, remedy="Save it with peft's path_initial_model_for_weight_conversion, which makes it one for the "
                                               "base as it is stored" if name != "mica" else "Use another init; mica's frozen half is not supported")
     if name is True:
         return "default"
     if name in ("gaussian", "pissa", "olora") or (isinstance(name, str) and SVD_STEPS.fullmatch(name)):
         return name
-    raise RatelError(f"asks for init_lora_weights {value!r}, which is not supported", field=field, value=source,
+    raise RatelError(f"asks for init_lora_weights {shown(value)}, which is not supported", field=field, value=source,
                      remedy="Use true, gaussian, pissa, pissa_niter_N or olora")
 
 

@@ -150,3 +150,29 @@ def test_quantised_weights_are_refused() -> None:
     model[0]._parameters["weight"] = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(RatelError, match="has quantised weights"):
         outline_of(model)
+
+
+class OtherNames(nn.Module):
+    """An embedding and a head that are one parameter, under names that peft does not tie by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.middle, self.back = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.back.weight = self.words.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+
+def test_ties_that_cannot_be_kept() -> None:
+    assert "--dora: gives an embedding and a head that are one parameter lengths of their own" in refusal(
+        "qwen3", targets=("q_proj", "lm_head"), tied=True, dora=True)
+    resolve(LoraConfig(targets=("q_proj", "lm_head"), dora=True), outline_of(make("qwen3")))
+    resolve(LoraConfig(targets=("q_proj",), dora=True, tied=True), outline_of(make("qwen3")))
+    outline = outline_of(OtherNames())
+    assert outline.tied == ("back",)
+    for settings in (dict(targets=("back",)), dict(targets=("middle",), full=("words",))):
+        resolve(LoraConfig(rank=2, **settings), outline)
+        with pytest.raises(RatelError, match="--lora-tied: is possible in peft for modules called embed_tokens or lm_head, and here they are "
+                                             "back and words"):
+            resolve(LoraConfig(rank=2, tied=True, **settings), outline)
