@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -84,6 +85,14 @@ class LoraConfig:
         """Of an approximate pissa; None of an exact one."""
         found = SVD_STEPS.fullmatch(self.init)
         return int(found[1]) if found else None
+
+    @cached_property
+    def target_names(self) -> frozenset[str]:
+        return frozenset(self.targets) if isinstance(self.targets, tuple) else frozenset()
+
+    @cached_property
+    def excluded_names(self) -> frozenset[str]:
+        return frozenset(self.exclude) if isinstance(self.exclude, tuple) else frozenset()
 
     def rank_of(self, name: str) -> int:
         return self.rank_pattern[found] if (found := first_pattern(self.rank_pattern, name)) is not None else self.rank

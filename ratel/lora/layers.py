@@ -31,6 +31,7 @@ class AdaptedLayer:
     alpha: float
     scale: float
     dropout: float
+    """Of what A sees. An embedding sees tokens, of which none is dropped, in peft, too."""
     has_magnitude: bool
     file_name: str
     """Of the module, in files: parameters of one module are nested."""

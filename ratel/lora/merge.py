@@ -35,12 +35,6 @@ def merged(layer: AdaptedLayer, weight: Tensor, tensors: LayerTensors) -> Tensor
     return result
 
 
-def merges(targets: Targets) -> dict[str, AdaptedLayer]:
-    """The parameters that merging changes, by name. A weight that an embedding and a head share and
-    that stays one changes once."""
-    return {layer.weight: layer for layer in targets.layers if layer.tied_to is None}
-
-
 def unties(targets: Targets) -> bool:
     """Whether an embedding and a head that are one parameter are two after merging: one of them has
     an adapter, or was trained as a whole, and the other not. Such a model is stored with both
@@ -56,7 +50,7 @@ def merged_parameter(targets: Targets, name: str, weight: Callable[[], Tensor], 
     """The parameter ``name`` of the merged model. ``full``: those that were trained as a whole."""
     if name in full:
         return full[name]
-    layer = merges(targets).get(name)
+    layer = targets.by_weight.get(name)
     return weight() if layer is None else merged(layer, weight(), tensors(layer))
 
 

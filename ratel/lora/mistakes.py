@@ -6,12 +6,11 @@ already is not held to this: its tensors say what it is.
 """
 
 import re
-from collections.abc import Iterable
 
 from ratel.errors import RatelError
 from ratel.lora.config import ALL_LINEAR, LoraConfig
 from ratel.lora.layers import AdaptedLayer
-from ratel.lora.names import adaptable, ends_with_any, nearest
+from ratel.lora.names import adaptable, ends_of, nearest
 from ratel.lora.outline import ModelOutline
 from ratel.lora.targets import Targets
 
@@ -43,9 +42,10 @@ def _names_for_targets(targets: Targets) -> list[str]:
         sorted(older) if targets.effective.parameters != targets.config.parameters else [])
 
 
-def _refuse_unmatched(config: LoraConfig, field: str, given: Iterable[str], names: list[str], candidates: list[str]) -> None:
+def _refuse_unmatched(config: LoraConfig, field: str, given: tuple[str, ...], names: list[str], candidates: list[str]) -> None:
+    ends = {end for name in names for end in ends_of(name)} if given else set()
     for name in given:
-        if not any(ends_with_any(candidate, (name,)) for candidate in names):
+        if name not in ends:
             raise RatelError("fits nothing in the model", field=config.words[field], value=name, remedy=nearest(name, candidates))
 
 

@@ -29,6 +29,12 @@ class Targets:
     outline: ModelOutline
 
     @cached_property
+    def by_weight(self) -> dict[str, AdaptedLayer]:
+        """The parameters of the model that have an adapter. A weight that is one in the model, and
+        stays one, is there once."""
+        return {layer.weight: layer for layer in self.layers if layer.tied_to is None}
+
+    @cached_property
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """All tensors of the adapter's file, with their shapes."""
         return {name: shape for part in (*self.layers, *self.full) for name, shape in part.file_shapes.items()}
@@ -100,16 +106,16 @@ def _fits(config: LoraConfig, name: str) -> bool:
         return False
     if isinstance(config.targets, str):
         return re.fullmatch(config.targets, name) is not None
-    if name in (config.targets or ()):
+    if name in config.target_names:
         return True  # whatever its layer is
-    return ends_with_any(name, config.targets or ()) and _is_in_layers(config, name)
+    return ends_with_any(name, config.target_names) and _is_in_layers(config, name)
 
 
 def _is_excluded(config: LoraConfig, name: str) -> bool:
     """Also what is trained as a whole, and all that is in it."""
     if isinstance(config.exclude, str) and re.fullmatch(config.exclude, name):
         return True
-    if isinstance(config.exclude, tuple) and ends_with_any(name, config.exclude):
+    if ends_with_any(name, config.excluded_names):
         return True
     return any(re.match(rf"(^|.*\.){full}($|\..*)", name) for full in config.full)
 
@@ -131,7 +137,8 @@ def _adapted(config: LoraConfig, module: ModuleOutline, tied_to: str | None) -> 
     sizes = (rows, columns) if is_transposed else (columns, rows)  # an embedding's rows are its inputs
     return AdaptedLayer(
         name=module.name, parameter="weight", kind=module.kind, in_features=sizes[0], out_features=sizes[1], is_transposed=is_transposed,
-        file_name=module.name, has_magnitude=config.dora, dropout=config.dropout, tied_to=tied_to, **_sizes(config, module.name))
+        file_name=module.name, has_magnitude=config.dora, tied_to=tied_to,
+        dropout=config.dropout if module.kind != EMBEDDING else 0.0, **_sizes(config, module.name))
 
 
 def _sizes(config: LoraConfig, key: str) -> dict[str, float]:

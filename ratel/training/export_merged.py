@@ -15,7 +15,7 @@ from ratel.errors import RatelError
 from ratel.lora.files import StoredAdapter, read_adapter, tensors_of
 from ratel.lora.fingerprint import digest_of, fingerprint
 from ratel.lora.layers import PREFIX
-from ratel.lora.merge import merged_parameter, merges, unties
+from ratel.lora.merge import merged_parameter, unties
 from ratel.lora.outline import outline_of
 from ratel.models import Parts
 from ratel.models.checkpoints.config import read_config
@@ -62,7 +62,7 @@ def _read(parts: Parts, directory: Path) -> StoredAdapter:
                          "would change, too", field="--adapter", value=directory,
                          remedy="Use it unmerged, with peft, or train with ensure_weight_tying")
     names = {param.name for unit in parts.spec.units for param in unit.params}
-    missing = sorted({*merges(stored.targets), *_full(stored)} - names)
+    missing = sorted({*stored.targets.by_weight, *_full(stored)} - names)
     if missing:
         raise RatelError(f"changes {missing[0]}, which the model does not use for the next token", field="--adapter", value=directory,
                          remedy="Merge it with peft")
@@ -84,7 +84,7 @@ def _merged_unit(parts: Parts, unit: UnitSpec, stored: StoredAdapter, dtype: tor
     flat = _read_unit(parts, unit)
     full = _full(stored)
     for param in unit.params:
-        if param.name in full or param.name in merges(stored.targets):
+        if param.name in full or param.name in stored.targets.by_weight:
             weight = view(flat, param)
             weight.copy_(merged_parameter(stored.targets, param.name, lambda: weight.to(dtype),
                                           lambda layer: tensors_of(layer, stored.targets, stored.tensors), full))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ratel.errors import RatelError
 from ratel.lora.files import tensors_of
-from ratel.lora.merge import merged, merged_parameter, merges, unties
+from ratel.lora.merge import merged, merged_parameter, unties
 from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import Targets, resolve
@@ -62,7 +62,7 @@ def test_the_bits_of_pefts_merge(index: int, dtype: torch.dtype) -> None:
     for key, values in ours.items():
         assert torch.equal(values.to(dtype), expected[key].data), key
     changed = {key for key, values in ours.items() if not torch.equal(values.to(dtype), before[key])}
-    assert changed == merges(targets).keys() | {key for module in targets.full for key in module.parameters}
+    assert changed == targets.by_weight.keys() | {key for module in targets.full for key in module.parameters}
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))
@@ -87,7 +87,7 @@ def test_a_weight_that_stays_one_changes_once(name: str) -> None:
         assert torch.equal(head.lora_B["default"].weight, twice[next(key for key in twice if key.endswith("_A"))].t())
     expected = logits(theirs)
     model = make(name)
-    assert not unties(targets) and merges(targets).keys() == {layer.weight for layer in targets.layers if layer.name != "lm_head"}
+    assert not unties(targets) and targets.by_weight.keys() == {layer.weight for layer in targets.layers if layer.name != "lm_head"}
     for key, values in merge(targets, tensors, model).items():
         model.get_parameter(key).data = values
     assert model.get_input_embeddings().weight is model.lm_head.weight
@@ -103,7 +103,7 @@ def test_weights_that_become_two() -> None:
         expected = logits(theirs)
         model = make("qwen3")
         changed = merge(targets, tensors, model) if "lm_head" not in arguments["target_modules"] else {
-            key: merged(layer, model.lm_head.weight.data, tensors_of(layer, targets, tensors)) for key, layer in merges(targets).items()}
+            key: merged(layer, model.lm_head.weight.data, tensors_of(layer, targets, tensors)) for key, layer in targets.by_weight.items()}
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         for key, values in changed.items():
             model.get_parameter(key).data = values

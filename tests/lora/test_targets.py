@@ -14,7 +14,7 @@ from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import resolve
 from ratel.models.structure.skeleton import strip_parameters
-from tests.support.lora import EXPERTS, MODELS, TIED, make, peft_model, peft_shapes
+from tests.support.lora import EXPERTS, MODELS, TIED, logits, make, peft_model, peft_shapes
 
 pytestmark = pytest.mark.numerics
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -78,6 +78,14 @@ def test_a_module_of_ones_own() -> None:
     found = resolve(of_object(given), outline_of(model))
     assert [layer.name for layer in found.layers] == ["1", "2.0"]
     assert found.file_shapes == peft_shapes(peft_model(model, given))
+
+
+def test_tokens_are_not_dropped() -> None:
+    """In peft an embedding's adapter has a dropout that its forward pass does not use."""
+    found = resolve(LoraConfig(targets=("q_proj", "embed_tokens"), dropout=0.25), outline_of(make("llama")))
+    assert {layer.name.rpartition(".")[2]: layer.dropout for layer in found.layers} == {"embed_tokens": 0.0, "q_proj": 0.25}
+    model = peft_model(make("llama"), peft.LoraConfig(target_modules=["embed_tokens"], lora_dropout=0.9, init_lora_weights=False)).train()
+    assert torch.equal(logits(model), logits(model))
 
 
 def test_trained_parameters_are_counted_once() -> None:
