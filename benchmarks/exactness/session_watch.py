@@ -53,7 +53,7 @@ class Watch:
                     self._note_saved(block, micro, {name: tensors or []}, "kept"))
         self._after(activations, "returned", self._note_returned)
         self._before(self._machinery.streamer, "release", self._note_released)
-        self._after(gradients, "finish", self._note_gradient)
+        self._after(gradients, "measure", self._note_gradient)
         if self._planes:
             self._after(gradients, "total_norm", lambda _: self._note_planes())
         return self

@@ -192,7 +192,7 @@ def test_a_slot_written_over_while_it_is_used_is_noticed(monkeypatch) -> None:
 
 @pytest.mark.numerics
 def test_a_gradient_that_changes_on_its_way_is_noticed(monkeypatch) -> None:
-    at_call(Gradients, "finish", 1, lambda moved, *_: flip(moved.host), monkeypatch)
+    at_call(Gradients, "move", 1, lambda moved, *_: flip(moved.host), monkeypatch)
     case = "hand-overs: states in DRAM, updated early"
     point = points(case)[case]
     assert point["different"] == 1 and point["begins"]["places"] == [["computed"], ["in DRAM"]]
