@@ -126,8 +126,9 @@ def _is_in_layers(config: LoraConfig, name: str) -> bool:
         return True
     for before in config.layers_pattern or (r"[^.]*",):
         start = r".*?\." if not config.layers_pattern else r"(?:^|.*?\.)"
-        if found := re.match(rf"{start}{before}\.(\d+)\.", name):
-            return int(found[found.lastindex or 1]) in (config.layers if isinstance(config.layers, tuple) else (config.layers,))
+        if found := re.match(rf"{start}{before}\.(?P<index>\d+)\.", name):
+            index = found["index"]  # None where an alternative without it has matched
+            return index is not None and int(index) in (config.layers if isinstance(config.layers, tuple) else (config.layers,))
     return False
 
 

@@ -107,6 +107,15 @@ def test_peft_passes_over_what_is_ours(tmp_path: Path, recwarn: pytest.WarningsR
     assert not [str(warning.message) for warning in recwarn if "Unexpected keyword" in str(warning.message)]
 
 
+@pytest.mark.parametrize(("name", "index"), (("llama", 0), ("qwen3", 4), ("gpt_oss", -2)))
+def test_transformers_loads_what_was_written(tmp_path: Path, name: str, index: int) -> None:
+    """Without a model of peft's around it."""
+    written(tmp_path, name, index, base="sha256:" + "0" * 64)
+    model = make(name)
+    model.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(model.eval()), logits(load_in_peft(make(name), tmp_path)), rtol=0, atol=1e-5)
+
+
 def test_an_adapter_in_bf16(tmp_path: Path) -> None:
     _, tensors = written(tmp_path, "llama", 0, dtype=torch.bfloat16)
     found = read_adapter(tmp_path, outline_of(make("llama"))).tensors

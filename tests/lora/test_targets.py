@@ -113,6 +113,7 @@ def test_names_that_fit_nothing() -> None:
     assert "layers.0.self_attn.q_proj" in refusal("llama", targets=("layers.0.self_attn.q_prj",))
     assert "--lora-targets: fits no layer" in refusal("llama", targets=r".*\.query")
     assert "the chosen layers" in refusal("llama", targets=("q_proj",), layers=7)
+    assert "the chosen layers" in refusal("llama", targets=("q_proj",), layers=0, layers_pattern=("layers|m",)), "as in peft: no number is matched"
     assert "what is excluded" in refusal("llama", targets=("q_proj",), exclude=r".*")
     assert "what is trained as a whole" in refusal("llama", targets=("lm_head",), full=("lm_head",))
     assert "--lora-exclude: fits nothing" in refusal("llama", exclude=("o_pro",))
