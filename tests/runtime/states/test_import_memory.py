@@ -114,12 +114,13 @@ def test_moments(checkpoints: dict[str, Path], session: Callable[..., Session], 
     found: list[int] = []
     from ratel.runtime.session import build
 
-    import_moments = build.import_moments
+    import_weights, import_moments = Machinery.import_weights, build.import_moments
 
-    def watched(to: Machinery, files: object) -> None:
-        to.arena.settle()
-        found.append(rise(lambda: import_moments(to, files)))
+    def settled(self: Machinery, *arguments: object) -> None:
+        import_weights(self, *arguments)
+        self.arena.settle()
 
-    monkeypatch.setattr(build, "import_moments", watched)
+    monkeypatch.setattr(Machinery, "import_weights", settled)
+    monkeypatch.setattr(build, "import_moments", lambda *arguments: found.append(rise(lambda: import_moments(*arguments))))
     session(checkpoints["bf16"], optimizer_state=tmp_path / "out").prepare(1, 16)
     assert len(found) == 1 and found[0] < ROOM_BYTES
