@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PACKAGES = ("op_ds", "nvme_ds")
 LAYERS = {
     0: ("ratel.errors", "ratel.units", "ratel.config", "ratel.reading", "ratel.schema", "ratel.interrupt", "ratel.process",
-        "ratel.synced", "ratel.ownership", "ratel.probe_cache", "ratel.trace", "ratel.trace.phases", "ratel.startup.readahead"),
+        "ratel.synced", "ratel.other_names", "ratel.ownership", "ratel.probe_cache", "ratel.trace", "ratel.trace.phases",
+        "ratel.startup.readahead"),
     1: NATIVE_PACKAGES,
     2: ("ratel.planner",),
     3: ("ratel.native", "ratel.memory", "ratel.store", "ratel.startup",

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from ratel.config import TrainConfig, flag_of, meant_by, number_reader, option_of
+from ratel.config import TrainConfig, flag_of, number_reader, option_of
 from ratel.errors import RatelError
+from ratel.other_names import meant_by
 
 
 _NEGATIVE = re.compile(r"-\.?\d.*")
