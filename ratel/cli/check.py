@@ -83,12 +83,14 @@ def _check_state(args: argparse.Namespace) -> None:
     else:
         print(f"{path}: whole; {checked['units']} units, {format_bytes(checked['num_bytes'])} in "
               f"{format_seconds(seconds)} ({format_bytes(checked['num_bytes'] / seconds)}/s)")
+        if checked["frozen_parameters"]:
+            print(f"  its {checked['frozen_parameters']:,} frozen parameters are the model's, which it names by content")
 
 
 def _check(saved: "SavedState", begun: float) -> dict[str, int]:
     with _ProgressLine(saved.num_bytes, begun) as line:
         saved.verify(line.advance)
-    return {"units": saved.num_units, "num_bytes": saved.num_bytes}
+    return {"units": saved.num_units, "num_bytes": saved.num_bytes, "frozen_parameters": saved.num_left_out}
 
 
 class _ProgressLine:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ ATTENTIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flash": "flash_at
 
 
 def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0, loss_fn: LossFn | None = None,
-         attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True, task: Task | None = None) -> Parts:
+         attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True, task: Task | None = None,
+         frozen: Collection[str] = ()) -> Parts:
     """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what
     cannot be trained.
 
@@ -39,7 +41,8 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
     scalar`` or a ``task``. With a task, a directory may be of another class of the model: what
     follows the blocks is then initialised from the seed. ``dtype``: of the computation, bf16 or
     fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights`` False: for shapes
-    alone; of a directory only config.json is read.
+    alone; of a directory only config.json is read. ``frozen``: names of parameters of a directory or
+    preset that are not trained.
     """
     assert dtype in (torch.bfloat16, torch.float32)
     if attention not in ATTENTIONS:
@@ -53,7 +56,7 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
         return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len, task)
     config, directory, name = _resolve(source)
     return _from_config(config, directory if needs_weights else None, name, dtype, device, seed, loss_fn, attention, max_seq_len,
-                        task)
+                        task, frozen)
 
 
 def _resolve(source: Any) -> tuple[Any, Path | None, str]:
@@ -74,7 +77,8 @@ def _resolve(source: Any) -> tuple[Any, Path | None, str]:
 
 
 def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dtype, device: torch.device, seed: int,
-                 loss_fn: LossFn | None, attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
+                 loss_fn: LossFn | None, attention: str, max_seq_len: int | None, task: Task | None,
+                 frozen: Collection[str]) -> Parts:
     given, config, architectures = config, copy.deepcopy(config), config.architectures
     refuse_config(config, name)
     if directory is not None:
@@ -93,6 +97,8 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
             raise
         raise RatelError(f"transformers cannot build it: {error}", field="model", value=name,
                          remedy="Check config.json, and that --attention suits the model and the machine") from error
+    for parameter in map(module.get_parameter, frozen):
+        parameter.requires_grad_(False)
     is_other = task is not None and type(module).__name__ not in (architectures or ())
     source = _open_checkpoint(directory, module, dtype, is_whole=not is_other) if directory is not None else None
     if source is not None and is_other:

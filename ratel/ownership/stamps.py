@@ -24,7 +24,7 @@ from typing import Any
 from ratel.ownership.regular import opened
 
 STAMP_BYTES = 4096
-WORKING = ("ratel-states", "ratel-gradients", "ratel-activations")
+WORKING = ("ratel-states", "ratel-frozen", "ratel-gradients", "ratel-activations")
 """Volumes that no commit speaks of."""
 
 _COMMITTED = re.compile(r"(ratel-[0-9a-f]{16})\.(\d{1,4})")

@@ -95,13 +95,18 @@ class StateFormats:
         """Units that compute in fp32 among others in bf16 have the table of an fp32 run."""
         return EXACT[FP32.name] if unit.fp32 and not self.merges else self
 
-    def num_elements(self, unit: UnitSpec, plane: str) -> int:
-        segments = self.of(unit)._by_plane[plane].segments
-        trained = unit.num_trainable if TRAINED in segments else 0
-        return trained + (unit.num_elements - unit.num_trainable if FROZEN in segments else 0)
+    def num_elements(self, unit: UnitSpec, plane: str, segments: tuple[str, ...] = (TRAINED, FROZEN)) -> int:
+        """Elements of the unit's plane, in all segments or in some."""
+        has = self.of(unit)._by_plane[plane].segments
+        trained = unit.num_trainable if TRAINED in has and TRAINED in segments else 0
+        return trained + (unit.num_elements - unit.num_trainable if FROZEN in has and FROZEN in segments else 0)
 
-    def num_bytes(self, unit: UnitSpec, plane: str) -> int:
-        return self.of(unit).encoding(plane).num_bytes(self.num_elements(unit, plane))
+    def num_bytes(self, unit: UnitSpec, plane: str, segments: tuple[str, ...] = (TRAINED, FROZEN)) -> int:
+        return self.of(unit).encoding(plane).num_bytes(self.num_elements(unit, plane, segments))
+
+    def changing_bytes(self, unit: UnitSpec, plane: str) -> int:
+        """Of what updates write: the trained segment. It has versions, and is what a save copies."""
+        return self.num_bytes(unit, plane, (TRAINED,))
 
     @cached_property
     def trained_bytes(self) -> float:

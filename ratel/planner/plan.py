@@ -9,7 +9,7 @@ from ratel.errors import RatelError
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.kept_activations import Keeping, keeping
 from ratel.planner.slot_layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
-from ratel.planner.formats import StateFormats
+from ratel.planner.formats import FROZEN, StateFormats
 from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement, closed_first
 from ratel.planner.checkpoints import Group, Saved, Spill
 from ratel.planner.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
@@ -147,19 +147,26 @@ class Plan:
 
         return lay_out_slot(self.spec, planes_of, self.formats)
 
+    @cached_property
+    def frozen_layout(self) -> SlotLayout:
+        """What is frozen of planes on SSD. It has one place, in a volume of its own: no update
+        writes it, and no save copies it."""
+        return lay_out_slot(self.spec, lambda unit: [p for p in self.formats.planes if self.placement(unit).tier(p) == SSD],
+                            self.formats, FROZEN)
+
     def has_states_on_ssd(self, unit: UnitSpec) -> bool:
-        return any(self.placement(unit).tier(p) == SSD and self.formats.num_bytes(unit, p) for p in self.formats.planes)
+        return any(self.placement(unit).tier(p) == SSD and self.formats.changing_bytes(unit, p) for p in self.formats.planes)
 
     @property
     def copied_bytes(self) -> int:
         """What an update of everything waits for at a save: planes outside the SSDs, whose next
         version has no place of its own."""
-        return sum(number * self.formats.num_bytes(u, p) for u, number in self._alike for p in self.formats.planes
+        return sum(number * self.formats.changing_bytes(u, p) for u, number in self._alike for p in self.formats.planes
                    if self.placement(u).tier(p) != SSD)
 
     @property
     def state_bytes(self) -> int:
-        return sum(number * self.formats.num_bytes(u, p) for u, number in self._alike for p in self.formats.planes)
+        return sum(number * self.formats.changing_bytes(u, p) for u, number in self._alike for p in self.formats.planes)
 
     @property
     def saved_bytes(self) -> int:
@@ -375,7 +382,7 @@ class Plan:
     @cached_property
     def ssd_items(self) -> dict[str, int]:
         """Bytes of the volumes by purpose."""
-        items = {"planes": self.num_slots * self.slot_layout.num_bytes,
+        items = {"planes": self.num_slots * self.slot_layout.num_bytes, "frozen planes": self.frozen_layout.num_bytes,
                  "gradients": sum(number * _paged(self.formats.num_bytes(u, "g")) for u, number in self._alike
                                   if self.deferred and self.placement(u).g == SSD)}
         items["checkpoints"] = self._saved_bytes(SSD, inner=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import gcd
 
-from ratel.planner.formats import Encoding, StateFormats
+from ratel.planner.formats import TRAINED, Encoding, StateFormats
 from ratel.planner.shape import ModelSpec, UnitSpec
 from ratel.units import align_up
 
@@ -44,13 +44,14 @@ class SlotLayout:
     num_bytes: int
 
 
-def lay_out_slot(spec: ModelSpec, planes_of: Callable[[UnitSpec], Iterable[str]], formats: StateFormats) -> SlotLayout:
-    """Units in order, their planes one after the other, each at a multiple of 4096 bytes."""
+def lay_out_slot(spec: ModelSpec, planes_of: Callable[[UnitSpec], Iterable[str]], formats: StateFormats,
+                 segment: str = TRAINED) -> SlotLayout:
+    """Units in order, one segment of their planes after the other, each at a multiple of 4096 bytes."""
     spans: dict[tuple[int, str], Span] = {}
     cursor = 0
     for unit in spec.units:
         for name in planes_of(unit):
-            count = formats.num_elements(unit, name)
+            count = formats.num_elements(unit, name, (segment,))
             if count:
                 span = spans[unit.index, name] = Span(offset=cursor, num_elements=count, encoding=formats.of(unit).encoding(name))
                 cursor += align_up(span.num_bytes, PAGE_BYTES)

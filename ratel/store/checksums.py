@@ -55,13 +55,8 @@ class Checksums:
             table[unit, name][:] = [sums[size] for size in sizes]
 
     def restore(self, slot: int, unit: int, name: str, sums: np.ndarray) -> None:
-        """Take over the checksums of a plane that an earlier run wrote. Its frozen part is the same
-        in every slot."""
-        self._tables[slot][unit, name][:] = sums
-        spec = self._spec.units[unit]
-        frozen = first_grain(spec, spec.num_trainable, self.grain) if 0 < spec.num_trainable else 0
-        for table in self._tables:
-            table[unit, name][frozen:] = sums[frozen:]
+        """Take over the sums of a plane's trained part, which an earlier run wrote."""
+        self._tables[slot][unit, name][: len(sums)] = sums
 
     def verify(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor,
                where: Callable[[int], tuple[str, int]]) -> None:
@@ -87,11 +82,15 @@ class Checksums:
                  for at, end in ((0, split), (split, values.numel())) if at < end]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def table(self, slot: int, unit: int, name: str) -> np.ndarray:
-        return self._tables[slot][unit, name]
+    def trained(self, slot: int, unit: int, name: str) -> np.ndarray:
+        """The sums of a plane's trained part."""
+        trained = min(self._spec.units[unit].num_trainable, self._elements[unit, name])
+        return self._tables[slot][unit, name][: num_grains(self._spec.units[unit], trained, self.grain)]
 
     def _grains(self, slot: int, unit: int, name: str, begin: int, values: torch.Tensor) -> np.ndarray:
+        """Their part of the table. What is frozen has one place, and its sums are with slot 0."""
         spec = self._spec.units[unit]
+        slot = 0 if begin >= spec.num_trainable else slot
         first, end = first_grain(spec, begin, self.grain), begin + values.numel()
         past = num_grains(spec, end, self.grain)
         return self._tables[slot][unit, name][first:past]

@@ -18,6 +18,7 @@ from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
 from ratel.planner.plan import Plan
+from ratel.planner.slot_layout import segments
 from ratel.store.plane_io import PlaneIO, Read
 from ratel.store.planes import Store
 
@@ -126,8 +127,9 @@ class HostCache:
         if slot is None:
             slot = self._by_unit[unit] = self._free[self._class(unit)].pop(0)
             slot.unit = unit
-            slot.reads = [self._io.read(unit, name, 0, view, native.nvme_ds.WEIGHT)
-                          for name, view in self.views(slot).items()]
+            slot.reads = [self._io.read(unit, name, begin, view[begin:end], native.nvme_ds.WEIGHT)
+                          for name, view in self.views(slot).items()
+                          for begin, end in segments(self._plan.spec.units[unit], view.numel())]
         else:
             self.saved_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
         slot.refs += refs

@@ -31,7 +31,7 @@ class PlaneIO:
     def read(self, unit: int, name: str, begin: int, values: torch.Tensor, priority: int) -> Read:
         """Start reading the current version."""
         slot = self._store.slot_to_read(unit)
-        ticket = self._engine.submit_read(self._store.volume_of(name), self._store.offset(slot, unit, name, begin),
+        ticket = self._engine.submit_read(self._store.volume_of(unit, name, begin), self._store.offset(slot, unit, name, begin),
                                           values.data_ptr(), values.numel() * values.element_size(), priority)
         return Read(ticket, slot, unit, name, begin, values)
 
@@ -52,5 +52,5 @@ class PlaneIO:
         slot = 0 if name == "g" else self._store.slot_to_write(unit) if slot is None else slot
         with self._tracing.waiting("checksum", self._store.plan.spec.units[unit].name):
             self._store.checksums.record(slot, unit, name, begin, values)
-        return self._engine.submit_write(self._store.volume_of(name), self._store.offset(slot, unit, name, begin),
+        return self._engine.submit_write(self._store.volume_of(unit, name, begin), self._store.offset(slot, unit, name, begin),
                                          values.data_ptr(), values.numel() * values.element_size(), priority)

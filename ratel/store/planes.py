@@ -43,18 +43,20 @@ class Store:
     """
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, volume: "native.nvme_ds.Volume | None",
-                 grad_volume: "native.nvme_ds.Volume | None", pool: "native.op_ds.Pool", *, checksums: bool = True) -> None:
-        self.plan, self.volume, self.grad_volume, self.device = plan, volume, grad_volume, device
+                 frozen_volume: "native.nvme_ds.Volume | None", grad_volume: "native.nvme_ds.Volume | None", pool: "native.op_ds.Pool", *, checksums: bool = True) -> None:
+        self.plan, self.device = plan, device
+        self.volume, self.frozen_volume, self.grad_volume = volume, frozen_volume, grad_volume
         self.grad_dtype = DTYPES[plan.formats.compute.name]
         self.versions = Versions([plan.has_states_on_ssd(u) for u in plan.spec.units], plan.num_slots)
         self.checksums = Checksums(plan.spec, pool, grain=plan.grain, num_slots=plan.num_slots, enabled=checksums)
-        self._arena, self._layout = arena, plan.slot_layout
+        self._arena, self._layout, self._frozen = arena, plan.slot_layout, plan.frozen_layout
         self._grads_end = 0
         self._grad_offsets: dict[int, int] = {}
         self._planes: list[dict[str, Plane]] = [self._place(unit) for unit in plan.spec.units]
         self._seconds = {unit: self._second_places(unit) for unit in plan.early}
-        for (unit, name), span in self._layout.spans.items():
-            self.checksums.add(unit, name, span.num_elements)
+        for unit, name in {**self._layout.spans, **self._frozen.spans}:
+            whole = (unit, name) in self._frozen.spans
+            self.checksums.add(unit, name, self.plane(unit, name).num_elements if whole else self._layout.spans[unit, name].num_elements)
 
     def plane(self, unit: int, name: str) -> Plane:
         return self._planes[unit][name]
@@ -85,19 +87,26 @@ class Store:
     def slot_to_write(self, unit: int) -> int:
         return self.versions.successor(unit)
 
-    def volume_of(self, name: str) -> "native.nvme_ds.Volume":
-        return self.grad_volume if name == "g" else self.volume
+    def volume_of(self, unit: int, name: str, begin: int = 0) -> "native.nvme_ds.Volume":
+        """The volume with element ``begin`` of a plane."""
+        if name == "g":
+            return self.grad_volume
+        return self.frozen_volume if self._is_frozen(unit, begin) else self.volume
 
     def offset(self, slot: int, unit: int, name: str, begin: int = 0) -> int:
         """Where element ``begin`` of a plane lies in its volume, in bytes."""
-        item = self._planes[unit][name].dtype.itemsize
         if name == "g":
-            return self._grad_offsets[unit] + begin * item
-        return slot * self._layout.num_bytes + self._layout.spans[unit, name].offset + begin * item
+            return self._grad_offsets[unit] + begin * self._planes[unit][name].dtype.itemsize
+        if self._is_frozen(unit, begin):
+            return self._frozen.spans[unit, name].at(begin - self.plan.spec.units[unit].num_trainable)
+        return slot * self._layout.num_bytes + self._layout.spans[unit, name].at(begin)
+
+    def _is_frozen(self, unit: int, begin: int) -> bool:
+        return begin >= self.plan.spec.units[unit].num_trainable
 
     def where(self, slot: int, unit: int, name: str, begin: int) -> tuple[str, int]:
         """File and position in it of element ``begin`` of a plane."""
-        return self.volume_of(name).locate(self.offset(slot, unit, name, begin))
+        return self.volume_of(unit, name, begin).locate(self.offset(slot, unit, name, begin))
 
     def _place(self, unit) -> dict[str, Plane]:
         place, formats = self.plan.placement(unit), self.plan.formats.of(unit)

@@ -1,7 +1,7 @@
 """Whole-unit transfers outside the hot path: import of weights, and reading states back for export
 and tests."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,12 +27,14 @@ class UnitTransfer:
                  engine: "native.nvme_ds.Engine | None") -> None:
         self._store, self._io, self._pool, self._engine = store, io, pool, engine
 
-    def write_weights(self, unit: UnitSpec, master: torch.Tensor) -> None:
-        """Split a fp32 CPU master (1-D, the unit's layout) and write `hi` and `lo` where they
-        live."""
+    def write_weights(self, unit: UnitSpec, master: torch.Tensor, first: int = 0) -> None:
+        """Split a fp32 CPU master (1-D, the unit's layout) and write `hi` and `lo` where they live.
+        ``first``: of the segment that writing begins with."""
         size = min(PIECE_ELEMENTS, master.numel())
         halves = {"hi": aligned_empty(size, torch.bfloat16), "lo": aligned_empty(size, torch.int16)}
         for begin, end in pieces(unit, master.numel(), size):
+            if begin < first:
+                continue
             part = master[begin:end]
             self._pool.split(part.data_ptr(), *(half.data_ptr() for half in halves.values()), part.numel())
             for name, half in halves.items():
@@ -87,24 +89,23 @@ class UnitTransfer:
         return values
 
     def recall(self, unit: UnitSpec, name: str) -> None:
-        """Bring a plane that lives elsewhere from the copy that a commit has made of it on SSD."""
+        """Bring what is trained of a plane that lives elsewhere from the copy that a commit has made
+        of it on SSD."""
         plane = self._store.plane(unit.index, name)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
-        for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
+        for begin, end in pieces(unit, min(plane.num_elements, unit.num_trainable), buffer.numel()):
             values = buffer[: end - begin]
             self._read(unit, name, begin, values)
             plane.tensor[begin:end].copy_(values)
 
-    def copy_frozen(self, unit: UnitSpec, name: str) -> None:
-        """Copy the frozen part from the current version into the others: while the unit lived
-        elsewhere, commits have written one or two."""
-        plane, current = self._store.plane(unit.index, name), self._store.slot_to_read(unit.index)
+    def frozen_pieces(self, unit: UnitSpec, name: str) -> Iterator[Tensor]:
+        """What is frozen of a plane, from its first element on, each piece in memory of its own call."""
+        plane = self._store.plane(unit.index, name)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
-        others = [slot for slot in range(self._store.versions.num_slots) if slot != current]
         for begin, end in pieces(unit, plane.num_elements, buffer.numel()):
-            if 0 < unit.num_trainable <= begin:
+            if begin >= unit.num_trainable:
                 self._move(unit, name, begin, buffer[: end - begin], write=False)
-                self._write(unit, name, begin, buffer[: end - begin], others)
+                yield buffer[: end - begin]
 
     def start_at_zero(self, unit: UnitSpec, name: str) -> None:
         """A plane that nothing was written to yet is to be zeros. It is: in a new volume, in the
@@ -130,18 +131,12 @@ class UnitTransfer:
             self._read(unit, name, begin, values)
 
     def _import(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
-        """Import values into the current version. Updates leave the frozen part alone, so it goes
-        into every version that will be."""
-        frozen = 0 < unit.num_trainable <= begin
-        self._write(unit, name, begin, values, range(self._store.versions.num_slots) if frozen
-                    else [self._store.slot_to_read(unit.index)])
-
-    def _write(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor, slots: Iterable[int]) -> None:
+        """Write into the current version."""
         assert values.data_ptr() % 4096 == 0 and values.is_contiguous()
-        for slot in slots:
-            ticket = self._io.write(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER, slot)
-            with kept_if_stalled(values):
-                self._engine.wait(ticket)
+        ticket = self._io.write(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER,
+                                self._store.slot_to_read(unit.index))
+        with kept_if_stalled(values):
+            self._engine.wait(ticket)
 
     def _read(self, unit: UnitSpec, name: str, begin: int, values: torch.Tensor) -> None:
         read = self._io.read(unit.index, name, begin, values, native.nvme_ds.OPTIMIZER)

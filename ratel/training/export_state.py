@@ -17,6 +17,7 @@ from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS
 from ratel.planner.shape import UnitSpec
 from ratel.runtime.session.session import DTYPES
+from ratel.runtime.states.base import Digests, digest_of, refuse_other
 from ratel.runtime.states.export import export_model
 from ratel.runtime.states.moments import export_moments
 from ratel.runtime.states.saved_state import SavedState
@@ -45,9 +46,12 @@ def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, d
     options = read_run(path.parent.parent)
     source = model if model is not None else _model_of_run(options, path)
     parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
-                        seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)))
+                        seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)),
+                        frozen=saved.frozen_names)
     try:
         saved.check_model(parts.spec)
+        if saved.base is not None:
+            check_base(parts, saved.base)
         other = saved.other_state()
         if other is not None:
             parts.set_other_state(other)
@@ -70,16 +74,47 @@ def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str,
         if tokenizer is not None:
             write_tokenizer(tokenizer, directory, own)
 
-    export_model(parts, lambda unit: [(0, merged(saved, unit))], out, DTYPES[dtype], beside)
+    export_model(parts, lambda unit: [(0, merged(saved, unit, parts))], out, DTYPES[dtype], beside)
 
 
-def merged(saved: SavedState, unit: UnitSpec) -> Tensor:
-    """The fp32 master: ``(hi << 16) + lo`` on the bits. Elements without `lo` are bf16 values."""
-    bits = saved.read(unit.index, "hi").view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    lo = saved.read(unit.index, "lo")
+def merged(saved: SavedState, unit: UnitSpec, parts: Parts) -> Tensor:
+    """The fp32 master: ``(hi << 16) + lo`` on the bits. Elements without `lo` are bf16 values. What a
+    state does not hold is the model's own."""
+    bits = torch.zeros(unit.num_elements, dtype=torch.int32)
+    hi, lo = saved.read(unit.index, "hi"), saved.read(unit.index, "lo")
+    if saved.base is not None and unit.num_trainable < unit.num_elements:
+        halves = _frozen_halves(parts, unit, saved.base)
+        hi, lo = _joined(hi, halves["hi"]), _joined(lo, halves.get("lo"))
+    bits[:] = hi.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     if lo is not None:
         bits[: lo.numel()] += lo  # wraps around, as it must
     return bits.view(torch.float32)
+
+
+def _joined(trained: Tensor | None, frozen: Tensor | None) -> Tensor | None:
+    parts = [part for part in (trained, frozen) if part is not None]
+    return torch.cat(parts) if parts else None
+
+
+def check_base(parts: Parts, base: Digests) -> None:
+    """Refuse a model with other frozen parameters than the state names."""
+    found: Digests = {}
+    for unit in parts.spec.units:
+        if unit.num_trainable < unit.num_elements:
+            for plane, values in _frozen_halves(parts, unit, base).items():
+                found.setdefault(plane, {})[unit.name] = digest_of([values])
+    refuse_other(found, base)
+
+
+def _frozen_halves(parts: Parts, unit: UnitSpec, base: Digests) -> dict[str, Tensor]:
+    """As the run had them: with a lower half where the state names one."""
+    master = torch.empty(unit.num_elements, dtype=torch.float32)
+    parts.read_unit(unit.index, master)
+    bits = master[unit.num_trainable :].view(torch.int32)
+    hi = (bits + 0x8000).bitwise_right_shift_(16)
+    lo = (bits - (hi << 16)).to(torch.int16)
+    halves = {"hi": hi.to(torch.int16).view(torch.bfloat16), "lo": lo}
+    return {plane: half for plane, half in halves.items() if unit.name in base.get(plane, {})}
 
 
 def _model_of_run(options: dict[str, Any], state: Path) -> str:

@@ -161,7 +161,7 @@ def test_frozen_parameters_have_no_lower_half(tmp_path: Path) -> None:
         session.step(batches("llama", 1)[0])
         saved = SavedState(session.save(tmp_path / "state"))
         for unit in session.plan.spec.units:
-            assert torch.equal(merged(saved, unit), session.read_master(unit)), unit.name
+            assert torch.equal(merged(saved, unit, session.parts), session.read_master(unit)), unit.name
 
 
 def test_export_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ class Saving:
 
 
 def saving(plan: Plan, hardware: Hardware | None, *, save_every: int = 0) -> Saving:
-    on_ssd = sum(plan.formats.num_bytes(u, p) for u in plan.spec.units for p in plan.formats.planes
+    on_ssd = sum(plan.formats.changing_bytes(u, p) for u in plan.spec.units for p in plan.formats.planes
                  if plan.placement(u).tier(p) == SSD)
     read = 0 if plan.commits else on_ssd
     rates = None if hardware is None else ssd_rates(hardware)

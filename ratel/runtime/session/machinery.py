@@ -20,9 +20,10 @@ from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.runtime.blocks.spiller import Spiller
+from ratel.runtime.states.base import FrozenBase
 from ratel.runtime.states.commits import remove_leftovers
 from ratel.runtime.states.format import describe_planes
-from ratel.runtime.states.imports import import_weights
+from ratel.runtime.states.imports import import_frozen, import_weights
 from ratel.runtime.states.saved_state import SavedState
 from ratel.runtime.states.saver import Saver
 from ratel.runtime.states.targets import CommitLog
@@ -63,12 +64,13 @@ class Machinery:
         exchange, held = self.exchange, self._holdings
         self.lanes = held.lanes = Lanes(device)
         self.engine = held.engine = open_engine(io)
-        state_volume, grad_volume, activation_volume = self._open_volumes(plan, io, commits, earlier)
+        state_volume, frozen_volume, grad_volume, activation_volume = self._open_volumes(plan, io, commits, earlier)
         self.arena = held.arena = Arena(plan.arena_bytes, pin=device.type == "cuda", pool=self.pool,
                            memory=arena_ahead.take(region_bytes(plan.arena_bytes)))
-        self.store = Store(plan, self.arena, device, state_volume, grad_volume, self.pool, checksums=io.checksums)
+        self.store = Store(plan, self.arena, device, state_volume, frozen_volume, grad_volume, self.pool, checksums=io.checksums)
         self.io = PlaneIO(self.store, self.engine, exchange.tracing)
         self.transfer = UnitTransfer(self.store, self.io, self.pool, self.engine)
+        self.base = FrozenBase(plan.spec, plan.formats, self.transfer, exchange)
         cache = self.cache = HostCache(plan, self.store, self.arena, self.io, exchange)
         self.copies, self.writes = Retirer("copies", exchange), Retirer("writes", exchange)
         held.workers += [self.copies, self.writes]
@@ -84,7 +86,7 @@ class Machinery:
         self.streamer = Streamer(exchange, self.lanes, self.copies, self.weights, self.activations)
         held.workers.append(self.streamer)
         self.saver = Saver(plan, self.store, self.arena, exchange, self.lanes, self.io, self.pool, self.engine,
-                           self.updates, update_order(plan))
+                           self.updates, self.base, update_order(plan))
         held.workers.append(self.saver)
         if plan.commits:
             self.log = CommitLog(commits, plan, self.store, stripe_bytes=io.stripe_bytes, pattern=pattern_of(io),
@@ -106,36 +108,49 @@ class Machinery:
 
     def import_state(self, saved: SavedState) -> None:
         """Bring every plane of a saved state to its tier, one at a time, each chunk verified."""
+        self._import_base(saved)
         for unit in self.plan.spec.units:
             for name in self.plan.formats.planes:
                 if self.store.has(unit.index, name):
-                    self.transfer.write(unit, name, self._fitted(saved, unit.index, name))
+                    values = self._fitted(saved, unit, name)
+                    self.transfer.write(unit, name, values)
         self._imported()
 
     def continue_commits(self, saved: SavedState) -> None:
-        """The volume holds the saved state already: bring what is not on SSD to its tier, and go on from there."""
+        """The volume holds the saved state already: bring what is not on SSD to its tier, and go on
+        from there."""
         self.store.versions.restore(saved.commit.slots)
+        self._import_base(saved)
         for unit, name in self.plan.slot_layout.spans:
             self.store.checksums.restore(saved.commit.slots[unit], unit, name, saved.checksums(unit, name))
-        for unit, name in ((u, n) for u in self.plan.spec.units for n in self.plan.formats.planes if self.store.has(u.index, n)):
-            if self.plan.placement(unit).tier(name) == SSD:
-                self.transfer.copy_frozen(unit, name)
-            else:
+        for unit, name in ((self.plan.spec.units[index], name) for index, name in self.plan.slot_layout.spans):
+            if self.plan.placement(unit).tier(name) != SSD:
                 self.transfer.recall(unit, name)
         self.log.take_over(saved.commit)
         self._imported()
+
+    def _import_base(self, saved: SavedState) -> None:
+        """Where the state does not hold what is frozen, it comes from the model, which must be the
+        same."""
+        if saved.base is not None:
+            self.lanes.synchronize()
+            import_frozen(self._parts, self.plan.spec, self.store, self.transfer)
+            self.lanes.synchronize()
+            self.base.check(saved.base)
 
     def _imported(self) -> None:
         self.store.complete_seconds()
         self.lanes.synchronize()
 
-    def _fitted(self, saved: SavedState, unit: int, name: str) -> torch.Tensor:
-        """A saved plane may be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
-        plane, count = self.store.plane(unit, name), saved.num_elements(unit, name)
-        values = aligned_empty(max(plane.num_elements, count), plane.dtype)
-        saved.read(unit, name, values)
+    def _fitted(self, saved: SavedState, unit: UnitSpec, name: str) -> torch.Tensor:
+        """What a state has of a plane; a state of an older version has its frozen part, too. That may
+        be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
+        plane, count = self.store.plane(unit.index, name), saved.num_elements(unit.index, name)
+        wanted = plane.num_elements if saved.base is None else min(plane.num_elements, unit.num_trainable)
+        values = aligned_empty(max(wanted, count), plane.dtype)
+        saved.read(unit.index, name, values)
         values[count:] = 0
-        return values[: plane.num_elements]
+        return values[:wanted]
 
     def close(self) -> None:
         """End the threads, then the engine, then the memory. Pending updates are lost: flush first."""
@@ -143,16 +158,17 @@ class Machinery:
         self._finalizer.detach()  # not before: what ends this in the middle leaves the rest to it
 
     def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
-        """Volumes for states, gradients and activations, allocated in full: a full disk is found here."""
+        """Volumes for states, what is frozen, gradients and activations, allocated in full: a full disk is found here."""
         items = plan.ssd_items
         remove_leftovers(commits, io.directories)
-        states_name, gradients_name, activations_name = WORKING
+        states_name, frozen_name, gradients_name, activations_name = WORKING
         if earlier is not None:
             states = reopen_volume(self.engine, earlier.files, items["planes"], io)
         else:
             name = new_volume_name() if plan.commits else states_name
             states = create_volume(self.engine, name, items.get("planes", 0), io)  # the first commit has it kept
-        return (states, create_volume(self.engine, gradients_name, items.get("gradients", 0), io),
+        frozen = create_volume(self.engine, frozen_name, items.get("frozen planes", 0), io)
+        return (states, frozen, create_volume(self.engine, gradients_name, items.get("gradients", 0), io),
                 create_volume(self.engine, activations_name, items.get("checkpoints", 0) + items.get("inner activations", 0), io))
 
 

@@ -48,6 +48,9 @@ def _places(m: Machinery) -> Places:
     if store.volume is not None:
         places[store.volume.handle] = [(slot * layout.num_bytes + span.offset, f"{name} {units[unit].name}")
                                        for slot in range(m.plan.num_slots) for (unit, name), span in layout.spans.items()]
+    if store.frozen_volume is not None:
+        places[store.frozen_volume.handle] = [(span.offset, f"{name} {units[unit].name}")
+                                              for (unit, name), span in m.plan.frozen_layout.spans.items()]
     if store.grad_volume is not None:
         places[store.grad_volume.handle] = [(store.offset(0, u.index, "g"), f"g {u.name}") for u in units
                                             if store.has(u.index, "g") and store.plane(u.index, "g").tier == "ssd"]

@@ -22,11 +22,11 @@ from ratel.reading import SMALL_FILE_BYTES, parse_json, read_regular
 from ratel.schema import SchemaError, anything, check, listing, mapping, one_of, record, shown, text, whole
 from ratel.synced import partial_name
 
-FORMAT, VERSION = "ratel-state", 3
+FORMAT, VERSION, WITHOUT_FROZEN = "ratel-state", 3, 4
 EXACT_NAME = "exact"
 """Formats that a manifest does not name."""
-READ_VERSIONS = (2, 3)
-"""2 has no buffers, and is read by who takes them from the model."""
+READ_VERSIONS = (2, 3, 4)
+"""4 names what is frozen and does not hold it; where all is trained it would be 3. 2 has no buffers, and is read by who takes them from the model."""
 MANIFEST = "manifest.json"
 COMMITS = ("commit-0", "commit-1")
 OTHER_PREFIX = "buffers-"
@@ -55,7 +55,8 @@ _OTHER = record({"file": text(r"buffers-[0-9a-f]{16}\.safetensors", "the name of
 _TASK = record({"name": one_of(*TASKS), "labels": listing(text(), most=_MOST_UNITS)}, {"problem": text(), "pad_id": whole()})
 _TRAINING = record({"steps": whole(), "updates": whole(), "seed": whole(0, MOST_SEED), "dtype": one_of("bf16", "fp32"),
                     "extra": mapping(text(), anything)},
-                   {"micro_batches": record({"rows": whole(1), "rows_of_one": whole(1)}, is_open=True), "task": _TASK}, is_open=True)
+                   {"micro_batches": record({"rows": whole(1), "rows_of_one": whole(1)}, is_open=True), "task": _TASK,
+                    "base": mapping(one_of(*PLANES), mapping(text(), text("[0-9a-f]{64}", "a SHA-256")))}, is_open=True)
 _RECORD = record({"sequence": whole(), "slots": listing(whole(0, 15)), "training": _TRAINING, "num_checksums": whole(),
                   "checksums_crc32": whole()}, is_open=True)
 
@@ -106,11 +107,15 @@ def make_manifest(spec: ModelSpec, layout: SlotLayout, formats: StateFormats, *,
                   pattern: list[int], stripe_bytes: int) -> bytes:
     """``files``: relative to the state's directory, or absolute; ``pattern``: the file of each
     stripe of one round."""
-    content = {"format": FORMAT, "version": VERSION, "checksum": "crc32", "grain": grain, "num_slots": num_slots,
+    content = {"format": FORMAT, "version": _version_of(spec), "checksum": "crc32", "grain": grain, "num_slots": num_slots,
                "slot_bytes": layout.num_bytes, "files": files, "pattern": pattern, "stripe_bytes": stripe_bytes,
                "planes": describe_planes(spec, layout), "model": describe_model(spec),
                **({} if formats.name == EXACT_NAME else {"formats": formats.name})}
     return _sealed(content)
+
+
+def _version_of(spec: ModelSpec) -> int:
+    return WITHOUT_FROZEN if any(unit.num_elements > unit.num_trainable for unit in spec.units) else VERSION
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RatelError("is not a state of Ratel", field="state", value=path, remedy="Give the --out of a run")
     if manifest.get("version") not in READ_VERSIONS:
-        raise RatelError(f"was written in format {shown(manifest.get('version'))}; this version reads up to {VERSION}",
+        raise RatelError(f"was written in format {shown(manifest.get('version'))}; this version reads up to {READ_VERSIONS[-1]}",
                          field="state", value=path, remedy="Use the version of Ratel that wrote it")
     if _sealed(_without_seal(manifest)) != text:
         raise DamagedStateError("its manifest is damaged: the seal does not match", value=path)
@@ -153,7 +158,7 @@ def _check_planes(manifest: dict[str, Any]) -> None:
         if trained > whole_unit:
             raise SchemaError(f"model.units[{number}].num_trainable is {trained} of {whole_unit} elements")
         for name in PLANES:
-            lengths = _lengths(manifest, name, trained, whole_unit)
+            lengths = _lengths(manifest, name, trained, whole_unit if manifest["version"] < WITHOUT_FROZEN else trained)
             if found.get(name, {"num_elements": 0})["num_elements"] not in lengths:
                 raise SchemaError(f"planes[{number}].{name} has {shown(found.get(name, {}).get('num_elements'))} elements, "
                                   f"the unit needs {max(lengths)}")

@@ -32,9 +32,21 @@ def import_weights(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTr
                 transfer.start_at_zero(unit, name)
 
 
-def _stream(streams: list[Stream], transfer: UnitTransfer) -> None:
+def import_frozen(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTransfer) -> None:
+    """What is frozen alone: the rest comes out of a state."""
+    units = [unit for unit in spec.units if unit.num_elements > unit.num_trainable]
+    streams = [(unit, bits) for unit in units if (bits := parts.stored_bits(unit)) is not None]
+    for unit, _ in streams:
+        if store.has(unit.index, "lo"):
+            transfer.start_at_zero(unit, "lo")
+    _stream(streams, transfer, frozen=True)
+    streamed = {unit.index for unit, _ in streams}
+    _convert(parts, [unit for unit in units if unit.index not in streamed], transfer, frozen=True)
+
+
+def _stream(streams: list[Stream], transfer: UnitTransfer, *, frozen: bool = False) -> None:
     jobs = [(unit, bits, begin, end) for unit, bits in streams
-            for begin, end in pieces(unit, unit.num_elements, PIECE_ELEMENTS)]
+            for begin, end in pieces(unit, unit.num_elements, PIECE_ELEMENTS) if begin >= _first(unit, frozen)]
     with crew(THREADS, "ratel-import") as threads:
         for running in [threads.submit(_read, transfer, *job) for job in sorted(jobs, key=_place)]:
             running.result()
@@ -49,10 +61,14 @@ def _read(transfer: UnitTransfer, unit: UnitSpec, bits: StoredBits, begin: int, 
     transfer.fill_upper_half(unit, begin, end, lambda target: bits.read(begin, target))
 
 
-def _convert(parts: Parts, units: list[UnitSpec], transfer: UnitTransfer) -> None:
+def _first(unit: UnitSpec, frozen: bool) -> int:
+    return unit.num_trainable if frozen else 0
+
+
+def _convert(parts: Parts, units: list[UnitSpec], transfer: UnitTransfer, *, frozen: bool = False) -> None:
     master = torch.empty(max((unit.num_elements for unit in units), default=0), dtype=torch.float32)
     for unit in units:
         interrupt.check()
         part = master[: unit.num_elements]
         parts.read_unit(unit.index, part)
-        transfer.write_weights(unit, part)
+        transfer.write_weights(unit, part, _first(unit, frozen))

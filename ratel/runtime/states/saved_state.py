@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ratel.ownership.stamps import belongs_to
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import first_grain, num_grains, pieces
 from ratel.reading import descriptor_of
+from ratel.runtime.states.base import Digests
 from ratel.runtime.states.commits import Folders, located
 from ratel.runtime.states.durable_files import settled
 from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, formats_of, read_commit, read_manifest, read_other_state
@@ -60,6 +62,24 @@ class SavedState:
     @property
     def num_units(self) -> int:
         return len(self._units)
+
+    @property
+    def base(self) -> Digests | None:
+        """What it says of the frozen parameters, which it does not hold. None: it holds all that there is."""
+        return self.training.get("base")
+
+    @property
+    def num_left_out(self) -> int:
+        """Parameters that are the model's own, and not in the state."""
+        return 0 if self.base is None else sum(prod(param["shape"]) for param in self._frozen)
+
+    @property
+    def frozen_names(self) -> frozenset[str]:
+        return frozenset(param["name"] for param in self._frozen)
+
+    @property
+    def _frozen(self) -> list[dict[str, Any]]:
+        return [param for unit in self.manifest["model"]["units"] for param in unit["params"] if not param.get("trainable", True)]
 
     @property
     def is_in_place(self) -> bool:

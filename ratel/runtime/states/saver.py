@@ -20,10 +20,12 @@ from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange, Mailbox, Worker, join_all
 from ratel.memory.lanes import Event, Lanes
+from ratel.planner.formats import TRAINED
 from ratel.planner.placement import GPU, SSD
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import pieces
+from ratel.runtime.states.base import FrozenBase
 from ratel.runtime.updates.pipeline import OptimizerPipeline
 from ratel.runtime.updates.updater import at_once
 from ratel.store.plane_io import PlaneIO, Read
@@ -82,9 +84,10 @@ class _Filling:
 class Saver:
     def __init__(self, plan: Plan, store: Store, arena: Arena, exchange: Exchange, lanes: Lanes, io: PlaneIO,
                  pool: "native.op_ds.Pool", engine: "native.nvme_ds.Engine", updates: OptimizerPipeline,
-                 order: list[UnitSpec]) -> None:
+                 base: FrozenBase, order: list[UnitSpec]) -> None:
         self._plan, self._store, self._exchange, self._lanes = plan, store, exchange, lanes
         self._io, self._pool, self._engine, self._updates, self._order = io, pool, engine, updates, order
+        self._base = base
         self._changed = exchange.condition()
         self._free = [arena.take(plan.save_piece_bytes) for _ in range(plan.save_pieces)]
         self._filling: deque[_Filling] = deque()
@@ -164,7 +167,7 @@ class Saver:
                 self._changed.notify_all()
         while self._writing:
             self._complete_write()
-        save.target.finish(save.training)
+        save.target.finish({**save.training, **self._base.describe()})
 
     def _abort(self, save: Save, error: Exception) -> None:
         """Nothing of the save may still be moving when its buffers are used again and its files are removed."""
@@ -189,7 +192,7 @@ class Saver:
     def _copy_unit(self, save: Save, unit: UnitSpec) -> None:
         for name in save.target.wanted(unit):
             if self._store.has(unit.index, name):
-                count = self._store.plane(unit.index, name).num_elements
+                count = self._plan.formats.num_elements(unit, name, (TRAINED,))
                 for begin, end in pieces(unit, count, self._plan.piece_elements):
                     self._filling.append(self._start_fill(save, unit, name, begin, end))
                     if len(self._filling) > min(FILLS_AHEAD, self._plan.save_pieces - 1):

@@ -120,7 +120,7 @@ class CommitLog:
     def write(self, training: dict[str, Any], other: OtherState | None = None) -> None:
         """Record what is current. When this returns it is what a resumed run will find."""
         store, sequence = self.store, self._sequence + 1
-        sums = [store.checksums.table(store.versions.current[unit], unit, name) for unit, name in
+        sums = [store.checksums.trained(store.versions.current[unit], unit, name) for unit, name in
                 self.plan.slot_layout.spans]
         record = pack_commit(Commit(sequence=sequence, slots=list(store.versions.current), training=training,
                                     checksums=_joined(sums)))
@@ -192,7 +192,7 @@ class CommitTarget:
         return None
 
     def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
-        if not self._log.store.versions.include(unit.index):
+        if not unit.num_trainable or not self._log.store.versions.include(unit.index):
             return ()
         place = self._log.plan.placement(unit)
         return tuple(plane for plane in self._log.plan.formats.planes if place.tier(plane) != SSD)
@@ -201,7 +201,7 @@ class CommitTarget:
         store = self._log.store
         slot = store.versions.current[unit.index]
         first = first_grain(unit, begin, self._log.plan.grain)
-        store.checksums.table(slot, unit.index, plane)[first : first + len(sums)] = sums
+        store.checksums.trained(slot, unit.index, plane)[first : first + len(sums)] = sums
         return self._engine.submit_write(store.volume, store.offset(slot, unit.index, plane, begin), values.data_ptr(),
                                          values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
 
