@@ -117,7 +117,8 @@ class Copies:
         self._count(patch, WeightSource, "fill", "h2d", lambda self, result, *_: result.nbytes)
         self._count(patch, Activations, "fill", "h2d", lambda self, result, gather, handle, slot:
                     sum(end - begin for begin, end in handle.left.ranges))
-        self._count(patch, Gradients, "_move", "d2h", lambda self, result, unit, grad, norm: grad.nbytes + norm.nbytes)
+        self._count(patch, Gradients, "move", "d2h", lambda self, result, unit, grad, norm:
+                    0 if result is None else grad.nbytes + norm.nbytes)
         self._count(patch, Activations, "_copy_out", "d2h", lambda self, result, leaving, name, tensors: sum(t.nbytes for t in tensors))
 
     def _count(self, patch: pytest.MonkeyPatch, owner: type, name: str, lane: str, size: Callable[..., int]) -> None:
