@@ -172,3 +172,41 @@ def test_every_symbol_that_a_page_names_is_defined(page: Path) -> None:
                                     "no_such_file.py", "speed.no_such_script", "never_said.never_said_either", "attach_grad()", "attach_grad"])
 def test_a_name_that_is_not_there_is_found(symbol: str) -> None:
     assert not is_known(symbol)
+
+
+WALKS = ("A gradient", "A weight", "An option", "A batch", "A save")
+MOST_CHANGES = 8
+"""Of file in a walk: a stranger who follows one keeps in mind where it began."""
+PLACE = re.compile(r"^\d+\. `([\w/]+\.py)`: ((?:`[\w.]+`(?:, | and )?)+)", re.MULTILINE)
+
+
+def walks() -> dict[str, list[tuple[str, set[str]]]]:
+    """For each walk of docs/architecture.md the files in order, and what is named in each."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("\n## Five walks\n")[2].partition("\n## ")[0]
+    found = {}
+    for part in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
+        title, _, body = part.partition("\n")
+        places = [(file, set(re.findall(r"`([\w.]+)`", names))) for file, names in PLACE.findall(body)]
+        assert len(places) == len(re.findall(r"^\d+\. ", body, flags=re.MULTILINE)), f"{title}: a line that names no file"
+        found[title] = places
+    return found
+
+
+def test_there_are_five_short_walks() -> None:
+    assert tuple(walks()) == WALKS
+    assert {title: len(places) - 1 for title, places in walks().items() if not 3 <= len(places) - 1 <= MOST_CHANGES} == {}
+
+
+@pytest.mark.parametrize("title", WALKS)
+def test_a_walk_goes_through_what_is_there(title: str) -> None:
+    missing = []
+    for file, names in walks()[title]:
+        inside = {name for node in ast.walk(sources()[ROOT / file]) for name in _defined(node)}
+        missing += [f"{file}: {name}" for name in sorted(names) if not set(name.split(".")) <= inside]
+    assert missing == []
+
+
+@pytest.mark.parametrize("title", WALKS)
+def test_a_walk_changes_file_at_every_line(title: str) -> None:
+    files = [file for file, _ in walks()[title]]
+    assert all(one != next_one for one, next_one in zip(files, files[1:]))
