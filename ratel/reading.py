@@ -21,6 +21,10 @@ SMALL_FILE_BYTES = 256 << 20
 """More bytes than any configuration, index or manifest has: that of a model of a thousand layers
 takes a few MB."""
 
+_DEEPEST = 100
+"""Levels of lists and objects. No file of a model or a run has twenty; Python's own limit differs from version to version, and what
+is just below it at the door is above it for whoever goes through the value."""
+
 _PIECE_BYTES = 1 << 20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -90,6 +94,8 @@ def parse_json(content: bytes | str, *, allow_infinity: bool = False) -> Any:
         raise
     except ValueError:  # of Python itself, which reads 4300 digits at most
         raise JsonError("a number in it has too many digits") from None
+    if text.count("[") + text.count("{") > _DEEPEST:
+        _refuse_deep(value)
     if "\\u" in text:
         _refuse_half_characters(value)
     return value
@@ -135,6 +141,16 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise JsonError(f"the key {shown(first_twice(pairs))} stands twice in one object")
     return found
+
+
+def _refuse_deep(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        entries = (entry for each in level for entry in (each.values() if isinstance(each, dict) else each))
+        level = [entry for entry in entries if isinstance(entry, (dict, list))]
+        if not level:
+            return
+    raise JsonError("its JSON is nested too deeply")
 
 
 def first_twice(pairs: list[tuple[str, Any]]) -> str:

@@ -101,6 +101,16 @@ def test_json_says_one_thing(content: str | bytes, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("opening,closing", [("[", "]"), ('{"a":', "}"), ('[1, {"a":', "}]")])
+def test_depth_has_one_limit_whatever_pythons_is(opening: str, closing: str) -> None:
+    """What its parser takes just so is too deep for the next that goes through it."""
+    levels = opening.count("[") + opening.count("{")
+    parse_json(opening * (100 // levels) + "0" + closing * (100 // levels))
+    for depth in (101, 150, 300):
+        with pytest.raises(JsonError, match="nested too deeply"):
+            parse_json(opening * depth + "0" + closing * depth)
+
+
 def test_plain_json_is_read() -> None:
     assert parse_json('{"a": [1, 2.5, "\\u00e9 \\ud83d\\ude00", null]}') == {"a": [1, 2.5, "\u00e9 \U0001f600", None]}
     assert parse_json("[Infinity]", allow_infinity=True) == [float("inf")]

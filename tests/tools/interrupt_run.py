@@ -22,6 +22,7 @@ from tests.tools.interrupting import COMMAND, LIBRARY, Interrupting, Moment, as_
 
 def main() -> int:
     args = _arguments()
+    end_s = time.monotonic() + args.seconds
     args.directory.mkdir(parents=True, exist_ok=True)
     site = Site(args.directory.resolve())
     site.prepare()
@@ -30,15 +31,14 @@ def main() -> int:
     done = set(json.loads(args.done.read_text())) if args.done else set()
     found = [moment for moment in interrupting.measure() if moment.place % parts == part]
     mine = [moment for moment in found[:: args.every] if f"{args.form} {moment.name}" not in done]
-    result = _try_all(interrupting, mine, args)
+    result = _try_all(interrupting, mine, args, end_s)
     print(json.dumps({"form": args.form, "moments": len(found), "tried": len(result["tried"]), "came": result["came"],
                       "with_problems": len(result["problems"])}))
     return 1 if result["problems"] else 0
 
 
-def _try_all(interrupting: Interrupting, mine: list[Moment], args: argparse.Namespace) -> dict[str, Any]:
+def _try_all(interrupting: Interrupting, mine: list[Moment], args: argparse.Namespace, end_s: float) -> dict[str, Any]:
     """Until they are done, or time is up. The file has at each moment what was found until then."""
-    end_s = time.monotonic() + args.seconds
     result: dict[str, Any] = {"moments": len(mine), "tried": [], "came": 0, "problems": []}
     for moment in mine:
         if time.monotonic() >= end_s:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ratel.reading import open_regular, read_json
+from ratel.reading import SMALL_FILE_BYTES, open_regular, read_json
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +125,20 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _files_beside(directory: Path) -> Iterator[str]:
     for path in sorted(directory.iterdir()):
-        if path.is_file() and is_carried(path.name):
+        if _goes_along(path):
             yield path.name
         elif path.is_dir() and path.name in FOLDERS:
-            yield from (f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if file.is_file() and is_carried(file.name))
+            yield from (f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if _goes_along(file))
+
+
+def _goes_along(path: Path) -> bool:
+    """Of any size, a file of holes could fill the disk that the trained model is written to."""
+    if not path.is_file() or not is_carried(path.name):
+        return False
+    if path.stat().st_size > SMALL_FILE_BYTES:
+        log.warning("%s is larger than %d MiB, and will not be in the export", path, SMALL_FILE_BYTES >> 20)
+        return False
+    return True
 
 
 def _copy(path: Path, to: Path) -> None:

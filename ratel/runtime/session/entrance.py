@@ -3,6 +3,7 @@ inside."""
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,20 +37,30 @@ class Entrance:
             raise RatelError("belongs to the process that this one was forked from, with its threads and files",
                              field="session", remedy="Use it there, or make a session of this process's own after the fork")
         me = threading.get_ident()
+        if self._inside.get("thread") == me and not self._is_under_way():
+            self._inside.clear()
         if self._inside.get("thread") == me:
             self._check_within(call)
             yield
             return
-        if self._inside.setdefault("thread", me) != me:
-            raise RatelError("another thread is in a call of this session", field="session",
-                             remedy="Call it from one thread at a time")
-        try:
-            self._call = call
-            with interrupt.deferring(), modes_as_before():
+        with interrupt.deferring(), modes_as_before():  # from here on no signal comes before the end is noted
+            if self._inside.setdefault("thread", me) != me:
+                raise RatelError("another thread is in a call of this session", field="session",
+                                 remedy="Call it from one thread at a time")
+            try:
+                self._call = call
                 yield
-        finally:
-            self._inside.clear()
+            finally:
+                self._inside.clear()
 
+    def _is_under_way(self) -> bool:
+        """Whether this thread really is in a call, besides the one that asks. What a debugger raises
+        at the very end of one leaves it noted."""
+        frame, calls = sys._getframe(), 0
+        while frame is not None:
+            calls += frame.f_code is _CALL and frame.f_locals["self"]._entrance is self
+            frame = frame.f_back
+        return calls > 1
 
     def _check_within(self, call: str) -> None:
         """Methods call each other; and a step or an evaluation calls code of the user's: hooks, a
@@ -73,3 +84,6 @@ def entered(method: Method) -> Method:
             return method(self, *args, **options)
 
     return call
+
+
+_CALL = entered(lambda self: None).__code__

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from torch import nn
 
 from ratel.errors import RatelError
 from ratel.monitor.metrics import MetricsWriter
+from ratel.runtime.session.entrance import Entrance, entered
 from ratel.runtime.session.session import Session
 from ratel.startup import arena_ahead
 from tests.support.families import batches, llama
 from tests.support.patience import patience
+from tests.tools.interrupting import Tracer, interrupt, moments
 
 pytestmark = pytest.mark.numerics
 REFUSED = "belongs to the process that this one was forked from"
@@ -202,3 +205,30 @@ def test_a_session_that_nobody_closes_leaves_nothing(ssd_dir: Path) -> None:
     del session
     gc.collect()
     assert machinery() is None and not list(ssd_dir.iterdir()) and threading.active_count() == before
+
+
+def test_an_exception_at_any_line_of_the_door_leaves_it_open() -> None:
+    """Also for `close`, which is refused inside another call."""
+    class Room:
+        def __init__(self) -> None:
+            self._entrance = Entrance()
+
+        @entered
+        def step(self) -> int:
+            with pytest.raises(RatelError, match="close: is called inside step"):
+                self.close()
+            return 1
+
+        @entered
+        def close(self) -> int:
+            return 2
+
+    whole = Tracer()
+    whole.run(Room().step)
+    tried = [moment for moment in moments(whole.hits) if moment.file.endswith("entrance.py")]
+    for moment in tried:
+        room = Room()
+        with suppress(KeyboardInterrupt):
+            Tracer(moment, interrupt).run(room.step)
+        assert (room.step(), room.close()) == (1, 2)
+    assert len(tried) > 20

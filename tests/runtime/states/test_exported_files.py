@@ -62,6 +62,17 @@ def test_a_link_of_a_hubs_cache_becomes_a_file(tmp_path: Path) -> None:
     assert not (out / "LICENSE").is_symlink() and (out / "LICENSE").read_bytes() == BESIDE["LICENSE"]
 
 
+def test_a_file_without_end_beside_the_weights_is_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It would fill the disk; a file of holes has any size."""
+    path = directory(tmp_path)
+    for name in ("generation_config.json", "additional_chat_templates/long.jinja"):
+        with (path / name).open("wb") as file:
+            file.truncate(1 << 36)
+    out = exported(path, tmp_path / "out")
+    assert not (out / "generation_config.json").exists() and "generation_config.json is larger than 256 MiB" in caplog.text
+    assert [file.name for file in (out / "additional_chat_templates").iterdir()] == ["tool.jinja"]
+
+
 def test_a_file_that_is_gone_does_not_cost_the_trained_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = directory(tmp_path)
     with Session(path, dtype="fp32", device="cpu", lr=1e-3) as session:
