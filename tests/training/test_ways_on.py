@@ -1,5 +1,6 @@
 """After every refusal of --resume there is a way on, which the message names: typed as it says, it works."""
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import nvme_ds
 from ratel.cli import main
 from ratel.data import byte_level_tokenizer
 from ratel.hardware import host
@@ -192,3 +194,24 @@ def test_a_copy_by_hard_links_is_made_a_copy(home: Path, capsys: pytest.CaptureF
     subprocess.run(["cp", "-r", "linked", "copied"], check=True)
     assert resume("copied") == 0
     assert before == {path: path.read_bytes() for path in sorted(home.glob("copies/**/*")) if path.is_file()}
+
+
+def test_a_disk_that_fills_up_and_is_emptied(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, calls = os.posix_fallocate, []
+
+    def second_fails(*given: int) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(*given)
+
+    start = [*START, "--steps", "6", "--save-every", "2", "--out", "filled"]
+    with monkeypatch.context() as patch:
+        patch.setattr(nvme_ds.files.os, "posix_fallocate", second_fails)
+        said = message(capsys, main(start))
+    assert re.search(r"could not be written: \d+ bytes are needed and \d+ are free \(given: filled/state/step-00000004\)\. Free space there", said)
+    assert [path.name for path in Path("filled/state").iterdir()] == ["step-00000002"]
+    assert resume("filled") == 0 and main(["check", "filled"]) == 0
+    assert main([*start[:-1], "whole"]) == 0
+    filled, whole = ([json.loads(line)["loss"] for line in Path(out, "metrics.jsonl").read_text().splitlines()] for out in ("filled", "whole"))
+    assert len(whole) == 6 and filled == whole
