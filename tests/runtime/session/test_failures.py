@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -302,20 +303,20 @@ def test_ctrl_c_in_a_slow_step_ends_promptly(ssd_dir: Path, monkeypatch: pytest.
     subject = Subject(ssd_dir, tier="ssd", ssd_bandwidth=400e3)
     with within(30):
         subject.session.prepare(4, 16)
-    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    weights = subject.session._machinery.weights
-    gather = weights.open
+    weights, ended = subject.session._machinery.weights, threading.Event()
+    gather, gathers = weights.open, count()
 
     def noting(*arguments: object) -> object:
-        if interrupt.ident is None:  # not before: on a busy machine a step begins late
-            interrupt.start()
+        if next(gathers) == 2:  # the main thread needs this one to go on with its step
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.wait(patience(60))
         return gather(*arguments)
 
     monkeypatch.setattr(weights, "open", noting)
     imported_bytes = moved_bytes(subject.engine)
     with within(), pytest.raises(KeyboardInterrupt):
         subject.train(200)
-    interrupt.join()
+    ended.set()
     subject.check_refuses()
     assert moved_bytes(subject.engine) - imported_bytes < 26 * subject.session.plan.spec.num_params / 2, "it went on"
     subject.close()
