@@ -6,7 +6,9 @@ And what happens where they fail, which needs no GPU.
 
 import logging
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -63,15 +65,17 @@ def test_each_operation_is_the_references(kernels_on: None, shape: tuple[int, ..
     x, w, bias, a = random(m, i), random(j, i, seed=1), random(j, seed=2), random(g * r, i, seed=3)
     b, dy, ds, draw = random(j, r, seed=4), random(m, j, seed=5), random(m, g * r, seed=6), draw_of(g, p)
     s = random(m, g * r, seed=7)[:, -r:]  # a part of what several linears share
-    results = {
-        "down": ([ops.down(x, a, draw, p)], [reference.down(*wide(x, a), draw, p)]),
-        "linear": ([ops.linear(x, w, bias, s, b, 1.5)], [reference.linear(*wide(x, w, bias, s, b), 1.5)]),
-        "up_grads": (ops.up_grads(dy, b, s, 1.5), reference.up_grads(*wide(dy, b, s), 1.5)),
-        "down_grads": (ops.down_grads(x, ds, a, draw, p), reference.down_grads(*wide(x, ds, a), draw, p))}
-    again = {"down": [ops.down(x, a, draw, p)], "linear": [ops.linear(x, w, bias, s, b, 1.5)],
-             "up_grads": ops.up_grads(dy, b, s, 1.5), "down_grads": ops.down_grads(x, ds, a, draw, p)}
-    for name, (found, expected) in results.items():
-        for one, other, repeated in zip(found, expected, again[name], strict=True):
+    dys, ws = [dy] * min(g, 4), [w] * min(g, 4)
+
+    def run(where: Any, convert: Callable[..., Any]) -> dict[str, tuple[Tensor, ...]]:
+        return {"down": (where.down(*convert(x, a), draw, p),), "linear": (where.linear(*convert(x, w, bias, s, b), 1.5),),
+                "linear, transposed": (where.linear(*convert(x, w.t().contiguous().t(), bias, s, b), 1.5),),
+                "up_grads": where.up_grads(*convert(dy, b, s), 1.5), "a_grads": (where.a_grads(*convert(x, ds, a), draw, p),),
+                "input_grad": (where.input_grad(list(convert(*dys)), list(convert(*ws)), *convert(ds, a), draw, p),)}
+
+    found_all, again, expected_all = run(ops, lambda *xs: xs), run(ops, lambda *xs: xs), run(reference, wide)
+    for name, found in found_all.items():
+        for one, other, repeated in zip(found, expected_all[name], again[name], strict=True):
             assert one.dtype == BF16 and one.shape == other.shape
             assert error(one, other) < 5e-3, (name, error(one, other))
             assert torch.equal(one, repeated), f"{name} gives the same bits every time"
@@ -108,9 +112,13 @@ def test_more_elements_than_32_bits_count(kernels_on: None) -> None:
     ds, b = random(rows, rank, seed=2), random(inputs, rank, seed=3)
     tail = draw_of(1, 0.1, rows - last)
     assert error(ops.down(x, a, draw, 0.1)[-last:], reference.down(*wide(x[-last:], a), tail, 0.1)) < 5e-3
-    _, dx = ops.down_grads(x, ds, a, draw, 0.1)
-    assert error(dx[-last:], reference.down_grads(*wide(x[-last:], ds[-last:], a), tail, 0.1)[1]) < 5e-3
+    w = random(inputs, inputs, seed=4)
+    dx = ops.input_grad([x], [w], ds, a, draw, 0.1)
+    assert error(dx[-last:], reference.input_grad(wide(x[-last:]), wide(w), *wide(ds[-last:], a), tail, 0.1)) < 5e-3
     del dx
+    zeros = torch.zeros_like(ds)
+    zeros[-last:] = ds[-last:]
+    assert error(ops.a_grads(x, zeros, a, draw, 0.1), reference.a_grads(*wide(x[-last:], ds[-last:], a), tail, 0.1)) < 5e-3
     found, _ = ops.up_grads(x, b, ds, 1.0)
     assert error(found[-last:], reference.up_grads(*wide(x[-last:], b, ds[-last:]), 1.0)[0]) < 5e-3
 

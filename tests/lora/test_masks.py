@@ -78,4 +78,4 @@ def test_nothing_dropped_is_nothing_done() -> None:
 def test_kept_elements_are_scaled() -> None:
     x = torch.randn(64, 64)
     kept = keep_mask(64, 64, 9, P)
-    assert torch.equal(masked(x, 9, P), torch.where(kept, x / (1 - P), torch.zeros(())))
+    assert torch.equal(masked(x, 9, P), torch.where(kept, x * (1 / (1 - P)), torch.zeros(())))

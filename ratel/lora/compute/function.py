@@ -166,12 +166,11 @@ def _fused_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]
     ups = [(part.new_zeros(part.shape), None) if dy is None else ops.up_grads(dy, b, part, scale)
            for dy, (_, _, _, b), part, scale in zip(dys, parts, columns, how.scales, strict=True)]
     ds = ups[0][0] if len(ups) == 1 else torch.cat([ds for ds, _ in ups], dim=1)
-    da, dx = ops.down_grads(x, ds, a, draw, how.p)
-    for dy, (w, *_) in zip(dys, parts, strict=True):
-        if wants_x and dy is not None:
-            dx.addmm_(dy, w)
+    da = ops.a_grads(x, ds, a, draw, how.p)
+    reached = [(dy, part[0]) for dy, part in zip(dys, parts, strict=True) if dy is not None]
+    dx = ops.input_grad([dy for dy, _ in reached], [w for _, w in reached], ds, a, draw, how.p) if wants_x else None
     adapters = [(None if db is None else da[index * rank:(index + 1) * rank], db) for index, (_, db) in enumerate(ups)]
-    return dx if wants_x else None, adapters
+    return dx, adapters
 
 
 def _stacked(parts: list[Part]) -> Tensor:

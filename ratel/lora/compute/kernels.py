@@ -15,6 +15,7 @@ from ratel.lora.compute import masks
 GOLDEN, MIX1, MIX2 = (tl.constexpr(value) for value in (masks.GOLDEN, masks.MIX1, masks.MIX2))
 COLUMN0, COLUMN1, COLUMN2 = (tl.constexpr(value) for value in (masks.COLUMN0, masks.COLUMN1, masks.COLUMN2))
 MOST_LINEARS = 3
+"""In one launch."""
 KEYS = ["key0_low", "key0_high", "key1_low", "key1_high", "key2_low", "key2_high"]
 CHANGING = ["num_rows", "first_row", "threshold", "factor", *KEYS]
 """Arguments that change from call to call: a kernel made for their values would be compiled again
@@ -28,18 +29,18 @@ def _row_words(rows, key_low, key_high):
     z = (z ^ (z >> 30)) * MIX1
     z = (z ^ (z >> 27)) * MIX2
     z = z ^ (z >> 31)
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
+    return z.to(tl.uint32) | 1, (z >> 32).to(tl.uint32)
 
 
 @triton.jit
 def _kept(rows, columns, key_low, key_high, threshold):
     """[rows, columns], as masks.keep_mask has it; ``threshold`` as a signed number of 32 bits."""
     low, high = _row_words(rows, key_low, key_high)
-    words = columns.to(tl.uint32) * COLUMN0
-    words = words ^ (words >> 16)
-    x = low[:, None] ^ words[None, :]
-    x = (x ^ (x >> 16)) * COLUMN1
-    x = (x ^ (x >> 15) ^ high[:, None]) * COLUMN2
+    words = (columns + 1).to(tl.uint32) * COLUMN0
+    words = (words ^ (words >> 16)) * COLUMN1
+    words = words ^ (words >> 15)
+    x = low[:, None] * words[None, :] + high[:, None]
+    x = (x ^ (x >> 16)) * COLUMN2
     return x >= tl.cast(threshold, tl.uint32, bitcast=True)
 
 
@@ -62,15 +63,13 @@ def dropped_kernel(x, out, num_rows, num_columns, x_stride, first_row, threshold
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     values = _load(x, rows, num_rows, columns, num_columns, x_stride)
     kept = _kept(first_row + rows, columns, key0_low, key0_high, threshold)
-    quotient = tl.div_rn(values.to(tl.float32), tl.full([BM, BN], factor, tl.float32))
-    _store(out, tl.where(kept, quotient, 0.0), rows, num_rows, columns, num_columns, num_columns)
+    _store(out, tl.where(kept, values.to(tl.float32) * factor, 0.0), rows, num_rows, columns, num_columns, num_columns)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def down_kernel(x, a, out, num_rows, num_inputs, x_stride, out_stride, part_stride, first_row, threshold, factor,
                 key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
-                LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
-                BM: tl.constexpr, BK: tl.constexpr):
+                LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """S: programs of the same rows and another linear run beside each other, so that x comes from
     memory once."""
     linear = tl.program_id(0) % LINEARS
@@ -85,8 +84,7 @@ def down_kernel(x, a, out, num_rows, num_inputs, x_stride, out_stride, part_stri
     for step in range(steps):
         columns = begin + step * BK + tl.arange(0, BK)
         values = _load(x, rows, num_rows, columns, num_inputs, x_stride)
-        if MASKED:
-            values = tl.where(_kept(first_row + rows, columns, key_low, key_high, threshold), values, 0.0)
+        values = tl.where(_kept(first_row + rows, columns, key_low, key_high, threshold), values, 0.0)
         sums = tl.dot(values, tl.trans(_load(a, ranks, RANK, columns, num_inputs, num_inputs)), sums)
     out += tl.program_id(1).to(tl.int64) * part_stride + linear * RANK
     _store(out, sums * factor, rows, num_rows, ranks, RANK, out_stride)
@@ -113,87 +111,140 @@ def up_grads_kernel(dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy_stri
     _store(db_parts, tl.trans(sums), columns, num_outputs, ranks, RANK, RANK)
 
 
-@triton.jit
-def _one_linear(values, ds, a, sums, through, rows, num_rows, first_row, columns, num_inputs, ds_stride, key_low, key_high, threshold,
-                linear: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr):
-    ranks = tl.arange(0, R)
-    down = _load(ds + linear * RANK, rows, num_rows, ranks, RANK, ds_stride)
-    weights = _load(a + linear * RANK * num_inputs, ranks, RANK, columns, num_inputs, num_inputs)
-    back = tl.dot(down, weights)
-    if MASKED:
-        kept = _kept(first_row + rows, columns, key_low, key_high, threshold)
-        values = tl.where(kept, values, 0.0)
-        back = tl.where(kept, back, 0.0)
-    return tl.dot(tl.trans(down), values, sums), through + back
-
-
 @triton.jit(do_not_specialize=CHANGING)
-def down_grads_kernel(x, ds, a, da_parts, dx, num_rows, num_inputs, x_stride, ds_stride, first_row, threshold, factor,
-                      key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
-                      LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr):
-    """One block of columns and some blocks of rows of x: those rows' part of dA, and dX through the
-    adapters."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+def a_grads_kernel(x, ds, parts, num_rows, num_inputs, x_stride, ds_stride, first_row, threshold,
+                   key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
+                   LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """One block of columns and some blocks of rows of x: those rows' part of one linear's dA. Programs
+    of the same block and another linear run beside each other."""
+    linear = tl.program_id(0) % LINEARS
+    columns = (tl.program_id(0) // LINEARS) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, R)
+    key_low = tl.where(linear == 0, key0_low, tl.where(linear == 1, key1_low, key2_low))
+    key_high = tl.where(linear == 0, key0_high, tl.where(linear == 1, key1_high, key2_high))
     steps = tl.cdiv(num_rows, BM * tl.num_programs(1))
     begin = tl.program_id(1).to(tl.int64) * steps * BM
-    sums0 = tl.zeros([R, BN], tl.float32)
-    sums1 = tl.zeros([R, BN], tl.float32)
-    sums2 = tl.zeros([R, BN], tl.float32)
+    ds += linear * RANK
+    sums = tl.zeros([R, BN], tl.float32)
     for step in range(steps):
         rows = begin + step * BM + tl.arange(0, BM)
         values = _load(x, rows, num_rows, columns, num_inputs, x_stride)
-        through = tl.zeros([BM, BN], tl.float32)
-        sums0, through = _one_linear(values, ds, a, sums0, through, rows, num_rows, first_row, columns, num_inputs, ds_stride,
-                                     key0_low, key0_high, threshold, 0, RANK, R, MASKED)
-        if LINEARS > 1:
-            sums1, through = _one_linear(values, ds, a, sums1, through, rows, num_rows, first_row, columns, num_inputs, ds_stride,
-                                         key1_low, key1_high, threshold, 1, RANK, R, MASKED)
-        if LINEARS > 2:
-            sums2, through = _one_linear(values, ds, a, sums2, through, rows, num_rows, first_row, columns, num_inputs, ds_stride,
-                                         key2_low, key2_high, threshold, 2, RANK, R, MASKED)
-        _store(dx, through * factor, rows, num_rows, columns, num_inputs, num_inputs)
-    da_parts += tl.program_id(1).to(tl.int64) * LINEARS * RANK * num_inputs
-    _store(da_parts, sums0, ranks, RANK, columns, num_inputs, num_inputs)
-    if LINEARS > 1:
-        _store(da_parts + RANK * num_inputs, sums1, ranks, RANK, columns, num_inputs, num_inputs)
-    if LINEARS > 2:
-        _store(da_parts + 2 * RANK * num_inputs, sums2, ranks, RANK, columns, num_inputs, num_inputs)
-
-
-@triton.jit(do_not_specialize=CHANGING)
-def outer_kernel(s, b, bias, out, num_rows, num_outputs, s_stride, b_stride, factor,
-                 RANK: tl.constexpr, R: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """factor S B' + bias: what the base's product is added to."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    ranks = tl.arange(0, R)
-    weights = _load(b, columns, num_outputs, ranks, RANK, b_stride)
-    values = tl.dot(_load(s, rows, num_rows, ranks, RANK, s_stride), tl.trans(weights)) * factor
-    if HAS_BIAS:
-        values += tl.load(bias + columns, mask=columns < num_outputs, other=0.0)[None, :]
-    _store(out, values, rows, num_rows, columns, num_outputs, num_outputs)
+        values = tl.where(_kept(first_row + rows, columns, key_low, key_high, threshold), values, 0.0)
+        sums = tl.dot(tl.trans(_load(ds, rows, num_rows, ranks, RANK, ds_stride)), values, sums)
+    parts += (tl.program_id(1).to(tl.int64) * LINEARS + linear) * RANK * num_inputs
+    _store(parts, sums, ranks, RANK, columns, num_inputs, num_inputs)
 
 
 @triton.jit
-def _sum_block(parts, out, block, count, size, factor, BLOCK: tl.constexpr):
+def _through(left, right, rows, num_rows, first_row, columns, num_columns, left_stride, rank_stride, column_stride, key_low, key_high,
+             threshold, RANK: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """A block of one linear's S B' or dS A, masked; 16 of the rank at a time, so that any rank needs
+    little shared memory."""
+    block = tl.zeros([BM, BN], tl.float32)
+    for begin in tl.static_range(0, RANK, 16):
+        ranks = begin + tl.arange(0, 16)
+        at = ranks[:, None] * rank_stride + columns[None, :].to(tl.int64) * column_stride
+        weights = tl.load(right + at, mask=(ranks < RANK)[:, None] & (columns < num_columns)[None, :], other=0.0)
+        block = tl.dot(_load(left, rows, num_rows, ranks, RANK, left_stride), weights, block)
+    if MASKED:
+        block = tl.where(_kept(first_row + rows, columns, key_low, key_high, threshold), block, 0.0)
+    return block
+
+
+@triton.jit
+def _all_through(left, right, bias, rows, num_rows, first_row, columns, num_columns, left_stride, rank_stride, column_stride,
+                 threshold, factor, key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
+                 LINEARS: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr):
+    """A block of what the adapters add: the sum over linears, times ``factor``, and the bias."""
+    block = _through(left, right, rows, num_rows, first_row, columns, num_columns, left_stride, rank_stride, column_stride,
+                     key0_low, key0_high, threshold, RANK, MASKED, BM, BN)
+    if LINEARS > 1:
+        block += _through(left + RANK, right + RANK * rank_stride, rows, num_rows, first_row, columns, num_columns, left_stride,
+                          rank_stride, column_stride, key1_low, key1_high, threshold, RANK, MASKED, BM, BN)
+    if LINEARS > 2:
+        block += _through(left + 2 * RANK, right + 2 * RANK * rank_stride, rows, num_rows, first_row, columns, num_columns,
+                          left_stride, rank_stride, column_stride, key2_low, key2_high, threshold, RANK, MASKED, BM, BN)
+    block = block * factor
+    if HAS_BIAS:
+        block += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+    return block
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def through_kernel(left, right, bias, out, num_rows, num_columns, left_stride, rank_stride, column_stride, first_row, threshold, factor,
+                   key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
+                   LINEARS: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr):
+    """What the adapters add, as a matrix to which cuBLAS adds the base's product."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    block = _all_through(left, right, bias, rows, num_rows, first_row, columns, num_columns, left_stride, rank_stride, column_stride,
+                         threshold, factor, key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
+                         LINEARS, RANK, MASKED, HAS_BIAS, BM, BN)
+    _store(out, block, rows, num_rows, columns, num_columns, num_columns)
+
+
+@triton.jit
+def _added_product(sums, x, w, row, column, steps, TRANSPOSED: tl.constexpr, BK: tl.constexpr):
+    for step in range(steps):
+        values = x.load([row, step * BK])
+        if TRANSPOSED:
+            sums = tl.dot(values, w.load([column, step * BK]).T, sums)
+        else:
+            sums = tl.dot(values, w.load([step * BK, column]), sums)
+    return sums
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def product_kernel(x0, w0, x1, w1, x2, w2, out, left, right, bias, num_rows, num_columns, inner0, inner1, inner2,
+                   left_stride, rank_stride, column_stride, first_row, threshold, factor,
+                   key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
+                   PRODUCTS: tl.constexpr, TRANSPOSED: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
+                   MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The sum of up to three products x w (w' where TRANSPOSED) and of what the adapters add, which is
+    what the accumulators begin with: no matrix is read or written for it. Blocks come through tensor
+    descriptors; a program does every PROGRAMS-th block, in groups of GROUP rows of blocks."""
+    row_blocks = tl.cdiv(num_rows, BM)
+    column_blocks = tl.cdiv(num_columns, BN)
+    for block in range(tl.program_id(0), row_blocks * column_blocks, PROGRAMS):
+        first = (block // (GROUP * column_blocks)) * GROUP
+        height = min(row_blocks - first, GROUP)
+        within = block % (GROUP * column_blocks)
+        row = (first + within % height) * BM
+        column = (within // height) * BN
+        rows = row + tl.arange(0, BM)
+        columns = column + tl.arange(0, BN)
+        sums = _all_through(left, right, bias, rows, num_rows, first_row, columns, num_columns, left_stride, rank_stride, column_stride,
+                            threshold, factor, key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
+                            LINEARS, RANK, MASKED, HAS_BIAS, BM, BN)
+        sums = _added_product(sums, x0, w0, row, column, tl.cdiv(inner0, BK), TRANSPOSED, BK)
+        if PRODUCTS > 1:
+            sums = _added_product(sums, x1, w1, row, column, tl.cdiv(inner1, BK), TRANSPOSED, BK)
+        if PRODUCTS > 2:
+            sums = _added_product(sums, x2, w2, row, column, tl.cdiv(inner2, BK), TRANSPOSED, BK)
+        out.store([row, column], sums.to(out.dtype))
+
+
+@triton.jit
+def _sum_block(parts, out, block, count, size, factor, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
-    here = parts + at
-    for _ in range(count):
-        total += tl.load(here, mask=inside, other=0.0)
-        here += size
-    tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=inside)
+    for begin in range(0, count, PARTS):
+        numbers = begin + tl.arange(0, PARTS)
+        inside = (numbers < count)[:, None] & (at < size)[None, :]
+        some = tl.load(parts + numbers[:, None].to(tl.int64) * size + at[None, :], mask=inside, other=0.0)
+        total += tl.sum(some, axis=0)
+    tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["factor", "count1", "count2"])
-def sum_kernel(parts1, out1, count1, size1, parts2, out2, count2, size2, factor, BLOCK: tl.constexpr):
-    """Two sums over the first dimension in one launch, in the order of the parts."""
+def sum_kernel(parts1, out1, count1, size1, parts2, out2, count2, size2, factor, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Two sums over the first dimension in one launch; PARTS at a time are on their way from memory."""
     block = tl.program_id(0)
     blocks1 = tl.cdiv(size1, BLOCK)
     if block < blocks1:
-        _sum_block(parts1, out1, block, count1, size1, factor, BLOCK)
+        _sum_block(parts1, out1, block, count1, size1, factor, PARTS, BLOCK)
     else:
-        _sum_block(parts2, out2, block - blocks1, count2, size2, factor, BLOCK)
+        _sum_block(parts2, out2, block - blocks1, count2, size2, factor, PARTS, BLOCK)

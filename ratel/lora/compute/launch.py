@@ -4,6 +4,7 @@ needs Triton.
 The functions are those of ``reference``, with the same arguments and results.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,12 +16,16 @@ from ratel.lora.compute import kernels, reference
 from ratel.lora.compute.masks import threshold
 
 MOST_RANK = 64
-"""Above it a second reading of dY or x costs less than the parts of sums that one reading would
-leave to be added."""
+"""Above it a second reading of dY costs less than the parts of sums that one reading would leave to
+be added."""
+MOST_MASKED_RANK = 128
+"""Above it a program's block of sums is larger than its registers: the masked input is written."""
 PROGRAMS = 264
 """Twice the multiprocessors of an H200: sums over rows are split among so many programs or a few
 more."""
-SUM_BLOCK = 1024
+SUM_PARTS, SUM_BLOCK = 16, 256
+ALIGNMENT = 16
+"""Bytes, of what tensor descriptors read: where a tensor begins, and its rows."""
 
 
 class Blocks(NamedTuple):
@@ -32,13 +37,15 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_of(kernel: str, ranks: int, masked: bool) -> Blocks:
-    """``ranks``: padded, of all linears of a launch."""
+def blocks_of(kernel: str, rank: int) -> Blocks:
+    """``rank``: padded. ``product``'s inner size is 64."""
+    if kernel == "product":
+        return Blocks(128, 256, 8, 3)
     if kernel == "down":
-        return Blocks(64, 128, 4, 4)
+        return Blocks(32, 128, 4, 4) if rank <= 32 else Blocks(64, 64, 4, 3)
     if kernel == "up_grads":
-        return Blocks(64, 256 if ranks <= 32 else 128, 8, 3)
-    return Blocks(64, 128 if ranks <= 64 else 64, 8 if masked or ranks > 32 else 4, 3)
+        return Blocks(64, 256, 4, 3) if rank <= 32 else Blocks(64, 128, 8, 3)
+    return Blocks(64, 128, 8, 3) if rank <= 32 else Blocks(64, 64, 8, 3)
 
 
 def can(x: Tensor) -> bool:
@@ -53,33 +60,36 @@ def dropped(x: Tensor, draw: Tensor | None, p: float, index: int = 0) -> Tensor:
     first_row, *keys = draw.tolist()
     grid = (triton.cdiv(x.shape[0], 16), triton.cdiv(x.shape[1], 256))
     with torch.cuda.device_of(x):
-        kernels.dropped_kernel[grid](x, out, *x.shape, x.stride(0), first_row, _signed(threshold(p)), 1 - p, *_halves(keys[index:])[:2],
-                                     BM=16, BN=256, num_warps=4)
+        kernels.dropped_kernel[grid](x, out, *x.shape, x.stride(0), first_row, _signed(threshold(p)), 1 / (1 - p),
+                                     *_halves(keys[index:])[:2], BM=16, BN=256, num_warps=4)
     return out
 
 
 def down(x: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
     """x from memory once, whatever the number of linears."""
+    if draw is None:
+        return x @ a.t()
     x, a = _rows_whole(x), a.contiguous()
     s = x.new_empty(x.shape[0], a.shape[0])
-    for first, part, group in _groups(a.shape[0], draw):
-        _down(x, a[part], s[:, part], first, group, p)
+    for first_row, keys, part in _groups(a.shape[0], draw):
+        if a.shape[0] // (len(draw) - 1) > MOST_MASKED_RANK:
+            s[:, part] = reference.down(x, a[part], torch.tensor([first_row, *keys]), p)
+        else:
+            _down(x, a[part], s[:, part], first_row, keys, p)
     return s
 
 
 def _down(x: Tensor, a: Tensor, s: Tensor, first_row: int, keys: list[int], p: float) -> None:
-    count = max(1, len(keys))
-    rank, (num_rows, num_inputs) = a.shape[0] // count, x.shape
-    blocks = blocks_of("down", _padded(rank), bool(keys))
-    row_blocks = triton.cdiv(num_rows, blocks.rows) * count
+    rank, (num_rows, num_inputs) = a.shape[0] // len(keys), x.shape
+    blocks = blocks_of("down", _padded(rank))
+    row_blocks = triton.cdiv(num_rows, blocks.rows) * len(keys)
     splits = max(1, min(8, PROGRAMS // row_blocks, num_inputs // (2 * blocks.columns)))
-    grid = (row_blocks, splits)
     parts = s if splits == 1 else x.new_empty(splits, num_rows, a.shape[0], dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernels.down_kernel[grid](
+        kernels.down_kernel[(row_blocks, splits)](
             x, a, parts, num_rows, num_inputs, x.stride(0), parts.stride(-2), 0 if splits == 1 else parts.stride(0), first_row,
-            _signed(threshold(p)), 1 / (1 - p) if keys else 1.0, *_halves(keys), LINEARS=count, RANK=rank, R=_padded(rank),
-            MASKED=bool(keys), BM=blocks.rows, BK=blocks.columns, num_warps=blocks.warps, num_stages=blocks.stages)
+            _signed(threshold(p)), 1 / (1 - p), *_halves(keys), LINEARS=len(keys), RANK=rank, R=_padded(rank),
+            BM=blocks.rows, BK=blocks.columns, num_warps=blocks.warps, num_stages=blocks.stages)
     if splits > 1:
         whole = s if s.is_contiguous() else torch.empty_like(s, memory_format=torch.contiguous_format)
         _sum(parts, whole)
@@ -88,19 +98,9 @@ def _down(x: Tensor, a: Tensor, s: Tensor, first_row: int, keys: list[int], p: f
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The base's product is added to the adapter's, by cuBLAS as it writes."""
-    return _outer(s, b, bias, scale).addmm_(x, w.t())
-
-
-def _outer(s: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    s, b = _rows_whole(s), _rows_whole(b)
-    num_rows, (num_outputs, rank) = s.shape[0], b.shape
-    out = s.new_empty(num_rows, num_outputs)
-    grid = (triton.cdiv(num_rows, 128), triton.cdiv(num_outputs, 128))
-    with torch.cuda.device_of(s):
-        kernels.outer_kernel[grid](s, b, s if bias is None else bias, out, num_rows, num_outputs, s.stride(0), b.stride(0), scale,
-                                   RANK=rank, R=_padded(rank), HAS_BIAS=bias is not None, BM=128, BN=128, num_warps=8)
-    return out
+    """By one product, whose accumulators begin with s S B' + bias; where that cannot be, cuBLAS adds
+    the base's product to a matrix of that."""
+    return _products([x], [w.t()], _rows_whole(s), b.t(), bias, scale, 0, [])
 
 
 def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -109,66 +109,137 @@ def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
         return reference.up_grads(dy, b, s, scale)
     dy, b, s = _rows_whole(dy), _rows_whole(b), _rows_whole(s)
     (num_rows, num_outputs), rank = dy.shape, b.shape[1]
-    padded = _padded(rank)
-    blocks = blocks_of("up_grads", padded, False)
+    blocks = blocks_of("up_grads", _padded(rank))
     column_blocks = triton.cdiv(num_outputs, blocks.columns)
     splits = _splits(num_rows, blocks.rows, column_blocks)
     ds_parts = dy.new_empty(column_blocks, num_rows, rank, dtype=torch.float32)
     db_parts = dy.new_empty(splits, num_outputs, rank, dtype=torch.float32)
     with torch.cuda.device_of(dy):
         kernels.up_grads_kernel[(column_blocks, splits)](
-            dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy.stride(0), b.stride(0), s.stride(0), RANK=rank, R=padded,
+            dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy.stride(0), b.stride(0), s.stride(0), RANK=rank, R=_padded(rank),
             BM=blocks.rows, BN=blocks.columns, num_warps=blocks.warps, num_stages=blocks.stages)
     ds, db = dy.new_empty(num_rows, rank), dy.new_empty(num_outputs, rank)
     _sum(ds_parts, ds, db_parts, db, factor=scale)
     return ds, db
 
 
-def down_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    """Both from one reading of x, and with each mask made once."""
-    x, ds, a = _rows_whole(x), _rows_whole(ds), a.contiguous()
-    total: Tensor | None = None
-    da = torch.empty_like(a)
-    for first, part, keys in _groups(a.shape[0], draw):
-        dx = _down_grads(x, ds[:, part], a[part], da[part], first, keys, p)
-        total = dx if total is None else total.add_(dx)
-    assert total is not None
-    return da, total
+def a_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
+    """x from memory once, whatever the number of linears."""
+    if draw is None or a.shape[0] // (len(draw) - 1) > MOST_MASKED_RANK:
+        return reference.a_grads(x, ds, a, draw, p) if draw is None else _a_grads_of_large_rank(x, ds, a, draw, p)
+    x, ds = _rows_whole(x), _rows_whole(ds)
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    for first_row, keys, part in _groups(a.shape[0], draw):
+        _a_grads(x, ds[:, part], da[part], first_row, keys, p)
+    return da
 
 
-def _down_grads(x: Tensor, ds: Tensor, a: Tensor, da: Tensor, first_row: int, keys: list[int], p: float) -> Tensor:
-    count = max(1, len(keys))
-    rank, (num_rows, num_inputs) = a.shape[0] // count, x.shape
-    padded = _padded(rank)
-    if padded * count > 4 * MOST_RANK or padded > 2 * MOST_RANK:
-        return _down_grads_by_products(x, ds, a, da, first_row, keys, p)
-    blocks = blocks_of("down_grads", padded * count, bool(keys))
-    column_blocks = triton.cdiv(num_inputs, blocks.columns)
+def _a_grads_of_large_rank(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor, p: float) -> Tensor:
+    count = len(draw) - 1
+    return torch.cat([one.t() @ dropped(x, draw, p, index) for index, one in enumerate(ds.chunk(count, 1))])
+
+
+def _a_grads(x: Tensor, ds: Tensor, da: Tensor, first_row: int, keys: list[int], p: float) -> None:
+    rank, (num_rows, num_inputs) = da.shape[0] // len(keys), x.shape
+    blocks = blocks_of("a_grads", _padded(rank))
+    column_blocks = triton.cdiv(num_inputs, blocks.columns) * len(keys)
     splits = _splits(num_rows, blocks.rows, column_blocks)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = x.new_empty(splits, *a.shape, dtype=torch.float32)
+    parts = x.new_empty(splits, *da.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernels.down_grads_kernel[(column_blocks, splits)](
-            x, ds, a, parts, dx, num_rows, num_inputs, x.stride(0), ds.stride(0), first_row, _signed(threshold(p)),
-            1 / (1 - p) if keys else 1.0, *_halves(keys), LINEARS=count, RANK=rank, R=padded, MASKED=bool(keys),
-            BM=blocks.rows, BN=blocks.columns, num_warps=blocks.warps, num_stages=blocks.stages)
-    _sum(parts, da, factor=1 / (1 - p) if keys else 1.0)
-    return dx
+        kernels.a_grads_kernel[(column_blocks, splits)](
+            x, ds, parts, num_rows, num_inputs, x.stride(0), ds.stride(0), first_row, _signed(threshold(p)), *_halves(keys),
+            LINEARS=len(keys), RANK=rank, R=_padded(rank), BM=blocks.rows, BN=blocks.columns, num_warps=blocks.warps,
+            num_stages=blocks.stages)
+    _sum(parts, da, factor=1 / (1 - p))
 
 
-def _down_grads_by_products(x: Tensor, ds: Tensor, a: Tensor, da: Tensor, first_row: int, keys: list[int], p: float) -> Tensor:
-    """Of a large rank, where products are no longer a matter of reading x."""
+def input_grad(dys: list[Tensor], ws: list[Tensor], ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
+    """All of up to three linears in one product, whose accumulators begin with the adapters' part."""
+    count = 1 if draw is None else len(draw) - 1
+    if count > kernels.MOST_LINEARS or len(dys) > kernels.MOST_LINEARS:
+        return reference.input_grad(dys, ws, ds, a, draw, p)
+    first_row, *keys = [0] if draw is None else draw.tolist()
+    return _products(dys, ws, _rows_whole(ds), a, None, 1.0 if draw is None else 1 / (1 - p), first_row, keys, p)
+
+
+def _products(xs: list[Tensor], ws: list[Tensor], left: Tensor, right: Tensor, bias: Tensor | None, factor: float, first_row: int,
+              keys: list[int], p: float = 0.0) -> Tensor:
+    """The sum of x w and factor times left right, each linear's part masked by its key."""
+    xs = [_rows_whole(x) for x in xs]
+    count, num_rows, num_columns = max(1, len(keys)), left.shape[0], right.shape[1]
+    rank = right.shape[0] // count
+    out = left.new_empty(num_rows, num_columns)
+    through = dict(LINEARS=count, RANK=rank, MASKED=bool(keys), HAS_BIAS=bias is not None)
+    strides = left.stride(0), *right.stride()
+    changing = first_row, _signed(threshold(p)), factor, *_halves(keys)
+    with torch.cuda.device_of(left):
+        if count == 1 and rank <= MOST_MASKED_RANK and _described(xs, ws, out):
+            _product(xs, ws, out, left, right, bias, strides, changing, through)
+            return out
+        if rank <= MOST_MASKED_RANK:
+            grid = (triton.cdiv(num_rows, 64), triton.cdiv(num_columns, 128))
+            kernels.through_kernel[grid](left, right, out if bias is None else bias, out, num_rows, num_columns, *strides, *changing,
+                                         **through, BM=64, BN=128, num_warps=4 if count == 1 else 8)
+        else:
+            _through_of_large_rank(out, left, right, bias, factor, first_row, keys, p)
+    for x, w in zip(xs, ws, strict=True):
+        out.addmm_(x, w)
+    return out
+
+
+def _through_of_large_rank(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, factor: float, first_row: int,
+                           keys: list[int], p: float) -> None:
     if not keys:
-        torch.mm(ds.t(), x, out=da)
-        return ds @ a
-    total: Tensor | None = None
-    for key, down, weights, out in zip(keys, ds.chunk(len(keys), 1), a.chunk(len(keys)), da.chunk(len(keys)), strict=True):
-        draw = torch.tensor([first_row, key])
-        torch.mm(down.t(), dropped(x, draw, p), out=out)
-        through = dropped(down @ weights, draw, p)
-        total = through if total is None else total.add_(through)
-    assert total is not None
-    return total
+        torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
+    for index, (one, other) in enumerate(zip(left.chunk(len(keys), 1), right.chunk(len(keys)), strict=True)) if keys else ():
+        part = dropped(one @ other, torch.tensor([first_row, keys[index]]), p)
+        out.copy_(part) if index == 0 else out.add_(part)
+    if bias is not None:
+        out.add_(bias)
+
+
+def _product(xs: list[Tensor], ws: list[Tensor], out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
+             strides: tuple[int, ...], changing: tuple[float, ...], through: dict[str, int]) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    blocks, inner = blocks_of("product", 0), 64
+    is_transposed = ws[0].stride(1) != 1
+    x_descriptors = [TensorDescriptor.from_tensor(x, [blocks.rows, inner]) for x in xs]
+    w_descriptors = [TensorDescriptor.from_tensor(w.t(), [blocks.columns, inner]) if is_transposed else
+                     TensorDescriptor.from_tensor(w, [inner, blocks.columns]) for w in ws]
+    given = [descriptor for pair in zip(x_descriptors, w_descriptors, strict=True) for descriptor in pair]
+    given += given[:2] * (kernels.MOST_LINEARS - len(xs))
+    inners = [*(x.shape[1] for x in xs), *[0] * kernels.MOST_LINEARS][:kernels.MOST_LINEARS]
+    tiles = triton.cdiv(out.shape[0], blocks.rows) * triton.cdiv(out.shape[1], blocks.columns)
+    programs = min(tiles, _multiprocessors(out.device.index or 0))
+    kernels.product_kernel[(programs,)](
+        *given, TensorDescriptor.from_tensor(out, [blocks.rows, blocks.columns]), left, right, out if bias is None else bias,
+        *out.shape, *inners, *strides, *changing, PRODUCTS=len(xs), TRANSPOSED=is_transposed, **through, BM=blocks.rows,
+        BN=blocks.columns, BK=inner, GROUP=8, PROGRAMS=_multiprocessors(out.device.index or 0), num_warps=blocks.warps,
+        num_stages=blocks.stages)
+
+
+def _described(xs: list[Tensor], ws: list[Tensor], out: Tensor) -> bool:
+    """Whether tensor descriptors can tell where all of these are, on a GPU that has what reads them
+    (of Hopper's kind: elsewhere cuBLAS is the faster)."""
+    if not _is_hopper(out.device.index or 0) or len({w.stride(1) != 1 for w in ws}) > 1:
+        return False
+    rows = [*xs, out, *(w if w.stride(1) == 1 else w.t() for w in ws)]
+    return all(t.stride(1) == 1 and t.stride(0) * t.element_size() % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0 for t in rows)
+
+
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401  (older versions have none)
+    except ImportError:
+        return False
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _sum(parts: Tensor, out: Tensor, parts2: Tensor | None = None, out2: Tensor | None = None, factor: float = 1.0) -> None:
@@ -176,19 +247,17 @@ def _sum(parts: Tensor, out: Tensor, parts2: Tensor | None = None, out2: Tensor 
     second = (parts, out, 0, 0) if parts2 is None or out2 is None else (parts2, out2, parts2.shape[0], out2.numel())
     grid = (triton.cdiv(out.numel(), SUM_BLOCK) + triton.cdiv(second[3], SUM_BLOCK),)
     with torch.cuda.device_of(out):
-        kernels.sum_kernel[grid](parts, out, parts.shape[0], out.numel(), *second, factor, BLOCK=SUM_BLOCK, num_warps=4)
+        kernels.sum_kernel[grid](parts, out, parts.shape[0], out.numel(), *second, factor, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
+                                 num_warps=4)
 
 
-def _groups(num_ranks: int, draw: Tensor | None) -> Iterator[tuple[int, slice, list[int]]]:
-    """First row, rows of A, and keys of as many linears as one launch takes."""
-    if draw is None:
-        yield 0, slice(0, num_ranks), []
-        return
+def _groups(num_ranks: int, draw: Tensor) -> Iterator[tuple[int, list[int], slice]]:
+    """First row, keys and rows of A of as many linears as one launch takes."""
     first_row, *keys = draw.tolist()
     rank = num_ranks // len(keys)
     for begin in range(0, len(keys), kernels.MOST_LINEARS):
         some = keys[begin:begin + kernels.MOST_LINEARS]
-        yield first_row, slice(begin * rank, (begin + len(some)) * rank), some
+        yield first_row, some, slice(begin * rank, (begin + len(some)) * rank)
 
 
 def _splits(num_rows: int, block_rows: int, blocks: int) -> int:

@@ -62,8 +62,7 @@ def keep_mask(num_rows: int, num_columns: int, key: int, p: float, first_row: in
     """[num_rows, num_columns], True where kept: the reference, which the kernels agree with bit for
     bit."""
     low, high = _row_words(num_rows, key, first_row, device)
-    columns = torch.arange(num_columns, dtype=torch.int32, device=device) * _signed(COLUMN0, 32)
-    columns ^= _shifted(columns, 16, 32)
+    columns = _column_words(num_columns, device)
     kept = torch.empty(num_rows, num_columns, dtype=torch.bool, device=device)
     step = max(1, CHUNK_ELEMENTS // max(1, num_columns))
     for begin in range(0, num_rows, step):
@@ -73,11 +72,11 @@ def keep_mask(num_rows: int, num_columns: int, key: int, p: float, first_row: in
 
 
 def masked(x: Tensor, key: int, p: float, first_row: int = 0) -> Tensor:
-    """Dropout's result for x [rows, columns]: kept elements over 1 - p, in x's dtype."""
+    """Dropout's result for x [rows, columns]: kept elements times 1 / (1 - p), in x's dtype."""
     if not threshold(p):
         return x
     kept = keep_mask(*x.shape, key, p, first_row, x.device)
-    return torch.where(kept, x / (1 - p), 0)
+    return torch.where(kept, x * (1 / (1 - p)), 0)
 
 
 def _row_words(num_rows: int, key: int, first_row: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -85,15 +84,18 @@ def _row_words(num_rows: int, key: int, first_row: int, device: torch.device | s
     z = (z ^ _shifted(z, 30, 64)) * _signed(MIX1, 64)
     z = (z ^ _shifted(z, 27, 64)) * _signed(MIX2, 64)
     z = z ^ _shifted(z, 31, 64)
-    return z.to(torch.int32), (z >> 32).to(torch.int32)
+    return z.to(torch.int32) | 1, (z >> 32).to(torch.int32)
+
+
+def _column_words(num_columns: int, device: torch.device | str) -> Tensor:
+    x = (torch.arange(num_columns, dtype=torch.int32, device=device) + 1) * _signed(COLUMN0, 32)
+    x = (x ^ _shifted(x, 16, 32)) * _signed(COLUMN1, 32)
+    return x ^ _shifted(x, 15, 32)
 
 
 def _kept(low: Tensor, high: Tensor, columns: Tensor, p: float) -> Tensor:
-    x = low ^ columns
+    x = low * columns + high
     x ^= _shifted(x, 16, 32)
-    x *= _signed(COLUMN1, 32)
-    x ^= _shifted(x, 15, 32)
-    x ^= high
     x *= _signed(COLUMN2, 32)
     x ^= -2**31  # order without sign is order with sign after this
     return x >= threshold(p) - 2**31

@@ -50,16 +50,17 @@ def _triton_is_there(device_type: str) -> bool:
     return True
 
 
-def _run(name: str, x: Tensor, *args: Any) -> Any:
+def _run(name: str, *args: Any) -> Any:
     """By the kernel if there is one for this; what Triton cannot compile here is said once and not
     tried again."""
     global _failed
+    x = args[2] if name == "input_grad" else args[0]
     if kernels_serve(x.device):
         from ratel.lora.compute import launch
 
         try:
             if launch.can(x):
-                return getattr(launch, name)(x, *args)
+                return getattr(launch, name)(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -71,7 +72,7 @@ def _run(name: str, x: Tensor, *args: Any) -> Any:
     elif _choice == "on":
         raise RatelError("Triton cannot compute adapters here", field="kernels", value=f"on, {x.device}",
                          remedy="Use an NVIDIA GPU and install the package triton, or leave it at auto")
-    return getattr(reference, name)(x, *args)
+    return getattr(reference, name)(*args)
 
 
 def _define(signature: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,5 +91,7 @@ linear = _define("linear(Tensor x, Tensor w, Tensor? bias, Tensor s, Tensor b, f
                  lambda x, w, bias, s, b, scale: x.new_empty(x.shape[0], w.shape[0]))
 up_grads = _define("up_grads(Tensor dy, Tensor b, Tensor s, float scale) -> (Tensor, Tensor)",
                    lambda dy, b, s, scale: (torch.empty_like(s, memory_format=torch.contiguous_format), torch.empty_like(b)))
-down_grads = _define("down_grads(Tensor x, Tensor ds, Tensor a, Tensor? draw, float p) -> (Tensor, Tensor)",
-                     lambda x, ds, a, draw, p: (torch.empty_like(a), torch.empty_like(x)))
+a_grads = _define("a_grads(Tensor x, Tensor ds, Tensor a, Tensor? draw, float p) -> Tensor",
+                  lambda x, ds, a, draw, p: torch.empty_like(a, memory_format=torch.contiguous_format))
+input_grad = _define("input_grad(Tensor[] dys, Tensor[] ws, Tensor ds, Tensor a, Tensor? draw, float p) -> Tensor",
+                     lambda dys, ws, ds, a, draw, p: ds.new_empty(ds.shape[0], a.shape[1]))

@@ -39,13 +39,21 @@ def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
     return scaled_product(dy, b, scale), scaled_product(dy.t(), s, scale)
 
 
-def down_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    """The gradients of A [g r, i] and of x through the adapters [M, i]."""
-    da, dx = torch.empty_like(a), torch.zeros_like(x)
+def a_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
+    """The gradients of A [g r, i]."""
+    return torch.cat([ds[:, part].t() @ dropped(x, draw, p, index) for index, part in _parts(a.shape[0], draw)])
+
+
+def input_grad(dys: list[Tensor], ws: list[Tensor], ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
+    """The gradient of x [M, i]: through the adapters, and through the bases, dY W of each."""
+    dx: Tensor | None = None
     for index, part in _parts(a.shape[0], draw):
-        da[part] = ds[:, part].t() @ dropped(x, draw, p, index)
-        dx += dropped(ds[:, part] @ a[part], draw, p, index)
-    return da, dx
+        through = dropped(ds[:, part] @ a[part], draw, p, index)
+        dx = through if dx is None else dx.add_(through)
+    assert dx is not None
+    for dy, w in zip(dys, ws, strict=True):
+        dx.addmm_(dy, w)
+    return dx
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
