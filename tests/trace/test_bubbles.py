@@ -187,7 +187,7 @@ def test_bench_step_reports_what_the_docs_say(ssd_dir: Path, tmp_path: Path, cap
                      "--steps", "1", "--warmup", "1", "--trace", str(trace), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     found = result["traced"]
-    documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    documented = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text()
     for key in (*found, *found["resources"], *found["resources"]["ssd"]):
         assert f"`{key}`" in documented, key
     assert found["compute_busy_s"] + sum(found["bubbles_s"].values()) == pytest.approx(found["step_s"], abs=1e-6)
