@@ -92,6 +92,7 @@ def check_inputs(out: Path, config: TrainConfig) -> None:
             raise RatelError(f"lies in {path}, of which every file is read for {flag}", field="--out", value=out,
                              remedy="Give a directory outside it")
     if config.trace is not None:
+        check_input(out, "--trace", Path(config.trace))
         _check_trace(Path(config.trace), config)
 
 
@@ -110,8 +111,15 @@ def check_input(out: Path, flag: str, path: Path) -> None:
             raise RatelError(f"lies in {out / name}, which the run replaces", field=flag, value=path,
                              remedy="Give another --out, or move it out of there")
     for name in (*JSON_FILES, METRICS):
-        if os.path.exists(path) and os.path.exists(out / name) and os.path.samefile(path, out / name):
+        if _is_same(path, out / name):
             raise RatelError(f"is {out / name}, which the run replaces", field=flag, value=path, remedy="Give another --out")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Neither need be there yet."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _check_trace(trace: Path, config: TrainConfig) -> None:

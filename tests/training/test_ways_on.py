@@ -215,3 +215,14 @@ def test_a_disk_that_fills_up_and_is_emptied(home: Path, capsys: pytest.CaptureF
     assert main([*start[:-1], "whole"]) == 0
     filled, whole = ([json.loads(line)["loss"] for line in Path(out, "metrics.jsonl").read_text().splitlines()] for out in ("filled", "whole"))
     assert len(whole) == 6 and filled == whole
+
+
+@pytest.mark.parametrize("place, said", [("model/t.json", "lies in copies/model, which the run replaces"),
+                                         ("metrics.jsonl", "is copies/metrics.jsonl, which the run replaces"),
+                                         ("skipped.json", "is copies/skipped.json, which the run replaces")])
+def test_a_trace_in_what_is_replaced(place: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in home.glob("copies/**/*") if path.is_file()}
+    assert f"--trace: {said}" in message(capsys, main([*START, "--out", "copies", "--overwrite", "--trace", f"copies/{place}"]))
+    assert before == {path: path.read_bytes() for path in home.glob("copies/**/*") if path.is_file()}
+    assert main([*START, "--out", "copies", "--overwrite", "--trace", "copies/t.json"]) == 0
+    assert Path("copies/t.json").read_text().startswith('{"displayTimeUnit"')
