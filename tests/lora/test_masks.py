@@ -11,7 +11,7 @@ from ratel.lora.compute.masks import keep_mask, mask_key, masked, threshold
 pytestmark = pytest.mark.unit
 P = 0.3
 KNOWN_KEY = 2632304960824005401
-KNOWN_ROWS = ['0010000001011101', '0100101001001010', '1000010100011010']
+KNOWN_ROWS = ["0111111110110111", "1100001010111101", "1100110100100100"]
 
 
 def deviations(kept: torch.Tensor, p: float) -> torch.Tensor:
