@@ -76,6 +76,11 @@ class UnitTransfer:
             self._pool.merge(hi.data_ptr(), lo.data_ptr(), values.data_ptr(), values.numel())
             yield begin, values
 
+    def write_moment(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
+        """Write fp32 numbers (page aligned), which become what the plane is stored as."""
+        dtype = self._store.plane(unit.index, name).dtype
+        self.write(unit, name, values if values.dtype is dtype else aligned_empty(values.numel(), dtype).copy_(values))
+
     def write(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
         for begin, end in pieces(unit, values.numel(), PIECE_ELEMENTS):
             self._move(unit, name, begin, values[begin:end], write=True)

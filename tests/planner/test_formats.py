@@ -1,16 +1,22 @@
 """The table of planes: what it says of today's states, and that all who count bytes ask it."""
 
+import json
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from ratel.planner.formats import BF16, EXACT, FROZEN, PLANES, TRAINED, Encoding, StateFormats
+from ratel.errors import RatelError
+from ratel.planner.formats import BF16, EXACT, FORMATS, FROZEN, PLANES, TRAINED, Encoding, StateFormats
 from ratel.planner.plan import Buffers
 from ratel.planner.shape import ParamSpec, lay_out
 from ratel.planner.traffic import step_traffic
-from ratel.runtime.states.format import formats_of
+from ratel.runtime.states.format import MANIFEST, formats_of
 from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.store.planes import DTYPES
+from tests.runtime.streams.test_concurrency import open_session
+from tests.support.families import batches
 from tests.support.plans import make_plan, tied_spec
 
 pytestmark = pytest.mark.unit
@@ -39,6 +45,30 @@ def test_every_name_in_the_table_has_its_code() -> None:
         for row in table.rows:
             assert DTYPES[row.encoding.name].itemsize * 8 == row.encoding.bits and set(row.segments) <= {TRAINED, FROZEN}
     assert formats_of({}) == EXACT["bf16"] and formats_of({"formats": "exact"}) == EXACT["bf16"]
+
+
+def test_a_state_in_other_formats_is_refused(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifest says which, and its bytes would be read as other numbers."""
+    with open_session(ssd_dir) as session:
+        session.step(batches("llama", 1)[0])
+        session.save(tmp_path / "state")
+    manifest = json.loads((tmp_path / "state" / MANIFEST).read_bytes())
+    assert "formats" not in manifest and manifest["version"] == 3
+    name_formats(tmp_path / "state", "of tomorrow")
+    with open_session(ssd_dir) as session, pytest.raises(RatelError, match="does not know: 'of tomorrow'"):
+        session.load(tmp_path / "state")
+    monkeypatch.setitem(FORMATS, "short moments", dict.fromkeys(EXACT, SHORT_MOMENTS))
+    name_formats(tmp_path / "state", "short moments")
+    with open_session(ssd_dir) as session:
+        session.load(tmp_path / "state")
+        with pytest.raises(RatelError, match="its planes are in short moments formats, those of this session would be exact"):
+            session.step(batches("llama", 1)[0])
+
+
+def name_formats(state: Path, name: str) -> None:
+    manifest = {**json.loads((state / MANIFEST).read_bytes()), "formats": name}
+    del manifest["seal"]
+    (state / MANIFEST).write_text(json.dumps({**manifest, "seal": zlib.crc32(json.dumps(manifest).encode())}))
 
 
 def test_scales_lie_with_their_block() -> None:

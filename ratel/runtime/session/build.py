@@ -30,6 +30,7 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
     try:
         if saved is not None:
             saved.check_model(parts.spec)
+            saved.check_formats(plan.formats)
         goes_on = saved is not None and are_own(saved, commits) and can_continue(saved, plan, io)
         with phases.phase("files and address space"):
             machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits,

@@ -1,4 +1,5 @@
-"""The frozen parameters of a model: no state holds them. A state names them by their content, and goes on with no others."""
+"""The frozen parameters of a model: no state holds them. A state names them by their content, and
+goes on with no others."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
@@ -24,7 +25,7 @@ def frozen_planes(spec: ModelSpec, formats: StateFormats) -> list[tuple[UnitSpec
 
 
 class FrozenBase:
-    """Of a session. It is read once, when it is first asked for: nothing changes it."""
+    """What is frozen in a session. It is read once, when it is first asked for: nothing changes it."""
 
     def __init__(self, spec: ModelSpec, formats: StateFormats, transfer: UnitTransfer, exchange: Exchange) -> None:
         self._planes, self._transfer, self._exchange = frozen_planes(spec, formats), transfer, exchange
@@ -42,8 +43,8 @@ class FrozenBase:
         return self._digests
 
     def check(self, named: Digests) -> None:
-        """Refuse to go on where the state that names these was saved with other frozen parameters. Planes
-        of which it knows nothing (the lower halves, after a bf16 run) may be any."""
+        """Refuse to go on where the state that names these was saved with other frozen parameters.
+        Planes of which it knows nothing (the lower halves, after a bf16 run) may be any."""
         refuse_other(self.digests(), named)
 
     def _digest(self, unit: UnitSpec, plane: str) -> str:

@@ -49,7 +49,7 @@ _MANIFEST = record({
     "files": listing(_NAME, least=1, most=4096), "pattern": listing(whole(0, 4095), least=1, most=1 << 16),
     "stripe_bytes": whole(1), "planes": listing(mapping(one_of(*PLANES), _PLANE), most=_MOST_UNITS),
     "model": record({"name": text(), "units": listing(_UNIT, most=_MOST_UNITS)}, is_open=True)},
-    {"formats": one_of(*FORMATS)}, is_open=True)
+    {"formats": text()}, is_open=True)
 _OTHER = record({"file": text(r"buffers-[0-9a-f]{16}\.safetensors", "the name of a file of buffers"),
                  "sha256": text("[0-9a-f]{64}", "a SHA-256"), "num_bytes": whole(0, 1 << 40)})
 _TASK = record({"name": one_of(*TASKS), "labels": listing(text(), most=_MOST_UNITS)}, {"problem": text(), "pad_id": whole()})
@@ -139,6 +139,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedStateError("its manifest is damaged: the seal does not match", value=path)
     try:
         check(manifest, _MANIFEST)
+        _check_formats(manifest, path)
         _check_planes(manifest)
     except SchemaError as error:
         raise DamagedStateError(f"its manifest is damaged: {error}", value=path) from error
@@ -165,6 +166,13 @@ def _check_planes(manifest: dict[str, Any]) -> None:
         for name, place in found.items():
             if place["offset"] + formats_of(manifest).encoding(name).num_bytes(place["num_elements"]) > manifest["slot_bytes"]:
                 raise SchemaError(f"planes[{number}].{name} does not end within the slot")
+
+
+def _check_formats(manifest: dict[str, Any], path: Path) -> None:
+    name = manifest.get("formats", EXACT_NAME)
+    if name not in FORMATS:
+        raise RatelError(f"its planes are in formats that this version does not know: {shown(name)}", field="state", value=path,
+                         remedy="Use the version of Ratel that wrote it")
 
 
 def formats_of(manifest: dict[str, Any]) -> StateFormats:

@@ -31,7 +31,7 @@ def export_moments(spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor
 
 
 def _tensors_of(unit: UnitSpec, plane: str, read_plane: Callable[[UnitSpec, str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    flat = read_plane(unit, plane)
+    flat = read_plane(unit, plane).to(torch.float32)
     return ((key_of(PLANES[plane], p.name), view(flat, p)) for p in unit.params if p.trainable)
 
 
@@ -56,4 +56,4 @@ def import_moments(spec: ModelSpec, transfer: UnitTransfer, files: MomentFiles) 
             for param in unit.params:
                 if param.trainable:
                     files.read_into(moment, param, values[param.offset : param.end])
-            transfer.write(unit, plane, values)
+            transfer.write_moment(unit, plane, values)

@@ -24,6 +24,7 @@ from ratel.errors import RatelError
 from ratel.memory.jobs import Crew, crew
 from ratel.models.checkpoints.other_state import unpack
 from ratel.ownership.stamps import belongs_to
+from ratel.planner.formats import StateFormats
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import first_grain, num_grains, pieces
 from ratel.reading import descriptor_of
@@ -130,6 +131,12 @@ class SavedState:
                                  f"{_first_difference(mine, other)}", field="state", value=self.path,
                                  remedy=f"It was saved from {self.manifest['model']['name']}; give that model, with the "
                                         "same parameters frozen")
+
+    def check_formats(self, formats: StateFormats) -> None:
+        """Refuse planes that are stored otherwise than the session's."""
+        if self._formats.name != formats.name:
+            raise RatelError(f"its planes are in {self._formats.name} formats, those of this session would be "
+                             f"{formats.name}", field="state", value=self.path, remedy="Train on with the formats that it has")
 
     def num_elements(self, unit: int, plane: str) -> int:
         """0 where the unit has no such plane."""
