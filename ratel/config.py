@@ -1,6 +1,8 @@
-"""Every option of a training run, once: the table below gives the flags, the TOML keys, the defaults and the help.
+"""Every option of a training run, once: the table below gives the flags, the TOML keys, the
+defaults and the help.
 
-Values arrive as flag text, TOML or Python objects; the option's reader makes one kind of them and refuses the rest.
+Values arrive as flag text, TOML or Python objects; the option's reader makes one kind of them and
+refuses the rest.
 """
 
 import difflib
@@ -32,11 +34,11 @@ class Option:
 
 
 MOST_COUNTED = 10**12
-"""Of anything that a run counts: a larger number is a slip of the hand."""
+"""The most of anything that a run counts: a larger number is a slip of the hand."""
 MOST_AT_ONCE = 2**31 - 1
 """Rows, positions: an index of 32 bits is what libraries use for them."""
 MOST_TOKENS = 2**36
-"""Of one step. A batch is in memory as a whole, with 24 bytes a token: 1.5 TiB."""
+"""The most tokens of one step. A batch is in memory as a whole, with 24 bytes a token: 1.5 TiB."""
 MOST_SEED = 2**128 - 1
 MOST_THREADS = 4096
 MOST_FP32 = 3e38
@@ -103,7 +105,8 @@ def _read_switch(value: Any, flag: str) -> bool:
 
 
 def _read_dirs(value: Any, flag: str) -> tuple[str, ...]:
-    """Directories from ``"/mnt/a,/mnt/b"`` or a list; the same one twice would be two stripes on one device."""
+    """Directories from ``"/mnt/a,/mnt/b"`` or a list; the same one twice would be two stripes on
+    one device."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     dirs = tuple(_read_text(part.strip() if isinstance(part, str) else part, flag) for part in parts)
     if len({os.path.realpath(path) for path in dirs}) < len(dirs):
@@ -346,7 +349,8 @@ def flag_of(name: str) -> str:
 
 
 def resolve(values: Mapping[str, Any], file: str | os.PathLike[str] | None = None) -> TrainConfig:
-    """Defaults, overridden by the TOML ``file``, overridden by ``values`` (flags or keyword arguments)."""
+    """Defaults, overridden by the TOML ``file``, overridden by ``values`` (flags or keyword
+    arguments)."""
     merged = read_file(Path(file)) if file is not None else {}
     for name, value in values.items():
         merged[_known(name, "")] = value

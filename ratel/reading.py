@@ -22,8 +22,9 @@ SMALL_FILE_BYTES = 256 << 20
 takes a few MB."""
 
 _DEEPEST = 100
-"""Levels of lists and objects. No file of a model or a run has twenty; Python's own limit differs from version to version, and what
-is just below it at the door is above it for whoever goes through the value."""
+"""Levels of lists and objects. No file of a model or a run has twenty; Python's own limit differs
+from version to version, and what is just below it at the door is above it for whoever goes through
+the value."""
 
 _PIECE_BYTES = 1 << 20
 

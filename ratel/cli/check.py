@@ -1,4 +1,4 @@
-"""``ratel check``."""
+"""The command ``ratel check``."""
 
 import argparse
 import json

@@ -74,7 +74,8 @@ def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Nam
 
 
 def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """The configuration's options, or some of them, as flags. A flag not given stays out of the namespace: the file may set it."""
+    """The configuration's options, or some of them, as flags. A flag not given stays out of the
+    namespace: the file may set it."""
     sections: dict[str, Any] = {}
     for spec in fields(TrainConfig):
         option = option_of(spec)

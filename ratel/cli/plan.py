@@ -1,4 +1,4 @@
-"""``ratel plan``."""
+"""The command ``ratel plan``."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPTIONS = ("model", "task", "batch_size", "micro_batch", "seq_len", "optimizer", "max_grad_norm", "dtype", "attention", "device",
            "gpu_memory", "dram", "ssd", "ssd_bandwidth", "tier", "checkpoint_tier", "activations", "hardware", "save_every",
            "durable")
-"""Of `ratel train`: those that a plan depends on."""
+"""The options of `ratel train` that a plan depends on."""
 
 LARGEST = ("model", "batch", "seq")
 

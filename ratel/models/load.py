@@ -41,8 +41,8 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
     scalar`` or a ``task``. With a task, a directory may be of another class of the model: what
     follows the blocks is then initialised from the seed. ``dtype``: of the computation, bf16 or
     fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights`` False: for shapes
-    alone; of a directory only config.json is read. ``frozen``: names of parameters of a directory or
-    preset that are not trained.
+    alone; of a directory only config.json is read. ``frozen``: names of parameters of a directory
+    or preset that are not trained.
     """
     assert dtype in (torch.bfloat16, torch.float32)
     if attention not in ATTENTIONS:

@@ -105,7 +105,8 @@ class StateFormats:
         return self.of(unit).encoding(plane).num_bytes(self.num_elements(unit, plane, segments))
 
     def changing_bytes(self, unit: UnitSpec, plane: str) -> int:
-        """Of what updates write: the trained segment. It has versions, and is what a save copies."""
+        """Of what updates write: the trained segment. It has versions, and is what a save
+        copies."""
         return self.num_bytes(unit, plane, (TRAINED,))
 
     @cached_property

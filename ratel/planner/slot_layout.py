@@ -46,7 +46,8 @@ class SlotLayout:
 
 def lay_out_slot(spec: ModelSpec, planes_of: Callable[[UnitSpec], Iterable[str]], formats: StateFormats,
                  segment: str = TRAINED) -> SlotLayout:
-    """Units in order, one segment of their planes after the other, each at a multiple of 4096 bytes."""
+    """Units in order, one segment of their planes after the other, each at a multiple of 4096
+    bytes."""
     spans: dict[tuple[int, str], Span] = {}
     cursor = 0
     for unit in spec.units:

@@ -1,5 +1,5 @@
-"""What a run waits for longest, begun before PyTorch is imported: reading the weights, mapping memory for states, and the GPU's
-context."""
+"""What a run waits for longest, begun before PyTorch is imported: reading the weights, mapping
+memory for states, and the GPU's context."""
 
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from ratel.startup import readahead
 from ratel.units import GIB
 
 _NVIDIA = Path("/dev/nvidiactl")
-"""Where there is no such device the model computes on the CPU, and what a block takes is measured in the process's memory."""
+"""Where there is no such device the model computes on the CPU, and what a block takes is measured
+in the process's memory."""
 
 _STATES_PER_WEIGHT = EXACT_TRAINED_BYTES // EXACT["bf16"].compute.num_bytes(1)
-"""Bytes of states and gradient for those of a bf16 weight. What the plan puts elsewhere is given back."""
+"""Bytes of states and gradient for those of a bf16 weight. What the plan puts elsewhere is given
+back."""
 
 _PROCESS_BYTES = 4 * GIB
 """Left of the budget: Python, PyTorch and CUDA, and what they may grow by, take 1.5 to 2 GiB."""
@@ -26,7 +28,8 @@ _PROCESS_BYTES = 4 * GIB
 _PLACING = ("model", "task", "dtype", "device", "gpu_memory", "dram", "ssd", "ssd_bandwidth", "hardware", "batch_size", "seq_len",
             "micro_batch", "tier", "checkpoint_tier", "activations", "optimizer", "max_grad_norm", "attention", "compile",
             "deterministic", "save_every", "durable")
-"""Options that plans depend on. With one that is missing here, the arena would be taken for larger or smaller than it gets."""
+"""Options that plans depend on. With one that is missing here, the arena would be taken for larger
+or smaller than it gets."""
 
 
 def begin_ahead(config: TrainConfig) -> None:
@@ -56,8 +59,9 @@ def _begin_mapping(config: TrainConfig, files: list[Path], most: int) -> None:
 
 
 def begin_kernels(config: TrainConfig) -> None:
-    """Once PyTorch is imported, and before anything else is: the GPU's libraries load beside what follows. Not where their choice of
-    kernels is to be restricted, which they ask about when they are first called."""
+    """Once PyTorch is imported, and before anything else is: the GPU's libraries load beside what
+    follows. Not where their choice of kernels is to be restricted, which they ask about when they
+    are first called."""
     if config.device != "cpu" and _NVIDIA.exists() and not config.deterministic:
         from ratel.startup import kernels_ahead
 

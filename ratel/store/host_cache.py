@@ -1,9 +1,10 @@
 """DRAM slots for the weights of units that live on SSD: the copy that uploads and updates share.
 
-A slot holds one unit from the first ``acquire`` to the last ``release``; its bytes are the truth for that unit while it
-does. Nothing is kept after the last release. Who asks for a unit while it is held shares the slot and saves a read: by
-plan, when a deferred update leaves its copy to the next forward pass; by luck, when a unit is asked for again before
-its upload or write-back has ended. ``saved_bytes`` counts both, so that traffic can be accounted for exactly.
+A slot holds one unit from the first ``acquire`` to the last ``release``; its bytes are the truth
+for that unit while it does. Nothing is kept after the last release. Who asks for a unit while it is
+held shares the slot and saves a read: by plan, when a deferred update leaves its copy to the next
+forward pass; by luck, when a unit is asked for again before its upload or write-back has ended.
+``saved_bytes`` counts both, so that traffic can be accounted for exactly.
 """
 
 import threading
@@ -47,14 +48,16 @@ class HostCache:
         self._keeps = False
         self.saved_bytes = 0
         self._held_by = "DRAM slot" if plan.deferred else "update slot"
-        """What a trace says of a wait: in eager mode most slots hold weights that are yet to be updated."""
+        """What a trace says of a wait: in eager mode most slots hold weights that are yet to be
+        updated."""
         self._free: dict[str, list[HostSlot]] = {}
         for cls in (found.name for found in plan.spec.slot_classes):
             size = plan.host_weight_slot_bytes(cls)
             self._free[cls] = [HostSlot(arena.take(size)) for _ in range(plan.host_weight_slot_count(cls))]
 
     def acquire(self, unit: int, refs: int = 1) -> HostSlot:
-        """The slot that holds the unit, read from SSD if no slot does; blocks while all slots are in use."""
+        """The slot that holds the unit, read from SSD if no slot does; blocks while all slots are
+        in use."""
         with self._exchange.lock:
             self._exchange.wait_for(self._freed, lambda: self._available(unit) > 0, self._held_by,
                                     self._plan.spec.units[unit].name)
@@ -63,10 +66,12 @@ class HostCache:
             return self._take(unit, refs)
 
     def acquire_ahead(self, unit: int) -> HostSlot:
-        """As ``acquire``, for an update whose result stays in the slot until the next forward pass reads it.
+        """As ``acquire``, for an update whose result stays in the slot until the next forward pass
+        reads it.
 
-        Leaves one slot to units that the pass reads before without an update (see ``expect_forward``): it would wait for a
-        slot, and the slots for the pass to get past those units.
+        Leaves one slot to units that the pass reads before without an update (see
+        ``expect_forward``): it would wait for a slot, and the slots for the pass to get past those
+        units.
         """
         with self._exchange.lock:
             self._exchange.wait_for(self._freed, lambda: self._available(unit) > self._reads_before(unit), "DRAM slot",
@@ -74,8 +79,8 @@ class HostCache:
             return self._take(unit, 1)
 
     def expect_forward(self, unread: Iterable[int]) -> None:
-        """A forward pass is to come: updates keep their results for it, and it reads the units ``unread`` from SSD, in their
-        order, besides those that are updated."""
+        """A forward pass is to come: updates keep their results for it, and it reads the units
+        ``unread`` from SSD, in their order, besides those that are updated."""
         with self._exchange.lock:
             self._keeps, self._unread = True, set(unread)
             self._freed.notify_all()
@@ -89,7 +94,8 @@ class HostCache:
                 self.took_over(unit)
 
     def leave(self, unit: int, slot: HostSlot) -> None:
-        """The gather for backward leaves one hold of its copy to the (eager) update that follows."""
+        """The gather for backward leaves one hold of its copy to the (eager) update that
+        follows."""
         with self._exchange.lock:
             self._left[unit] = slot
 
@@ -99,7 +105,8 @@ class HostCache:
             return self._left.pop(unit, None)
 
     def keep_for_forward(self, slot: HostSlot) -> None:
-        """One more hold, on an updated copy, until the next forward pass takes it over, if one is expected."""
+        """One more hold, on an updated copy, until the next forward pass takes it over, if one is
+        expected."""
         with self._exchange.lock:
             if self._keeps:
                 slot.refs += 1
@@ -143,7 +150,8 @@ class HostCache:
                     self._io.wait(slot.reads[0])
                     slot.reads.pop(0)
             except (OSError, DamagedError) as error:
-                # Said before another thread finds the read gone, whose error would tell the user nothing.
+                # Said before another thread finds the read gone, whose error would tell the user
+                # nothing.
                 self._exchange.fail(error, f"reading {self._plan.spec.units[slot.unit].name}")
                 raise
         jitter.pause()
@@ -159,7 +167,8 @@ class HostCache:
                 self._freed.notify_all()
 
     def withdraw(self, slot: HostSlot) -> None:
-        """It is to hold a version that may be forgotten: who asks for the unit from now on reads it from SSD."""
+        """It is to hold a version that may be forgotten: who asks for the unit from now on reads it
+        from SSD."""
         with self._exchange.lock:
             del self._by_unit[slot.unit]
 

@@ -33,8 +33,8 @@ from ratel.training.summary import summarize
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run did, from its first step on. ``losses`` has one entry per step, ``eval_losses`` one per evaluation,
-    by step. ``seconds`` leaves out what came before the run was resumed.
+    """What a run did, from its first step on. ``losses`` has one entry per step, ``eval_losses``
+    one per evaluation, by step. ``seconds`` leaves out what came before the run was resumed.
     """
 
     losses: list[float]
@@ -70,7 +70,8 @@ class Attempt:
             self._note_what_changed(self.earlier)
         self.out.open(keep_results=self.earlier is not None, config=self.config, note=self.display.note)
         if self.earlier:
-            # A kill may have left parts of others. What was best is known once the metrics are read.
+            # A kill may have left parts of others. What was best is known once the metrics are
+            # read.
             self.out.states.prune(sys.maxsize)
         if self.config.save_every and self.inputs.lists is not None:
             self.out.write_json("documents", self.inputs.lists())
@@ -206,13 +207,13 @@ class Attempt:
         self._drop_superseded_copies()
 
     def _drop_superseded_copies(self) -> None:
-        """Of an earlier start of the run, which made copies, once there is a newer commit."""
+        """Remove the copies of an earlier start of the run once there is a newer commit."""
         states = self.out.states
         if self.session.plan.commits and not self.config.keep_best and states.steps() and states.newest() == states.commits:
             states.prune(0)
 
     def _drop_stale_commits(self) -> None:
-        """Of an earlier start of the run, which committed in place, once there is a newer copy."""
+        """Remove the commits in place of an earlier start of the run once there is a newer copy."""
         newest, committed = self.out.states.newest(), self.out.states.committed_step()
         if committed is not None and newest != self.out.states.commits and not self.session.plan.commits:
             self.out.states.drop_commits()

@@ -1,4 +1,5 @@
-"""A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a time."""
+"""A Hugging Face directory from a state on disk: no session, no device, one unit in memory at a
+time."""
 
 import os
 from collections.abc import Sequence
@@ -28,10 +29,12 @@ from ratel.training.states import find_state
 
 def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None,
                  optimizer: bool = False, ssd: Sequence[str] = ()) -> Path:
-    """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model. Returns it.
+    """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model.
+    Returns it.
 
-    ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with the moments, for
-    PyTorch. ``ssd``: where the run's SSD files are, if they are not where they were. Every chunk that is read is verified.
+    ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with
+    the moments, for PyTorch. ``ssd``: where the run's SSD files are, if they are not where they
+    were. Every chunk that is read is verified.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
@@ -78,8 +81,8 @@ def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str,
 
 
 def merged(saved: SavedState, unit: UnitSpec, parts: Parts) -> Tensor:
-    """The fp32 master: ``(hi << 16) + lo`` on the bits. Elements without `lo` are bf16 values. What a
-    state does not hold is the model's own."""
+    """The fp32 master: ``(hi << 16) + lo`` on the bits. Elements without `lo` are bf16 values. What
+    a state does not hold is the model's own."""
     bits = torch.zeros(unit.num_elements, dtype=torch.int32)
     hi, lo = saved.read(unit.index, "hi"), saved.read(unit.index, "lo")
     if saved.base is not None and unit.num_trainable < unit.num_elements:
@@ -129,7 +132,8 @@ def _model_of_run(options: dict[str, Any], state: Path) -> str:
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> tuple[Any, OwnTokenizer | None]:
-    """As `ratel train` finds it. One that was given as an object has left only the name of its type."""
+    """As `ratel train` finds it. One that was given as an object has left only the name of its
+    type."""
     named = options.get("tokenizer")
     if named is not None and not os.path.isdir(named):
         raise RatelError("the run's tokenizer is not a directory here", field="tokenizer", value=named,

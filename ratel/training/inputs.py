@@ -43,7 +43,7 @@ class Inputs:
     skipped: "SkippedLines | None" = None
 
     def write_tokenizer(self, directory: Path) -> None:
-        """Into an exported model."""
+        """Write the tokenizer into an exported model."""
         if self.tokenizer is not None:
             from ratel.data.tokens.tokenizer import write_tokenizer
 

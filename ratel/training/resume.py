@@ -38,7 +38,8 @@ class Resumption:
 
 
 def check_is_there(out: RunDirectory) -> None:
-    """Before anything is made for the run: a drive that is mounted elsewhere now would get an empty directory in its place."""
+    """Before anything is made for the run: a drive that is mounted elsewhere now would get an empty
+    directory in its place."""
     if out.is_being_written:  # whose states go while they are read, as if they were damaged
         raise being_written(out.path)
     state = out.states.newest()
@@ -97,7 +98,8 @@ def _check_settings(before: dict[str, Any] | None, session: Session) -> None:
 
 @contextmanager
 def naming_an_older(out: RunDirectory, state: Path) -> Iterator[None]:
-    """A damaged state is never passed over silently: steps would be lost. The message says how to go back."""
+    """A damaged state is never passed over silently: steps would be lost. The message says how to
+    go back."""
     try:
         yield
     except (DamagedStateError, DamagedError) as error:
@@ -109,7 +111,8 @@ def naming_an_older(out: RunDirectory, state: Path) -> Iterator[None]:
 
 @contextmanager
 def saying_what_next(out: RunDirectory) -> Iterator[None]:
-    """Damage that training finds may be in the bytes on the drive or in their transfer: only reading again can tell."""
+    """Damage that training finds may be in the bytes on the drive or in their transfer: only
+    reading again can tell."""
     try:
         yield
     except (WorkerError, DamagedError) as error:
@@ -127,8 +130,9 @@ def _way_back(out: RunDirectory, state: Path) -> str:
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut metrics.jsonl off after the last line of ``step`` or before: what follows will be made again. Returns the records
-    that stay. Lines among them that are none stay, too, and count for nothing."""
+    """Cut metrics.jsonl off after the last line of ``step`` or before: what follows will be made
+    again. Returns the records that stay. Lines among them that are none stay, too, and count for
+    nothing."""
     records: list[dict[str, Any]] = []
     position = end = 0
     if not path.is_file():
@@ -159,7 +163,8 @@ _LARGEST_METRICS = 1 << 36
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """None for a line that a kill or a power failure cut short. JSON has no NaN: null stands for it."""
+    """None for a line that a kill or a power failure cut short. JSON has no NaN: null stands for
+    it."""
     try:
         found = check(parse_json(line), _METRICS)
     except ValueError:
@@ -170,7 +175,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def replay(records: list[dict[str, Any]], step: int) -> Progress:
-    """How far the run had come after ``step``. Steps without a record have a loss that is not known (NaN)."""
+    """How far the run had come after ``step``. Steps without a record have a loss that is not known
+    (NaN)."""
     by_step = {record["step"]: record for record in records}
     progress = Progress()
     for number in range(1, step + 1):

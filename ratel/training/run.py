@@ -1,4 +1,5 @@
-"""One training run from its options to its results: the function behind ``ratel.train`` and ``ratel train``."""
+"""One training run from its options to its results: the function behind ``ratel.train`` and ``ratel
+train``."""
 
 import logging
 import os
@@ -35,14 +36,16 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
           eval_data: Any = None, config: str | os.PathLike[str] | None = None, **options: Any) -> TrainResult:
     """Fine-tune ``model`` and write the results to a directory, as ``ratel train`` does.
 
-    ``model``: a Hugging Face directory, the name of a preset, a transformers model or configuration, or any nn.Module
-    with repeated blocks; the last needs ``loss_fn(model, batch)``, which returns the batch's mean loss as a scalar. The
-    trained weights are also put back into a model that was given as an object. ``data``: text files (see docs/data.md)
-    or an iterable of batches; without it, the bundled text. ``eval_data``: the same, held out; of batches the first one is
-    also evaluated after the first step, so that a mistake in them ends the run there.
-    ``config``: a TOML file; ``options``: whatever ``ratel train --help`` lists, with ``_`` for ``-``. With ``resume``,
-    give the same model, and the same batches from their beginning: as many as the run had taken are passed over.
-    Raises RatelError for a mistake in any of them, before anything is written.
+    ``model``: a Hugging Face directory, the name of a preset, a transformers model or
+    configuration, or any nn.Module with repeated blocks; the last needs ``loss_fn(model, batch)``,
+    which returns the batch's mean loss as a scalar. The trained weights are also put back into a
+    model that was given as an object. ``data``: text files (see docs/data.md) or an iterable of
+    batches; without it, the bundled text. ``eval_data``: the same, held out; of batches the first
+    one is also evaluated after the first step, so that a mistake in them ends the run there.
+    ``config``: a TOML file; ``options``: whatever ``ratel train --help`` lists, with ``_`` for
+    ``-``. With ``resume``, give the same model, and the same batches from their beginning: as many
+    as the run had taken are passed over. Raises RatelError for a mistake in any of them, before
+    anything is written.
     """
     named = {"model": _name_of(model), "data": _name_of(data), "eval_data": _name_of(eval_data)}
     given = {name: value for name, value in {**options, **named, "tokenizer": _name_of(tokenizer)}.items()
@@ -110,7 +113,8 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
 
 
 def check_family(session: Session, display: ProgressDisplay) -> None:
-    """Raises RatelError if a small copy of the model is trained wrongly, as was found out now or before."""
+    """Raises RatelError if a small copy of the model is trained wrongly, as was found out now or
+    before."""
     from ratel.verify.known import quick_verdict, refuse_wrong
 
     task = session.parts.task.name if session.parts.task else NEXT_TOKEN

@@ -1,4 +1,5 @@
-"""What a session has taken is given back: threads, then the engine, then memory; and memory that a dead device may write to is kept."""
+"""What a session has taken is given back: threads, then the engine, then memory; and memory that a
+dead device may write to is kept."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""What goes wrong: errors with their place, full and unsuitable directories, no O_DIRECT, no io_uring, no compiler."""
+"""What goes wrong: errors with their place, full and unsuitable directories, no O_DIRECT, no
+io_uring, no compiler."""
 
 import errno
 import fcntl
@@ -182,7 +183,8 @@ def test_without_o_direct(backend: str, ssd_dir: Path, caplog: pytest.LogCapture
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_o_direct_that_is_accepted_and_then_refused(backend: str, ssd_dir: Path, caplog: pytest.LogCaptureFixture,
                                                     refusal: int) -> None:
-    """Some network and FUSE file systems do this. Other transfers may be under way, and are repeated as well."""
+    """Some network and FUSE file systems do this. Other transfers may be under way, and are
+    repeated as well."""
     folders = [ssd_dir / "a", ssd_dir / "b"]
     for folder in folders:
         folder.mkdir()
@@ -305,7 +307,8 @@ def test_a_file_that_another_process_removes_before_its_lock_is_not_used(ssd_dir
 
 
 def test_an_exception_at_any_line_of_making_a_volume_leaves_nothing_in_use(ssd_dir: Path) -> None:
-    """As an exception of a signal may come in a program that does not defer them: the name is free for the next engine."""
+    """As an exception of a signal may come in a program that does not defer them: the name is free
+    for the next engine."""
     def attempt(tracer: Tracer) -> None:
         with Engine() as engine, suppress(KeyboardInterrupt):
             tracer.run(lambda: engine.create_volume([ssd_dir], "v", MIB))

@@ -1,4 +1,5 @@
-"""What op_ds refuses: bad arguments before anything is touched, impossible choices, a missing or foreign library."""
+"""What op_ds refuses: bad arguments before anything is touched, impossible choices, a missing or
+foreign library."""
 
 import os
 import subprocess

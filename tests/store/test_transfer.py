@@ -1,4 +1,5 @@
-"""Whole units between their tiers and ordinary memory: every element, in pieces, in every version that needs it."""
+"""Whole units between their tiers and ordinary memory: every element, in pieces, in every version
+that needs it."""
 
 from pathlib import Path
 

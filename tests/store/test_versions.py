@@ -1,4 +1,5 @@
-"""Which slot an update writes: against a record of what each slot holds, whatever the order of updates and commits."""
+"""Which slot an update writes: against a record of what each slot holds, whatever the order of
+updates and commits."""
 
 import random
 

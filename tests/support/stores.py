@@ -25,7 +25,8 @@ GRAIN = 2048
 
 
 def small_spec(*shapes: tuple[int, int]) -> ModelSpec:
-    """A unit for each pair of trained and frozen elements, all of them blocks but the first and the last."""
+    """A unit for each pair of trained and frozen elements, all of them blocks but the first and the
+    last."""
     kinds = ["pre", *["block"] * (len(shapes) - 2), "post"]
     units = tuple(lay_out(i, f"{kind}.{i - 1}" if kind == "block" else kind, kind,
                           [ParamSpec(name=f"{i}.{what}", shape=(count,), trainable=what == "trained")

@@ -60,7 +60,7 @@ def refuse_other_weights(directory: Path, config: Any) -> None:
 
 
 def no_weights(directory: Path) -> RatelError:
-    """Beside a config.json."""
+    """The refusal of a directory with a config.json and no weights."""
     for names, what, remedy in (*_FOREIGN, (("*.bin", "*.pt", "*.pth"), "pickled weights, which can run code when loaded", CONVERT)):
         found = next((path.name for name in names for path in sorted(directory.glob(name))), None)
         if found is not None and names[0] not in ("modules.json", "model_index.json"):

@@ -11,7 +11,7 @@ from ratel.units import GIB
 MORE_DRAM_BYTES = 64 * GIB
 MORE_GPU_BYTES = 8 * GIB
 LEAST_GAIN = 0.005
-"""Of the tokens per second: less is not worth a line."""
+"""By this share of the tokens per second an advice must help: less is not worth a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Gain:
 def advise(requests: list[Request], hardware: Hardware, chosen: Choice) -> list[Gain]:
     """What helps, best first. ``requests`` are those that ``chosen`` was chosen from.
 
-    Only more GPU memory is tried with every micro-batch; the rest with the one chosen, which saves most of the time.
+    Only more GPU memory is tried with every micro-batch; the rest with the one chosen, which saves
+    most of the time.
     """
     same = [request for request in requests if request.work == chosen.plan.work]
     now = chosen.prediction.tokens_per_s

@@ -1,4 +1,5 @@
-"""The simple rule: fill GPU memory, then DRAM, then SSD, hottest planes first; refuse what fits nowhere."""
+"""The simple rule: fill GPU memory, then DRAM, then SSD, hottest planes first; refuse what fits
+nowhere."""
 
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,9 @@ from ratel.units import format_bytes
 
 
 EARLY_SHARE = 0.75
-"""Of the units that the CPU updates, how many the simple rule has updated early: backward with recomputation takes three
-quarters of the time of both passes, under which the updates are spread."""
+"""The share of the units on the CPU that the simple rule has updated early: backward with
+recomputation takes three quarters of the time of both passes, under which the updates are
+spread."""
 
 WITHOUT_RATES = {"auto": "deferred", "any": "eager"}
 """Which optimizer is taken where nothing says what is fast: the one that takes the least memory."""
@@ -24,12 +26,14 @@ WITHOUT_RATES = {"auto": "deferred", "any": "eager"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to plan for. Budgets are bytes; ``None`` means: no limit, and nothing is put there unasked (GPU)."""
+    """What to plan for. Budgets are bytes; ``None`` means: no limit, and nothing is put there
+    unasked (GPU)."""
 
     spec: ModelSpec
     formats: StateFormats
     optimizer: str
-    """``eager``, ``deferred``, ``speculative``, ``auto``: of the last two the better one, or ``any``: of all three."""
+    """``eager``, ``deferred``, ``speculative``, ``auto``: of the last two the better one, or
+    ``any``: of all three."""
     work: Work
     gpu_budget: int | None
     dram_budget: int
@@ -59,7 +63,8 @@ class Request:
 
 
 def choose(request: Request) -> Plan:
-    """Place everything, or raise a RatelError that says which budget is short, by how much, and what would fit."""
+    """Place everything, or raise a RatelError that says which budget is short, by how much, and
+    what would fit."""
     _check_tiers(request)
     mode = WITHOUT_RATES.get(request.optimizer, request.optimizer)
     plan = _choose_early(request) if mode == "speculative" else _placed(replace(request, optimizer=mode))
@@ -68,7 +73,8 @@ def choose(request: Request) -> Plan:
 
 
 def _choose_early(request: Request) -> Plan:
-    """As many early units as memory allows, up to a share of those that the CPU updates; one at least."""
+    """As many early units as memory allows, up to a share of those that the CPU updates; one at
+    least."""
     updated = closed_first(request.spec, _placed(request).placements)
     for count in early_counts(round(EARLY_SHARE * len(updated)))[::-1]:
         plan = _placed(replace(request, early_units=count))
@@ -96,7 +102,8 @@ def finished(request: Request, plan: Plan) -> Plan:
 
 
 def _with_durability(request: Request, plan: Plan) -> Plan:
-    """``auto`` commits in place where that spares more copying than it costs space: most states are on SSD, twice fits."""
+    """``auto`` commits in place where that spares more copying than it costs space: most states are
+    on SSD, twice fits."""
     if request.durable != "auto":
         return replace(plan, durable=request.durable)
     commits = replace(plan, durable="step")
@@ -106,7 +113,8 @@ def _with_durability(request: Request, plan: Plan) -> Plan:
 
 
 def _with_save_pieces(request: Request, plan: Plan) -> Plan:
-    """DRAM that is left over takes what a save copies, so that updates wait for memory instead of for a drive."""
+    """DRAM that is left over takes what a save copies, so that updates wait for memory instead of
+    for a drive."""
     if plan.durable == "off":
         return plan
     wanted = -(-plan.copied_bytes // plan.save_piece_bytes)
@@ -134,8 +142,8 @@ def place_checkpoints(request: Request, tier: str) -> tuple[str, ...]:
 
 
 def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
-    """``auto`` keeps them on the GPU where nothing limits it or they take less than a tenth of it, else moves them to
-    DRAM, or to SSD where they would take more than half of the DRAM budget.
+    """``auto`` keeps them on the GPU where nothing limits it or they take less than a tenth of it,
+    else moves them to DRAM, or to SSD where they would take more than half of the DRAM budget.
     """
     tier = request.checkpoint_tier
     if tier == "auto":
@@ -159,7 +167,8 @@ def _fill(request: Request) -> tuple[UnitPlacement, ...]:
 
 
 def _fill_gpu(request: Request, placements: list[UnitPlacement], checkpoints: tuple[str, ...]) -> None:
-    """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
+    """Whole units, those that forward needs first: their updates are the ones that nothing else can
+    hide."""
     order, on_gpu = forward_order(request.spec.units), UnitPlacement.all_on(GPU)
     for unit in order:
         before = placements[unit.index]
@@ -171,13 +180,15 @@ def _fill_gpu(request: Request, placements: list[UnitPlacement], checkpoints: tu
 
 
 def _fits_device(request: Request, plan: Plan) -> bool:
-    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room for the rest."""
+    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room
+    for the rest."""
     spare_dram = not request.on_host or request.ssd_budget is None or plan.dram_bytes <= request.dram_budget
     return plan.gpu_bytes <= request.gpu_budget and spare_dram
 
 
 def _fill_dram(request: Request, placements: list[UnitPlacement], checkpoints: tuple[str, ...]) -> None:
-    """One kind of plane after the other, by SSD traffic saved per byte held: `hi` is read twice and written once."""
+    """One kind of plane after the other, by SSD traffic saved per byte held: `hi` is read twice and
+    written once."""
     for plane in ("hi", "g", "lo", "m", "v"):
         for unit in request.spec.units:
             place = placements[unit.index]

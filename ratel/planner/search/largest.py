@@ -13,7 +13,8 @@ MOST = 1 << 24
 
 
 def fits_somewhere(request: Request) -> bool:
-    """Whether any candidate fits, with the fewest buffers and everything recomputed; nothing is predicted."""
+    """Whether any candidate fits, with the fewest buffers and everything recomputed; nothing is
+    predicted."""
     if request.buffers == Buffers():
         request = replace(request, buffers=FEWEST)
     if not request.kept:
@@ -22,9 +23,11 @@ def fits_somewhere(request: Request) -> bool:
 
 
 def largest_count(fits: Callable[[int], bool], *, least: int = 1, most: int = MOST, near: int = 0) -> int:
-    """The largest count from ``least`` to ``most`` that fits, by growing steps and bisection; 0 if not even the least does.
+    """The largest count from ``least`` to ``most`` that fits, by growing steps and bisection; 0 if
+    not even the least does.
 
-    What is below a count that fits is taken to fit. ``near``: where it probably is, so that few counts are asked for.
+    What is below a count that fits is taken to fit. ``near``: where it probably is, so that few
+    counts are asked for.
     """
     good, bad = least - 1, most + 1
     count, step = min(max(near, least), most), 1

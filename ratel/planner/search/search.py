@@ -1,9 +1,11 @@
-"""Finds the plan with the shortest predicted step: a fixed grid of choices, each filled to the budgets and predicted.
+"""Finds the plan with the shortest predicted step: a fixed grid of choices, each filled to the
+budgets and predicted.
 
-The grid does not depend on rates, and a rate that grows makes none of its candidates slower. Filling goes as far as a budget
-allows. That may be too far on the GPU, where an update takes time that nothing hides (3% of a step were seen); the best
-candidate of each micro-batch size is therefore compared with plans that have fewer units there. All are tried with
-some of their updates made early as well, and without clipping once more with all of them.
+The grid does not depend on rates, and a rate that grows makes none of its candidates slower.
+Filling goes as far as a budget allows. That may be too far on the GPU, where an update takes time
+that nothing hides (3% of a step were seen); the best candidate of each micro-batch size is
+therefore compared with plans that have fewer units there. All are tried with some of their updates
+made early as well, and without clipping once more with all of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,10 +28,11 @@ FEWEST = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_sl
 """What the largest models are trained with."""
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
-"""Of all inner activations, best first: how many a tier may keep."""
+"""The shares of all inner activations, best first, that the search lets a tier keep."""
 
 HEAT = ("hi", "g", "lo", "m", "v")
-"""By SSD traffic saved per byte of DRAM held: `hi` is read twice and written once, the others once each."""
+"""By SSD traffic saved per byte of DRAM held: `hi` is read twice and written once, the others once
+each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +44,11 @@ class Choice:
 
 
 def search(requests: list[Request], hardware: Hardware) -> Choice:
-    """The best plan for any of the requests, which differ in the micro-batch and what depends on it.
+    """The best plan for any of the requests, which differ in the micro-batch and what depends on
+    it.
 
-    Where nothing of the grid fits, the simple rule of `ratel.planner.search.choose.choose` has the last word, with the fewest buffers:
-    it finds a place, or its RatelError says what is short.
+    Where nothing of the grid fits, the simple rule of `ratel.planner.search.choose.choose` has the
+    last word, with the fewest buffers: it finds a place, or its RatelError says what is short.
     """
     given = requests[0].buffers
     sizes = [given, LEAN, FEWEST] if given == Buffers() else [given]
@@ -57,12 +61,13 @@ def search(requests: list[Request], hardware: Hardware) -> Choice:
 
 
 def _best(requests: list[Request], hardware: Hardware) -> Choice | None:
-    """Of equal ones the first: larger micro-batches, less moved."""
+    """The choice with the shortest step, and the first of equal ones: larger micro-batches, less
+    moved."""
     return _better(*(_best_of_size(request, hardware) for request in requests))
 
 
 def _better(*choices: Choice | None) -> Choice | None:
-    """Of equal ones the first."""
+    """The choice with the shortest step, and the first of equal ones."""
     found = [choice for choice in choices if choice is not None]
     if not found:
         return None
@@ -74,7 +79,8 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
         return _better(*(_best_of_size(replace(request, optimizer=mode), hardware) for mode in ("eager", "auto")))
     may_speculate = request.optimizer in ("auto", "speculative")
     deferred = replace(request, optimizer="deferred") if may_speculate else request
-    # Where early updates are asked for, a plan that is slow without them is not out of the question.
+    # Where early updates are asked for, a plan that is slow without them is not out of the
+    # question.
     tried = _Tried(hardware, stops_at_best=request.optimizer != "speculative")
     tried.add(candidates(deferred))
     if tried.best is None:
@@ -93,7 +99,8 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
 
 
 class _Tried:
-    """Plans of one size of micro-batches. With ``stops_at_best`` they are predicted as far as they may be the best so far."""
+    """Plans of one size of micro-batches. With ``stops_at_best`` they are predicted as far as they
+    may be the best so far."""
 
     def __init__(self, hardware: Hardware, *, stops_at_best: bool = True) -> None:
         self._hardware, self._stops_at_best = hardware, stops_at_best
@@ -125,8 +132,8 @@ def _step_s(choice: Choice) -> float:
 
 
 def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
-    """The plan with more and more units updated early, by eighths, for which what is in DRAM makes room; and with as many
-    as DRAM has room for as it is."""
+    """The plan with more and more units updated early, by eighths, for which what is in DRAM makes
+    room; and with as many as DRAM has room for as it is."""
     most = len(closed_first(plan.spec, plan.placements))
     made = {count: _with_early(request, plan, count) for count in early_counts(most)}
 
@@ -140,7 +147,8 @@ def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
 
 
 def _may_be_early(request: Request, plan: Plan) -> bool:
-    """Something may be updated early: by the CPU, from a gradient that is in DRAM or may go there."""
+    """Something may be updated early: by the CPU, from a gradient that is in DRAM or may go
+    there."""
     if request.forced is None:
         return bool(closed_first(plan.spec, plan.placements))
     return bool(replace(plan, early_units=len(plan.spec.units)).early)
@@ -193,7 +201,8 @@ def _checkpoint_choices(request: Request) -> list[tuple[str, ...]]:
 
 
 def _kept_choices(request: Request) -> list[tuple]:
-    """Inner activations on each tier: the best per byte on the GPU, the next in DRAM, then on SSD."""
+    """Inner activations on each tier: the best per byte on the GPU, the next in DRAM, then on
+    SSD."""
     if request.kept or not any(profile.inner for profile in request.profiles):
         return [request.kept]
     items = _by_worth(request.profiles)
@@ -203,7 +212,8 @@ def _kept_choices(request: Request) -> list[tuple]:
 
 
 def _by_worth(profiles: tuple[BlockProfile, ...]) -> list[tuple[int, Inner]]:
-    """(block, inner) by FLOPs saved per byte; the later block first, which is needed again soonest."""
+    """(block, inner) by FLOPs saved per byte; the later block first, which is needed again
+    soonest."""
     pairs = [(block, inner) for block, profile in enumerate(profiles) for inner in profile.inner]
     return sorted(pairs, key=lambda pair: (-pair[1].flops_per_byte, -pair[0], pair[1].name))
 
@@ -221,7 +231,8 @@ def _assigned(profiles: tuple[BlockProfile, ...], items: list[tuple[int, Inner]]
 
 
 def _filled(request: Request, checkpoints: tuple[str, ...]) -> Plan | None:
-    """As much as fits on the GPU, then in DRAM, the rest on SSD; None where even that does not fit."""
+    """As much as fits on the GPU, then in DRAM, the rest on SSD; None where even that does not
+    fit."""
     if request.forced is not None:
         plan = with_placements(request, forced_placements(request.spec, request.forced), checkpoints)
     else:
@@ -242,7 +253,8 @@ def _fill_gpu(request: Request, checkpoints: tuple[str, ...]) -> tuple[UnitPlace
 
 
 def _on_gpu(request: Request, count: int) -> tuple[UnitPlacement, ...]:
-    """Whole units, those that forward needs first: their updates are the ones that nothing else can hide."""
+    """Whole units, those that forward needs first: their updates are the ones that nothing else can
+    hide."""
     on, rest = UnitPlacement.all_on(GPU), _off_gpu(request)
     order = forward_order(request.spec.units)
     chosen = {unit.index for unit in order[:count]}
@@ -254,13 +266,15 @@ def _off_gpu(request: Request) -> UnitPlacement:
 
 
 def _fits_gpu(request: Request, plan: Plan) -> bool:
-    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room for the rest."""
+    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room
+    for the rest."""
     spare_dram = not request.on_host or request.ssd_budget is None or plan.dram_bytes <= request.dram_budget
     return plan.gpu_bytes <= (request.gpu_budget if request.gpu_budget is not None else plan.gpu_bytes) and spare_dram
 
 
 def _fill_dram(request: Request, checkpoints: tuple[str, ...], placements: tuple[UnitPlacement, ...]) -> Plan:
-    """One kind of plane after the other, hottest first, in forward order; before all the gradients of early units."""
+    """One kind of plane after the other, hottest first, in forward order; before all the gradients
+    of early units."""
     if request.ssd_budget is None:
         return with_placements(request, placements, checkpoints)
     early = [("g", unit.index) for unit in closed_first(request.spec, placements, request.early_units)]
@@ -280,7 +294,8 @@ def _fill_dram(request: Request, checkpoints: tuple[str, ...], placements: tuple
 
 
 def _largest(most: int, is_possible: Callable[[int], bool]) -> int:
-    """The largest count up to ``most`` that is possible, of counts that are possible from 0 on; 0 if none is."""
+    """The largest count up to ``most`` that is possible, of counts that are possible from 0 on; 0
+    if none is."""
     if is_possible(most):
         return most
     if not is_possible(0):

@@ -28,7 +28,8 @@ class Micro:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply to every tensor of nested mappings (which become dicts), lists and tuples, named ones included."""
+    """Apply to every tensor of nested mappings (which become dicts), lists and tuples, named ones
+    included."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
@@ -65,8 +66,8 @@ CAUSAL = ("input_ids", "labels", "position_ids", "attention_mask")
 
 
 def causal_batch(batch: Any, spec: ModelSpec, *, keeps_mask: bool = False) -> dict[str, Tensor]:
-    """As a step takes it: checked, in integers of 64 bits, and without an attention mask, which says nothing then but to
-    a loss of routers (``keeps_mask``)."""
+    """As a step takes it: checked, in integers of 64 bits, and without an attention mask, which
+    says nothing then but to a loss of routers (``keeps_mask``)."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise RatelError("a batch for a language model is a dict with input_ids (and labels, position_ids)",
                          field="batch", value=type(batch).__name__)
@@ -81,7 +82,8 @@ def causal_batch(batch: Any, spec: ModelSpec, *, keeps_mask: bool = False) -> di
 
 
 def refuse_documents(batch: Mapping[str, Tensor]) -> None:
-    """For a model that cannot keep them apart: each would be learned with what was said in those before it."""
+    """For a model that cannot keep them apart: each would be learned with what was said in those
+    before it."""
     if "position_ids" in batch and restarts(batch["position_ids"]):
         raise RatelError("several documents share a row, and this model cannot keep them apart", field="position_ids",
                          value="positions that begin again", remedy="Put one document in each row, with positions that count on "
@@ -89,8 +91,8 @@ def refuse_documents(batch: Mapping[str, Tensor]) -> None:
 
 
 def _check_mask(mask: Any, batch: Mapping[str, Tensor]) -> None:
-    """Attention is causal: tokens do not see a padding to their right. So a mask changes nothing where that is all that
-    it hides, and none of it is learned."""
+    """Attention is causal: tokens do not see a padding to their right. So a mask changes nothing
+    where that is all that it hides, and none of it is learned."""
     if not isinstance(mask, Tensor) or mask.shape != batch["input_ids"].shape:
         raise RatelError("must be a tensor of the shape of input_ids", field="attention_mask",
                          value=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__)
@@ -145,15 +147,16 @@ def cut(batch: Any, max_rows: int) -> Iterator[Any]:
 
 
 def split(batch: Any, micro_rows: int, device: torch.device, share: float | None = None) -> list[Micro]:
-    """Micro-batches of at most ``micro_rows`` rows, on the device. ``share``: what the loss of each weighs; None: its rows over
-    all rows."""
+    """Micro-batches of at most ``micro_rows`` rows, on the device. ``share``: what the loss of each
+    weighs; None: its rows over all rows."""
     rows = count_rows(batch)
     return [Micro(index, map_tensors(lambda t: t.to(device), part), share=share or count_rows(part) / rows)
             for index, part in enumerate(cut(batch, micro_rows))]
 
 
 def count_targets(parts: Parts, batch: Any) -> int:
-    """Over how many targets (tokens, or rows of a model with its own loss) the loss of a batch is a mean."""
+    """Over how many targets (tokens, or rows of a model with its own loss) the loss of a batch is a
+    mean."""
     if parts.task:
         return parts.task_runner.count(batch)
     return shifted_count(batch["labels"]) if parts.is_causal_lm else count_rows(batch)

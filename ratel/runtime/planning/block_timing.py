@@ -1,4 +1,5 @@
-"""How long the two runs of a block and the loss take on this device, and how long it takes to give it a block's work."""
+"""How long the two runs of a block and the loss take on this device, and how long it takes to give
+it a block's work."""
 
 import hashlib
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from ratel.runtime.blocks.runs import BlockRuns
 from ratel.units import MIB
 
 TIMING_S, GPU_TIMING_S = 0.1, 0.5
-"""Of each measurement of each kind of block, where a plan is to be predicted. In 0.1 s a GPU does not come to its power limit."""
+"""Seconds that each measurement of each kind of block goes on, where a plan is to be predicted: on
+a CPU, on a GPU. In 0.1 s a GPU does not come to its power limit."""
 
 EVICTED_BYTES = 64 * MIB
 
@@ -35,10 +37,11 @@ Timing = dict[str, list[float] | None]
 
 
 def with_timings(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...]) -> tuple[BlockProfile, ...]:
-    """With the seconds of both passes of each kind of block, nothing kept and everything kept, and on a GPU of launching them.
+    """With the seconds of both passes of each kind of block, nothing kept and everything kept, and
+    on a GPU of launching them.
 
-    What was measured once counts from then on: plans that followed every measurement would differ from run to run, and
-    with the size of micro-batches the rounding of sums.
+    What was measured once counts from then on: plans that followed every measurement would differ
+    from run to run, and with the size of micro-batches the rounding of sums.
     """
     parts, found, rows = blocks.parts, {}, count_rows(batch)
     with torch.no_grad():
@@ -56,7 +59,8 @@ def with_timings(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ..
 
 
 def loss_seconds(parts: Parts, batch: Any) -> float | None:
-    """Of everything after the blocks, forward and backward, for one micro-batch. None where there is no room for it."""
+    """Seconds that everything after the blocks takes, forward and backward, for one micro-batch.
+    None where there is no room for it."""
     units = [parts.spec.units[index] for index in parts.spec.stages[-1].units]
     with torch.no_grad():
         hidden, _ = parts.head(batch)
@@ -141,5 +145,6 @@ def _seconds_on(hidden: Tensor) -> Callable[[Callable[[], object]], float]:
     """On the device of ``hidden``."""
     if hidden.is_cuda:
         return partial(median_seconds, limit_s=GPU_TIMING_S, settle=torch.cuda.synchronize)
-    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too small for one block's.
+    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too
+    # small for one block's.
     return partial(median_seconds, limit_s=TIMING_S, between=torch.zeros(EVICTED_BYTES, dtype=torch.uint8).bitwise_not_)

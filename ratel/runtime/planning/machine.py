@@ -1,4 +1,5 @@
-"""The machine that a plan is made for: this one, or one that somebody thinks of buying. Rates and budgets."""
+"""The machine that a plan is made for: this one, or one that somebody thinks of buying. Rates and
+budgets."""
 
 from dataclasses import dataclass
 from shutil import disk_usage
@@ -16,11 +17,12 @@ from ratel.startup.known_hardware import AUTO, NONE, hardware_for
 from ratel.units import GIB, MIB, format_bytes
 
 PROCESS_BYTES = 2 * GIB
-"""Python, PyTorch and CUDA's part of the process, with what it may grow by: 1.5 to 1.95 GiB on an H200."""
+"""Python, PyTorch and CUDA's part of the process, with what it may grow by: 1.5 to 1.95 GiB on an
+H200."""
 
 CONTEXT_BYTES = 512 * MIB
-"""GPU memory of CUDA itself. Assumed: it depends on the GPU and the driver, and is measured only where a plan is for this
-machine."""
+"""GPU memory of CUDA itself. Assumed: it depends on the GPU and the driver, and is measured only
+where a plan is for this machine."""
 
 UNLIMITED = 1 << 60
 
@@ -42,8 +44,9 @@ class Machine:
 
 def machine_for(config: TrainConfig, *, hardware: Hardware | None = None, ssds: int | None = None,
                 ssd_space: int | None = None) -> Machine:
-    """``config.hardware`` (or ``hardware``) says which: ``auto`` is this machine, a name or a file another one. Then
-    ``ssds`` says how many SSDs it has, and ``ssd_space`` how much they hold in all (default: enough).
+    """``config.hardware`` (or ``hardware``) says which: ``auto`` is this machine, a name or a file
+    another one. Then ``ssds`` says how many SSDs it has, and ``ssd_space`` how much they hold in
+    all (default: enough).
 
     Raises RatelError where this machine has no GPU to plan for.
     """

@@ -1,7 +1,9 @@
-"""What a model would take to train, without running it: shapes, FLOPs, and the memory of activations.
+"""What a model would take to train, without running it: shapes, FLOPs, and the memory of
+activations.
 
-One block and one loss chunk run forward and backward on tensors that have a shape and no memory. What they would hold
-at once is counted, as ``ratel/runtime/planning/trial.py`` measures it where a model is trained.
+One block and one loss chunk run forward and backward on tensors that have a shape and no memory.
+What they would hold at once is counted, as ``ratel/runtime/planning/trial.py`` measures it where a
+model is trained.
 """
 
 from collections.abc import Iterator
@@ -31,7 +33,8 @@ from ratel.units import MIB
 
 
 LIBRARY_BYTES = 33 * MIB
-"""On a GPU beside all tensors: the workspace of cuBLAS (32 MiB on Hopper), and tensors in whole blocks of 512 bytes."""
+"""On a GPU beside all tensors: the workspace of cuBLAS (32 MiB on Hopper), and tensors in whole
+blocks of 512 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +43,15 @@ class MicroOutline:
 
     rows: int
     hidden_bytes: int
-    """Of the input of a block."""
+    """Bytes of a block's input."""
     activation_bytes: int
-    """At the peak of a block or of the loss: everything but weights and slots, gradients included."""
+    """At the peak of a block or of the loss: everything but weights and slots, gradients
+    included."""
     profiles: tuple[BlockProfile, ...]
     """By block."""
     accumulators: tuple[str, ...]
-    """Weight classes whose gradients are sums even of this micro-batch alone, because its loss goes in chunks."""
+    """Weight classes whose gradients are sums even of this micro-batch alone, because its loss goes
+    in chunks."""
     spill: Spill | None
     """How second runs are done where what they save goes to DRAM."""
 
@@ -57,11 +62,11 @@ class MicroOutline:
 
 
 class Outline:
-    """A language model, or one with a task, of which only shapes exist; ``model`` is what `ratel.models.load` takes, a directory need
-    not hold the weights.
+    """A language model, or one with a task, of which only shapes exist; ``model`` is what
+    `ratel.models.load` takes, a directory need not hold the weights.
 
-    ``dtype``: of the computation, bf16 or fp32. Raises RatelError for a model that cannot be trained, or not with
-    sequences of ``max_seq_len`` tokens.
+    ``dtype``: of the computation, bf16 or fp32. Raises RatelError for a model that cannot be
+    trained, or not with sequences of ``max_seq_len`` tokens.
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype, max_seq_len: int, attention: str = "auto",
@@ -83,14 +88,14 @@ class Outline:
         self._parts.close()
 
     def micro(self, rows: int, seq_len: int, *, on_cuda: bool = True, spills: bool = False) -> MicroOutline:
-        """Of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with what CUDA's attention takes for itself. ``spills``:
-        what second runs save goes to DRAM."""
+        """The outline of a micro-batch of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with
+        what CUDA's attention takes for itself. ``spills``: what second runs save goes to DRAM."""
         shapes = ShapesOnly(attention_scratch=on_cuda)
         batch = self._parts.sample(rows, seq_len)
         with modes_as_before(), _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
             with torch.no_grad():
-                # Positions that the model makes itself have no values here, and it would keep apart what may be several
-                # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
+                # Positions that the model makes itself have no values here, and it would keep apart
+                # what may be several documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
                 if self._parts.is_causal_lm:
                     batch["position_ids"] = torch.arange(seq_len)[None]
                 hidden, inputs = self._parts.head(batch)
@@ -137,7 +142,8 @@ class Outline:
         return Spiller(Lanes(torch.device("cpu")), region, spill)
 
     def _profile(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs) -> BlockProfile:
-        """As the runtime learns it: a block whose operations depend on values is always run again in full."""
+        """As the runtime learns it: a block whose operations depend on values is always run again
+        in full."""
         block, leaf = stage.index - 1, hidden.detach().requires_grad_()
         shapes.restart()
         with torch.enable_grad():

@@ -1,4 +1,5 @@
-"""From a model, a batch and budgets to a plan: what the pure planner needs to be told about this machine."""
+"""From a model, a batch and budgets to a plan: what the pure planner needs to be told about this
+machine."""
 
 import gc
 import logging
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 DRAM_MARGIN = 0.90
 GPU_MARGIN_BYTES = GIB
 PROCESS_MARGIN_BYTES = 256 * MIB
-"""What the process may still grow by beside the arena: allocator slack, thread stacks, compiled kernels."""
+"""What the process may still grow by beside the arena: allocator slack, thread stacks, compiled
+kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +82,20 @@ class Wishes:
     budgets: Budgets
     directories: tuple[str, ...] = ()
     stripes: Weights = ()
-    """Of each directory in one round; (): one each."""
+    """How many stripes each SSD directory gets in one round; (): one each."""
     own_files: tuple[Path, ...] = ()
     """In these directories, and to be worked on further: what they take counts as free."""
     micro_batch: int | str = "auto"
     micro_before: int | None = None
-    """Rows of a micro-batch in the run that is continued: with others its sums would round otherwise."""
+    """Rows of a micro-batch in the run that is continued: with others its sums would round
+    otherwise."""
     forced: Forced | None = None
     checkpoint_tier: str = "auto"
     activations: Activations = "auto"
     buffers: Buffers = Buffers()
     durable: str = "off"
     hardware: Hardware | None = None
-    """Of the machine, to predict steps with; None: plan by the simple rule."""
+    """The machine's rates, to predict steps with; None: plan by the simple rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,8 @@ class Planned:
 
 
 def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
-    """Plan for batches of the shape of ``batch``. The memory of activations is measured, not guessed."""
+    """Plan for batches of the shape of ``batch``. The memory of activations is measured, not
+    guessed."""
     trials = _Trials(blocks, batch, wishes, device)
     if wishes.hardware is None:
         return _search(trials, blocks, batch, wishes, device)
@@ -153,7 +157,8 @@ def _search(trials: "_Trials", blocks: BlockRuns, batch: Any, wishes: Wishes, de
 
 
 def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes, *, spills: bool) -> Planned:
-    """The best plan with one of these micro-batches. ``spills``: what second runs save goes through DRAM."""
+    """The best plan with one of these micro-batches. ``spills``: what second runs save goes through
+    DRAM."""
     requests = [request for request in (trials.request(size, spills) for size in sizes) if request is not None]
     if not requests:
         raise RatelError(f"a micro-batch of {sizes[-1]} does not pass a block within the budget"
@@ -167,7 +172,8 @@ def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes, *, spills: bo
 
 
 class _Trials:
-    """Runs blocks with micro-batches of several sizes, and says what a planner must know of each."""
+    """Runs blocks with micro-batches of several sizes, and says what a planner must know of
+    each."""
 
     def __init__(self, blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> None:
         self._blocks, self._batch, self._wishes, self._device = blocks, batch, wishes, device
@@ -198,7 +204,8 @@ class _Trials:
                             region_limit=self._dram_budget - self._held_bytes if spills else None)
         except torch.OutOfMemoryError:
             return None
-        # A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap.
+        # A compiler's own memory is there to stay; on a CPU device activations, which are not, are
+        # in the same heap.
         held = _held_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
         is_free = wishes.activations == AUTO and wishes.hardware is not None and not spills
         return Request(spec=parts.spec, formats=wishes.formats, optimizer=wishes.optimizer, work=work,
@@ -214,7 +221,8 @@ class _Trials:
 
 
 def _candidates(rows: int, batch: Any, micro_batch: int | str) -> list[int]:
-    """Micro-batch sizes to try: the one given, or from about the smallest that saturates the GPU down to one row."""
+    """Micro-batch sizes to try: the one given, or from about the smallest that saturates the GPU
+    down to one row."""
     if micro_batch != "auto":
         if not 1 <= int(micro_batch) <= rows:
             raise RatelError(f"must be between 1 and the {rows} rows of a batch", field="micro_batch", value=micro_batch)
@@ -236,7 +244,8 @@ def _take_rows(batch: Any, count: int, device: torch.device) -> Any:
 
 
 def _accumulators(parts: Parts, work: Work) -> tuple[str, ...]:
-    """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add up."""
+    """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add
+    up."""
     if work.num_micro > 1:
         return tuple(cls.name for cls in parts.spec.slot_classes)
     chunked = parts.is_causal_lm and positions_per_chunk(work.micro_rows, parts.spec.vocab_size) < work.seq_len
@@ -244,7 +253,8 @@ def _accumulators(parts: Parts, work: Work) -> tuple[str, ...]:
 
 
 def _gpu_budget(device: torch.device, given: int | None) -> int | None:
-    """Caps PyTorch's allocator at the budget. On a CPU device, only what the user gives is used as a GPU tier."""
+    """Caps PyTorch's allocator at the budget. On a CPU device, only what the user gives is used as
+    a GPU tier."""
     if device.type != "cuda":
         return given
     gc.collect()
@@ -262,14 +272,15 @@ def _gpu_budget(device: torch.device, given: int | None) -> int | None:
 
 
 def _held_bytes() -> int:
-    """Of this process, without the memory that is mapped ahead for the arena that is being planned."""
+    """Resident bytes of this process, without the memory that is mapped ahead for the arena that is
+    being planned."""
     with arena_ahead.paused() as ahead_bytes:
         return resident_bytes() - ahead_bytes
 
 
 def usable_bytes(directories: Sequence[str], own_files: Sequence[Path], weights: Weights) -> int | None:
-    """Space for stripes with these weights, ``own_files`` counted as free: the directory that is full first decides. None
-    without directories."""
+    """Space for stripes with these weights, ``own_files`` counted as free: the directory that is
+    full first decides. None without directories."""
     if not directories:
         return None
     spaces = []

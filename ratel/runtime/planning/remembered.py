@@ -1,10 +1,12 @@
-"""What an earlier start chose among all plans, taken again where nothing that the choice depends on has changed.
+"""What an earlier start chose among all plans, taken again where nothing that the choice depends on
+has changed.
 
-Trying blocks out with three sizes of micro-batches and searching among their plans takes 2 to 3 s, nearly all of it Python.
-What is kept is the choice alone: the size of micro-batches that was taken, and where everything goes. The size is tried
-out as always, so the memory of activations is measured and what second runs leave out is learned and checked; the plan is
-made of these numbers by the code that runs now, has to fit the budgets of now, and is predicted anew. Whatever differs
-(blocks that do something else, less memory, or more than a search would leave unused) leads to a search.
+Trying blocks out with three sizes of micro-batches and searching among their plans takes 2 to 3 s,
+nearly all of it Python. What is kept is the choice alone: the size of micro-batches that was taken,
+and where everything goes. The size is tried out as always, so the memory of activations is measured
+and what second runs leave out is learned and checked; the plan is made of these numbers by the code
+that runs now, has to fit the budgets of now, and is predicted anew. Whatever differs (blocks that
+do something else, less memory, or more than a search would leave unused) leads to a search.
 """
 
 import functools
@@ -23,7 +25,7 @@ from ratel.planner.search.search import fits
 from ratel.schema import LARGEST, boolean, check, listing, nullable, one_of, record, text, whole
 
 GAIN = 1 / 64
-"""Of a budget: if there is so much more than there was, another plan may use it."""
+"""By this share a budget must have grown for another plan to be looked for, which may use it."""
 
 _TIER = one_of(*TIERS)
 _COUNT = whole(1, 1 << 31)
@@ -35,7 +37,8 @@ _KEPT = record({"micro_rows": _COUNT, "spills": boolean, "profiles": text(), "ch
                 "rooms": listing(nullable(whole(-LARGEST)), least=3, most=3)})
 
 Rooms = list[int | None]
-"""Bytes of the GPU, of DRAM and of SSDs for what a plan places there; None where that has no limit, or nothing goes."""
+"""Bytes of the GPU, of DRAM and of SSDs for what a plan places there; None where that has no limit,
+or nothing goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class EarlierPlan:
     micro_rows: int
     spills: bool
     profiles: str
-    """Of what was learned and timed of the blocks."""
+    """A digest of what was learned and timed of the blocks."""
     rooms: Rooms
     choice: dict[str, Any]
     """What a search decides, as JSON."""
@@ -65,7 +68,8 @@ class EarlierPlan:
 
 
 def key_of(device: Any, *asked: Any) -> probe_cache.Key:
-    """``asked``: all that a search is given but what is measured at each start; things whose ``repr`` tells them apart."""
+    """``asked``: all that a search is given but what is measured at each start; things whose
+    ``repr`` tells them apart."""
     return {**processors_key(device), "planner": _planner(), "asked": _digest(asked)}
 
 
@@ -102,6 +106,7 @@ def _digest(thing: Any) -> str:
 
 @functools.cache
 def _planner() -> str:
-    """Of the planner's own sources, since another one may choose otherwise, and of this one, which writes the choice down."""
+    """A digest of the planner's own sources, since another planner may choose otherwise, and of
+    this one, which writes the choice down."""
     sources = [*sorted(Path(ratel.planner.__file__).parent.rglob("*.py")), Path(__file__)]
     return _digest([source.read_bytes() for source in sources])

@@ -1,9 +1,10 @@
-"""Tries the blocks out: what their second run can leave out, and the memory that activations take, measured on the spot
-for blocks and one loss chunk, forward and backward.
+"""Tries the blocks out: what their second run can leave out, and the memory that activations take,
+measured on the spot for blocks and one loss chunk, forward and backward.
 
-On a GPU the allocator says what the peak was. On a CPU device activations are ordinary memory of this process, and
-Linux says it: the peak of the resident set, started anew before each trial. That includes the scratch buffers of math
-libraries, and is taken over what the process held before, which the plan counts by itself.
+On a GPU the allocator says what the peak was. On a CPU device activations are ordinary memory of
+this process, and Linux says it: the peak of the resident set, started anew before each trial. That
+includes the scratch buffers of math libraries, and is taken over what the process held before,
+which the plan counts by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ class Trial:
     profiles: tuple[BlockProfile, ...]
     kept: Kept
     workspace_bytes: int
-    """Of one micro-batch, beyond planes, slots and what is kept."""
+    """GPU memory that one micro-batch takes beyond planes, slots and what is kept."""
     spill: Spill | None
     """How second runs were done where what they save went to DRAM."""
     loss_s: float | None
@@ -58,10 +59,12 @@ class Trial:
 
 def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations, *,
             timed: bool = False, region_limit: int | None = None) -> Trial:
-    """``batches``: one micro-batch of each size that a step has, the largest first. ``timed``: measure how long they take.
-    ``region_limit``: second runs spill what they save, and may take so many bytes of DRAM for it; None: they do not.
+    """``batches``: one micro-batch of each size that a step has, the largest first. ``timed``:
+    measure how long they take. ``region_limit``: second runs spill what they save, and may take so
+    many bytes of DRAM for it; None: they do not.
 
-    Raises torch.OutOfMemoryError if it does not fit on the GPU at all, RatelError if it takes more than the limit.
+    Raises torch.OutOfMemoryError if it does not fit on the GPU at all, RatelError if it takes more
+    than the limit.
     """
     cuda = device.type == "cuda"
     meter = _GpuMeter(device) if cuda else _HostMeter()
@@ -94,7 +97,8 @@ def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | 
                          f"and there are {format_bytes(limit)}", field="dram",
                          remedy="Give a larger --dram, or a smaller --seq-len")
     pool = native.op_ds.Pool(worker_cores())
-    # What is mapped for the session's own arena already: both at once could be more than the budget.
+    # What is mapped for the session's own arena already: both at once could be more than the
+    # budget.
     arena = Arena(spill.region_bytes, pin=device.type == "cuda", pool=pool,
                   memory=arena_ahead.take(region_bytes(spill.region_bytes)))
     try:
@@ -111,7 +115,8 @@ def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | 
 
 
 def _needed_spill(blocks: BlockRuns, batch: Any, device: torch.device) -> Spill:
-    """Found out by running one block of each kind. What is saved goes to memory that is not there, so it is lost."""
+    """Found out by running one block of each kind. What is saved goes to memory that is not there,
+    so it is lost."""
     parts, used = blocks.parts, 0
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
@@ -130,8 +135,8 @@ def _needed_spill(blocks: BlockRuns, batch: Any, device: torch.device) -> Spill:
 
 
 def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple[BlockProfile, ...]:
-    """Of every block, at the size of the first batch. Each kind is tried once per batch, on random weights: with zeros
-    all experts would look alike to a router."""
+    """Profiles of all blocks, at the size of the first batch. Each kind is tried once per batch, on
+    random weights: with zeros all experts would look alike to a router."""
     parts, profiles = blocks.parts, {}
     with torch.no_grad():
         heads = [parts.head(batch) for batch in batches]
@@ -166,7 +171,8 @@ class _GpuMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the first that is tried.
+        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the
+        # first that is tried.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         self._held = torch.cuda.memory_allocated(device)
@@ -201,7 +207,8 @@ class _HostMeter:
 
 
 def _measure_norms(parts: Parts, units: list[UnitSpec]) -> None:
-    """As at the end of a unit's backward: on a CPU, norms in fp32 of bf16 gradients make an fp32 copy."""
+    """As at the end of a unit's backward: on a CPU, norms in fp32 of bf16 gradients make an fp32
+    copy."""
     names = {p.name for unit in units for p in unit.params if p.trainable}
     grads = [p.grad for name, p in parts.module.named_parameters() if name in names and p.grad is not None]
     if grads:
@@ -210,7 +217,8 @@ def _measure_norms(parts: Parts, units: list[UnitSpec]) -> None:
 
 def _trials(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
             kept: Kept) -> Iterator[tuple[Callable[[], None], list[UnitSpec]]]:
-    """The largest block of each kind that keeps other things, and the tail; each with the units that it uses."""
+    """The largest block of each kind that keeps other things, and the tail; each with the units
+    that it uses."""
     parts = blocks.parts
     with torch.no_grad():
         hidden, inputs = parts.head(batch)
@@ -226,7 +234,8 @@ def _trials(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
 
 
 def _block_trial(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInputs) -> Callable[[], int]:
-    """Both runs of the block, and backward. What it keeps has a place of its own in the plan: the run returns its bytes."""
+    """Both runs of the block, and backward. What it keeps has a place of its own in the plan: the
+    run returns its bytes."""
     def run() -> int:
         saved: dict[str, list[Tensor]] = {}
         with torch.no_grad():

@@ -54,8 +54,8 @@ class Entrance:
                 self._inside.clear()
 
     def _is_under_way(self) -> bool:
-        """Whether this thread really is in a call, besides the one that asks. What a debugger raises
-        at the very end of one leaves it noted."""
+        """Whether this thread really is in a call, besides the one that asks. What a debugger
+        raises at the very end of one leaves it noted."""
         frame, calls = sys._getframe(), 0
         while frame is not None:
             calls += frame.f_code is _CALL and frame.f_locals["self"]._entrance is self

@@ -1,4 +1,5 @@
-"""Everything a plan needs to run: memory reserved, files made, threads started; and its orderly end."""
+"""Everything a plan needs to run: memory reserved, files made, threads started; and its orderly
+end."""
 
 import os
 import weakref
@@ -47,8 +48,8 @@ class Machinery:
 
     def __init__(self, parts: Parts, plan: Plan, device: torch.device, *, pool: "native.op_ds.Pool", io: IoOptions,
                  commits: Path | None = None, earlier: SavedState | None = None) -> None:
-        """``commits``: the directory of the records, where the plan commits in place. ``earlier``: a run's commits whose
-        SSD files are to be worked on further."""
+        """``commits``: the directory of the records, where the plan commits in place. ``earlier``:
+        a run's commits whose SSD files are to be worked on further."""
         self.plan, self.pool, self._parts, self._io_options = plan, pool, parts, io
         self.exchange, self.log = Exchange(), None
         self._holdings = Holdings(self.exchange)
@@ -94,14 +95,15 @@ class Machinery:
         assert self.arena.free_bytes == 0, f"{self.arena.free_bytes} bytes of the arena have no use"
 
     def settle(self) -> None:
-        """Wait for the arena, then let the I/O engine have it: registering maps what is not mapped yet, on one core. Comes
-        after the import, which needs neither, and before the first step."""
+        """Wait for the arena, then let the I/O engine have it: registering maps what is not mapped
+        yet, on one core. Comes after the import, which needs neither, and before the first step."""
         self.arena.settle()
         self.engine.register_buffer(self.arena.address, self.arena.num_bytes)
 
     def import_weights(self) -> None:
         """Bring every unit from the model's source to its tier; moments are zero."""
-        # Threads have streams of their own: what made the planes on the GPU zeros must not come after what they bring.
+        # Threads have streams of their own: what made the planes on the GPU zeros must not come
+        # after what they bring.
         self.lanes.synchronize()
         import_weights(self._parts, self.plan.spec, self.store, self.transfer)
         self._imported()
@@ -143,8 +145,8 @@ class Machinery:
         self.lanes.synchronize()
 
     def _fitted(self, saved: SavedState, unit: UnitSpec, name: str) -> torch.Tensor:
-        """What a state has of a plane; a state of an older version has its frozen part, too. That may
-        be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
+        """What a state has of a plane; a state of an older version has its frozen part, too. That
+        may be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
         plane, count = self.store.plane(unit.index, name), saved.num_elements(unit.index, name)
         wanted = plane.num_elements if saved.base is None else min(plane.num_elements, unit.num_trainable)
         values = aligned_empty(max(wanted, count), plane.dtype)
@@ -153,12 +155,14 @@ class Machinery:
         return values[:wanted]
 
     def close(self) -> None:
-        """End the threads, then the engine, then the memory. Pending updates are lost: flush first."""
+        """End the threads, then the engine, then the memory. Pending updates are lost: flush
+        first."""
         self._holdings.close()
         self._finalizer.detach()  # not before: what ends this in the middle leaves the rest to it
 
     def _open_volumes(self, plan: Plan, io: IoOptions, commits: Path | None, earlier: SavedState | None) -> tuple:
-        """Volumes for states, what is frozen, gradients and activations, allocated in full: a full disk is found here."""
+        """Volumes for states, what is frozen, gradients and activations, allocated in full: a full
+        disk is found here."""
         items = plan.ssd_items
         remove_leftovers(commits, io.directories)
         states_name, frozen_name, gradients_name, activations_name = WORKING
@@ -186,14 +190,15 @@ def can_continue(saved: SavedState, plan: Plan, io: IoOptions) -> bool:
 
 
 def update_order(plan: Plan) -> list[UnitSpec]:
-    """Units in the order in which a save can have them: those on the GPU are complete when a step is, the others when
-    their update is."""
+    """Units in the order in which a save can have them: those on the GPU are complete when a step
+    is, the others when their update is."""
     return sorted(plan.spec.units, key=lambda u: (not plan.placement(u).on_gpu, u.kind != "shared",
                                                   u.index if plan.deferred else -u.index))
 
 
 def param_order(parts: Parts, plan: Plan) -> dict[str, int]:
-    """Position of each trained parameter among those of the module: the order in which norms are summed."""
+    """Position of each trained parameter among those of the module: the order in which norms are
+    summed."""
     trained = {p.name for u in plan.spec.units for p in u.params if p.trainable}
     names = [name for name, _ in parts.module.named_parameters() if name in trained]
     assert len(names) == len(trained), "a trained parameter is not in the module under its name"

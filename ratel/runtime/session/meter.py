@@ -9,8 +9,9 @@ from ratel.runtime.updates.pipeline import OptimizerPipeline
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Of one step. ``bound_s`` is the busy time of the busiest resource: what the step would take were all else hidden. Bytes
-    are all since the last step; busy seconds are of the step itself, beside whose length they are put."""
+    """What one step used. ``bound_s`` is the busy time of the busiest resource: what the step would
+    take were all else hidden. Bytes are all since the last step; busy seconds are of the step
+    itself, beside whose length they are put."""
 
     busy_s: dict[str, float]
     ssd_read_bytes: int
@@ -31,8 +32,9 @@ class Usage:
 class Meter:
     """Reads counters at the end of each step and reports the difference.
 
-    Updates go on after a step, while the next batch is waited for or a state is saved. Their seconds are in neither step:
-    counted for the next one, a drive was busy for ten times as long as that took.
+    Updates go on after a step, while the next batch is waited for or a state is saved. Their
+    seconds are in neither step: counted for the next one, a drive was busy for ten times as long as
+    that took.
     """
 
     def __init__(self, lanes: Lanes, updates: OptimizerPipeline, engine: "native.nvme_ds.Engine | None") -> None:

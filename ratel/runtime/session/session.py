@@ -59,24 +59,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Session:
     """Trains every parameter of a model whose states live on GPU, in DRAM and on SSD.
 
-    ``model``: Hugging Face directory, preset name, configuration, PreTrainedModel, or any nn.Module with repeated blocks
-    and a ``loss_fn(model, batch)``. ``gpu_memory``, ``dram``: budgets (``"24GiB"`` or bytes); by default what is free.
-    ``ssd``: directories to stripe over. ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one
-    tier, ``placement`` single units or planes (`ratel.planner.placement.forced_placements`), ``activations`` what is kept
-    of the inside of blocks (`ratel.planner.activation_policy`). None of these, nor ``buffers`` and the thread counts, change a
-    result. ``compile``: ``on`` fuses the operations of blocks by `torch.compile`, which rounds otherwise and keeps nothing of
-    their inside. ``optimizer_state``: a file or directory with the moments and the step count to start from
-    (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so that ``commit`` can make
-    a step last without copying what is there; its records go to the directory ``commits``. ``auto`` takes that where it
-    pays and fits, else ``checkpoint``: copies by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the
-    rates to plan with (`ratel.startup.known_hardware.hardware_for`). ``loss_fn(model, batch)`` returns the mean over the rows of
-    what it is given, a scalar: it is called for each micro-batch, whose size the plan chooses, and the results are averaged by
-    rows (a mean over tokens of which rows have unlike numbers depends on that size; ``micro_batch`` fixes it). ``task``:
-    ``classify``, ``tokens`` or ``masked-lm`` train a model of transformers with that head on batches with ``labels`` (a
-    `ratel.Task` also says the labels' names); no ``loss_fn`` then. ``router_aux_loss``: ``auto`` adds the loss of routers to
-    that of a causal language model if its configuration has ``output_router_logits``, ``off`` never, a number always, with
-    that coefficient. Raises RatelError for what cannot work, before anything is
-    reserved.
+    ``model``: Hugging Face directory, preset name, configuration, PreTrainedModel, or any nn.Module
+    with repeated blocks and a ``loss_fn(model, batch)``. ``gpu_memory``, ``dram``: budgets
+    (``"24GiB"`` or bytes); by default what is free. ``ssd``: directories to stripe over.
+    ``max_grad_norm`` 0 or None: no clipping. ``tier`` forces all states into one tier,
+    ``placement`` single units or planes (`ratel.planner.placement.forced_placements`),
+    ``activations`` what is kept of the inside of blocks (`ratel.planner.activation_policy`). None
+    of these, nor ``buffers`` and the thread counts, change a result. ``compile``: ``on`` fuses the
+    operations of blocks by `torch.compile`, which rounds otherwise and keeps nothing of their
+    inside. ``optimizer_state``: a file or directory with the moments and the step count to start
+    from (docs/state_format.md). ``durable``: ``step`` keeps two versions of everything on SSD, so
+    that ``commit`` can make a step last without copying what is there; its records go to the
+    directory ``commits``. ``auto`` takes that where it pays and fits, else ``checkpoint``: copies
+    by ``save``. ``checksums`` of what is on SSD: on or off. ``hardware``: the rates to plan with
+    (`ratel.startup.known_hardware.hardware_for`). ``loss_fn(model, batch)`` returns the mean over
+    the rows of what it is given, a scalar: it is called for each micro-batch, whose size the plan
+    chooses, and the results are averaged by rows (a mean over tokens of which rows have unlike
+    numbers depends on that size; ``micro_batch`` fixes it). ``task``: ``classify``, ``tokens`` or
+    ``masked-lm`` train a model of transformers with that head on batches with ``labels`` (a
+    `ratel.Task` also says the labels' names); no ``loss_fn`` then. ``router_aux_loss``: ``auto``
+    adds the loss of routers to that of a causal language model if its configuration has
+    ``output_router_logits``, ``off`` never, a number always, with that coefficient. Raises
+    RatelError for what cannot work, before anything is reserved.
     """
 
     def __init__(self, model: Any, *, gpu_memory: str | int | None = None, dram: str | int | None = None,
@@ -120,7 +124,8 @@ class Session:
         self._hardware = hardware
         self.machine: Hardware | None = None
         self.prediction: Prediction | None = None
-        """Of a step; like ``machine``, where the plan was made with a machine's rates."""
+        """What a step was predicted to take; like ``machine``, there is one where the plan was made
+        with a machine's rates."""
         self._hyper = dict(zip(("beta1", "beta2"), given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"])
         self.lr, self.seed, self.dtype = learning_rate(lr), given["seed"], dtype
         self._threads = worker_cores() if optimizer_threads == "auto" else given["optimizer_threads"]
@@ -134,7 +139,8 @@ class Session:
         self._attempts, self._saved_at = 0, -1
         self._saved: SavedState | None = None
         self.accuracy: float | None = None
-        """Of the last evaluation: the share of targets whose most likely label is right, for tasks that choose a label."""
+        """The share of targets of the last evaluation whose most likely label is right, for tasks
+        that choose a label."""
         with phases.phase("model in outline"):
             self.parts = models.load(model, dtype=computes_in, device=self.device, seed=seed, loss_fn=loss_fn,
                                      attention=attention, task=task)
@@ -159,7 +165,8 @@ class Session:
 
     @entered
     def prepare(self, rows: int, seq_len: int) -> Plan:
-        """Plan for batches of this shape, reserve everything, import the weights. The first step does it otherwise."""
+        """Plan for batches of this shape, reserve everything, import the weights. The first step
+        does it otherwise."""
         if not self.parts.probed:
             raise RatelError("a model with its own loss is prepared by its first batch", field="prepare",
                              remedy="Call step(batch)")
@@ -171,7 +178,8 @@ class Session:
 
     @entered
     def plan_for(self, rows: int, seq_len: int) -> Planned:
-        """What `prepare` would decide. Blocks are tried out, nothing is reserved. Raises RatelError for what does not fit."""
+        """What `prepare` would decide. Blocks are tried out, nothing is reserved. Raises RatelError
+        for what does not fit."""
         self._check_usable()
         batch = self.parts.sample(rows, seq_len)
         self._check_length(seq_len)
@@ -203,7 +211,8 @@ class Session:
         return make_plan(blocks, batch, wishes, self.device)
 
     def _micro_before(self, batch: Any) -> int | None:
-        """Of the run whose state was loaded, if its steps had as many rows."""
+        """The rows of a micro-batch of the run whose state was loaded, if its steps had as many
+        rows."""
         before = self._saved.training.get("micro_batches", {}) if self._saved else {}
         return before.get("rows_of_one") if before.get("rows") == count_rows(batch) else None
 
@@ -246,10 +255,11 @@ class Session:
 
     @entered
     def step(self, batch: Any, *, lr: float | None = None, trace: bool = False) -> StepResult:
-        """Forward, backward and update on one batch; see docs/architecture.md for what happens when.
+        """Forward, backward and update on one batch; see docs/architecture.md for what happens
+        when.
 
-        ``trace`` records what every resource and thread did (``timeline``, which `Timeline.write` draws), and waits for
-        the device at the end; it changes no result.
+        ``trace`` records what every resource and thread did (``timeline``, which `Timeline.write`
+        draws), and waits for the device at the end; it changes no result.
         """
         begun = perf_counter()
         _check_gradients_can_be()
@@ -278,8 +288,8 @@ class Session:
 
     @entered
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """Mean loss per target token (per row for a model with its own loss), without dropout. Batches of more rows than a
-        step's are taken in pieces."""
+        """Mean loss per target token (per row for a model with its own loss), without dropout.
+        Batches of more rows than a step's are taken in pieces."""
         if not isinstance(batches, Iterable):
             raise RatelError("is not an iterable of batches", field="evaluate", value=type(batches).__name__, remedy="Give a list of them")
         total, weight = 0.0, 0
@@ -325,8 +335,8 @@ class Session:
 
     @entered
     def state_dict(self) -> dict[str, Any]:
-        """All master weights by parameter name, fp32 on the CPU, and what else the model's state dict has. Whole in memory:
-        for models that fit there."""
+        """All master weights by parameter name, fp32 on the CPU, and what else the model's state
+        dict has. Whole in memory: for models that fit there."""
         result: dict[str, Any] = self.parts.other_state()
         for unit in self.plan.spec.units:
             flat = self.read_master(unit)
@@ -335,10 +345,12 @@ class Session:
 
     @entered
     def save(self, path: "str | os.PathLike", *, extra: dict[str, Any] | None = None, wait: bool = True) -> Path:
-        """Write the complete training state as a directory; ``extra`` (JSON, copied now) is handed back by `load`.
+        """Write the complete training state as a directory; ``extra`` (JSON, copied now) is handed
+        back by `load`.
 
-        An older state of that name is replaced only by a complete one; what else was in the directory stays. Without ``wait``
-        it is written while training goes on, and an error is raised by a later call.
+        An older state of that name is replaced only by a complete one; what else was in the
+        directory stays. Without ``wait`` it is written while training goes on, and an error is
+        raised by a later call.
         """
         if self._machinery is None:
             raise RatelError("there is nothing to save before the first step", field="save")
@@ -350,8 +362,9 @@ class Session:
 
     @entered
     def commit(self, *, extra: dict[str, Any] | None = None, wait: bool = False) -> None:
-        """Make the last step last (``durable="step"``): after a crash at any time, `load` of ``commits`` continues from the
-        newest commit that was complete. Training goes on meanwhile, unless ``wait``.
+        """Make the last step last (``durable="step"``): after a crash at any time, `load` of
+        ``commits`` continues from the newest commit that was complete. Training goes on meanwhile,
+        unless ``wait``.
         """
         if self._machinery is None or not self.plan.commits:
             raise RatelError("the session does not commit in place", field="durable", value=self._wishes.durable,
@@ -392,10 +405,12 @@ class Session:
 
     @entered
     def load(self, path: "str | os.PathLike") -> dict[str, Any]:
-        """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was saved with.
+        """Continue from a saved state: weights, moments, step counts. Returns the ``extra`` it was
+        saved with.
 
-        Comes before the first step. Tiers, budgets, devices and the number of SSD directories may differ. Raises
-        RatelError for a state that is incomplete, damaged or of another model; then nothing has changed.
+        Comes before the first step. Tiers, budgets, devices and the number of SSD directories may
+        differ. Raises RatelError for a state that is incomplete, damaged or of another model; then
+        nothing has changed.
         """
         self._check_usable()
         if self._machinery is not None:
@@ -416,19 +431,20 @@ class Session:
 
     @property
     def reads_a_copy(self) -> bool:
-        """The state that was loaded is a copied directory, whose planes are in the SSD files of another one: these are read, and
-        left alone."""
+        """The state that was loaded is a copied directory, whose planes are in the SSD files of
+        another one: these are read, and left alone."""
         return self._saved is not None and self._saved.is_foreign
 
     @entered
     def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False,
                beside: Callable[[Path], None] | None = None) -> Path:
-        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit in memory at a time, with
-        what lay beside the weights that it began with. ``beside`` writes further files into the directory that it is given.
+        """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit
+        in memory at a time, with what lay beside the weights that it began with. ``beside`` writes
+        further files into the directory that it is given.
 
-        An older export is replaced only by a complete one that is on disk; what else was in the directory stays. A model there
-        that is no export of Ratel is refused. ``optimizer``: with the moments, as `ratel.load_adamw_state` reads them; in bf16
-        the weights beside are rounded.
+        An older export is replaced only by a complete one that is on disk; what else was in the
+        directory stays. A model there that is no export of Ratel is refused. ``optimizer``: with
+        the moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
         """
         if self._machinery is None:
             raise RatelError("there is nothing to export before the first step", field="export")
@@ -455,9 +471,11 @@ class Session:
     # --- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Complete pending updates, give a module its trained weights back, release everything. Idempotent.
+        """Complete pending updates, give a module its trained weights back, release everything.
+        Idempotent.
 
-        After an error a module has the weights that it came with. An error that no call has raised yet is raised here.
+        After an error a module has the weights that it came with. An error that no call has raised
+        yet is raised here.
         """
         if self._entrance.is_foreign:
             self._closed = True
@@ -559,7 +577,8 @@ class Session:
 
 
 class _Protected:
-    """What does not come to its end because of an error leaves the session unusable, but closable."""
+    """What does not come to its end because of an error leaves the session unusable, but
+    closable."""
 
     def __init__(self, session: Session, kind: type[BaseException]) -> None:
         self._session, self._kind = session, kind
@@ -595,7 +614,8 @@ def _dtype_of(name: str) -> torch.dtype:
 
 
 def _as_of_now(extra: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy, as JSON has it: it is written in the background, while the caller may go on with the original."""
+    """A copy, as JSON has it: it is written in the background, while the caller may go on with the
+    original."""
     try:
         return json.loads(json.dumps(extra or {}))
     except (TypeError, ValueError) as error:

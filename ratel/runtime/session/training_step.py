@@ -22,12 +22,14 @@ from ratel.runtime.updates.updater import decay_ranges
 
 
 REMEMBERED_STEPS = 8
-"""Of which early updates would have been right in most: then they are made in the next step."""
+"""The next step makes early updates if they would have been right in most of so many steps before
+it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Of one step. ``grad_norm`` is taken before clipping; ``applied``: the update is made, now or in the background.
+    """What became of one step. ``grad_norm`` is taken before clipping; ``applied``: the update is
+    made, now or in the background.
 
     ``early_units``: updated before the norm was known; ``redone_units``: of these, in vain.
     """
@@ -40,19 +42,21 @@ class Outcome:
 
 
 class Training:
-    """Decides about updates: when they are asked for, with which scale, or that a step is left out."""
+    """Decides about updates: when they are asked for, with which scale, or that a step is left
+    out."""
 
     def __init__(self, blocks: BlockRuns, plan: Plan, machinery: Machinery, *, seed: int, clip: float) -> None:
         self._plan, self._m, self._clip = plan, machinery, clip
         self._guesses: deque[bool] = deque(maxlen=REMEMBERED_STEPS)
-        """Of the last steps: were all gradients finite and none scaled?"""
+        """Whether, in each of the last steps, all gradients were finite and none was scaled."""
         m = machinery
         blocks.spill_to(m.spiller)
         self._vertical = VerticalStep(blocks, plan, m.streamer, m.weights, m.activations, m.gradients, m.lanes, seed=seed,
                                       on_gradient=partial(hand_over, plan, m))
 
     def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> Outcome:
-        """``attempt`` numbers the step for the random generators. Updates may go on in the background afterwards.
+        """``attempt`` numbers the step for the random generators. Updates may go on in the
+        background afterwards.
         """
         with self._m.lanes.computing():
             return self._step(micros, targets, attempt, hyper)
@@ -90,8 +94,8 @@ class Training:
         return early
 
     def _decide(self, hyper: Hyper, finite: bool, early: list[UnitSpec]) -> list[UnitSpec]:
-        """Deferred mode: start all updates in forward order but those made early, or drop all gradients. Returns units
-        that have to be updated again."""
+        """Deferred mode: start all updates in forward order but those made early, or drop all
+        gradients. Returns units that have to be updated again."""
         again = self._m.updates.decide(hyper if finite else None)
         done = {unit.index for unit in early}
         late = again + [u for u in self._plan.spec.units if u.num_trainable and u.index not in done]
@@ -104,7 +108,8 @@ class Training:
         return again
 
     def _conclude_eager(self, finite: bool) -> bool:
-        """The pipeline has left out the whole step, or made all of it; anything between is an error."""
+        """The pipeline has left out the whole step, or made all of it; anything between is an
+        error."""
         bad = [] if finite else self._m.gradients.not_finite()
         if not bad:
             return True
@@ -119,7 +124,8 @@ class Training:
                 self._m.updates.submit(unit, hyper)
 
     def _update_on_gpu(self, hyper: Hyper) -> None:
-        """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU optimizer."""
+        """Units whose planes are on the device; CUDA runs a kernel, a CPU device the CPU
+        optimizer."""
         for unit in self._plan.spec.units:
             if unit.num_trainable and self._plan.placement(unit).on_gpu:
                 self._m.saver.wait_copied(unit.index, 1)
@@ -154,7 +160,8 @@ def hand_over(plan: Plan, machinery: Machinery, unit: UnitSpec, grad: torch.Tens
 
 
 def _to_ssd(machinery: Machinery, unit: UnitSpec, gradient: GradientInFlight) -> None:
-    """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is written."""
+    """The gradient waits on SSD: write it once it is in DRAM, and announce it once it is
+    written."""
     # Not the machinery: whoever drops that would wait for the thread that has this.
     io, engine, writes, updates = machinery.io, machinery.engine, machinery.writes, machinery.updates
 
@@ -170,15 +177,17 @@ def _to_ssd(machinery: Machinery, unit: UnitSpec, gradient: GradientInFlight) ->
 
 
 def expects_no_scaling(guesses: Iterable[bool]) -> bool:
-    """Whether an early update is likely to be right. A wrong one costs bandwidth, and time only where that is short; so
-    it is made when it would have been right more often than not. Not in the first step, whose norm is the least certain.
+    """Whether an early update is likely to be right. A wrong one costs bandwidth, and time only
+    where that is short; so it is made when it would have been right more often than not. Not in the
+    first step, whose norm is the least certain.
     """
     right = list(guesses)
     return 2 * sum(right) > len(right)
 
 
 def clip_scale(norm: torch.Tensor, max_norm: float) -> float:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by: ``min(1, max_norm / (norm + 1e-6))`` in fp32."""
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by: ``min(1, max_norm / (norm +
+    1e-6))`` in fp32."""
     if not max_norm:
         return 1.0
     return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

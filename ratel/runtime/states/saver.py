@@ -1,8 +1,10 @@
-"""Copies states out while training goes on: one thread, unit by unit, in the order in which they are updated.
+"""Copies states out while training goes on: one thread, unit by unit, in the order in which they
+are updated.
 
-A save is of one moment: after the updates asked for so far. Each unit is copied once these are on its tier, into
-buffers in DRAM and from there to the target; only the unit's *next* update waits for that. So training is held up by
-what the copy takes of its bandwidth, and by nothing where a whole step lies between two updates of a unit.
+A save is of one moment: after the updates asked for so far. Each unit is copied once these are on
+its tier, into buffers in DRAM and from there to the target; only the unit's *next* update waits for
+that. So training is held up by what the copy takes of its bandwidth, and by nothing where a whole
+step lies between two updates of a unit.
 """
 
 from collections import deque
@@ -39,13 +41,15 @@ class Target(Protocol):
     """Where a save goes. Its methods are called on the saver's thread, in this order."""
 
     is_in_place: bool
-    """It is made of the files that training works on. A unit with planes there may be updated again only when the whole
-    save is complete; after a failure nothing is known of what training has written, so the session ends."""
+    """It is made of the files that training works on. A unit with planes there may be updated again
+    only when the whole save is complete; after a failure nothing is known of what training has
+    written, so the session ends."""
 
     def begin(self) -> None: ...
 
     def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
-        """The planes of the unit that have to be copied. Asked once for each unit, when it may be."""
+        """The planes of the unit that have to be copied. Asked once for each unit, when it may
+        be."""
 
     def write(self, unit: UnitSpec, plane: str, begin: int, values: torch.Tensor, sums: np.ndarray) -> int:
         """Start writing a piece; returns the ticket."""
@@ -100,7 +104,8 @@ class Saver:
     # --- other threads ------------------------------------------------------------------------------------------
 
     def request(self, target: Target, training: dict[str, Any]) -> None:
-        """Save what the updates asked for so far lead to. An earlier save must have been waited for."""
+        """Save what the updates asked for so far lead to. An earlier save must have been waited
+        for."""
         save = Save(target, training, self._updates.asked(), self._lanes.record("compute"))
         with self._exchange.lock:
             assert self._save is None, "one save at a time"
@@ -108,7 +113,8 @@ class Saver:
             self._mail.put(save)
 
     def wait(self) -> Save | None:
-        """Block until the save under way, if any, has ended, and return it. What it failed with is in it."""
+        """Block until the save under way, if any, has ended, and return it. What it failed with is
+        in it."""
         with self._exchange.lock:
             save = self._save
             if save is not None:
@@ -122,7 +128,8 @@ class Saver:
             return self.wait() if self._save is not None and self._save.done else None
 
     def wait_copied(self, unit: int, number: int) -> None:
-        """Block until the save under way, if any, no longer needs what update ``number`` of the unit overwrites."""
+        """Block until the save under way, if any, no longer needs what update ``number`` of the
+        unit overwrites."""
         with self._exchange.lock:
             save = self._save
             if save is None or number <= save.asked[unit]:
@@ -170,7 +177,8 @@ class Saver:
         save.target.finish({**save.training, **self._base.describe()})
 
     def _abort(self, save: Save, error: Exception) -> None:
-        """Nothing of the save may still be moving when its buffers are used again and its files are removed."""
+        """Nothing of the save may still be moving when its buffers are used again and its files are
+        removed."""
         while self._filling:
             filling = self._filling.popleft()
             self._settle(lambda: self._wait_full(filling))
@@ -248,7 +256,8 @@ class Saver:
 
 
 def raise_failure(save: Save | None) -> None:
-    """What a save failed with, as the user should read it. The session goes on: its own states are well."""
+    """What a save failed with, as the user should read it. The session goes on: its own states are
+    well."""
     if save is None or save.error is None:
         return
     if isinstance(save.error, OSError):

@@ -1,4 +1,5 @@
-"""Gradients of one unit at a time: accumulated on the GPU over micro-batches, measured, and moved to DRAM once."""
+"""Gradients of one unit at a time: accumulated on the GPU over micro-batches, measured, and moved
+to DRAM once."""
 
 import torch
 
@@ -16,8 +17,9 @@ CPU_CHUNK = 1 << 16
 
 
 def cpu_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32 scalar. PyTorch's own adds up all squares of a large tensor in a few fp32 numbers on a CPU: of 28 M elements it is off
-    by up to 2e-3, where on a GPU it is off by 1e-7. Here chunks are, and their norms are added in fp64."""
+    """fp32 scalar. PyTorch's own adds up all squares of a large tensor in a few fp32 numbers on a
+    CPU: of 28 M elements it is off by up to 2e-3, where on a GPU it is off by 1e-7. Here chunks
+    are, and their norms are added in fp64."""
     flat = tensor.reshape(-1)
     whole = flat.numel() // CPU_CHUNK * CPU_CHUNK
     if whole == 0 or flat.numel() == CPU_CHUNK:
@@ -28,11 +30,13 @@ def cpu_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Gradients:
-    """``begin`` a unit before its first backward, ``collect`` after each; ``close``, ``measure`` and ``move`` after the last.
+    """``begin`` a unit before its first backward, ``collect`` after each; ``close``, ``measure``
+    and ``move`` after the last.
 
-    The norm of each parameter's gradient is taken on the device that computed it, wherever the gradient then goes, so
-    that the clipping scale does not depend on placement. The total is formed as ``torch.nn.utils.clip_grad_norm_``
-    does: the norm of the norms, in the module's order of parameters.
+    The norm of each parameter's gradient is taken on the device that computed it, wherever the
+    gradient then goes, so that the clipping scale does not depend on placement. The total is formed
+    as ``torch.nn.utils.clip_grad_norm_`` does: the norm of the norms, in the module's order of
+    parameters.
     """
 
     def __init__(self, plan: Plan, store: Store, arena: Arena, exchange: Exchange, lanes: Lanes,
@@ -57,7 +61,8 @@ class Gradients:
         """By unit, and address and type of a buffer."""
 
     def begin(self, unit: UnitSpec) -> torch.Tensor:
-        """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after ``close``."""
+        """Where the unit's gradient will be (1-D, ``num_trainable``, on the device); complete after
+        ``close``."""
         grad = self._resident(unit)
         if grad is None:
             slot = self._slots[unit.index] = self._pools[self._plan.class_of(unit)].acquire("gradient", unit.name)
@@ -67,10 +72,11 @@ class Gradients:
         return grad
 
     def collect(self, unit: UnitSpec, grad: torch.Tensor, parts: list[torch.Tensor | None]) -> None:
-        """Take over what one backward pass has left on the parameters (None: this pass did not use it).
+        """Take over what one backward pass has left on the parameters (None: this pass did not use
+        it).
 
-        Autograd's own tensors are read once and go; accumulating in place on attached views would read and write the
-        sum as well, in compute precision.
+        Autograd's own tensors are read once and go; accumulating in place on attached views would
+        read and write the sum as well, in compute precision.
         """
         total = self._total(unit, grad)
         views = self._views(unit, total)
@@ -96,7 +102,8 @@ class Gradients:
                 grad.copy_(total)
 
     def measure(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
-        """Norms of the unit's parameters into their places in the total; returns the unit's own (fp32 scalar on the device)."""
+        """Norms of the unit's parameters into their places in the total; returns the unit's own
+        (fp32 scalar on the device)."""
         with self._lanes.work("compute", f"gradient {unit.name}"):
             views = self._views(unit, grad)
             norms = [cpu_norm(view) for view in views] if grad.device.type == "cpu" else torch._foreach_norm(views, 2, dtype=torch.float32)
@@ -132,12 +139,14 @@ class Gradients:
         return torch.linalg.vector_norm(self._norms)
 
     def not_finite(self) -> list[UnitSpec]:
-        """Units of which some gradient of the step is NaN or infinite. None may be, where only the total overflows."""
+        """Units of which some gradient of the step is NaN or infinite. None may be, where only the
+        total overflows."""
         norms = self._norms.cpu()
         return [u for u in self._plan.spec.units if not torch.isfinite(norms[self._places[u.index].cpu()]).all()]
 
     def _total(self, unit: UnitSpec, grad: torch.Tensor) -> torch.Tensor:
-        """Where passes are summed: the fp32 accumulator of the unit's class, or the gradient itself."""
+        """Where passes are summed: the fp32 accumulator of the unit's class, or the gradient
+        itself."""
         acc = self._acc.get(self._plan.class_of(unit))
         return grad if acc is None or unit.fp32 else acc[: grad.numel()]
 

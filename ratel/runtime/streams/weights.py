@@ -13,7 +13,8 @@ from ratel.store.planes import DTYPES, Store
 
 
 class WeightSource:
-    """Weights from DRAM planes and SSD slots into GPU slots, never before the unit's pending update is done."""
+    """Weights from DRAM planes and SSD slots into GPU slots, never before the unit's pending update
+    is done."""
 
     def __init__(self, plan: Plan, store: Store, cache: HostCache, exchange: Exchange, lanes: Lanes,
                  ledger: Ledger) -> None:
@@ -86,7 +87,8 @@ class WeightSource:
 
 def merge(hi: torch.Tensor, lo: torch.Tensor, out: torch.Tensor,
           staging: "tuple[torch.Tensor, torch.Tensor] | None") -> None:
-    """``out`` (fp32) = the master whose halves are ``hi`` (bf16) and ``lo`` (int16): ``bits = (hi << 16) + lo``.
+    """``out`` (fp32) = the master whose halves are ``hi`` (bf16) and ``lo`` (int16): ``bits = (hi
+    << 16) + lo``.
 
     Across PCIe the halves go through ``staging`` first, so that the copies are plain ones.
     """

@@ -17,7 +17,8 @@ from ratel.units import align_up
 
 
 class Loader:
-    """Takes updates from ``jobs``, cuts them into chunks, reserves a ring slot for each and starts its reads."""
+    """Takes updates from ``jobs``, cuts them into chunks, reserves a ring slot for each and starts
+    its reads."""
 
     def __init__(self, plan: Plan, store: Store, cache: HostCache, arena: Arena, io: PlaneIO, ledger: Ledger, jobs: Mailbox,
                  chunks: Mailbox) -> None:

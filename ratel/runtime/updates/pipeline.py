@@ -1,11 +1,13 @@
-"""The CPU optimizer pipeline: state chunks from SSD, fused AdamW, and back, under the GPU's computation.
+"""The CPU optimizer pipeline: state chunks from SSD, fused AdamW, and back, under the GPU's
+computation.
 
-Two threads, each a plain loop over the same sequence of chunks: the *loader* reserves ring slots and starts reads ahead
-of need, the *updater* waits for a chunk's bytes and its unit's gradient, runs AdamW and starts the write-back. One
-result whatever the mode: *eager* feeds units as their gradients arrive, *deferred* feeds all of them, in forward order,
-once the norm of the step is known. *Speculative* feeds some as their gradients arrive, with the scale that is likely;
-these write beside what they read, and when the norm is known their result is kept or forgotten. What is forgotten is
-updated once more, like the rest, from the same state.
+Two threads, each a plain loop over the same sequence of chunks: the *loader* reserves ring slots
+and starts reads ahead of need, the *updater* waits for a chunk's bytes and its unit's gradient,
+runs AdamW and starts the write-back. One result whatever the mode: *eager* feeds units as their
+gradients arrive, *deferred* feeds all of them, in forward order, once the norm of the step is
+known. *Speculative* feeds some as their gradients arrive, with the scale that is likely; these
+write beside what they read, and when the norm is known their result is kept or forgotten. What is
+forgotten is updated once more, like the rest, from the same state.
 """
 
 from collections.abc import Callable
@@ -36,7 +38,8 @@ class OptimizerPipeline:
         self._speculation = Speculation(plan, store, self.ledger)
         self._never_updated = [u.index for u in plan.spec.units if not u.num_trainable and plan.weights_from_ssd(u)]
         self._unkept = self._never_updated
-        """Units of which no updated copy is left in DRAM: the next forward pass reads them from SSD."""
+        """Units of which no updated copy is left in DRAM: the next forward pass reads them from
+        SSD."""
         self._jobs, chunks = Mailbox(exchange), Mailbox(exchange)
         self.loader = Loader(plan, store, cache, arena, io, self.ledger, self._jobs, chunks)
         self._updater = Updater(plan, store, cache, pool, engine, io, writes, self.ledger, self._speculation, self.loader, chunks)
@@ -47,7 +50,8 @@ class OptimizerPipeline:
         return self._updater.busy_s
 
     def hold_back(self, may_update: Callable[[int, int], None]) -> None:
-        """Call this with (unit, number of its update) before each update; it returns once that one may overwrite."""
+        """Call this with (unit, number of its update) before each update; it returns once that one
+        may overwrite."""
         self._updater.may_update = may_update
 
     def asked(self) -> list[int]:
@@ -63,15 +67,17 @@ class OptimizerPipeline:
                                after=self._speculation.before(unit.index)))
 
     def submit_early(self, units: list[UnitSpec], hyper: Hyper) -> None:
-        """Ask for updates that start when gradients arrive, with the scale that is likely; ``decide`` must follow."""
+        """Ask for updates that start when gradients arrive, with the scale that is likely;
+        ``decide`` must follow."""
         with self._exchange.lock:
             self._jobs.put(*self._speculation.begin(units, hyper))
 
     def decide(self, hyper: Hyper | None) -> list[UnitSpec]:
-        """The norm is known: ``hyper`` has the right scale; None: the step is skipped, and its early updates forgotten.
+        """The norm is known: ``hyper`` has the right scale; None: the step is skipped, and its
+        early updates forgotten.
 
-        Returns units whose early update was begun with another scale; they must be submitted like those that were not
-        updated early.
+        Returns units whose early update was begun with another scale; they must be submitted like
+        those that were not updated early.
         """
         with self._exchange.lock:
             early = self._speculation.decide(hyper)
@@ -84,7 +90,8 @@ class OptimizerPipeline:
         self.ledger.arrived(unit.index, gradient)
 
     def finish_step(self) -> bool:
-        """Eager mode, after backward: wait for this step's updates. False if none was made: all skipped, or none asked."""
+        """Eager mode, after backward: wait for this step's updates. False if none was made: all
+        skipped, or none asked."""
         with self._exchange.lock:
             self.ledger.wait(lambda: self.ledger.updated == self.ledger.asked, "update")
             return self._updater.skipped != max(self.ledger.asked)

@@ -1,4 +1,5 @@
-"""Updates that are made before the norm of the step is known, and what becomes of them when it is."""
+"""Updates that are made before the norm of the step is known, and what becomes of them when it
+is."""
 
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
@@ -8,7 +9,8 @@ from ratel.store.planes import Store
 
 
 class Speculation:
-    """Early updates of the step. They write beside what they read; the verdict keeps their result or forgets it."""
+    """Early updates of the step. They write beside what they read; the verdict keeps their result
+    or forgets it."""
 
     def __init__(self, plan: Plan, store: Store, ledger: Ledger) -> None:
         self._plan, self._store, self._ledger = plan, store, ledger
@@ -21,7 +23,8 @@ class Speculation:
         return self._early
 
     def decide(self, hyper: Hyper | None) -> list[Job]:
-        """Give a verdict on all early updates of the step (see `OptimizerPipeline.decide`). The lock is held."""
+        """Give a verdict on all early updates of the step (see `OptimizerPipeline.decide`). The
+        lock is held."""
         early, self._early = self._early, []
         for job in early:
             self._judge(job, hyper)

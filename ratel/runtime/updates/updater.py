@@ -1,4 +1,5 @@
-"""The thread that updates parameters on the CPU: fused AdamW on the chunks that the loader brings, and their way back."""
+"""The thread that updates parameters on the CPU: fused AdamW on the chunks that the loader brings,
+and their way back."""
 
 from collections.abc import Callable
 from math import isfinite
@@ -24,7 +25,8 @@ from ratel.store.planes import Store
 
 
 class Updater:
-    """Waits for each chunk's bytes and its unit's gradient, runs AdamW, and starts the write-back."""
+    """Waits for each chunk's bytes and its unit's gradient, runs AdamW, and starts the
+    write-back."""
 
     def __init__(self, plan: Plan, store: Store, cache: HostCache, pool: "native.op_ds.Pool",
                  engine: "native.nvme_ds.Engine | None", io: PlaneIO, writes: Retirer, ledger: Ledger,
@@ -34,8 +36,8 @@ class Updater:
         self._ledger, self._speculation, self._loader, self._chunks = ledger, speculation, loader, chunks
         self._exchange = ledger.exchange
         self._applied = self.skipped = 0
-        """Eager mode: the step of the last update made, and of the last one left out. By number, and not cleared when a
-        step begins: updates of the step before may still run then."""
+        """Eager mode: the step of the last update made, and of the last one left out. By number,
+        and not cleared when a step begins: updates of the step before may still run then."""
         self.may_update: Callable[[int, int], None] = at_once
         self.busy_s = 0.0
         self.worker = Worker("updater", ledger.exchange, self._update)
@@ -66,7 +68,8 @@ class Updater:
 
     def _ready_weights(self, job: Job) -> None:
         if not job.keep:
-            # Taken only now: the gradient cannot have arrived before the gather for backward left the copy.
+            # Taken only now: the gradient cannot have arrived before the gather for backward left
+            # the copy.
             job.weights = self._cache.take_left(job.unit.index)
         if job.weights is not None:
             self._cache.ready(job.weights)
@@ -82,8 +85,9 @@ class Updater:
                     job.slot = self._store.versions.spare(job.unit.index)
 
     def _skips(self, job: Job, gradient: GradientInFlight) -> bool:
-        """A NaN or infinity in the loss reaches the first gradient to arrive, before anything has been updated: the
-        whole step is then left out. One that appears later cannot be undone in eager mode.
+        """A NaN or infinity in the loss reaches the first gradient to arrive, before anything has
+        been updated: the whole step is then left out. One that appears later cannot be undone in
+        eager mode.
         """
         if self._plan.deferred:
             return job.is_void
@@ -125,7 +129,8 @@ class Updater:
         return planes
 
     def _second_places(self, chunk: Chunk) -> dict[str, torch.Tensor]:
-        """Of planes in DRAM: an early update leaves them as they are. What comes from SSD it changes in its buffers."""
+        """Where an early update writes what it makes of planes in DRAM, which it leaves as they
+        are. What comes from SSD it changes in its buffers."""
         if not chunk.job.early:
             return {}
         seconds = {name: self._store.second(chunk.job.unit.index, name) for name in self._plan.formats.planes}
@@ -179,7 +184,8 @@ def at_once(unit: int, number: int) -> None:
 
 
 def decay_ranges(unit: UnitSpec, begin: int, end: int, weight_decay: float) -> list[tuple[int, float]]:
-    """``(end element, weight decay)`` ranges of the chunk ``[begin, end)``, relative to its begin."""
+    """``(end element, weight decay)`` ranges of the chunk ``[begin, end)``, relative to its
+    begin."""
     split = min(max(unit.num_decay - begin, 0), end - begin)
     ranges = [(split, weight_decay)] if split else []
     if split < end - begin:

@@ -1,4 +1,5 @@
-"""The largest model and the largest batch that fit a limit on DRAM: searched for by planning, then really trained."""
+"""The largest model and the largest batch that fit a limit on DRAM: searched for by planning, then
+really trained."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -21,13 +22,14 @@ SHORT = ("gpu_memory", "dram", "ssd")
 FEWEST_LAYERS = 2
 """Blocks are recognised by being repeated."""
 WARMUP = 2
-"""The first step waits for kernels while the CPU updates already, what the second is spared: 0.8 s were seen instead of 1.3."""
+"""The first step waits for kernels while the CPU updates already, what the second is spared: 0.8 s
+were seen instead of 1.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaxBench:
-    """``model`` gives the width of the blocks; a larger model has more of them. ``steps`` count, after `WARMUP` that do not.
-    ``options`` go to the Session."""
+    """``model`` gives the width of the blocks; a larger model has more of them. ``steps`` count,
+    after `WARMUP` that do not. ``options`` go to the Session."""
 
     model: str
     batch_size: int = 1
@@ -39,7 +41,8 @@ class MaxBench:
 
 
 def max_model(bench: MaxBench, limits: list[int], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
-    """One result per limit (bytes of DRAM): the deepest model that fits, trained for ``steps`` steps."""
+    """One result per limit (bytes of DRAM): the deepest model that fits, trained for ``steps``
+    steps."""
     def shape(layers: int) -> tuple[Any, int]:
         return preset_config(bench.model, num_blocks=layers), bench.batch_size
 
@@ -54,7 +57,8 @@ def max_batch(bench: MaxBench, limits: list[int], progress: Progress = lambda te
 
 def _train_all(bench: MaxBench, limits: list[int], progress: Progress, what: str, fewest: int,
                shape: Callable[[int], tuple[Any, int]]) -> list[dict[str, Any]]:
-    """Each search begins where the one before suggests: planning tries blocks out, which takes seconds."""
+    """Each search begins where the one before suggests: planning tries blocks out, which takes
+    seconds."""
     results: list[dict[str, Any]] = []
     for limit in limits:
         near = results[-1][what] * limit // results[-1]["dram_limit_bytes"] if results else 0
@@ -90,7 +94,8 @@ def _train_largest(bench: MaxBench, limit: int, progress: Progress, what: str, f
 
 
 def _in_a_new_process(bench: StepBench) -> dict[str, Any]:
-    """As a user would run it: what the search has left in this process would count against the limit."""
+    """As a user would run it: what the search has left in this process would count against the
+    limit."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure, bench).result()
 

@@ -1,4 +1,5 @@
-"""Frozen parameters: one place on SSD, in no state, named by their content; and training is what it was."""
+"""Frozen parameters: one place on SSD, in no state, named by their content; and training is what it
+was."""
 
 import json
 import os
@@ -28,7 +29,8 @@ from tests.support.families import batches
 pytestmark = pytest.mark.e2e
 PLACES = {"ssd": {"*": "ssd"}, "dram": {"*": "dram"}, "gpu": {"*": "gpu"}, "mixed": MIXED}
 MOSTLY = ("embed", "lm_head", "mlp", "layers.1.", "k_proj", "v_proj", "o_proj")
-"""What of llama is frozen here, 92% of it: what comes before the blocks, a block, most of the others."""
+"""What of llama is frozen here, 92% of it: what comes before the blocks, a block, most of the
+others."""
 
 
 def open_session(ssd: Path, place: str = "ssd", **options: Any) -> Session:
@@ -73,7 +75,8 @@ def paged(*sizes: int) -> int:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_bytes_on_ssd_and_in_a_state_are_what_the_formula_says(durable: str, dtype: str, ssd_dir: Path, tmp_path: Path,
                                                                steps: list[Any]) -> None:
-    """12 bytes of what is trained in each version; of what is frozen 2 (in fp32 4), once and in no state."""
+    """12 bytes of what is trained in each version; of what is frozen 2 (in fp32 4), once and in no
+    state."""
     options = dict(commits=tmp_path / "commits") if durable == "step" else {}
     with open_session(ssd_dir, dtype=dtype, durable=durable, **options) as session:
         session.step(steps[0])
