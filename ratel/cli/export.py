@@ -9,13 +9,15 @@ from ratel.errors import RatelError
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "export", "write a training state, or a model with an adapter merged in, as a directory that transformers loads",
-                         run)
+    parser = add_command(commands, "export", "write a training state, or a model with an adapter merged in, as a directory that "
+                                             "transformers loads", run)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--state", metavar="DIR", type=Path, help="a run's --out directory (its newest state), or one state in it")
-    source.add_argument("--adapter", metavar="DIR", type=Path, help="a LoRA adapter, of peft's or Ratel's: add it to the weights of --model")
+    source.add_argument("--adapter", metavar="DIR", type=Path,
+                        help="a LoRA adapter, of peft's or Ratel's: add it to the weights of --model")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the model goes; a new directory")
-    parser.add_argument("--model", metavar="DIR|PRESET", help="what the run was started from (default: as it says); the directory of the adapter's base")
+    parser.add_argument("--model", metavar="DIR|PRESET",
+                        help="what the run was started from (default: as it says); the directory of the adapter's base")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the weights (default: the run's, the model's)")
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[],
                         help="where the run's SSD files are, if their drives are mounted elsewhere now")

@@ -19,8 +19,8 @@ CHANGES_BASE = ("pissa", "olora")
 INITS = "default, gaussian, pissa, pissa_niter_N or olora"
 
 OPTIONS: Mapping[str, str] = MappingProxyType({
-    "rank": "--lora", "alpha": "--lora-alpha", "dropout": "--lora-dropout", "targets": "--lora-targets", "exclude": "--lora-exclude",
-    "parameters": "--lora-parameters", "init": "--lora-init", "rslora": "--rslora", "dora": "--dora",
+    "rank": "--lora", "alpha": "--lora-alpha", "dropout": "--lora-dropout", "targets": "--lora-targets",
+    "exclude": "--lora-exclude", "parameters": "--lora-parameters", "init": "--lora-init", "rslora": "--rslora", "dora": "--dora",
     "rank_pattern": "--lora-rank-pattern", "alpha_pattern": "--lora-alpha-pattern", "full": "--lora-full",
     "layers": "--lora-layers", "layers_pattern": "--lora-layers-pattern", "tied": "--lora-tied"})
 PEFT_FIELDS: Mapping[str, str] = MappingProxyType({
@@ -115,7 +115,8 @@ class LoraConfig:
             if not _is_number(alpha) or not 0 < alpha < math.inf:
                 self.refuse(name, "must be a number above 0", alpha, "Give alpha; the adapter is scaled by alpha / rank")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            self.refuse("dropout", "must be a number of at least 0 and below 1", self.dropout, "Use for example 0.1, or 0 for none")
+            self.refuse("dropout", "must be a number of at least 0 and below 1", self.dropout,
+                        "Use for example 0.1, or 0 for none")
         for name in ("rslora", "dora", "tied"):
             if not isinstance(getattr(self, name), bool):
                 self.refuse(name, "must be true or false", getattr(self, name), "Use one of them")
@@ -127,7 +128,8 @@ class LoraConfig:
         for name in ("targets", "exclude", "full", "parameters", "layers_pattern"):
             for value in _tuple(getattr(self, name)):
                 if not isinstance(value, str) or not value:
-                    self.refuse(name, "must be names", getattr(self, name), "Give names as the model has them, separated by commas")
+                    self.refuse(name, "must be names", getattr(self, name),
+                                "Give names as the model has them, separated by commas")
         for name in ("targets", "exclude"):
             if isinstance(getattr(self, name), str) and getattr(self, name).lower() != ALL_LINEAR:
                 self._check_pattern(name, getattr(self, name))
@@ -138,7 +140,8 @@ class LoraConfig:
             self.refuse("layers", "is for a list of targets, and the targets are one text", self.layers,
                         "List the targets, or put the layers into the regular expression")
         if self.layers_pattern and self.layers is None:
-            self.refuse("layers_pattern", "says nothing without layers", self.layers_pattern, "Give the layers as well, or leave it out")
+            self.refuse("layers_pattern", "says nothing without layers", self.layers_pattern,
+                        "Give the layers as well, or leave it out")
 
     def _check_pattern(self, name: str, pattern: str) -> None:
         try:

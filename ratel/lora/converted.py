@@ -28,12 +28,13 @@ def converted_config(config: LoraConfig) -> LoraConfig:
 def converted_targets(targets: Targets) -> Targets:
     """With the same scales to the last bit."""
     config = converted_config(targets.effective)
-    return replace(targets, config=config, effective=config,
-                   layers=tuple(replace(layer, rank=2 * layer.rank, alpha=config.alpha_of(layer.key)) for layer in targets.layers))
+    layers = tuple(replace(layer, rank=2 * layer.rank, alpha=config.alpha_of(layer.key)) for layer in targets.layers)
+    return replace(targets, config=config, effective=config, layers=layers)
 
 
 def converted_tensors(layer: AdaptedLayer, trained: LayerTensors, initial: LayerTensors) -> LayerTensors:
     """``initial``: what `ratel.lora.initial.initial` gave. The magnitudes of DoRA are of the sum,
     and stay."""
     assert layer.experts == 1, "pissa and olora are not for experts"
-    return LayerTensors(a=torch.cat([trained.a, initial.a]), b=torch.cat([trained.b, -initial.b], dim=1), magnitude=trained.magnitude)
+    a, b = torch.cat([trained.a, initial.a]), torch.cat([trained.b, -initial.b], dim=1)
+    return LayerTensors(a=a, b=b, magnitude=trained.magnitude)

@@ -14,7 +14,7 @@ from ratel.errors import RatelError
 from ratel.lora.config import LoraConfig
 from ratel.lora.initial import LayerTensors
 from ratel.lora.layers import PREFIX, AdaptedLayer
-from ratel.lora.older_experts import with_fused
+from ratel.lora.older_names import with_fused
 from ratel.lora.outline import CONV1D, ModelOutline
 from ratel.lora.peft_config import CONFIG_FILE, encode, of_directory, settings_of
 from ratel.lora.stored_config import stored_config
@@ -32,7 +32,7 @@ BASE_KEY = "ratel_base"
 
 _WHOLE = 1 << 62
 """No adapter is split into files: peft reads one."""
-_OLDER_EXPERTS = re.compile(r"\.experts\.\d+\.")
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class StoredAdapter:
     """The fingerprint of its base, where Ratel has written it."""
 
 
-def write_adapter(directory: Path, targets: Targets, tensors: Mapping[str, Tensor], *, base_name: str | None = None, base: str | None = None,
-                  task: str | None = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> None:
+def write_adapter(directory: Path, targets: Targets, tensors: Mapping[str, Tensor], *, base_name: str | None = None,
+                  base: str | None = None, task: str | None = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> None:
     """Write both files into a directory that has neither, synced. ``tensors``: by their names in
     the file, without those of tied layers; ``base``: the base's fingerprint. Raises OSError."""
     settings = settings_of(stored_config(targets), base=base_name, task=task,
@@ -68,43 +68,58 @@ def read_adapter(directory: Path, outline: ModelOutline, *, base: str | None = N
     """An adapter for this model. ``base``: the model's fingerprint, if known. Raises RatelError for
     one that is not whole, or was made for another base."""
     config = of_directory(directory, field)
-    path = _weights_file(directory, field)
-    header = read_header(path, field)
-    quantised = next((name for name, entry in header.tensors.items() if entry.dtype_name not in DTYPES), None)
-    if quantised is not None:
-        raise RatelError(f"{_plain(quantised)} is stored as {header.tensors[quantised].dtype_name}, not in floating point", field=field, value=path,
-                         remedy="Use the adapter as it was before quantisation")
+    file = _File(path=_weights_file(directory, field), field=field)
+    header = read_header(file.path, field)
+    for name, entry in header.tensors.items():
+        if entry.dtype_name not in DTYPES:
+            file.refuse(f"{_plain(name)} is stored as {entry.dtype_name}, not in floating point",
+                        "Use the adapter as it was before quantisation")
     stored = header.metadata.get(BASE_KEY)
     if stored is not None and base is not None and stored != base:
-        _refuse_base(f"its base has the fingerprint {stored[:23]}..., this model {base[:23]}...", path, field)
+        file.refuse_base(f"its base has the fingerprint {stored[:23]}..., this model {base[:23]}...")
     targets = resolve(config, outline)
-    tensors = _read(TensorFiles([path], field), targets, path, field)
+    tensors = _read(TensorFiles([file.path], field), targets, file)
     copies = _base_copies(tensors, targets)
     own = {name: values.float() for name, values in tensors.items() if name not in copies}
-    _refuse_values(own, path, field)
-    return StoredAdapter(config=config, targets=targets, tensors=_without_tied(own, targets, path, field), base=stored,
+    for name, values in own.items():
+        if not torch.isfinite(values).all():
+            file.refuse(f"{_plain(name)} holds numbers that are not finite",
+                        "Use an adapter of an earlier step; this one has diverged")
+    return StoredAdapter(config=config, targets=targets, tensors=_without_tied(own, targets, file), base=stored,
                          base_copies={parameter: tensors[name] for name, parameter in copies.items()})
 
 
-def _read(files: TensorFiles, targets: Targets, path: Path, field: str) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """The weights, and the option that they were given by, for refusals."""
+
+    path: Path
+    field: str
+
+    def refuse(self, message: str, remedy: str) -> NoReturn:
+        raise RatelError(message, field=self.field, value=self.path, remedy=remedy)
+
+    def refuse_base(self, reason: str) -> NoReturn:
+        self.refuse(f"was made for another base: {reason}", "Give the model that it was trained on")
+
+
+def _read(files: TensorFiles, targets: Targets, file: _File) -> dict[str, Tensor]:
     """All tensors, once their names are those that the model gives an adapter, and with the shapes
     that it gives them."""
-    found = with_fused(files.tensors, targets, files.read)
+    found = with_fused(files.tensors, targets.layers, targets.outline, files.read)
     copies = _base_copies(found, targets)
-    _refuse_names(found.keys() - copies.keys(), targets, path, field)
+    _refuse_names(found.keys() - copies.keys(), targets, file)
     wanted = targets.file_shapes | {name: _shape_in(targets.outline, parameter) for name, parameter in copies.items()}
     tensors = {}
     for name in sorted(found):
-        shape = files.tensors[name].shape if name in files.tensors else None  # before anything of a wrong size is read
+        stored = files.tensors.get(name)  # none where it is made of several
+        if stored is not None:
+            _refuse_shape(name, stored.shape, wanted[name], file)
         try:
-            values = found[name]() if shape in (None, wanted[name]) else None
-        except RuntimeError as error:
-            raise RatelError(f"has parts of {_plain(name)} that do not fit together", field=field, value=path,
-                             remedy="Copy the adapter again") from error
-        if values is None or tuple(values.shape) != wanted[name]:
-            _refuse_base(f"{_plain(name)} has the shape {list(shape if values is None else values.shape)}, and this model gives it "
-                         f"{list(wanted[name])}", path, field)
-        tensors[name] = values
+            tensors[name] = found[name]()
+        except RuntimeError:
+            file.refuse(f"has parts of {_plain(name)} that do not fit together", "Copy the adapter again")
+        _refuse_shape(name, tuple(tensors[name].shape), wanted[name], file)
     return tensors
 
 
@@ -124,28 +139,32 @@ def named(layer: AdaptedLayer, values: LayerTensors) -> dict[str, Tensor]:
 
 
 def _weights_file(directory: Path, field: str) -> Path:
-    path = directory / WEIGHTS_FILE
-    if path.exists():
-        return path
-    if (directory / f"{WEIGHTS_STEM}.bin").exists():
-        raise RatelError(f"has its weights in {WEIGHTS_STEM}.bin, a pickle, which can run programs", field=field, value=directory,
+    path, pickle = directory / WEIGHTS_FILE, directory / f"{WEIGHTS_STEM}.bin"
+    if not path.exists() and pickle.exists():
+        raise RatelError(f"has its weights in {pickle.name}, a pickle, which can run programs", field=field, value=directory,
                          remedy="Save it again with peft's save_pretrained, which writes safetensors")
-    raise RatelError(f"is cut off: it has {CONFIG_FILE} and no {WEIGHTS_FILE}", field=field, value=directory, remedy="Copy the adapter again")
+    if not path.exists():
+        raise RatelError(f"is cut off: it has {CONFIG_FILE} and no {WEIGHTS_FILE}", field=field, value=directory,
+                         remedy="Copy the adapter again")
+    return path
 
 
 def _tied(targets: Targets, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of tied layers and modules, which the file has a second time."""
-    layers = (named(layer, tensors_of(layer, targets, tensors)) for layer in targets.layers if layer.tied_to)
-    modules = ({f"{PREFIX}{module.name}.weight": tensors[f"{PREFIX}{module.tied_to}.weight"]} for module in targets.full if module.tied_to)
-    return {name: values for found in (*layers, *modules) for name, values in found.items()}
+    found = {}
+    for layer in (layer for layer in targets.layers if layer.tied_to):
+        found |= named(layer, tensors_of(layer, targets, tensors))
+    for module in (module for module in targets.full if module.tied_to):
+        found[f"{PREFIX}{module.name}.weight"] = tensors[f"{PREFIX}{module.tied_to}.weight"]
+    return found
 
 
-def _without_tied(own: dict[str, Tensor], targets: Targets, path: Path, field: str) -> dict[str, Tensor]:
+def _without_tied(own: dict[str, Tensor], targets: Targets, file: _File) -> dict[str, Tensor]:
     """What is there a second time must be the same."""
     for name, values in _tied(targets, own).items():
         if not torch.equal(own.pop(name), values):
-            raise RatelError(f"has two adapters where the model has one weight: {_plain(name)} is not the embedding's", field=field, value=path,
-                             remedy="Use an adapter that was trained with ensure_weight_tying, or without it and with ensure_weight_tying false")
+            file.refuse(f"has two adapters where the model has one weight: {_plain(name)} is not the embedding's",
+                        "Use one that was trained with ensure_weight_tying, or say ensure_weight_tying false in its description")
     return own
 
 
@@ -163,33 +182,27 @@ def _shape_in(outline: ModelOutline, parameter: str) -> tuple[int, ...]:
     return outline.by_name[module].parameters[attribute]
 
 
-def _refuse_names(found: "set[str]", targets: Targets, path: Path, field: str) -> None:
-    older = sorted(name for name in found - targets.file_shapes.keys() if _OLDER_EXPERTS.search(name))
-    if older:
-        raise RatelError(f"has adapters for single experts ({_plain(older[0])}) that cannot be made one for all, because some have none",
-                         field=field, value=path, remedy="Copy the adapter again, or give the model that it was trained on")
-    missing = sorted(targets.file_shapes.keys() - found)
-    if missing and any(name in module.file_shapes for module in targets.full for name in missing):
-        raise RatelError(f"lacks {_plain(missing[0])}, which {CONFIG_FILE} says was trained as a whole (modules_to_save)", field=field, value=path,
-                         remedy="Copy the adapter again, or save it again with peft")
+def _refuse_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], file: _File) -> None:
+    if found != wanted:
+        file.refuse_base(f"{_plain(name)} has the shape {list(found)}, and this model gives it {list(wanted)}")
+
+
+def _refuse_names(found: "set[str]", targets: Targets, file: _File) -> None:
+    missing, unknown = sorted(targets.file_shapes.keys() - found), sorted(found - targets.file_shapes.keys())
+    single = next((name for name in unknown if _SINGLE_EXPERT.search(name)), None)
+    if single is not None:
+        file.refuse(f"has adapters for single experts ({_plain(single)}) that cannot be made one for all, because some have none",
+                    "Copy the adapter again, or give the model that it was trained on")
+    full = next((name for name in missing if any(name in module.file_shapes for module in targets.full)), None)
+    if full is not None:
+        file.refuse(f"lacks {_plain(full)}, which {CONFIG_FILE} says was trained as a whole (modules_to_save)",
+                    "Copy the adapter again, or save it again with peft")
     if missing:
-        raise RatelError(f"lacks {_plain(missing[0])}{_and_more(missing)}, or was made for another base", field=field, value=path,
-                         remedy="Copy the adapter again, or give the model that it was trained on")
-    unknown = sorted(found - targets.file_shapes.keys())
+        file.refuse(f"lacks {_plain(missing[0])}{_and_more(missing)}, or was made for another base",
+                    "Copy the adapter again, or give the model that it was trained on")
     if unknown:
-        _refuse_base(f"{_plain(unknown[0])}{_and_more(unknown)} {'is' if len(unknown) == 1 else 'are'} not what {CONFIG_FILE} gives this model",
-                     path, field)
-
-
-def _refuse_base(reason: str, path: Path, field: str) -> NoReturn:
-    raise RatelError(f"was made for another base: {reason}", field=field, value=path, remedy="Give the model that it was trained on")
-
-
-def _refuse_values(tensors: Mapping[str, Tensor], path: Path, field: str) -> None:
-    wrong = next((name for name, values in tensors.items() if not torch.isfinite(values).all()), None)
-    if wrong is not None:
-        raise RatelError(f"{_plain(wrong)} holds numbers that are not finite", field=field, value=path,
-                         remedy="Use an adapter of an earlier step; this one has diverged")
+        are = "is" if len(unknown) == 1 else "are"
+        file.refuse_base(f"{_plain(unknown[0])}{_and_more(unknown)} {are} not what {CONFIG_FILE} gives this model")
 
 
 def _plain(name: str) -> str:

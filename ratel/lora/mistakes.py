@@ -68,14 +68,15 @@ def _refuse_rank(targets: Targets, layer: AdaptedLayer) -> None:
     if config.targets == ALL_LINEAR and not config.changes_base and layer.out_features <= _most_choices(targets.outline):
         return
     field = "rank_pattern" if layer.rank != config.rank and config.rank_pattern else "rank"
-    raise RatelError(f"is above the size of {layer.key}, {layer.in_features} by {layer.out_features}, which has no higher rank than {most}",
-                     field=config.words[field], value=layer.rank,
-                     remedy=f"Give at most {most}, a rank for this layer in {config.words['rank_pattern']}, or exclude it")
+    size = f"{layer.in_features} by {layer.out_features}"
+    raise RatelError(f"is above the size of {layer.key}, {size}, which has no higher rank than {most}",
+                     field=config.words[field], value=layer.rank, remedy=f"Give at most {most}, a rank for this layer in {config.words['rank_pattern']}, or exclude it")
 
 
 def _most_choices(outline: ModelOutline) -> int:
     """Of a router: one for each expert. A gate has one output."""
-    return max((shape[0] for module in outline.modules for shape in module.parameters.values() if len(shape) == 3), default=0) or 1
+    shapes = [shape for module in outline.modules for shape in module.parameters.values()]
+    return max((shape[0] for shape in shapes if len(shape) == 3), default=0) or 1
 
 
 def _listed(names: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -42,4 +42,6 @@ def nearest(given: str, names: Iterable[str]) -> str:
     close = get_close_matches(given, found, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(close)}?"
-    return f"Use names of the model, such as {', '.join(found[:8])}" if found else "The model has no layer that an adapter could be put on"
+    if not found:
+        return "Give a model with linear layers or embeddings, which adapters can be put on"
+    return f"Use names of the model, such as {', '.join(found[:8])}"

@@ -7,10 +7,14 @@ and up are one parameter: an adapter for both is one of twice the rank and twice
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from ratel.lora.config import ALL_LINEAR, LoraConfig
+from ratel.lora.layers import PREFIX, AdaptedLayer
 from ratel.lora.outline import ModelOutline
 
 
@@ -26,9 +30,10 @@ class OlderNames:
         return self.parameters[self.fused[0]]
 
 
-_MIXTRAL = OlderNames(parameters={"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}, fused=("w1", "w3"))
-_QWEN = OlderNames(parameters={"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
-                   fused=("gate_proj", "up_proj"))
+_MIXTRAL = OlderNames(fused=("w1", "w3"), parameters={"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj",
+                                                      "w2": "down_proj"})
+_QWEN = OlderNames(fused=("gate_proj", "up_proj"), parameters={"gate": "gate.weight", "gate_proj": "gate_up_proj",
+                                                               "up_proj": "gate_up_proj", "down_proj": "down_proj"})
 _FAMILIES = {"mixtral": _MIXTRAL, "qwen2_moe": _QWEN}
 
 
@@ -43,7 +48,8 @@ def older_names_of(model_type: str | None) -> OlderNames | None:
     return _FAMILIES.get(table.get(model_type, ""))
 
 
-def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterable[str], matches: Mapping[str, bool]) -> LoraConfig:
+def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterable[str],
+                       matches: Mapping[str, bool]) -> LoraConfig:
     """The same adapter with names that the model has now. ``linear``: what `all-linear` means;
     ``matches``: for a pattern, which of `possible_names` it fits. Raises RatelError for one half of
     what is fused."""
@@ -58,7 +64,8 @@ def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterab
                      parameters=tuple(sorted({*config.parameters, *(older.parameters[name] for name in found.values())})))
     halves = {name for name in found.values() if name in older.fused}
     if halves and len(halves) < len(older.fused):
-        config.refuse("targets", f"has one of {' and '.join(older.fused)}, which are one parameter in the model ({older.fused_into})",
+        both = " and ".join(older.fused)
+        config.refuse("targets", f"has one of {both}, which are one parameter in the model ({older.fused_into})",
                       ", ".join(sorted(halves)), "Give both, or neither")
     if halves:
         pattern = rf".*\.{re.escape(older.fused_into)}"
@@ -70,7 +77,8 @@ def with_present_names(config: LoraConfig, outline: ModelOutline, linear: Iterab
 def possible_names(outline: ModelOutline) -> dict[str, str]:
     """Names that a regular expression may mean, with the last parts that stand for them: modules,
     parameters, and the experts' matrices as they were called before."""
-    names = [module.name for module in outline.modules] + [f"{m.name}.{parameter}" for m in outline.modules for parameter in m.parameters]
+    names = [module.name for module in outline.modules]
+    names += [f"{module.name}.{parameter}" for module in outline.modules for parameter in module.parameters]
     found = {name: name.rpartition(".")[2] for name in names}
     older = older_names_of(outline.model_type)
     for before, now in (older.parameters if older else {}).items():
@@ -78,9 +86,55 @@ def possible_names(outline: ModelOutline) -> dict[str, str]:
     return found
 
 
-def _listed(config: LoraConfig, outline: ModelOutline, older: OlderNames, linear: Iterable[str], matches: Mapping[str, bool]) -> Iterable[str]:
+def _listed(config: LoraConfig, outline: ModelOutline, older: OlderNames, linear: Iterable[str],
+            matches: Mapping[str, bool]) -> Iterable[str]:
     if config.targets == ALL_LINEAR:
         return {name.rpartition(".")[2] for name in linear} | older.parameters.keys()
     if isinstance(config.targets, str):
         return {leaf for name, leaf in possible_names(outline).items() if matches[name]}
     return config.targets or ()
+
+
+# --- the tensors of single experts -----------------------------------------------------------------------------------
+#
+# peft stores an adapter for each expert alone with transformers before 5. gate and up of an expert become one: A of both, one
+# above the other, and B of both, as the blocks of a diagonal. The expert is slowest in A and fastest in B.
+
+_BLOCK, _BLOCK_NOW = ".block_sparse_moe.", ".mlp."
+"""Of Mixtral, what holds the experts."""
+
+
+def with_fused(names: Iterable[str], layers: Iterable[AdaptedLayer], outline: ModelOutline,
+               read: Callable[[str], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """Names as the model has them -> how to get the tensor. ``names``: those in a file. Experts of
+    which one has no adapter stay under their own names. Raises RuntimeError where the parts of one
+    tensor do not fit together."""
+    has_older_block = any(_BLOCK in f".{module.name}." for module in outline.modules)
+    sources = {name if has_older_block else name.replace(_BLOCK, _BLOCK_NOW): name for name in names}
+    found: dict[str, Callable[[], Tensor]] = {name: lambda source=source: read(source) for name, source in sources.items()}
+    for layer in layers:
+        parts = _parts(layer, outline)
+        for letter, name, fuse in (("A", layer.a_name, _fused_a), ("B", layer.b_name, _fused_b)):
+            single = [[f"{part}.lora_{letter}.weight" for part in parts_of_one] for parts_of_one in parts]
+            if single and all(part in sources for parts_of_one in single for part in parts_of_one):
+                chosen = [[found.pop(part) for part in parts_of_one] for parts_of_one in single]
+                found[name] = lambda chosen=chosen, fuse=fuse: fuse([[get() for get in one] for one in chosen])
+    return found
+
+
+def _parts(layer: AdaptedLayer, outline: ModelOutline) -> list[list[str]]:
+    """Of each expert, what its matrices were called before they were fused; none for a layer that
+    never was."""
+    older = older_names_of(outline.model_type)
+    if older is None or not layer.is_stack:
+        return []
+    before = [name for name, now in older.parameters.items() if now == layer.parameter]
+    return [[f"{PREFIX}{layer.name}.{expert}.{name}" for name in before] for expert in range(layer.experts)] if before else []
+
+
+def _fused_a(experts: list[list[Tensor]]) -> Tensor:
+    return torch.cat([part for parts in experts for part in parts])
+
+
+def _fused_b(experts: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.block_diag(*parts) for parts in experts], dim=2).flatten(1)

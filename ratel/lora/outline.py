@@ -85,7 +85,8 @@ def _kind(module: nn.Module) -> str:
         return EMBEDDING
     if isinstance(module, nn.Linear):
         return LINEAR
-    return CONV1D if any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__) else OTHER
+    classes = [(cls.__module__, cls.__name__) for cls in type(module).__mro__]
+    return CONV1D if ("transformers.pytorch_utils", "Conv1D") in classes else OTHER
 
 
 def _called(model: nn.Module, name: str) -> nn.Module | None:
@@ -100,4 +101,5 @@ def _called(model: nn.Module, name: str) -> nn.Module | None:
 def _tied_with(model: nn.Module, embedding: nn.Module | None) -> Iterator[str]:
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, torch.Tensor):
-        yield from (name for name, module in model.named_modules() if module is not embedding and module._parameters.get("weight") is weight)
+        yield from (name for name, module in model.named_modules()
+                    if module is not embedding and module._parameters.get("weight") is weight)

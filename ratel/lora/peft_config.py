@@ -36,7 +36,8 @@ def _layers(value: Any, where: str) -> None:
 
 
 _SCHEMA = record({"peft_type": text()}, {
-    "r": whole(1, _MOST), "lora_alpha": number(0, above=True), "lora_dropout": number(0, 1), "use_rslora": boolean, "use_dora": boolean,
+    "r": whole(1, _MOST), "lora_alpha": number(0, above=True), "lora_dropout": number(0, 1), "use_rslora": boolean,
+    "use_dora": boolean,
     "target_modules": nullable(_text_or(text())), "exclude_modules": nullable(_text_or(text())),
     "target_parameters": nullable(listing(text(), most=_MOST)), "modules_to_save": nullable(listing(text(), most=_MOST)),
     "rank_pattern": nullable(mapping(text(), whole(1, _MOST))), "alpha_pattern": nullable(mapping(text(), number(0, above=True))),
@@ -126,7 +127,8 @@ def _refuse_others(values: dict[str, Any], field: str, source: object) -> None:
         raise RatelError(f"trains biases of the base (bias {shown(values['bias'])})", field=field, value=source,
                          remedy="Use bias 'none'; name modules to be trained as a whole in modules_to_save")
     for name, value in values.items():
-        if name not in _WITHOUT_EFFECT and name not in PEFT_FIELDS.values() and value not in (None, False) and value != {} and value != []:
+        says_nothing = value in (None, False) or value in ({}, [])
+        if name not in _WITHOUT_EFFECT and name not in PEFT_FIELDS.values() and not says_nothing:
             what = _FULL_NAMES.get(name, "a setting that is not supported")
             raise RatelError(f"uses {what}: {name} is {shown(value)}", field=field, value=source,
                              remedy="Leave it unset; Ratel does not compute it")
@@ -137,9 +139,10 @@ def _init_of(value: bool | str, field: str, source: object, *, is_new: bool) -> 
     if not is_new and name in _KEPT_BASE:
         return "default"
     if not is_new:
-        raise RatelError(f"was begun with init_lora_weights {shown(value)}, so it belongs to a base that its training has changed", field=field,
-                         value=source, remedy="Save it with peft's path_initial_model_for_weight_conversion, which makes it one for the "
-                                              "base as it is stored" if name != "mica" else "Use another init; mica's frozen half is not supported")
+        remedy = ("Save it with peft's path_initial_model_for_weight_conversion, which makes it one for the base as it is stored"
+                  if name != "mica" else "Use another init; mica's frozen half is not supported")
+        raise RatelError(f"was begun with init_lora_weights {shown(value)}, so it belongs to a base that its training has changed",
+                         field=field, value=source, remedy=remedy)
     if name is True:
         return "default"
     if name in ("gaussian", "pissa", "olora") or (isinstance(name, str) and SVD_STEPS.fullmatch(name)):

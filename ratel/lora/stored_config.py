@@ -15,8 +15,8 @@ def stored_config(targets: Targets) -> LoraConfig:
     one in the model both names are there: peft ties by them."""
     layers = [layer.name for layer in targets.layers if layer.kind != PARAMETER]
     full = [*targets.config.full, *targets.effective.full, *(module.name for module in targets.full if module.tied_to)]
-    return replace(targets.effective, targets=tuple(_shortest(layers, targets.outline)), exclude=None, layers=None, layers_pattern=(),
-                   full=tuple(dict.fromkeys(full)))
+    return replace(targets.effective, targets=tuple(_shortest(layers, targets.outline)), exclude=None, layers=None,
+                   layers_pattern=(), full=tuple(dict.fromkeys(full)))
 
 
 def _shortest(names: list[str], outline: ModelOutline) -> list[str]:

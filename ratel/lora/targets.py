@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 from ratel.errors import RatelError
 from ratel.lora.config import ALL_LINEAR, LoraConfig
@@ -44,7 +45,8 @@ class Targets:
         """That are trained: those of tied layers once."""
         count = sum(a[0] * a[1] + b[0] * b[1] + (layer.out_features if layer.has_magnitude else 0)
                     for layer in self.layers if layer.tied_to is None for a, b in [(layer.a_shape, layer.b_shape)])
-        return count + sum(_product(shape) for module in self.full if module.tied_to is None for shape in module.parameters.values())
+        shapes = [shape for module in self.full if module.tied_to is None for shape in module.parameters.values()]
+        return count + sum(map(prod, shapes))
 
 
 def resolve(config: LoraConfig, outline: ModelOutline) -> Targets:
@@ -95,9 +97,10 @@ def _modules(config: LoraConfig, outline: ModelOutline) -> Iterator[AdaptedLayer
     found += [outline.by_name[name] for name in tied]
     for module in found:
         if module.kind == OTHER:
-            raise RatelError(f"is no Linear, Conv1D or Embedding, and takes no adapter ({', '.join(module.parameters) or 'without weights'})",
-                             field=config.words["targets"], value=module.name, remedy="Exclude it, or name the layers in it; parameters "
-                             f"of a module, such as fused experts, go into {config.words['parameters']}")
+            own = ", ".join(module.parameters) or "without weights"
+            raise RatelError(f"is no Linear, Conv1D or Embedding, and takes no adapter ({own})", field=config.words["targets"],
+                             value=module.name, remedy="Exclude it, or name the layers in it; parameters of a module, such as fused "
+                                                       f"experts, go into {config.words['parameters']}")
         yield _adapted(config, module, tied_to=outline.embedding if module.name in tied else None)
 
 
@@ -137,8 +140,8 @@ def _adapted(config: LoraConfig, module: ModuleOutline, tied_to: str | None) -> 
     is_transposed = module.kind != LINEAR
     sizes = (rows, columns) if is_transposed else (columns, rows)  # an embedding's rows are its inputs
     return AdaptedLayer(
-        name=module.name, parameter="weight", kind=module.kind, in_features=sizes[0], out_features=sizes[1], is_transposed=is_transposed,
-        file_name=module.name, has_magnitude=config.dora, tied_to=tied_to,
+        name=module.name, parameter="weight", kind=module.kind, in_features=sizes[0], out_features=sizes[1],
+        is_transposed=is_transposed, file_name=module.name, has_magnitude=config.dora, tied_to=tied_to,
         dropout=config.dropout if module.kind != EMBEDDING else 0.0, **_sizes(config, module.name))
 
 
@@ -152,9 +155,10 @@ def _parameters(config: LoraConfig, outline: ModelOutline) -> Iterator[AdaptedLa
     """Of one module the first is innermost: its tensors are those of the module's `base_layer`,
     once for each that follows."""
     for module in outline.modules:
-        found = [parameter for parameter in module.parameters if module.name and ends_with_any(f"{module.name}.{parameter}", config.parameters)]
+        keys = {parameter: f"{module.name}.{parameter}" for parameter in module.parameters if module.name}
+        found = [parameter for parameter, key in keys.items() if ends_with_any(key, config.parameters)]
         if found and _fits(config, module.name):
-            raise RatelError("is a target, and so is a parameter of it", field=config.words["parameters"], value=f"{module.name}.{found[0]}",
+            raise RatelError("is a target, and so is a parameter of it", field=config.words["parameters"], value=keys[found[0]],
                              remedy="Give one of the two")
         for index, parameter in enumerate(found):
             yield _adapted_parameter(config, module, parameter, depth=len(found) - 1 - index)
@@ -168,9 +172,9 @@ def _adapted_parameter(config: LoraConfig, module: ModuleOutline, parameter: str
     is_transposed = len(shape) == 3 and module.keeps_outputs_last
     columns, rows = shape[-2:] if is_transposed else shape[-2:][::-1]
     return AdaptedLayer(
-        name=module.name, parameter=parameter, kind=PARAMETER, in_features=columns, out_features=rows, is_transposed=is_transposed,
-        experts=shape[0] if len(shape) == 3 else 1, is_stack=len(shape) == 3, file_name=module.name + ".base_layer" * depth,
-        has_magnitude=False, dropout=0.0, **_sizes(config, key))
+        name=module.name, parameter=parameter, kind=PARAMETER, in_features=columns, out_features=rows,
+        is_transposed=is_transposed, experts=shape[0] if len(shape) == 3 else 1, is_stack=len(shape) == 3,
+        file_name=module.name + ".base_layer" * depth, has_magnitude=False, dropout=0.0, **_sizes(config, key))
 
 
 # --- what is trained as a whole, and ties ----------------------------------------------------------------------------
@@ -191,22 +195,28 @@ def _of_full(outline: ModelOutline, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _ties_full(config: LoraConfig, outline: ModelOutline) -> bool:
-    return config.tied and bool(outline.tied) and any(name.endswith(config.full) for name in (*outline.tied, outline.embedding) if name)
+    return config.tied and bool(outline.tied) and any(name.endswith(config.full) for name in _ends(outline))
 
 
 def _ties_layers(config: LoraConfig, outline: ModelOutline) -> bool:
-    ends = [name for name in (*outline.tied, outline.embedding) if name]
-    return config.tied and bool(outline.tied) and not _ties_full(config, outline) and any(_fits(config, name) for name in ends)
+    is_asked = config.tied and bool(outline.tied) and not _ties_full(config, outline)
+    return is_asked and any(_fits(config, name) for name in _ends(outline))
+
+
+def _ends(outline: ModelOutline) -> list[str]:
+    """Of what is one parameter: heads and the embedding."""
+    return [name for name in (*outline.tied, outline.embedding) if name]
 
 
 def _refuse_ties(config: LoraConfig, outline: ModelOutline) -> None:
     if _ties_layers(config, outline) and config.dora:
-        config.refuse("dora", "gives an embedding and a head that are one parameter lengths of their own, so that they become two", True,
-                      f"Leave {config.words['tied']} or one of the two words out")
-    ends = [name for name in (*outline.tied, outline.embedding) if name]
-    if (_ties_layers(config, outline) or _ties_full(config, outline)) and not any(end.rpartition(".")[2] in PEFT_TIES for end in ends):
-        config.refuse("tied", f"is possible in peft for modules called {' or '.join(PEFT_TIES)}, and here they are {' and '.join(ends)}", True,
-                      "Leave it out, or do not adapt them")
+        config.refuse("dora", "gives an embedding and a head that are one parameter lengths of their own, so that they become two",
+                      True, f"Leave {config.words['tied']} or one of the two words out")
+    ends = _ends(outline)
+    is_known = any(end.rpartition(".")[2] in PEFT_TIES for end in ends)
+    if (_ties_layers(config, outline) or _ties_full(config, outline)) and not is_known:
+        config.refuse("tied", f"is possible in peft for modules called {' or '.join(PEFT_TIES)}, and here they are "
+                              f"{' and '.join(ends)}", True, "Leave it out, or do not adapt them")
 
 
 def _with_ties(config: LoraConfig, outline: ModelOutline) -> LoraConfig:
@@ -221,9 +231,3 @@ def _with_ties(config: LoraConfig, outline: ModelOutline) -> LoraConfig:
         return replace(config, targets=(*(config.targets or ()), embedding))
     return config
 
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

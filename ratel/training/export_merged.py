@@ -58,14 +58,14 @@ def _read(parts: Parts, directory: Path) -> StoredAdapter:
     if stored.base is not None:
         read_adapter(directory, outline, base=base_fingerprint(parts), field="--adapter")
     if unties(stored.targets):
-        raise RatelError("has an adapter for one of an embedding and a head that are one parameter of the model: with it merged in, the other "
-                         "would change, too", field="--adapter", value=directory,
+        raise RatelError("has an adapter for one of an embedding and a head that are one parameter of the model: with it merged in, "
+                         "the other would change, too", field="--adapter", value=directory,
                          remedy="Use it unmerged, with peft, or train with ensure_weight_tying")
     names = {param.name for unit in parts.spec.units for param in unit.params}
     missing = sorted({*stored.targets.by_weight, *_full(stored)} - names)
     if missing:
-        raise RatelError(f"changes {missing[0]}, which the model does not use for the next token", field="--adapter", value=directory,
-                         remedy="Merge it with peft")
+        raise RatelError(f"changes {missing[0]}, which the model does not use for the next token", field="--adapter",
+                         value=directory, remedy="Merge it with peft")
     _refuse_other_copies(parts, stored, directory)
     return stored
 
@@ -76,8 +76,8 @@ def _refuse_other_copies(parts: Parts, stored: StoredAdapter, directory: Path) -
         for param in [param for param in unit.params if param.name in stored.base_copies]:
             copy = stored.base_copies[param.name]
             if not torch.equal(view(_read_unit(parts, unit), param).to(copy.dtype), copy):
-                raise RatelError(f"was made for another base: its {param.name} is not the model's", field="--adapter", value=directory,
-                                 remedy="Give the model that it was trained on")
+                raise RatelError(f"was made for another base: its {param.name} is not the model's", field="--adapter",
+                                 value=directory, remedy="Give the model that it was trained on")
 
 
 def _merged_unit(parts: Parts, unit: UnitSpec, stored: StoredAdapter, dtype: torch.dtype) -> Tensor:
@@ -92,7 +92,8 @@ def _merged_unit(parts: Parts, unit: UnitSpec, stored: StoredAdapter, dtype: tor
 
 
 def _full(stored: StoredAdapter) -> Mapping[str, Tensor]:
-    return {name: stored.tensors[PREFIX + name] for module in stored.targets.full if module.tied_to is None for name in module.parameters}
+    modules = [module for module in stored.targets.full if module.tied_to is None]
+    return {name: stored.tensors[PREFIX + name] for module in modules for name in module.parameters}
 
 
 def _units(parts: Parts) -> list[UnitSpec]:
