@@ -176,7 +176,7 @@ def test_a_name_that_is_not_there_is_found(symbol: str) -> None:
 
 WALKS = ("A gradient", "A weight", "An option", "A batch", "A save")
 MOST_CHANGES = 8
-"""Of file in a walk: a stranger who follows one keeps in mind where it began."""
+"""The most changes of file in a walk: whoever follows one keeps in mind where it began."""
 PLACE = re.compile(r"^\d+\. `([\w/]+\.py)`: ((?:`[\w.]+`(?:, | and )?)+)", re.MULTILINE)
 
 

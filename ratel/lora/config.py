@@ -82,7 +82,7 @@ class LoraConfig:
 
     @property
     def svd_steps(self) -> int | None:
-        """Of an approximate pissa; None of an exact one."""
+        """The steps of an approximate pissa; None for an exact one."""
         found = SVD_STEPS.fullmatch(self.init)
         return int(found[1]) if found else None
 

@@ -16,7 +16,7 @@ _PIECE_ELEMENTS = 1 << 22
 
 
 def digest_of(shape: Iterable[int], pieces: Iterable[Tensor]) -> str:
-    """Of one parameter, from its values in their order, in pieces of any length."""
+    """The digest of one parameter, from its values in their order, in pieces of any length."""
     found = sha256(f"{list(shape)}".encode())
     for piece in pieces:
         flat = piece.detach().reshape(-1)

@@ -55,7 +55,7 @@ def residual(layer: AdaptedLayer, weight: Tensor, a: Tensor, b: Tensor) -> Tenso
 
 
 def norms(layer: AdaptedLayer, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Of each output, in fp32: the length of its row in W + s B A. DoRA's magnitudes begin as
+    """For each output, in fp32, the length of its row in W + s B A. DoRA's magnitudes begin as
     these."""
     return torch.linalg.norm(as_matrix(layer, weight.float()) + layer.scale * (b @ a), dim=1)
 

@@ -18,7 +18,7 @@ class AdaptedLayer:
 
     name: str
     parameter: str
-    """Of the module, the one that is adapted."""
+    """The parameter of the module that is adapted."""
     kind: str
     in_features: int
     out_features: int
@@ -31,10 +31,11 @@ class AdaptedLayer:
     alpha: float
     scale: float
     dropout: float
-    """Of what A sees. An embedding sees tokens, of which none is dropped, in peft, too."""
+    """The dropout of what A sees. An embedding sees tokens, of which none is dropped, in peft,
+    too."""
     has_magnitude: bool
     file_name: str
-    """Of the module, in files: parameters of one module are nested."""
+    """The name of the module in files, where parameters of one module are nested."""
     tied_to: str | None = None
     """The layer whose B and A, transposed, are this one's A and B."""
 

@@ -63,6 +63,6 @@ def _product(layer: AdaptedLayer, tensors: LayerTensors) -> Tensor:
 
 
 def _factors(layer: AdaptedLayer, weight: Tensor, added: Tensor, magnitude: Tensor) -> Tensor:
-    """Of each output, as the weight is stored: the magnitude over the length of the sum."""
+    """For each output, as the weight is stored, the magnitude over the length of the sum."""
     lengths = torch.linalg.norm(as_stored(layer, weight + added), dim=1)
     return (magnitude.float() / lengths).view(1, -1) if layer.is_transposed else (magnitude.float() / lengths).view(-1, 1)

@@ -97,8 +97,9 @@ def _listed(config: LoraConfig, outline: ModelOutline, older: OlderNames, linear
 
 # --- the tensors of single experts -----------------------------------------------------------------------------------
 #
-# peft stores an adapter for each expert alone with transformers before 5. gate and up of an expert become one: A of both, one
-# above the other, and B of both, as the blocks of a diagonal. The expert is slowest in A and fastest in B.
+# peft stores an adapter for each expert alone with transformers before 5. gate and up of an expert
+# become one: A of both, one above the other, and B of both, as the blocks of a diagonal. The expert
+# is slowest in A and fastest in B.
 
 _BLOCK, _BLOCK_NOW = ".block_sparse_moe.", ".mlp."
 """Of Mixtral, what holds the experts."""

@@ -24,7 +24,7 @@ class ModuleOutline:
     kind: str
     parameters: dict[str, tuple[int, ...]]
     keeps_outputs_last: bool = False
-    """Of fused experts: whether their matrices are stored [in, out]."""
+    """Whether the matrices of fused experts are stored [in, out]."""
 
     @property
     def leaf(self) -> str:

@@ -152,8 +152,8 @@ def _sizes(config: LoraConfig, key: str) -> dict[str, float]:
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 def _parameters(config: LoraConfig, outline: ModelOutline) -> Iterator[AdaptedLayer]:
-    """Of one module the first is innermost: its tensors are those of the module's `base_layer`,
-    once for each that follows."""
+    """The adapted parameters; the first of one module is innermost: its tensors are those of the
+    module's `base_layer`, once for each that follows."""
     for module in outline.modules:
         keys = {parameter: f"{module.name}.{parameter}" for parameter in module.parameters if module.name}
         found = [parameter for parameter, key in keys.items() if ends_with_any(key, config.parameters)]
@@ -220,7 +220,8 @@ def _refuse_ties(config: LoraConfig, outline: ModelOutline) -> None:
 
 
 def _with_ties(config: LoraConfig, outline: ModelOutline) -> LoraConfig:
-    """Of an embedding and heads that share its weight, the embedding is the one that is named."""
+    """The configuration in which an embedding is named for itself and the heads that share its
+    weight."""
     if _ties_full(config, outline) and outline.embedding is not None and not outline.embedding.endswith(config.full):
         kept = tuple(name for name in config.full if not any(tied.endswith(name) for tied in outline.tied))
         return replace(config, full=(*kept, outline.embedding))

@@ -105,7 +105,7 @@ class StateFormats:
         return self.of(unit).encoding(plane).num_bytes(self.num_elements(unit, plane, segments))
 
     def changing_bytes(self, unit: UnitSpec, plane: str) -> int:
-        """Of what updates write: the trained segment. It has versions, and is what a save
+        """Bytes of what updates write: the trained segment. It has versions, and is what a save
         copies."""
         return self.num_bytes(unit, plane, (TRAINED,))
 

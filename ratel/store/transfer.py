@@ -94,8 +94,8 @@ class UnitTransfer:
         return values
 
     def recall(self, unit: UnitSpec, name: str) -> None:
-        """Bring what is trained of a plane that lives elsewhere from the copy that a commit has made
-        of it on SSD."""
+        """Bring what is trained of a plane that lives elsewhere from the copy that a commit has
+        made of it on SSD."""
         plane = self._store.plane(unit.index, name)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
         for begin, end in pieces(unit, min(plane.num_elements, unit.num_trainable), buffer.numel()):
@@ -104,7 +104,8 @@ class UnitTransfer:
             plane.tensor[begin:end].copy_(values)
 
     def frozen_pieces(self, unit: UnitSpec, name: str) -> Iterator[Tensor]:
-        """What is frozen of a plane, from its first element on, each piece in memory of its own call."""
+        """What is frozen of a plane, from its first element on, each piece in memory of its own
+        call."""
         plane = self._store.plane(unit.index, name)
         buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
         for begin, end in pieces(unit, plane.num_elements, buffer.numel()):

@@ -1,4 +1,5 @@
-"""Descriptions from anywhere: each is refused in one line, or means the same once it has been stored."""
+"""Descriptions from anywhere: each is refused in one line, or means the same once it has been
+stored."""
 
 import json
 import random

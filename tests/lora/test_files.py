@@ -262,7 +262,8 @@ OLDER = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), 48), "qwen3_moe": (
 
 
 def older_adapter(directory: Path, name: str, router: bool) -> dict[str, Tensor]:
-    """An adapter for each of three experts alone; the second layer of Qwen's model here has none."""
+    """An adapter for each of three experts alone; the second layer of Qwen's model here has
+    none."""
     block, names, inner = OLDER[name]
     generator = torch.Generator().manual_seed(1)
     shapes: dict[str, tuple[int, int]] = {f"{layer}.self_attn.q_proj": (32, 32) for layer in range(2)}

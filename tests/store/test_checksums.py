@@ -73,7 +73,7 @@ def test_a_part_is_recorded_where_it_begins(pool) -> None:
 
 @pytest.mark.parametrize("element", [0, GRAIN - 1, GRAIN, 3 * GRAIN - 1, 3 * GRAIN, 4 * GRAIN + 7])
 def test_a_flipped_bit_is_named_with_unit_plane_chunk_and_place(element: int, pool) -> None:
-    """Of a unit whose frozen part begins at its fourth grain."""
+    """The unit's frozen part begins at its fourth grain."""
     checksums, unit = made(pool), FROZEN.units[MIXED]
     values = random_plane(torch.bfloat16, unit.num_elements, 4)
     checksums.record(0, MIXED, "hi", 0, values)

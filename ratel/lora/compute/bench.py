@@ -127,7 +127,8 @@ class Work:
 
 
 def _recorded_seconds(run: Run, limit_s: float) -> float:
-    """Of one of several runs that are recorded as one graph: launches cost next to nothing."""
+    """Seconds of one of several runs that are recorded as one graph: launches cost next to
+    nothing."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -20,8 +20,8 @@ from ratel.lora.compute.reference import scaled_product
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of one linear and its adapter. ``drops``: whether dropout is on. ``element_bytes``: of X and
-    W."""
+    """The size of one linear and its adapter. ``drops``: whether dropout is on. ``element_bytes``:
+    of X and W."""
 
     rows: int
     inputs: int

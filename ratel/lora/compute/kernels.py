@@ -115,8 +115,8 @@ def up_grads_kernel(dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy_stri
 def a_grads_kernel(x, ds, parts, num_rows, num_inputs, x_stride, ds_stride, first_row, threshold,
                    key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                    LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One block of columns and some blocks of rows of x: those rows' part of one linear's dA. Programs
-    of the same block and another linear run beside each other."""
+    """One block of columns and some blocks of rows of x: those rows' part of one linear's dA.
+    Programs of the same block and another linear run beside each other."""
     linear = tl.program_id(0) % LINEARS
     columns = (tl.program_id(0) // LINEARS) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, R)
@@ -138,8 +138,8 @@ def a_grads_kernel(x, ds, parts, num_rows, num_inputs, x_stride, ds_stride, firs
 @triton.jit
 def _through(left, right, rows, num_rows, first_row, columns, num_columns, left_stride, rank_stride, column_stride, key_low, key_high,
              threshold, RANK: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """A block of one linear's S B' or dS A, masked; 16 of the rank at a time, so that any rank needs
-    little shared memory."""
+    """A block of one linear's S B' or dS A, masked; 16 of the rank at a time, so that any rank
+    needs little shared memory."""
     block = tl.zeros([BM, BN], tl.float32)
     for begin in tl.static_range(0, RANK, 16):
         ranks = begin + tl.arange(0, 16)
@@ -203,9 +203,10 @@ def product_kernel(x0, w0, x1, w1, x2, w2, out, left, right, bias, num_rows, num
                    PRODUCTS: tl.constexpr, TRANSPOSED: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
                    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                    GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """The sum of up to three products x w (w' where TRANSPOSED) and of what the adapters add, which is
-    what the accumulators begin with: no matrix is read or written for it. Blocks come through tensor
-    descriptors; a program does every PROGRAMS-th block, in groups of GROUP rows of blocks."""
+    """The sum of up to three products x w (w' where TRANSPOSED) and of what the adapters add, which
+    is what the accumulators begin with: no matrix is read or written for it. Blocks come through
+    tensor descriptors; a program does every PROGRAMS-th block, in groups of GROUP rows of
+    blocks."""
     row_blocks = tl.cdiv(num_rows, BM)
     column_blocks = tl.cdiv(num_columns, BN)
     for block in range(tl.program_id(0), row_blocks * column_blocks, PROGRAMS):
@@ -241,7 +242,8 @@ def _sum_block(parts, out, block, count, size, factor, PARTS: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["factor", "count1", "count2"])
 def sum_kernel(parts1, out1, count1, size1, parts2, out2, count2, size2, factor, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Two sums over the first dimension in one launch; PARTS at a time are on their way from memory."""
+    """Two sums over the first dimension in one launch; PARTS at a time are on their way from
+    memory."""
     block = tl.program_id(0)
     blocks1 = tl.cdiv(size1, BLOCK)
     if block < blocks1:

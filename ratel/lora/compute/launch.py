@@ -29,7 +29,7 @@ ALIGNMENT = 16
 
 
 class Blocks(NamedTuple):
-    """Of one program: rows and columns of what it reads at once, warps, loads in flight."""
+    """What one program takes: rows and columns of what it reads at once, warps, loads in flight."""
 
     rows: int
     columns: int
@@ -98,8 +98,8 @@ def _down(x: Tensor, a: Tensor, s: Tensor, first_row: int, keys: list[int], p: f
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float) -> Tensor:
-    """By one product, whose accumulators begin with s S B' + bias; where that cannot be, cuBLAS adds
-    the base's product to a matrix of that."""
+    """By one product, whose accumulators begin with s S B' + bias; where that cannot be, cuBLAS
+    adds the base's product to a matrix of that."""
     return _products([x], [w.t()], _rows_whole(s), b.t(), bias, scale, 0, [])
 
 
@@ -154,7 +154,8 @@ def _a_grads(x: Tensor, ds: Tensor, da: Tensor, first_row: int, keys: list[int],
 
 
 def input_grad(dys: list[Tensor], ws: list[Tensor], ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
-    """All of up to three linears in one product, whose accumulators begin with the adapters' part."""
+    """All of up to three linears in one product, whose accumulators begin with the adapters'
+    part."""
     count = 1 if draw is None else len(draw) - 1
     if count > kernels.MOST_LINEARS or len(dys) > kernels.MOST_LINEARS:
         return reference.input_grad(dys, ws, ds, a, draw, p)

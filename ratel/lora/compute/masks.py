@@ -36,8 +36,8 @@ def mask_key(seed: int, step: int, stage: str | int, linear: str | int) -> int:
 
 
 class Dropout(NamedTuple):
-    """Of some linears that read the same input: one probability, a key for each, and where the
-    input's rows are."""
+    """The dropout of some linears that read the same input: one probability, a key for each, and
+    where the input's rows are."""
 
     p: float
     draw: Tensor

@@ -132,7 +132,8 @@ def _files_beside(directory: Path) -> Iterator[str]:
 
 
 def _goes_along(path: Path) -> bool:
-    """Of any size, a file of holes could fill the disk that the trained model is written to."""
+    """Whether a file is carried along. A large one is not: one of holes could fill the disk that
+    the trained model is written to."""
     if not path.is_file() or not is_carried(path.name):
         return False
     if path.stat().st_size > SMALL_FILE_BYTES:

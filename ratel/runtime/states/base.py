@@ -25,7 +25,8 @@ def frozen_planes(spec: ModelSpec, formats: StateFormats) -> list[tuple[UnitSpec
 
 
 class FrozenBase:
-    """What is frozen in a session. It is read once, when it is first asked for: nothing changes it."""
+    """What is frozen in a session. It is read once, when it is first asked for: nothing changes
+    it."""
 
     def __init__(self, spec: ModelSpec, formats: StateFormats, transfer: UnitTransfer, exchange: Exchange) -> None:
         self._planes, self._transfer, self._exchange = frozen_planes(spec, formats), transfer, exchange

@@ -26,7 +26,8 @@ FORMAT, VERSION, WITHOUT_FROZEN = "ratel-state", 3, 4
 EXACT_NAME = "exact"
 """Formats that a manifest does not name."""
 READ_VERSIONS = (2, 3, 4)
-"""4 names what is frozen and does not hold it; where all is trained it would be 3. 2 has no buffers, and is read by who takes them from the model."""
+"""4 names what is frozen and does not hold it; where all is trained it would be 3. 2 has no
+buffers, and is read by who takes them from the model."""
 MANIFEST = "manifest.json"
 COMMITS = ("commit-0", "commit-1")
 OTHER_PREFIX = "buffers-"

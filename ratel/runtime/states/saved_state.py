@@ -66,7 +66,8 @@ class SavedState:
 
     @property
     def base(self) -> Digests | None:
-        """What it says of the frozen parameters, which it does not hold. None: it holds all that there is."""
+        """What it says of the frozen parameters, which it does not hold. None: it holds all that
+        there is."""
         return self.training.get("base")
 
     @property

@@ -32,7 +32,7 @@ class Ledger:
         return self.asked[unit]
 
     def notify(self) -> None:
-        """Of any change that a thread may wait for. The lock is held."""
+        """Tell of any change that a thread may wait for. The lock is held."""
         self._changed.notify_all()
 
     def wait(self, ready: Callable[[], bool], cause: str = "", unit: int | None = None) -> None:
