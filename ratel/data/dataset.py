@@ -18,7 +18,7 @@ from ratel.data.going_on import START_ANEW, go_on
 from ratel.data.review.check import ConversationCheck
 from ratel.data.sources.bundled import bundled_sources
 from ratel.data.sources.corpus import Corpus
-from ratel.data.sources.documents import DocumentList
+from ratel.data.sources.documents import DocumentList, digest_of_all
 from ratel.data.sources.files import MIN_TEXT_BYTES, DataArgument, find_sources
 from ratel.data.sources.skipping import SkippedLines
 from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, check_vocab, fingerprint
@@ -107,6 +107,7 @@ class Dataset:
         self._seed = seed
         self._reader = Reader(corpus, form)
         self._eval_corpus = eval_corpus
+        self._has_said_it = False
         self.changes = ""
         """What was done about data that was changed before `load_state_dict`."""
         numbers: tuple[int, ...] = ()
@@ -192,6 +193,7 @@ class Dataset:
         try:
             before = check(dict(state), _STATE, "data")["data"]
             self._check_told(before)
+            self._say_changed_evaluation(before)
             if self._is_same(before):
                 self._evaluate_again(state.get("evaluated"))
                 self._check_held_out(before)
@@ -205,8 +207,15 @@ class Dataset:
 
     def _fingerprint(self) -> dict[str, Any]:
         held_out = zlib.crc32(repr(sorted(self.documents.held_out)).encode())
-        return {**self._told, **self._today, "tokenizer": self._tokenizer, "documents": len(self._reader), "bytes": self._reader.corpus.num_bytes, "content": self.documents.content,
-                "held_out": held_out}
+        evaluation = None if self._eval_corpus is None else digest_of_all(self._eval_corpus.digests)
+        return {**self._told, **self._today, "tokenizer": self._tokenizer, "evaluation": evaluation, "documents": len(self._reader),
+                "bytes": self._reader.corpus.num_bytes, "content": self.documents.content, "held_out": held_out}
+
+    def _say_changed_evaluation(self, before: Mapping[str, Any]) -> None:
+        now = self._fingerprint()["evaluation"]
+        if now is not None and before.get("evaluation", now) != now and not self._has_said_it:
+            log.warning("what is evaluated on was changed: losses before and after are of different texts")
+            self._has_said_it = True
 
     def _check_told(self, before: Mapping[str, Any]) -> None:
         now = {**self._told, "tokenizer": self._tokenizer}

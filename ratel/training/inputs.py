@@ -66,7 +66,9 @@ def open_inputs(config: TrainConfig, *, model: Any, data: Any, eval_data: Any, t
     with lists of the documents that there were."""
     if position is not None and ("batches" in position) == is_text(data):
         raise RatelError("was batches in the run to be continued, and is text now" if is_text(data) else
-                         "was text in the run to be continued, and is batches now", field="data")
+                         "was text in the run to be continued, and is batches now", field="data",
+                         remedy="Resume with ratel.train(model, batches, resume=True, out=...)" if is_text(data) else
+                         "Resume with the text, or leave data out")
     if not is_text(data):
         yield _from_batches(data, eval_data, None if position is None else position["batches"])
         return

@@ -56,6 +56,8 @@ def _check_start(named: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
         if path is None or os.path.exists(path) or all(map(os.path.exists, path.split(","))) or _is_preset(name, path):
             continue
         back = "" if os.path.isabs(path) else ", or resume in the directory that the run was started in"
+        if path.isidentifier():
+            back += "; what was an object of Python is given again to ratel.train(..., resume=True, out=...)"
         raise RatelError("is what the run was started with, and is not there", field=flag_of(name), value=path,
                          remedy=f"Say where it is now with {flag_of(name)}{back}")
     moments = named.get("optimizer_state")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import nvme_ds
+import ratel
 from ratel.cli import main
 from ratel.data import byte_level_tokenizer
 from ratel.hardware import host
@@ -226,3 +228,23 @@ def test_a_trace_in_what_is_replaced(place: str, said: str, home: Path, capsys: 
     assert before == {path: path.read_bytes() for path in home.glob("copies/**/*") if path.is_file()}
     assert main([*START, "--out", "copies", "--overwrite", "--trace", "copies/t.json"]) == 0
     assert Path("copies/t.json").read_text().startswith('{"displayTimeUnit"')
+
+
+def test_another_text_to_evaluate_on_is_said(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy("text.jsonl", "held.jsonl")
+    assert main([*START, "--out", "run", "--save-every", "2", "--eval-data", "held.jsonl"]) == 0
+    assert resume("run") == 0 and "evaluated" not in caplog.text
+    with open("held.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    assert main(["train", "--out", "run", "--resume", "--steps", "7"]) == 0
+    assert caplog.text.count("what is evaluated on was changed: losses before and after are of different texts") == 1
+
+
+def test_batches_of_python_are_given_again_there(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [{"input_ids": torch.arange(32).view(2, 16)}] * 4
+    options = dict(batch_size=2, seq_len=16, device="cpu", dtype="fp32", dram="4GiB", quiet=True)
+    ratel.train("base", data, steps=2, out="own", save_every=1, **options)
+    said = message(capsys, resume("own"))
+    assert "(given: list)" in said and "what was an object of Python is given again to ratel.train(..., resume=True, out=...)" in said
+    assert "Resume with ratel.train(model, batches, resume=True, out=...)" in message(capsys, resume("own", "--data", "text.jsonl"))
+    assert ratel.train("base", data, steps=3, out="own", resume=True).steps == 3
