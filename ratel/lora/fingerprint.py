@@ -12,6 +12,9 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from ratel.models import Parts
+from ratel.models.checkpoints.weights import view
+
 _PIECE_ELEMENTS = 1 << 22
 
 
@@ -35,3 +38,14 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 
 def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return fingerprint({name: digest_of(values.shape, [values]) for name, values in parameters})
+
+
+def base_fingerprint(parts: Parts) -> str:
+    """A model's, from where its weights come from. Every weight is read once, and one unit is in
+    memory at a time."""
+    digests = {}
+    for unit in [*parts.spec.units, *([parts.unused] if parts.unused is not None else [])]:
+        flat = torch.empty(unit.num_elements, dtype=torch.float32)
+        parts.read_unit(unit, flat)
+        digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in unit.params}
+    return fingerprint(digests)

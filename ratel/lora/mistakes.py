@@ -70,7 +70,8 @@ def _refuse_rank(targets: Targets, layer: AdaptedLayer) -> None:
     field = "rank_pattern" if layer.rank != config.rank and config.rank_pattern else "rank"
     size = f"{layer.in_features} by {layer.out_features}"
     raise RatelError(f"is above the size of {layer.key}, {size}, which has no higher rank than {most}",
-                     field=config.words[field], value=layer.rank, remedy=f"Give at most {most}, a rank for this layer in {config.words['rank_pattern']}, or exclude it")
+                     field=config.words[field], value=layer.rank,
+                     remedy=f"Give at most {most}, a rank for this layer in {config.words['rank_pattern']}, or exclude it")
 
 
 def _most_choices(outline: ModelOutline) -> int:

@@ -13,7 +13,7 @@ from ratel.config import NEXT_TOKEN
 from ratel.data.tokens.tokenizer import has_tokenizer, load_for, write_tokenizer
 from ratel.errors import RatelError
 from ratel.lora.files import StoredAdapter, read_adapter, tensors_of
-from ratel.lora.fingerprint import digest_of, fingerprint
+from ratel.lora.fingerprint import base_fingerprint
 from ratel.lora.layers import PREFIX
 from ratel.lora.merge import merged_parameter, unties
 from ratel.lora.outline import outline_of
@@ -44,12 +44,6 @@ def export_merged(model: str, adapter: Path, out: Path, *, dtype: str | None = N
     finally:
         parts.close()
     return out
-
-
-def base_fingerprint(parts: Parts) -> str:
-    """The model's fingerprint. Every weight is read once."""
-    return fingerprint({param.name: digest_of(param.shape, [view(flat, param)])
-                        for unit in _units(parts) for flat in [_read_unit(parts, unit)] for param in unit.params})
 
 
 def _read(parts: Parts, directory: Path) -> StoredAdapter:
@@ -94,10 +88,6 @@ def _merged_unit(parts: Parts, unit: UnitSpec, stored: StoredAdapter, dtype: tor
 def _full(stored: StoredAdapter) -> Mapping[str, Tensor]:
     modules = [module for module in stored.targets.full if module.tied_to is None]
     return {name: stored.tensors[PREFIX + name] for module in modules for name in module.parameters}
-
-
-def _units(parts: Parts) -> list[UnitSpec]:
-    return [*parts.spec.units, *([parts.unused] if parts.unused is not None else [])]
 
 
 def _read_unit(parts: Parts, unit: UnitSpec) -> Tensor:

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ratel import models
 from ratel.errors import RatelError
 from ratel.lora.converted import converted_targets, converted_tensors
 from ratel.lora.files import BASE_KEY, named, read_adapter, tensors_of, write_adapter
-from ratel.lora.fingerprint import digest_of, fingerprint, fingerprint_of
+from ratel.lora.fingerprint import base_fingerprint, digest_of, fingerprint, fingerprint_of
 from ratel.lora.initial import initial, residual
 from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
@@ -321,3 +322,17 @@ def test_a_fingerprint_is_of_the_values() -> None:
     first, second = torch.zeros(2, 3), torch.zeros(3, 2)
     assert digest_of(first.shape, [first]) != digest_of(second.shape, [second])
     assert fingerprint({"a": "1"}) != fingerprint({"b": "1"})
+
+
+@pytest.mark.parametrize("name", ("gemma3", "mixtral"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_directory_has_the_fingerprint_of_its_model(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Whatever the weights are stored as, however they are called there, and whatever they are loaded in."""
+    model = make(name, torch.bfloat16)
+    model.to(dtype).save_pretrained(tmp_path)
+    for loaded in (torch.float32, torch.bfloat16):
+        parts = models.load(tmp_path, dtype=loaded, device=torch.device("cpu"))
+        try:
+            assert base_fingerprint(parts) == fingerprint_of(model.named_parameters())
+        finally:
+            parts.close()
