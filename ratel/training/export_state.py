@@ -47,7 +47,7 @@ def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str
 
 def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
     options = read_run(path.parent.parent)
-    source = model if model is not None else _model_of_run(options, path)
+    source = model if model is not None else _model_of_run(options, path, saved)
     parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
                         seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)),
                         frozen=saved.frozen_names)
@@ -120,14 +120,16 @@ def _frozen_halves(parts: Parts, unit: UnitSpec, base: Digests) -> dict[str, Ten
     return {plane: half for plane, half in halves.items() if unit.name in base.get(plane, {})}
 
 
-def _model_of_run(options: dict[str, Any], state: Path) -> str:
+def _model_of_run(options: dict[str, Any], state: Path, saved: SavedState) -> str:
     model = options.get("model")
+    frozen = "" if saved.base is None else f", whose {saved.num_left_out:,} frozen parameters the state does not hold"
     if model is None:
         raise RatelError(f"is not said: there is no config.json of a run beside {state}", field="--model",
-                         remedy="Give the directory or preset that the run was started with")
+                         remedy=f"Give the directory or preset that the run was started with{frozen}")
     if not os.path.isdir(model) and model not in PRESETS:
         raise RatelError(f"the run's model ({model}) is neither a directory here nor a preset", field="--model",
-                         remedy="Give the directory or preset with its configuration")
+                         remedy="Give the directory or preset with its configuration" if saved.base is None else
+                         f"Give its directory{frozen}, wherever it lies now")
     return model
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ratel.errors import RatelError
@@ -255,6 +256,8 @@ def test_exports_are_whole_and_a_state_is_exported_with_its_base(ssd_dir: Path, 
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "live", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     (tmp_path / "model").rename(tmp_path / "moved")
+    assert main(["export", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "again")]) == 2
+    assert f"{sum(p.numel() for p in frozen_of_model()):,} frozen parameters the state does not hold" in capsys.readouterr().err
     arguments = ["export", "--state", str(tmp_path / "state"), "--dtype", "fp32"]
     assert main([*arguments, "--model", str(tmp_path / "moved"), "--out", str(tmp_path / "again")]) == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
@@ -266,8 +269,37 @@ def test_exports_are_whole_and_a_state_is_exported_with_its_base(ssd_dir: Path, 
     assert main([*arguments, "--model", str(tmp_path / "other"), "--out", str(tmp_path / "never")]) == 2
     assert "frozen parameters of pre are not those" in capsys.readouterr().err and not (tmp_path / "never").exists()
     assert main(["check", str(tmp_path / "state"), "--json"]) == 0
-    frozen = sum(p.numel() for name, p in with_frozen(*MOSTLY).named_parameters() if not p.requires_grad)
-    assert json.loads(capsys.readouterr().out)["frozen_parameters"] == frozen
+    assert json.loads(capsys.readouterr().out)["frozen_parameters"] == sum(p.numel() for p in frozen_of_model())
+
+
+def frozen_of_model() -> list[Tensor]:
+    return [p for p in with_frozen(*MOSTLY).parameters() if not p.requires_grad]
+
+
+def test_a_run_is_resumed_with_its_base_alone(ssd_dir: Path, tmp_path: Path) -> None:
+    """By `ratel.train`, with commits; a refusal leaves every file of the run as it is."""
+    import ratel
+
+    data = batches("llama", 6)
+
+    def run(out: Path, steps: int, model: Any = None, **options: Any) -> None:
+        ratel.train(model or with_frozen(*MOSTLY), data, out=out, steps=steps, device="cpu", warmup_steps=0, save_every=2, lr=1e-3,
+                    schedule="constant", durable="step", ssd=[ssd_dir], **options)
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for top in (tmp_path, ssd_dir) for path in top.rglob("*") if path.is_file()}
+
+    run(tmp_path / "whole", 6)
+    run(tmp_path / "halves", 4)
+    before, other = files(), with_frozen(*MOSTLY)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(RatelError, match="its frozen parameters of post are not those"):
+        run(tmp_path / "halves", 6, other, resume=True)
+    assert files() == before
+    run(tmp_path / "halves", 6, resume=True)
+    found, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("halves", "whole"))
+    assert_equal(found, expected)
 
 
 # --- a kill ---------------------------------------------------------------------------------------------------------
