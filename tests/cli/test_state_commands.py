@@ -13,11 +13,11 @@ import torch
 from ratel import cli
 from ratel.runtime.states.saved_state import SavedState
 from ratel.training.output import RunDirectory
-from tests.runtime.states.test_state import flip
 from tests.support.commands import start
 from tests.support.families import batches, build
 from tests.support.patience import patience
 from tests.support.resume import make_model, make_text, model_files, train
+from tests.support.sessions import flip
 
 pytestmark = pytest.mark.e2e
 

@@ -2,13 +2,14 @@
 
 import mmap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from ratel import native
 from ratel.errors import RatelError
-from ratel.memory import anonymous, arena
+from ratel.memory import anonymous, arena, resident
 from ratel.memory.anonymous import HUGE_PAGE_BYTES, PAGE_BYTES, Taken, anonymous_map, arena_in, region_bytes, touch
 from ratel.memory.arena import Arena
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes, trim
@@ -90,6 +91,38 @@ def test_memory_that_is_there_already_is_taken(pool) -> None:
     begin, num_bytes = arena_in(taken.map)
     assert (begin, num_bytes) == (made.address, MIB)
     made.close()
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2])
+def test_memory_that_cannot_be_pinned_is_said_with_the_error(answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *given: int) -> int:
+            asked.append(given)
+            return answer
+
+        cudaHostUnregister = lambda self, address: asked.append((address,))
+
+    monkeypatch.setattr(arena.torch.cuda, "cudart", Runtime)
+    if answer:
+        with pytest.raises(RatelError, match=rf"dram: CUDA could not pin 3.00 MiB of host memory \(error {answer}\)"):
+            arena._register(4096, 3 * MIB)
+    else:
+        arena._register(4096, 3 * MIB)
+    arena._unregister(4096)
+    assert asked == [(4096, 3 * MIB, 0), (4096,)]
+
+
+def test_the_kernels_count_is_in_kib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t   7 kB\nVmRSS:\t   5 kB\n")
+    monkeypatch.setattr(resident, "_STATUS", tmp_path / "status")
+    assert (resident_bytes(), peak_bytes()) == (5 * 1024, 7 * 1024)
+    monkeypatch.setattr(resident, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
+    reset_peak()  # refused: peaks stay upper bounds
+    monkeypatch.setattr(resident, "_CLEAR_REFS", tmp_path / "clear_refs")
+    reset_peak()
+    assert (tmp_path / "clear_refs").read_text() == "5"
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, PAGE_BYTES, 3 * MIB + 1])

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from ratel import interrupt
 from ratel.errors import NonFiniteError, WorkerError
 from ratel.memory.exchange import Closed, Exchange, Mailbox, Worker, join_all
 from ratel.memory.jobs import Job, in_thread
@@ -65,6 +66,36 @@ def test_nobody_begins_to_wait_or_goes_on_after_the_end() -> None:
         exchange.wait_for(condition, lambda: True)
     exchange.fail(ValueError("late"), "a thread")
     assert not exchange.failed, "what fails because of the end is no failure"
+
+
+def test_the_main_thread_looks_up_from_its_waits_and_others_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange, asked = Exchange(), []
+    condition = exchange.condition()
+
+    def woken(timeout: float | None = None) -> None:
+        asked.append(timeout)
+
+    monkeypatch.setattr(condition, "wait", woken)
+
+    def wait() -> None:
+        with exchange.lock:
+            before = len(asked)
+            exchange.wait_for(condition, lambda: len(asked) > before)
+
+    wait()
+    in_thread("other", wait).result()
+    assert asked == [interrupt.POLL_S, None]
+
+
+def test_nobody_is_told_anything_while_another_thread_has_the_lock() -> None:
+    exchange = Exchange()
+    mail = Mailbox(exchange)
+    for call in (exchange.condition, lambda: mail.put(1), mail.take, lambda: exchange.fail(ValueError(), "x"), exchange.close):
+        with exchange.lock:
+            job = in_thread("other", call)
+            assert not job._done.wait(0.03)
+        job.result()
+    assert exchange.closed and exchange.failed
 
 
 def test_the_first_failure_is_the_one_that_is_told() -> None:

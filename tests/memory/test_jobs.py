@@ -52,7 +52,7 @@ def test_a_wait_for_a_result_hears_signals_and_a_wait_for_an_end_does_not() -> N
     assert not job._done.is_set()
     threading.Timer(0.1, may_end.set).start()
     job.wait()
-    assert job.result()
+    assert job._done.is_set() and job.result()
 
 
 def signal_itself() -> None:
@@ -73,7 +73,7 @@ def test_all_of_a_crew_work_at_once() -> None:
     together = threading.Barrier(3)
     with crew(3, "ratel-crew") as threads:
         names = {name for name in threads.map(lambda _: together.wait(patience(10)) is not None and threading.current_thread().name, range(3))}
-    assert names == {f"ratel-crew-{number}" for number in range(3)}
+    assert names == {f"ratel-crew-{number}" for number in range(3)} and all(thread.daemon for thread in threads._threads)
 
 
 def test_the_end_waits_for_what_was_begun_and_leaves_the_rest() -> None:

@@ -16,6 +16,7 @@ def test_waits_and_work_have_lane_name_cause_and_bytes() -> None:
     tracing = Tracing()
     with tracing.waiting("before", "it"):
         time.sleep(2 * SHORTEST_S)
+    assert not tracing.is_on and not tracing._spans
     tracing.start()
     before_s = time.perf_counter()
     with tracing.waiting("SSD read", "block.1"):

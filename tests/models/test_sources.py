@@ -31,7 +31,7 @@ def read_all(parts: Parts) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same(found: dict[str, torch.Tensor], model: nn.Module) -> None:
+def assert_weights(found: dict[str, torch.Tensor], model: nn.Module) -> None:
     expected = {name: p.detach().float() for name, p in model.named_parameters()}
     assert set(found) == set(expected)
     for name, tensor in expected.items():
@@ -46,7 +46,7 @@ def open_directory(path: Path) -> Parts:
 def test_a_directory_written_by_transformers(family: str, tmp_path: Path) -> None:
     model = make_model(family).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    assert_same(read_all(open_directory(tmp_path)), model)
+    assert_weights(read_all(open_directory(tmp_path)), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -54,7 +54,7 @@ def test_a_sharded_directory(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model("llama").to(dtype)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same(read_all(open_directory(tmp_path)), model)
+    assert_weights(read_all(open_directory(tmp_path)), model)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
@@ -62,7 +62,7 @@ def test_fused_experts_under_the_names_of_the_module(family: str, tmp_path: Path
     model = make_model(family)
     model.config.save_pretrained(tmp_path)
     save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    assert_same(read_all(open_directory(tmp_path)), model)
+    assert_weights(read_all(open_directory(tmp_path)), model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_the_base_model_gets_its_prefix(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert not any(name.startswith("model.") for name in load_file(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"]}))
-    assert_same(read_all(open_directory(tmp_path)), model)
+    assert_weights(read_all(open_directory(tmp_path)), model)
 
 
 def test_tied_weights_may_be_stored_under_the_other_name(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_tied_weights_may_be_stored_under_the_other_name(tmp_path: Path) -> None
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    assert_same(read_all(open_directory(tmp_path)), model)
+    assert_weights(read_all(open_directory(tmp_path)), model)
 
 
 # --- modules in memory ----------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_a_module_gives_its_weights_and_gets_trained_ones_back(family: str) -> N
     held = dict(model.named_parameters())
     parts = load(model, dtype=torch.float32, device=CPU)
     assert all(p.untyped_storage().nbytes() <= 8 for p in model.parameters())
-    assert_same(read_all(parts), before)
+    assert_weights(read_all(parts), before)
 
     def trained(unit: UnitSpec) -> torch.Tensor:
         flat = torch.empty(unit.num_elements)

@@ -19,7 +19,7 @@ from ratel.runtime.states import export
 from ratel.runtime.states import moments
 from ratel.runtime.states.saved_state import SavedState
 from tests.support.families import ROWS, batches, build
-from tests.support.optimizer_states import DECAY, HALF, LR, Plain, everything, freeze, open_session
+from tests.support.optimizer_states import DECAY, HALF, LR, Plain, everything, freeze, open_decaying
 from tests.support.resume import make_model, make_text, model_files, train
 
 pytestmark = pytest.mark.e2e
@@ -45,7 +45,7 @@ def whole(family: str, micro_rows: int, frozen: str | None) -> dict[str, Tensor]
 def test_torch_then_ratel(family: str, micro_rows: int, frozen: str | None, ssd_dir: Path, tmp_path: Path) -> None:
     half = Plain(family, micro_rows=micro_rows, frozen=frozen).run(family, 0, HALF)
     save_adamw_state(tmp_path / "half", half.model, half.optimizer)
-    with open_session(half.model, family, ssd_dir, micro_batch=micro_rows,
+    with open_decaying(half.model, family, ssd_dir, micro_batch=micro_rows,
                       optimizer_state=tmp_path / "half") as session:
         for batch in batches(family, 2 * HALF)[HALF:]:
             session.step(batch)
@@ -60,7 +60,7 @@ def test_ratel_then_torch(family: str, micro_rows: int, frozen: str | None, ssd_
     monkeypatch.setattr(moments, "SHARD_BYTES", 0)
     model = build(family)
     freeze(model, frozen)
-    with open_session(model, family, ssd_dir, micro_batch=micro_rows) as session:
+    with open_decaying(model, family, ssd_dir, micro_batch=micro_rows) as session:
         for batch in batches(family, HALF):
             session.step(batch)
         session.export(tmp_path / "half", dtype="fp32", optimizer=True)
@@ -80,15 +80,15 @@ def test_ratel_then_torch(family: str, micro_rows: int, frozen: str | None, ssd_
                                      dict(dtype="bf16", micro_batch=2)])
 def test_ratel_then_ratel(options: dict[str, Any], ssd_dir: Path, tmp_path: Path) -> None:
     """In any tier and mode, and in bf16, whose masters are fp32."""
-    with open_session(build("llama"), "llama", ssd_dir, **options) as session:
+    with open_decaying(build("llama"), "llama", ssd_dir, **options) as session:
         for batch in batches("llama", 2 * HALF):
             session.step(batch)
         expected = everything(session)
-    with open_session(build("llama"), "llama", ssd_dir, **options) as session:
+    with open_decaying(build("llama"), "llama", ssd_dir, **options) as session:
         for batch in batches("llama", HALF):
             session.step(batch)
         session.export(tmp_path / "half", dtype="fp32", optimizer=True)
-    with open_session(tmp_path / "half", "llama", ssd_dir, optimizer_state=tmp_path / "half", **options) as session:
+    with open_decaying(tmp_path / "half", "llama", ssd_dir, optimizer_state=tmp_path / "half", **options) as session:
         for batch in batches("llama", 2 * HALF)[HALF:]:
             session.step(batch)
         assert_equal(everything(session), expected)
@@ -97,7 +97,7 @@ def test_ratel_then_ratel(options: dict[str, Any], ssd_dir: Path, tmp_path: Path
 def test_without_the_moments_the_run_differs(ssd_dir: Path, tmp_path: Path) -> None:
     expected = whole("llama", ROWS, None)
     half = Plain("llama").run("llama", 0, HALF)
-    with open_session(half.model, "llama", ssd_dir) as session:
+    with open_decaying(half.model, "llama", ssd_dir) as session:
         for batch in batches("llama", 2 * HALF)[HALF:]:
             session.step(batch)
         found = everything(session)

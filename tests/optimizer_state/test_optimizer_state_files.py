@@ -16,7 +16,7 @@ from ratel.errors import RatelError
 from ratel.models.safetensors import writer as shards
 from ratel.optimizer_state import adamw, load_adamw_state, save_adamw_state, writing
 from tests.support.families import ROWS, batches, build
-from tests.support.optimizer_states import HALF, LR, Plain, everything, freeze, open_session
+from tests.support.optimizer_states import HALF, LR, Plain, everything, freeze, open_decaying
 
 pytestmark = pytest.mark.e2e
 
@@ -159,7 +159,7 @@ def test_files_that_do_not_fit_are_refused(name: str, ssd_dir: Path, tmp_path: P
     change, message = WRONG[name]
     path = changed(saved(tmp_path), change)
     with pytest.raises(RatelError, match="^optimizer_state: .*" + message):
-        open_session(build("llama"), "llama", ssd_dir, optimizer_state=path)
+        open_decaying(build("llama"), "llama", ssd_dir, optimizer_state=path)
     assert list(ssd_dir.iterdir()) == []
     model = build("llama")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -171,7 +171,7 @@ def test_files_that_do_not_fit_are_refused(name: str, ssd_dir: Path, tmp_path: P
 def test_paths_that_are_refused(tmp_path: Path, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: Path, match: str) -> None:
         with pytest.raises(RatelError, match=match):
-            open_session(build("llama"), "llama", ssd_dir, optimizer_state=path)
+            open_decaying(build("llama"), "llama", ssd_dir, optimizer_state=path)
 
     refused(tmp_path / "none", "is neither a file nor a directory")
     refused(tmp_path, "there is no optimizer.safetensors and no optimizer.safetensors.index.json")
@@ -192,13 +192,13 @@ def test_other_frozen_parameters_are_refused(ssd_dir: Path, tmp_path: Path) -> N
     path, model = saved(tmp_path), build("llama")
     freeze(model, "mlp")
     with pytest.raises(RatelError, match="it has exp_avg.model.layers.0.mlp.down_proj.weight, which is of no"):
-        open_session(model, "llama", ssd_dir, optimizer_state=path)
+        open_decaying(model, "llama", ssd_dir, optimizer_state=path)
 
 
 def test_a_model_with_its_own_loss_is_refused_at_its_first_batch(ssd_dir: Path, tmp_path: Path) -> None:
     """Only then it is known what is trained; still before anything is reserved."""
     path = changed(saved(tmp_path, family="patches"), lambda tensors, _: tensors.pop("exp_avg_sq.norm.bias"))
-    with open_session(build("patches"), "patches", ssd_dir, optimizer_state=path) as session:
+    with open_decaying(build("patches"), "patches", ssd_dir, optimizer_state=path) as session:
         with pytest.raises(RatelError, match="it lacks exp_avg_sq.norm.bias"):
             session.step(batches("patches", 1)[0])
         assert list(ssd_dir.iterdir()) == []
@@ -215,7 +215,7 @@ def test_tied_weights_may_be_stored_under_any_name(ssd_dir: Path, tmp_path: Path
     load_adamw_state(path, found.model, found.optimizer)
     tied = found.optimizer.state[found.model.lm_head.weight]
     assert torch.equal(tied["exp_avg"], half.optimizer.state[half.model.lm_head.weight]["exp_avg"])
-    with open_session(half.model, "llama-tied", ssd_dir, optimizer_state=path) as session:
+    with open_decaying(half.model, "llama-tied", ssd_dir, optimizer_state=path) as session:
         session.prepare(ROWS, 16)
         name = "m.model.embed_tokens.weight"
         assert torch.equal(everything(session)[name], half.everything()[name])

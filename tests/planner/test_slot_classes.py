@@ -13,10 +13,10 @@ from ratel.planner.forecast.simulate import simulate
 from ratel.planner.hardware import load_hardware
 from ratel.planner.schedule import unit_gathers
 from ratel.planner.shape import ModelSpec, ParamSpec, SlotClass, StageSpec, lay_out, outside_blocks
-from tests.runtime.streams.test_concurrency import assert_same, open_session, train
-from tests.runtime.streams.test_placement import SMALL
+from tests.runtime.streams.test_concurrency import train
 from tests.support.families import batches
 from tests.support.plans import gpt_spec, make_plan, tied_spec
+from tests.support.sessions import SMALL, assert_same, open_session
 
 pytestmark = pytest.mark.numerics
 

@@ -199,3 +199,51 @@ def test_what_is_kept_for_a_pass_that_does_not_come_is_given_back(ssd_dir: Path)
         assert waiting.result() in kept and sum(slot.refs for slot in kept) == 1
         p.cache.keep_for_forward(waiting.result())
         assert waiting.result().refs == 1
+
+
+def test_nothing_is_changed_while_another_thread_has_the_lock(ssd_dir: Path) -> None:
+    with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred", buffers=slots(4)) as p:
+        fill(p)
+        held = {unit: p.cache.acquire(unit, refs=3) for unit in (1, 2, 3)}
+        calls = [lambda: p.cache.acquire(4), lambda: p.cache.acquire_ahead(1), lambda: p.cache.expect_forward([]),
+                 lambda: p.cache.leave(1, held[1]), lambda: p.cache.take_left(1), lambda: p.cache.keep_for_forward(held[2]),
+                 lambda: p.cache.took_over(2), p.cache.expect_no_forward, lambda: p.cache.release(held[3]),
+                 lambda: p.cache.withdraw(held[3])]
+        for number, call in enumerate(calls):
+            with p.exchange.lock:
+                job = in_thread("other", call)
+                assert not job._done.wait(0.03), f"call {number} did not take the lock"
+            job.result()
+
+
+def test_one_thread_at_a_time_waits_for_the_reads_of_a_slot(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred") as p:
+        fill(p)
+        slot, waited, inside, may_go = p.cache.acquire(1), [], threading.Event(), threading.Event()
+        wait = p.io.wait
+
+        def slowly(read: object) -> None:
+            waited.append(read)
+            inside.set()
+            assert may_go.wait(patience(10))
+            wait(read)
+
+        monkeypatch.setattr(p.io, "wait", slowly)
+        first = in_thread("first", p.cache.ready, slot)
+        assert inside.wait(patience(10))
+        second = in_thread("second", p.cache.ready, slot)
+        assert not second._done.wait(0.05)
+        may_go.set()
+        first.result(), second.result()
+        assert len(waited) == 1 and not slot.reads
+
+
+def test_an_update_goes_on_when_the_pass_has_come_to_what_was_read_before(ssd_dir: Path) -> None:
+    with parts(ssd_dir, "ssd", spec=FOUR, optimizer="deferred", buffers=slots(3)) as p:
+        fill(p)
+        p.cache.acquire(1), p.cache.acquire(2)
+        p.cache.expect_forward([1])
+        waiting = in_thread("update", p.cache.acquire_ahead, 4)
+        assert not waiting._done.wait(0.1)
+        p.cache.acquire(1)
+        assert waiting.result().unit == 4

@@ -99,6 +99,16 @@ def test_a_read_is_of_the_version_that_was_current_when_it_began(ssd_dir: Path) 
         assert p.store.checksums.table(0, 1, "hi").tolist() == p.store.checksums.compute(1, 0, first).tolist()
 
 
+def test_a_trace_says_what_reading_and_checksums_took(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratel.memory.tracing.SHORTEST_S", 0.0)
+    with parts(ssd_dir, "ssd") as p:
+        values = random_plane(torch.bfloat16, p.store.plane(1, "hi").num_elements, 0)
+        p.exchange.tracing.start()
+        p.engine.wait(p.io.write(1, "hi", 0, values, 0))
+        p.io.wait(p.io.read(1, "hi", 0, values, 0))
+        assert sorted(span.name for span in p.exchange.tracing.stop()) == ["SSD read block.0", "checksum block.0", "checksum block.0"]
+
+
 def test_an_early_update_that_is_kept_becomes_the_plane(ssd_dir: Path) -> None:
     with parts(ssd_dir, "dram", optimizer="speculative", early_units=2) as p:
         unit = next(iter(p.plan.early))

@@ -137,9 +137,3 @@ def train(family: str, ssd: Path, device: str, *, steps: int = 2, rows: int = 4,
                      **{"dtype": "bf16", "tier": "dram", "micro_batch": 2, **options}) as session:
             outs = [session.step(batch) for batch in data_of(family, steps, rows)]
             return [(out.loss, out.grad_norm) for out in outs], session.state_dict()
-
-
-def assert_same(one: tuple, other: tuple) -> None:
-    assert one[0] == other[0], "losses or norms differ"
-    different = [name for name in one[1] if not torch.equal(one[1][name], other[1][name])]
-    assert not different, f"weights differ: {different[:5]}"

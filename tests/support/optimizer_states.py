@@ -47,7 +47,7 @@ def freeze(model: torch.nn.Module, pattern: str | None) -> None:
             parameter.requires_grad_(False)
 
 
-def open_session(model: Any, family: str, ssd: Path, **options: Any) -> Session:
+def open_decaying(model: Any, family: str, ssd: Path, **options: Any) -> Session:
     defaults = dict(device="cpu", dtype="fp32", ssd=[ssd], lr=LR, weight_decay=DECAY, max_grad_norm=0.5, tier="ssd",
                     micro_batch=ROWS, loss_fn=loss_fn_of(family))
     return Session(model, **{**defaults, **options})

@@ -12,6 +12,7 @@ survivor, and one with the sums.
 """
 
 import argparse
+import compileall
 import json
 import os
 import random
@@ -101,23 +102,29 @@ class Copy:
     def __init__(self, directory: Path) -> None:
         self.root = directory / "tree"
         shutil.copytree(ROOT, self.root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", ".pytest_cache"))
-        environment = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "RATEL_TEST_PATIENCE": "2"}
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "RATEL_TEST_PATIENCE": "2"}
+        compileall.compile_dir(self.root / "ratel", quiet=2)
         self._server = subprocess.Popen([sys.executable, "-m", __spec__.name, "serve"], cwd=self.root, env=environment, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def outcome(self, tests: list[str], limit_s: float) -> str:
-        self._server.stdin.write(json.dumps({"tests": tests, "limit_s": limit_s}) + "\n")
+    def prepare(self, tests: list[str]) -> None:
+        """What pytest makes of the files of these tests is kept for the others."""
+        self.outcome(["--collect-only", *tests], 1000, keeps_bytecode=True)
+
+    def outcome(self, tests: list[str], limit_s: float, *, keeps_bytecode: bool = False) -> str:
+        self._server.stdin.write(json.dumps({"tests": tests, "limit_s": limit_s, "keeps_bytecode": keeps_bytecode}) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
     def outcome_with(self, file: str, mutant: Mutant, tests: list[str], limit_s: float) -> str:
         path = self.root / file
-        source = path.read_bytes()
+        source, times = path.read_bytes(), path.stat()
         path.write_bytes(mutant.applied(source))
         try:
             return self.outcome(tests, limit_s)
         finally:
             path.write_bytes(source)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # of what was compiled
 
     def close(self) -> None:
         self._server.stdin.close()
@@ -135,6 +142,7 @@ def serve() -> int:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
+            sys.dont_write_bytecode = not request["keeps_bytecode"]
             _be_tested(request["tests"], request["limit_s"])
         os.write(answers, (json.dumps(_watched(child)) + "\n").encode())
     return 0
@@ -226,6 +234,9 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="ratel-mutants-") as place, ThreadPoolExecutor(self._args.processes) as threads:
             copies = [Copy(Path(place) / str(number)) for number in range(self._args.processes)]
             free = copies.copy()
+            reached = sorted({name.split("::")[0] for file, mutant in sample for name in self.tests_of(file, mutant)})
+            for copy in copies:
+                copy.prepare(reached)
 
             def one(pair: tuple[str, Mutant]) -> Tried:
                 copy = free.pop()

@@ -14,14 +14,14 @@ from ratel.planner.traffic import step_traffic
 from ratel.runtime.session.session import Session
 from ratel.trace.timeline import Span, Timeline
 from tests.support.families import batches, build
+from tests.support.sessions import open_session
 
 pytestmark = pytest.mark.numerics
 MIB = 1 << 20
 
 
-def open_session(ssd: Path, device: str = "cpu", **options) -> Session:
-    defaults = dict(device=device, ssd=[ssd], lr=1e-3, tier="ssd", checkpoint_tier="ssd", micro_batch=2)
-    return Session(build("llama"), gpu_memory="4GiB" if device == "cuda" else None, **{**defaults, **options})
+def open_traced(ssd: Path, device: str = "cpu", **options) -> Session:
+    return open_session(ssd, device=device, **{"tier": "ssd", "checkpoint_tier": "ssd", **options})
 
 
 def lane(timeline: Timeline, prefix: str) -> list[Span]:
@@ -41,7 +41,7 @@ def assert_in_turn(spans: list[Span]) -> None:
 @pytest.mark.parametrize("optimizer", ["deferred", "eager"])
 def test_a_traced_step_is_complete(optimizer: str, device: str, ssd_dir: Path) -> None:
     # Slow enough that updates of a deferred step are not over before the next one begins.
-    with open_session(ssd_dir, device, optimizer=optimizer, max_grad_norm=0.0, ssd_bandwidth="2MB/s") as session:
+    with open_traced(ssd_dir, device, optimizer=optimizer, max_grad_norm=0.0, ssd_bandwidth="2MB/s") as session:
         outs = [session.step(batch) for batch in batches("llama", 3)[:2]]
         begun_s = perf_counter()
         outs.append(session.step(batches("llama", 3)[2], trace=True))
@@ -68,7 +68,7 @@ def test_a_traced_step_is_complete(optimizer: str, device: str, ssd_dir: Path) -
 
 def test_spans_of_an_ssd_add_up_to_what_it_moved(ssd_dir: Path) -> None:
     """Block inputs are written and read within a step; other traffic crosses its ends."""
-    with open_session(ssd_dir, tier="dram") as session:
+    with open_traced(ssd_dir, tier="dram") as session:
         out = [session.step(batch, trace=True) for batch in batches("llama", 2)][-1]
         plan = session.plan
     assert bytes_of(out.timeline, "ssd read") == out.usage.ssd_read_bytes > 0
@@ -81,7 +81,7 @@ def test_spans_of_an_ssd_add_up_to_what_it_moved(ssd_dir: Path) -> None:
 def test_what_a_block_keeps_comes_back_from_a_tier_at_once(ssd_dir: Path) -> None:
     """Whatever its parts are; three ways each on its own and one that mixes tiers."""
     kept = {"*": "recompute", "block.0": "dram", "block.1": "ssd", "block.2": {"mlp.*": "ssd", "self_attn.?_proj": "dram"}}
-    with open_session(ssd_dir, tier="dram", activations=kept, checkpoint_tier="gpu", micro_batch=2) as session:
+    with open_traced(ssd_dir, tier="dram", activations=kept, checkpoint_tier="gpu", micro_batch=2) as session:
         timeline = [session.step(batch, trace=True) for batch in batches("llama", 2)][-1].timeline
         plan = session.plan
     back = [s for s in lane(timeline, "h2d") if s.name.startswith("inside")]
@@ -97,7 +97,7 @@ def test_what_a_block_keeps_comes_back_from_a_tier_at_once(ssd_dir: Path) -> Non
 def test_tracing_changes_no_bit(device: str, ssd_dir: Path) -> None:
     results = []
     for trace in (False, True):
-        with open_session(ssd_dir, device) as session:
+        with open_traced(ssd_dir, device) as session:
             losses = [session.step(batch, trace=trace).loss for batch in batches("llama", 3)]
             results.append((losses, session.state_dict()))
     (losses, weights), (traced, same) = results
@@ -105,7 +105,7 @@ def test_tracing_changes_no_bit(device: str, ssd_dir: Path) -> None:
 
 
 def test_the_file_opens_and_covers_the_step(ssd_dir: Path, tmp_path: Path) -> None:
-    with open_session(ssd_dir) as session:
+    with open_traced(ssd_dir) as session:
         timeline = [session.step(batch, trace=True) for batch in batches("llama", 3)][-1].timeline
     timeline.write(tmp_path / "trace.json")
     content = json.loads((tmp_path / "trace.json").read_text())
@@ -123,7 +123,7 @@ def test_the_file_opens_and_covers_the_step(ssd_dir: Path, tmp_path: Path) -> No
 
 
 def test_what_is_not_traced_is_not_recorded(ssd_dir: Path) -> None:
-    with open_session(ssd_dir) as session:
+    with open_traced(ssd_dir) as session:
         for index, batch in enumerate(batches("llama", 3)):
             session.step(batch, trace=index == 1)
         m = session._machinery
@@ -208,7 +208,7 @@ def test_clocks_agree() -> None:
 def test_a_batch_that_is_refused_leaves_nothing_on(ssd_dir: Path) -> None:
     """A record that nobody ends would grow with every step after it."""
     batch = batches("llama", 1)[0]
-    with open_session(ssd_dir) as session:
+    with open_traced(ssd_dir) as session:
         session.step(batch)
         with pytest.raises(RatelError, match="no token"):
             session.step({**batch, "labels": torch.full_like(batch["input_ids"], -100)}, trace=True)

@@ -10,9 +10,9 @@ import pytest
 from ratel.config import resolve
 from ratel.errors import RatelError
 from ratel.training.output import RunDirectory
-from tests.runtime.states.test_state import flip
 from tests.support.families import batches
 from tests.support.resume import make_model, make_text, train
+from tests.support.sessions import flip
 
 pytestmark = pytest.mark.e2e
 

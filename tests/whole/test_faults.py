@@ -15,11 +15,11 @@ from ratel.errors import DamagedError, RatelError, WorkerError
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.saved_state import SavedState
 from ratel.synced import write_synced
-from tests.runtime.states.test_state import flip
 from tests.support.commands import start
-from tests.support.families import batches, build, loss_fn_of
+from tests.support.families import batches, build
 from tests.support.patience import patience
 from tests.support.resume import assert_same_run, make_model, make_text, train
+from tests.support.sessions import flip, open_session
 from tests.support.tools import run_tool
 
 pytestmark = pytest.mark.e2e
@@ -76,9 +76,8 @@ def test_a_command_whose_drive_falls_silent_ends_and_can_be_resumed(durable: str
     assert_same_run(out, tmp_path / "whole")
 
 
-def open_session(ssd: "Path | list[Path]", commits: Path, **options: object) -> Session:
-    return Session(build("llama"), loss_fn=loss_fn_of("llama"), device="cpu", ssd=ssd, lr=1e-3, micro_batch=2,
-                   durable="step", commits=commits, **{"tier": "ssd", **options})
+def open_committing(ssd: "Path | list[Path]", commits: Path, **options: object) -> Session:
+    return open_session(ssd, durable="step", commits=commits, **{"tier": "ssd", **options})
 
 
 def test_a_silent_drive_is_let_go_of_with_the_memory_that_it_may_still_write_to(
@@ -89,7 +88,7 @@ def test_a_silent_drive_is_let_go_of_with_the_memory_that_it_may_still_write_to(
     monkeypatch.setattr(arena, "_never_freed", kept)
     real = nvme_ds.Engine
     monkeypatch.setattr(nvme_ds, "Engine", lambda **options: real(**options, stall_timeout_s=patience(0.1)))
-    session = open_session(ssd_dir, tmp_path / "commits")
+    session = open_committing(ssd_dir, tmp_path / "commits")
     session.step(batches("llama", 1)[0])
     engine, memory = session._machinery.engine, session._machinery.arena
     engine.inject(stall_op="any")
@@ -106,13 +105,13 @@ def test_a_silent_drive_is_let_go_of_with_the_memory_that_it_may_still_write_to(
 def test_a_damaged_byte_is_found_with_its_file_and_place(ssd_dir: Path, tmp_path: Path) -> None:
     """On two drives: the one that is named is the one to replace."""
     folders, commits = [ssd_dir / "a", ssd_dir / "b"], tmp_path / "commits"
-    with open_session(folders, commits) as session:
+    with open_committing(folders, commits) as session:
         session.step(batches("llama", 1)[0])
         session.commit(wait=True)
         store, unit = session._machinery.store, session.plan.spec.units[1]
         path, position = store.volume.locate(store.offset(store.versions.current[1], 1, "m"))
     flip(Path(path), position + 5)
-    with open_session(folders, commits) as session:
+    with open_committing(folders, commits) as session:
         session.load(commits)
         place = f"{path} is damaged at byte {position}: unit {unit.name}, plane m, chunk 0"
         with pytest.raises(WorkerError, match=place) as caught:
@@ -146,7 +145,7 @@ def test_a_commit_that_fails_ends_the_session_and_leaves_the_one_before(what: st
         write_synced(path, content)
         raise OSError(5, "Input/output error", str(path))
 
-    session = open_session(ssd_dir, commits)
+    session = open_committing(ssd_dir, commits)
     for batch in batches("llama", 2):
         session.step(batch)
         session.commit(wait=True)

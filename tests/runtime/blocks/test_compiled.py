@@ -12,7 +12,8 @@ from ratel.errors import RatelError
 from ratel.runtime.blocks.compiled import CompiledBlocks
 from ratel.runtime.session import session as session_module
 from ratel.runtime.session.session import Session
-from tests.support.inner import assert_same, make, train
+from tests.support.inner import make, train
+from tests.support.sessions import assert_same
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from ratel.runtime.session.session import Session
 from ratel.units import GIB
 from tests.memory.test_memory_contract import measures
 from tests.support.families import CAUSAL, batches, build, llama, loss_fn_of
-from tests.support.inner import OWN, WIDTH, Body, assert_same, data_of, make, patches_loss, train
+from tests.support.inner import OWN, WIDTH, Body, data_of, make, patches_loss, train
+from tests.support.sessions import assert_same
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]
 FAMILIES = [*CAUSAL, "patches", "gpt2-dropout", *OWN]

@@ -32,8 +32,9 @@ from ratel.runtime.planning.request import Planner
 from ratel.runtime.session.session import Session
 from ratel.units import GIB, MIB
 from tests.support.families import batches, build, patches_loss
-from tests.support.inner import OWN, WIDTH, Body, assert_same, train
+from tests.support.inner import OWN, WIDTH, Body, train
 from tests.support.plans import gpt_spec, make_plan
+from tests.support.sessions import assert_same
 
 CPU = torch.device("cpu")
 DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -32,7 +32,7 @@ from tests.support.families import VOCAB, batches, build, llama, loss_fn_of
 pytestmark = pytest.mark.numerics
 
 
-def open_session(model: object, ssd: Path | None = None, **options: object) -> Session:
+def opened(model: object, ssd: Path | None = None, **options: object) -> Session:
     return Session(model, **{"device": "cpu", "lr": 1e-3, "ssd": None if ssd is None else [ssd], **options})
 
 
@@ -57,7 +57,7 @@ class Untouched:
         skeleton."""
 
         def attempt() -> None:
-            with open_session(self.model, self.directory, loss_fn=loss_fn_of(self.family), **options) as session:
+            with opened(self.model, self.directory, loss_fn=loss_fn_of(self.family), **options) as session:
                 try:
                     session.step(batches(self.family, 1)[0])
                 finally:
@@ -97,13 +97,13 @@ def test_a_budget_too_small_says_by_how_much(options: dict, what: str, field: st
     missing, needed, allowed = shortage(error)
     assert allowed == budget and missing == pytest.approx(needed - allowed, rel=0.01) and "larger --" in error.remedy
     enough = {field: int(needed * 1.02)}
-    with open_session(build("llama"), ssd_dir, **{**options, **enough}) as session:
+    with opened(build("llama"), ssd_dir, **{**options, **enough}) as session:
         assert session.prepare(4, 16) is session.plan, "what the message says would be enough is not"
 
 
 def test_inference_mode() -> None:
     batch = batches("llama", 1)[0]
-    with open_session(build("llama")) as session:
+    with opened(build("llama")) as session:
         with torch.inference_mode():
             for call in (lambda: session.step(batch), lambda: session.evaluate([batch]), lambda: session.prepare(4, 16)):
                 refused("has no gradients", "torch.inference_mode", call)
@@ -116,7 +116,7 @@ def test_inference_mode() -> None:
 
 def test_more_rows_than_there_is_memory_for(ssd_dir: Path) -> None:
     """Their shape is planned with, and a batch of that shape would itself not fit."""
-    with open_session(build("llama"), ssd_dir) as session:
+    with opened(build("llama"), ssd_dir) as session:
         refused("DRAM is short by .* TiB", "dram", lambda: session.prepare(10**11, 16))
 
 
@@ -136,22 +136,22 @@ def test_a_disk_that_fills_up_in_between(ssd_dir: Path, monkeypatch: pytest.Monk
 
 
 def test_the_directory_of_another_session(ssd_dir: Path) -> None:
-    with open_session(build("llama"), ssd_dir, tier="ssd") as first:
+    with opened(build("llama"), ssd_dir, tier="ssd") as first:
         before = [first.step(batch).loss for batch in batches("llama", 1)]
-        refused("in use by another", "ssd", lambda: open_session(build("llama"), ssd_dir, tier="ssd").prepare(4, 16))
+        refused("in use by another", "ssd", lambda: opened(build("llama"), ssd_dir, tier="ssd").prepare(4, 16))
         assert all(first.step(batch).loss < before[0] for batch in batches("llama", 1))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_that_may_not_be_written(ssd_dir: Path) -> None:
     ssd_dir.chmod(0o500)
-    refused("is not writable", "ssd", lambda: open_session(build("llama"), ssd_dir))
+    refused("is not writable", "ssd", lambda: opened(build("llama"), ssd_dir))
 
 
 @pytest.mark.parametrize("directory", ["/proc/ratel", "/dev/null", "/dev/null/ratel"])
 def test_what_is_no_directory(directory: str) -> None:
     model = build("llama")
-    refused("cannot be made", "ssd", lambda: open_session(model, Path(directory)))
+    refused("cannot be made", "ssd", lambda: opened(model, Path(directory)))
     assert model(batches("llama", 1)[0]["input_ids"]).logits.isfinite().all()
 
 
@@ -159,7 +159,7 @@ def test_no_direct_io_where_it_is_insisted_on(ssd_dir: Path, monkeypatch: pytest
     monkeypatch.setattr(nvme_ds.files, "_direct_refusal", lambda fd: "Invalid argument")
     error = Untouched(ssd_dir).refuses("no O_DIRECT", "direct", tier="ssd", direct="on")
     assert "--direct auto" in error.remedy
-    with open_session(build("llama"), ssd_dir, tier="ssd") as session:  # auto falls back
+    with opened(build("llama"), ssd_dir, tier="ssd") as session:  # auto falls back
         assert session.step(batches("llama", 1)[0]).loss > 0 and not session._machinery.store.volume.direct
 
 
@@ -207,7 +207,7 @@ def test_options(options: dict, message: str, field: str, ssd_dir: Path) -> None
                                      dict(checkpoint_tier="ssd"), dict(placement="ssd")])
 def test_ssd_without_a_directory(options: dict) -> None:
     model = build("llama")
-    session = open_session(model, **options)
+    session = opened(model, **options)
     assert "--ssd DIR" in refused("no directory was given", "ssd", lambda: session.prepare(4, 16)).remedy
     session.close()
     assert model(batches("llama", 1)[0]["input_ids"]).logits.isfinite().all()
@@ -243,7 +243,7 @@ BATCHES = {
 
 @pytest.fixture(scope="module")
 def prepared() -> Session:
-    with open_session(llama()) as session:
+    with opened(llama()) as session:
         session.prepare(4, 16)
         yield session
 
@@ -260,7 +260,7 @@ def test_batches(what: str, prepared: Session) -> None:
 
 def test_sequences_longer_than_the_model(ssd_dir: Path) -> None:
     untouched = Untouched(ssd_dir)
-    with open_session(untouched.model, ssd_dir, tier="ssd") as session:
+    with opened(untouched.model, ssd_dir, tier="ssd") as session:
         refused("at most 64 tokens", "seq_len", lambda: session.prepare(4, 65))
         refused("at most 64 tokens", "seq_len", lambda: session.step({"input_ids": ids(1, 65)}))
         untouched.check_machine()
@@ -274,7 +274,7 @@ def test_evaluation_without_targets(prepared: Session) -> None:
 
 
 def test_batches_of_a_model_with_its_own_loss(ssd_dir: Path) -> None:
-    with open_session(build("patches"), ssd_dir, loss_fn=loss_fn_of("patches"), tier="dram") as session:
+    with opened(build("patches"), ssd_dir, loss_fn=loss_fn_of("patches"), tier="dram") as session:
         good = batches("patches", 1)[0]
         refused("is prepared by its first batch", "prepare", lambda: session.prepare(4, 16))
         refused("first dimension, of one length", "batch", lambda: session.step({**good, "y": good["y"][:3]}))
@@ -319,7 +319,7 @@ def test_a_model_without_weights_that_cannot_be_given_any(ssd_dir: Path) -> None
 
     with torch.device("meta"):
         model = Patches()
-    refused("no reset_parameters", "model", lambda: open_session(model, ssd_dir, loss_fn=loss_fn_of("patches")))
+    refused("no reset_parameters", "model", lambda: opened(model, ssd_dir, loss_fn=loss_fn_of("patches")))
     assert all(p.device.type == "meta" for p in model.parameters()), "the refused module was left a skeleton"
 
 
@@ -331,13 +331,13 @@ def test_a_module_is_in_one_session_at_a_time(part: str, ssd_dir: Path) -> None:
     """Also a part of one. The first session goes on, and gives back what it has trained; the next
     one may then begin."""
     model = build("llama")
-    with open_session(model, ssd_dir) as first:
+    with opened(model, ssd_dir) as first:
         loss_fn = (lambda module, batch: module(**batch).last_hidden_state.square().mean(dim=(1, 2)).sum()) if part else None
         refused("in another session, which is not closed", "model",
-                lambda: open_session(model.get_submodule(part), loss_fn=loss_fn))
+                lambda: opened(model.get_submodule(part), loss_fn=loss_fn))
         assert first.step(batches("llama", 1)[0]).loss > 0
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with open_session(model) as second:
+    with opened(model) as second:
         second.step(batches("llama", 1)[0])
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -364,7 +364,7 @@ def masked(rows: list[list[int]], *, labels: bool = True) -> dict[str, torch.Ten
     ({**masked([[1, 1, 1, 1]]), "token_type_ids": torch.ones(1, 4)}, r"would not be given \(given: token_type_ids\)", "batch"),
     ({**masked([[1, 1, 1, 1]]), "labels": torch.ones(1, 4)}, "must be whole numbers", "labels")])
 def test_batches_that_would_be_trained_on_as_something_else(batch: dict, message: str, field: str, ssd_dir: Path) -> None:
-    with open_session(build("llama"), ssd_dir) as session:
+    with opened(build("llama"), ssd_dir) as session:
         refused(message, field, lambda: session.step(batch))
         assert session.step(batches("llama", 1)[0]).loss > 0
 
@@ -376,14 +376,14 @@ def test_a_padding_on_the_right_is_trained_on_as_transformers_does(ssd_dir: Path
     model, batch = build("llama"), masked([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     expected = model.float()(**batch).loss.item()
     given = BatchEncoding({key: tensor.int() for key, tensor in batch.items()})
-    with open_session(model, ssd_dir, dtype="fp32") as session:
+    with opened(model, ssd_dir, dtype="fp32") as session:
         assert session.step(given).loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "abc", True])
 def test_learning_rates(value: object, ssd_dir: Path) -> None:
-    refused("finite number, 0 or more", "lr", lambda: open_session(build("llama"), ssd_dir, lr=value))
-    with open_session(build("llama"), ssd_dir) as session:
+    refused("finite number, 0 or more", "lr", lambda: opened(build("llama"), ssd_dir, lr=value))
+    with opened(build("llama"), ssd_dir) as session:
         batch = batches("llama", 1)[0]
         session.step(batch)
         refused("finite number, 0 or more", "lr", lambda: session.step(batch, lr=value))
@@ -392,7 +392,7 @@ def test_learning_rates(value: object, ssd_dir: Path) -> None:
 
 def test_budgets_and_directories_of_a_session(ssd_dir: Path) -> None:
     for value in (0, True, -1):
-        refused("above 0|negative", "dram", lambda: open_session(build("llama"), ssd_dir, dram=value))
+        refused("above 0|negative", "dram", lambda: opened(build("llama"), ssd_dir, dram=value))
     refused("is given twice", "ssd", lambda: Session(build("llama"), device="cpu", ssd=[ssd_dir, f"{ssd_dir}/."]))
 
 
@@ -440,7 +440,7 @@ def test_a_model_that_cannot_be_written_leaves_a_session_that_goes_on(tmp_path: 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with open_session(build("llama")) as session:
+    with opened(build("llama")) as session:
         session.step(batches("llama", 1)[0])
         with monkeypatch.context() as patched:
             patched.setattr(export, "write_shards", full)

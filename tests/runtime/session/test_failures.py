@@ -20,17 +20,13 @@ from torch import nn
 
 from ratel.errors import RatelError, WorkerError
 from ratel.memory.retire import Retirer
-from ratel.planner.plan import Buffers
 from ratel.runtime.session.session import Session
 from tests.support.commands import start
 from tests.support.families import batches, build, llama, loss_fn_of
 from tests.support.patience import patience, wait_until, within
+from tests.support.sessions import SMALL
 
 pytestmark = pytest.mark.numerics
-
-SMALL = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1, chunk_elements=2048,
-                checkpoint_slots=1)
-
 
 class Subject:
     """A session on a model of the user's, and what must hold when it has failed."""

@@ -21,15 +21,16 @@ from ratel.runtime.session.session import Session
 from ratel.startup import arena_ahead
 from tests.support.families import batches, llama
 from tests.support.patience import patience
+from tests.support.sessions import open_session
 from tests.tools.interrupting import Tracer, interrupt, moments
 
 pytestmark = pytest.mark.numerics
 REFUSED = "belongs to the process that this one was forked from"
 
 
-def open_session(ssd: Path, **options) -> Session:
+def open_on_ssd(ssd: Path, **options) -> Session:
     torch.manual_seed(0)
-    return Session(llama(), ssd=[ssd], tier="ssd", device="cpu", lr=1e-3, micro_batch=2, **options)
+    return open_session(ssd, model=llama(), tier="ssd", **options)
 
 
 def in_child(act: Callable[[], object], *, patience_s: int = 60) -> int:
@@ -58,9 +59,9 @@ def test_a_forked_child_is_refused_and_harms_nothing(ssd_dir: Path, tmp_path: Pa
     """It asks for everything, closes the session and ends; the parent goes on as if it had not
     been."""
     given = batches("llama", 4)
-    with open_session(ssd_dir) as session:
+    with open_on_ssd(ssd_dir) as session:
         expected = [session.step(batch).loss for batch in given]
-    with open_session(ssd_dir) as session:
+    with open_on_ssd(ssd_dir) as session:
         losses = [session.step(batch).loss for batch in given[:2]]
         files = sorted(ssd_dir.iterdir())
         assert files
@@ -93,7 +94,7 @@ def test_workers_of_a_data_loader_fork_from_an_open_session(ssd_dir: Path) -> No
     loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, multiprocessing_context="fork")
     losses = []
     for workers in (0, 1):
-        with open_session(ssd_dir) as session:
+        with open_on_ssd(ssd_dir) as session:
             session.step(batches("llama", 1)[0])
             source = loader if workers else torch.utils.data.DataLoader(rows, batch_size=2)
             losses.append([session.step(batch).loss for batch in source])
@@ -198,7 +199,7 @@ def test_a_call_inside_a_call_is_refused_and_harms_nothing(where: str, ssd_dir: 
 
 def test_a_session_that_nobody_closes_leaves_nothing(ssd_dir: Path) -> None:
     before = threading.active_count()
-    session = open_session(ssd_dir)
+    session = open_on_ssd(ssd_dir)
     session.step(batches("llama", 1)[0])
     machinery = weakref.ref(session._machinery)
     assert list(ssd_dir.iterdir()) and threading.active_count() > before

@@ -53,7 +53,7 @@ class Poison:
         return loss * math.nan if self.on else loss
 
 
-def open_session(ssd_dir: Path | None, poisoned: str | None, options: dict) -> tuple[Session, Poison, list]:
+def open_poisoned(ssd_dir: Path | None, poisoned: str | None, options: dict) -> tuple[Session, Poison, list]:
     """A session in which the gradient of a parameter of llama is poisoned, or, for None, of the
     loss of the hand-written transformer."""
     family = "patches" if poisoned is None else "llama"
@@ -69,7 +69,7 @@ def states(session: Session) -> dict[str, Tensor]:
     return {f"{u.name}.{plane}": session.read_state(u, plane) for u in units for plane in ("hi", "lo", "m", "v")}
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_same_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, f"states differ: {different[:6]}"
 
@@ -79,7 +79,7 @@ def of_the_good_ones(poisoned: str | None, dtype: str, clip: float) -> tuple[lis
     """Losses and states where only the good steps are made: the same in any tier and mode
     (test_placement.py)."""
     options = dict(tier="dram", dtype=dtype, max_grad_norm=clip, optimizer="deferred")
-    session, _, (first, _, _, last) = open_session(None, poisoned, options)
+    session, _, (first, _, _, last) = open_poisoned(None, poisoned, options)
     with session:
         return [session.step(first).loss, session.step(last).loss], states(session)
 
@@ -87,7 +87,7 @@ def of_the_good_ones(poisoned: str | None, dtype: str, clip: float) -> tuple[lis
 def check_skipped_exactly(ssd_dir: Path, poisoned: str | None, options: dict) -> None:
     """good, bad, bad, good: as if only the good ones had been."""
     expected, after = of_the_good_ones(poisoned, options.get("dtype", "bf16"), options.get("max_grad_norm", 1.0))
-    session, poison, (first, *bad, last) = open_session(ssd_dir, poisoned, options)
+    session, poison, (first, *bad, last) = open_poisoned(ssd_dir, poisoned, options)
     with session:
         losses = [session.step(first).loss]
         before = states(session)
@@ -99,11 +99,11 @@ def check_skipped_exactly(ssd_dir: Path, poisoned: str | None, options: dict) ->
             assert out.skipped and out.step == number and not math.isfinite(out.grad_norm)
             assert math.isnan(out.loss) == (poisoned is None)
         poison.on = False
-        assert_same(states(session), before)
+        assert_same_states(states(session), before)
         out = session.step(last)
         assert not out.skipped and math.isfinite(out.grad_norm)
         assert [*losses, out.loss] == expected
-        assert_same(states(session), after)
+        assert_same_states(states(session), after)
         assert session._updates_made == 2, "bias correction counts updates"
 
 
@@ -125,7 +125,7 @@ def test_skipping_does_not_wait_for_a_flush(ssd_dir: Path) -> None:
                     dict(tier="ssd", optimizer="eager", max_grad_norm=0)):
         results = []
         for pattern in ((False, False), (False, True, True, False, True)):
-            session, poison, (first, bad, _, last) = open_session(ssd_dir, None, options)
+            session, poison, (first, bad, _, last) = open_poisoned(ssd_dir, None, options)
             with session:
                 session.step(first)
                 session._machinery.engine.inject(max_delay_us=8000, seed=7)
@@ -134,7 +134,7 @@ def test_skipping_does_not_wait_for_a_flush(ssd_dir: Path) -> None:
                     poison.on = is_bad
                     assert session.step(bad if is_bad else next(good)).skipped is is_bad
                 results.append(states(session))
-        assert_same(*results)
+        assert_same_states(*results)
 
 
 @pytest.mark.parametrize(("what", "poisoned", "unit"), [
@@ -143,7 +143,7 @@ def test_skipping_does_not_wait_for_a_flush(ssd_dir: Path) -> None:
     ("mixed", "model.layers.2.mlp.up_proj.weight", "block.2"),
 ])
 def test_eager_cannot_skip_what_comes_late_and_names_it(what: str, poisoned: str, unit: str, ssd_dir: Path) -> None:
-    session, poison, (first, second, third, _) = open_session(ssd_dir, poisoned, EAGER[what])
+    session, poison, (first, second, third, _) = open_poisoned(ssd_dir, poisoned, EAGER[what])
     session.step(first)
     poison.on = True
     with pytest.raises(NonFiniteError, match=f"gradient of {unit} .*not finite.*deferred optimizer skips"):

@@ -14,14 +14,14 @@ import torch
 from ratel.errors import RatelError
 from ratel.runtime.session.session import Session
 from tests.support.families import batches, build, llama, loss_fn_of
+from tests.support.sessions import open_session
 
 pytestmark = pytest.mark.numerics
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def open_session(model: object, ssd: Path, device: str = "cpu", **options) -> Session:
-    defaults = dict(device=device, ssd=[ssd], lr=1e-3, tier="ssd", micro_batch=2)
-    return Session(model, gpu_memory="4GiB" if device == "cuda" else None, **{**defaults, **options})
+def opened(model: object, ssd: Path, device: str = "cpu", **options) -> Session:
+    return open_session(ssd, model=model, device=device, **{"tier": "ssd", **options})
 
 
 def gpt2_with_dropout() -> torch.nn.Module:
@@ -36,7 +36,7 @@ def gpt2_with_dropout() -> torch.nn.Module:
 def test_dropout_is_replayed_and_does_not_depend_on_placement(device: str, ssd_dir: Path) -> None:
     results = []
     for options in (dict(tier="ssd"), dict(tier="gpu", checkpoint_tier="dram"), dict(tier="dram", seed=1)):
-        with open_session(gpt2_with_dropout(), ssd_dir, device, **options) as session:
+        with opened(gpt2_with_dropout(), ssd_dir, device, **options) as session:
             losses = [session.step(batch).loss for batch in batches("llama", 3)]
             results.append((losses, session.state_dict()))
     (first, weights), (second, same), (other_seed, _) = results
@@ -51,7 +51,7 @@ def test_dropout_gradient_is_that_of_the_same_masks(ssd_dir: Path) -> None:
     batch = batches("llama", 1)[0]
     losses = []
     for scale in (0.0, 1.0):
-        with open_session(gpt2_with_dropout(), ssd_dir, dtype="fp32", lr=1e-3 * scale or 1e-12, max_grad_norm=0) as session:
+        with opened(gpt2_with_dropout(), ssd_dir, dtype="fp32", lr=1e-3 * scale or 1e-12, max_grad_norm=0) as session:
             first = session.step(batch)
             session._attempts = 0  # the same masks again
             losses.append((first.loss, session.step(batch).loss))
@@ -67,7 +67,7 @@ def test_frozen_parameters_stay_and_have_no_states(tier: str, ssd_dir: Path) -> 
         parameter.requires_grad_("mlp" in name or "layers.1." in name)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    with open_session(model, ssd_dir, tier=tier, lr=1e-2) as session:
+    with opened(model, ssd_dir, tier=tier, lr=1e-2) as session:
         for batch in batches("llama", 2):
             session.step(batch)
         assert sum(u.num_trainable_params for u in session.plan.spec.units) == sum(before[n].numel() for n in trained)
@@ -83,7 +83,7 @@ def test_evaluation_changes_nothing_and_completes_updates(ssd_dir: Path) -> None
     data = batches("llama", 4)
 
     def run(evaluate: bool) -> tuple[list[float], dict]:
-        with open_session(gpt2_with_dropout(), ssd_dir) as session:
+        with opened(gpt2_with_dropout(), ssd_dir) as session:
             losses = []
             for batch in data:
                 losses.append(session.step(batch).loss)
@@ -99,7 +99,7 @@ def test_evaluation_changes_nothing_and_completes_updates(ssd_dir: Path) -> None
 def test_evaluation_is_the_mean_over_target_tokens(ssd_dir: Path) -> None:
     data = batches("llama", 2, rows=4)
     data[1]["labels"][:, 4:] = -100
-    with open_session(llama(), ssd_dir, dtype="fp32") as session:
+    with opened(llama(), ssd_dir, dtype="fp32") as session:
         session.prepare(4, 16)
         both = session.evaluate(data)
         counts = [int((b["labels"][:, 1:] != -100).sum()) for b in data]
@@ -110,7 +110,7 @@ def test_evaluation_is_the_mean_over_target_tokens(ssd_dir: Path) -> None:
 def test_evaluation_takes_more_rows_than_a_step(ssd_dir: Path) -> None:
     large = batches("llama", 1, rows=11)[0]
     pieces = [{key: value[begin : begin + 4] for key, value in large.items()} for begin in (0, 4, 8)]
-    with open_session(llama(), ssd_dir) as session:
+    with opened(llama(), ssd_dir) as session:
         session.step(pieces[0])
         assert session.evaluate([large]) == session.evaluate(pieces)
         with pytest.raises(RatelError, match="prepared for 4 rows of 16 at most"):
@@ -129,7 +129,7 @@ def test_batches_of_other_containers(kind: str, ssd_dir: Path) -> None:
     def loss_after_two(batch: object, loss_fn: Callable) -> float:
         torch.manual_seed(0)
         model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
-        with open_session(model, ssd_dir, loss_fn=loss_fn) as session:
+        with opened(model, ssd_dir, loss_fn=loss_fn) as session:
             session.step(batch)
             return session.step(batch).loss
 
@@ -146,7 +146,7 @@ def test_batches_of_other_containers(kind: str, ssd_dir: Path) -> None:
                                                 (lambda loss: None, "NoneType")])
 def test_a_loss_that_is_no_tensor(returned: Callable, name: str, ssd_dir: Path) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
-    with open_session(model, ssd_dir, loss_fn=lambda model, x: returned(model(x).float().mean())) as session:
+    with opened(model, ssd_dir, loss_fn=lambda model, x: returned(model(x).float().mean())) as session:
         with pytest.raises(RatelError, match=f"loss_fn: returned {name}. Return the batch's mean loss"):
             session.step(torch.ones(4, 8))
 
@@ -157,7 +157,7 @@ def test_a_module_does_not_answer_while_its_weights_are_with_a_session(family: s
     would be of these."""
     model, (batch,) = build(family), batches(family, 1)
     inputs = batch["input_ids"] if family == "llama" else batch["x"]
-    with open_session(model, ssd_dir, loss_fn=loss_fn_of(family)) as session:
+    with opened(model, ssd_dir, loss_fn=loss_fn_of(family)) as session:
         for _ in range(2):
             with pytest.raises(RatelError, match="weights are with the session.*Session.evaluate"):
                 model(inputs)
@@ -177,14 +177,14 @@ def test_the_callers_default_type_changes_nothing(dtype: torch.dtype, ssd_dir: P
     data = batches("llama", 3)
 
     def run() -> list[tuple[float, float]]:
-        with open_session(build("llama"), ssd_dir) as session:
+        with opened(build("llama"), ssd_dir) as session:
             return [(out.loss, out.grad_norm) for out in map(session.step, data)]
 
     expected = run()
     model = build("llama")
     torch.set_default_dtype(dtype)
     try:
-        with open_session(model, ssd_dir) as session:
+        with opened(model, ssd_dir) as session:
             assert [(out.loss, out.grad_norm) for out in map(session.step, data)] == expected
     finally:
         torch.set_default_dtype(torch.float32)
@@ -195,7 +195,7 @@ def test_smaller_batches_than_prepared(ssd_dir: Path) -> None:
     small = {key: value[:3, :10] for key, value in data.items()}
 
     def run(prepare: bool) -> tuple[float, dict]:
-        with open_session(build("llama"), ssd_dir, checkpoint_tier="dram") as session:
+        with opened(build("llama"), ssd_dir, checkpoint_tier="dram") as session:
             if prepare:
                 session.prepare(4, 16)
             return session.step(small).loss, session.state_dict()
@@ -205,7 +205,7 @@ def test_smaller_batches_than_prepared(ssd_dir: Path) -> None:
 
 
 def test_the_callers_generators_are_left_alone(ssd_dir: Path) -> None:
-    with open_session(gpt2_with_dropout(), ssd_dir) as session:
+    with opened(gpt2_with_dropout(), ssd_dir) as session:
         session.step(batches("llama", 1)[0])
         torch.manual_seed(7)
         expected = torch.rand(3)
@@ -216,23 +216,23 @@ def test_the_callers_generators_are_left_alone(ssd_dir: Path) -> None:
 
 def test_a_batch_needs_only_input_ids(ssd_dir: Path) -> None:
     batch = {"input_ids": batches("llama", 1)[0]["input_ids"]}
-    with open_session(build("llama"), ssd_dir) as session:
+    with opened(build("llama"), ssd_dir) as session:
         without = session.step(batch).loss
-    with open_session(build("llama"), ssd_dir) as session:
+    with opened(build("llama"), ssd_dir) as session:
         assert session.step({**batch, "labels": batch["input_ids"]}).loss == without
 
 
 def test_eager_updates_cannot_be_clipped(ssd_dir: Path) -> None:
     with pytest.raises(RatelError, match="cannot be clipped"):
-        open_session(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=1.0)
-    with open_session(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=0) as session:
+        opened(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=1.0)
+    with opened(build("llama"), ssd_dir, optimizer="eager", max_grad_norm=0) as session:
         assert not session.step(batches("llama", 1)[0]).skipped
 
 
 def test_preparing_twice_is_refused(ssd_dir: Path) -> None:
     from ratel.errors import RatelError
 
-    with open_session(build("llama"), ssd_dir) as session:
+    with opened(build("llama"), ssd_dir) as session:
         plan = session.prepare(4, 16)
         with pytest.raises(RatelError, match="prepared already"):
             session.prepare(8, 16)
@@ -242,9 +242,9 @@ def test_preparing_twice_is_refused(ssd_dir: Path) -> None:
 def test_two_sessions_on_one_directory_are_refused(ssd_dir: Path) -> None:
     from ratel.errors import RatelError
 
-    with open_session(build("llama"), ssd_dir) as first:
+    with opened(build("llama"), ssd_dir) as first:
         first.step(batches("llama", 1)[0])
-        with pytest.raises(RatelError, match="in use"), open_session(build("llama"), ssd_dir) as second:
+        with pytest.raises(RatelError, match="in use"), opened(build("llama"), ssd_dir) as second:
             second.step(batches("llama", 1)[0])
         first.step(batches("llama", 1)[0])
 
@@ -262,7 +262,7 @@ def test_what_a_closed_session_held_does_not_wait_for_the_collector(device: str,
             options = {**options, "commits": tmp_path / "commits"}
         if "optimizer" not in options:
             options = {**options, "optimizer": "speculative", "max_grad_norm": 1e9}
-        with open_session(build("llama"), ssd_dir, device, **options) as session:
+        with opened(build("llama"), ssd_dir, device, **options) as session:
             for batch in batches("llama", 3):
                 session.step(batch)
             session.commit() if "durable" in options else session.save(tmp_path / "state")

@@ -27,12 +27,11 @@ from ratel.runtime.states.saved_state import SavedState
 from ratel.runtime.states.saver import Saver
 from ratel.runtime.states.targets import CommitTarget, DirectoryTarget
 from ratel.training.states import StateDirectory
-from tests.runtime.streams.test_concurrency import with_frozen
-from tests.runtime.streams.test_placement import MIXED
 from tests.support.commands import start
-from tests.support.families import batches, build, loss_fn_of
+from tests.support.families import batches
 from tests.support.patience import patience, wait_until
 from tests.support.resume import assert_same_run, make_model, make_text, train
+from tests.support.sessions import MIXED, assert_holds, everything, open_session, with_frozen
 
 pytestmark = pytest.mark.e2e
 STEPS = 4
@@ -40,25 +39,12 @@ PLACES = {"ssd": {"*": "ssd"}, "dram": {"*": "dram"}, "gpu": {"*": "gpu"}, "mixe
 MODES = {"eager": 0.0, "deferred": 0.5}
 
 
-def open_session(ssd: "Path | list[Path]", family: str = "llama", **options: Any) -> Session:
-    defaults = dict(device="cpu", ssd=ssd, lr=1e-3, weight_decay=0.1, micro_batch=2)
-    return Session(build(family), loss_fn=loss_fn_of(family), **{**defaults, **options})
+def open_decaying(ssd: "Path | list[Path]", family: str = "llama", **options: Any) -> Session:
+    return open_session(ssd, family, **{"weight_decay": 0.1, **options})
 
 
 def in_mode(optimizer: str) -> dict[str, Any]:
     return dict(optimizer=optimizer, max_grad_norm=MODES[optimizer])
-
-
-def everything(session: Session) -> dict[str, torch.Tensor]:
-    return {f"{unit.name}.{plane}": session.read_state(unit, plane) for unit in session.plan.spec.units
-            for plane in ("hi", "lo", "m", "v") if session._machinery.store.has(unit.index, plane)}
-
-
-def assert_holds(saved: SavedState, expected: dict[str, torch.Tensor]) -> None:
-    units = saved.manifest["model"]["units"]
-    found = {f"{units[unit]['name']}.{plane}": saved.read(unit, plane) for unit, plane in saved.planes()}
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +52,7 @@ def after_each_step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
     """What every plane is after each step, by optimizer mode; nothing was saved."""
     result = {}
     for optimizer in MODES:
-        with open_session(tmp_path_factory.mktemp("ssd"), tier="dram", **in_mode(optimizer)) as session:
+        with open_decaying(tmp_path_factory.mktemp("ssd"), tier="dram", **in_mode(optimizer)) as session:
             result[optimizer] = [(session.step(batch), everything(session))[1] for batch in batches("llama", STEPS)]
     return result
 
@@ -82,12 +68,12 @@ def test_commits_equal_the_run_without(place: str, optimizer: str, after_each_st
         commits = tmp_path / f"commits-{chunk_elements}"
         options = dict(durable="step", commits=commits, buffers=Buffers(chunk_elements=chunk_elements), **in_mode(optimizer))
         with jitter.injected(0.003, seed=chunk_elements):
-            with open_session(ssd_dir, placement=PLACES[place], **options) as session:
+            with open_decaying(ssd_dir, placement=PLACES[place], **options) as session:
                 for batch in batches("llama", STEPS)[:-1]:
                     session.step(batch)
                     session.commit()
             assert_holds(SavedState(commits), after_each_step[optimizer][STEPS - 2])
-            with open_session(ssd_dir, placement=PLACES[draw.choice(list(PLACES))], **options) as session:
+            with open_decaying(ssd_dir, placement=PLACES[draw.choice(list(PLACES))], **options) as session:
                 session.load(commits)
                 session.step(batches("llama", STEPS)[-1])
                 session.commit()
@@ -101,7 +87,7 @@ def test_a_save_in_the_background_is_of_its_step(place: str, optimizer: str, aft
     """Byte for byte the file that training would have waited for."""
     def files(name: str, wait: bool) -> list[Path]:
         with jitter.injected(0.003, seed=7):
-            with open_session(ssd_dir, durable="checkpoint", placement=PLACES[place], **in_mode(optimizer)) as session:
+            with open_decaying(ssd_dir, durable="checkpoint", placement=PLACES[place], **in_mode(optimizer)) as session:
                 paths = []
                 for number, batch in enumerate(batches("llama", STEPS)):
                     session.step(batch)
@@ -129,7 +115,7 @@ def held(monkeypatch: pytest.MonkeyPatch, target: type) -> threading.Event:
 def test_what_is_said_of_a_save_is_of_its_moment_too(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller may go on with the same dictionary while the save is in the background."""
     may_finish, extra = held(monkeypatch, CommitTarget), {"step": 1, "losses": [5.0]}
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=tmp_path / "commits") as session:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=tmp_path / "commits") as session:
         session.step(batches("llama", 1)[0])
         session.commit(extra=extra)
         extra["step"] = 2
@@ -146,7 +132,7 @@ def test_what_is_said_of_a_save_is_of_its_moment_too(ssd_dir: Path, tmp_path: Pa
 @pytest.mark.timeout(60)
 def test_an_interrupt_while_a_save_is_asked_for_leaves_nobody_waiting(ssd_dir: Path, tmp_path: Path) -> None:
     """Its updates would be waited for, and by them, for ever."""
-    session = open_session(ssd_dir, tier="ssd")
+    session = open_decaying(ssd_dir, tier="ssd")
     session.step(batches("llama", 1)[0])
 
     def interrupted(*save: object) -> None:
@@ -169,7 +155,7 @@ def test_a_copy_that_can_neither_be_written_nor_removed_leaves_the_session(ssd_d
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     steps = batches("llama", 2)
-    with open_session(ssd_dir, tier="ssd") as session:
+    with open_decaying(ssd_dir, tier="ssd") as session:
         session.step(steps[0])
         with monkeypatch.context() as patch:
             patch.setattr(DirectoryTarget, "finish", fails)
@@ -185,7 +171,7 @@ def test_a_skipped_step_is_committed_too(ssd_dir: Path, tmp_path: Path) -> None:
     """Nothing has changed but the count: the version that is committed stays where it is."""
     for optimizer in MODES:
         commits = tmp_path / optimizer
-        with open_session(ssd_dir, "patches", durable="step", commits=commits, placement=MIXED,
+        with open_decaying(ssd_dir, "patches", durable="step", commits=commits, placement=MIXED,
                           **in_mode(optimizer)) as session:
             outs = []
             for batch in batches("patches", 2):
@@ -305,13 +291,13 @@ def test_the_best_copy_stays_beside_the_commits(run_inputs: tuple, ssd_dir: Path
 
 
 def commit_once(ssd: "Path | list[Path]", commits: Path) -> None:
-    with open_session(ssd, tier="ssd", durable="step", commits=commits) as session:
+    with open_decaying(ssd, tier="ssd", durable="step", commits=commits) as session:
         session.step(batches("llama", 1)[0])
         session.commit()
 
 
 def test_no_files_stay_without_a_commit(ssd_dir: Path, tmp_path: Path) -> None:
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=tmp_path / "commits") as session:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=tmp_path / "commits") as session:
         session.step(batches("llama", 1)[0])
         assert [read_stamp(path).owner for path in ssd_dir.iterdir() if "gradients" not in path.name] == [""]
     assert on_ssd(ssd_dir) == set() and not (tmp_path / "commits").exists()
@@ -341,7 +327,7 @@ def test_a_volume_of_a_start_that_was_killed_early_goes_unless_it_is_in_use(ssd_
     left.write_bytes(bytes(STAMP_BYTES) + Stamp(volume=volume, index=0).pack()), mine.write_bytes(b"mine" * STAMP_BYTES)
     remove_leftovers(commits, [os.fspath(ssd_dir)])
     assert list(ssd_dir.iterdir()) == [mine]
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.step(batches("llama", 1)[0])
         working = on_ssd(ssd_dir)
         remove_leftovers(commits, [os.fspath(ssd_dir)])
@@ -384,10 +370,10 @@ def test_the_files_that_are_gone_on_with_do_not_count_as_taken(ssd_dir: Path, tm
 def test_a_second_session_on_the_same_commits_is_refused(ssd_dir: Path, tmp_path: Path) -> None:
     commits = tmp_path / "commits"
     commit_once(ssd_dir, commits)
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as first:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=commits) as first:
         first.load(commits)
         first.step(batches("llama", 1)[0])
-        second = open_session(ssd_dir, tier="ssd", durable="step", commits=commits)
+        second = open_decaying(ssd_dir, tier="ssd", durable="step", commits=commits)
         second.load(commits)
         with pytest.raises(RatelError, match="cannot be opened.*in use by another.*End the run that uses it"):
             second.step(batches("llama", 1)[0])
@@ -403,20 +389,20 @@ def test_a_lock_goes_with_its_process(ssd_dir: Path, tmp_path: Path) -> None:
     commits = tmp_path / "commits"
     child = start(ssd_dir, commits, code=(
         "import signal, sys; from pathlib import Path; from tests.runtime.states.test_durable import *\n"
-        "session = open_session(Path(sys.argv[1]), tier='ssd', durable='step', commits=Path(sys.argv[2]))\n"
+        "session = open_decaying(Path(sys.argv[1]), tier='ssd', durable='step', commits=Path(sys.argv[2]))\n"
         "session.step(batches('llama', 1)[0]); session.commit(wait=True); print('held', flush=True); signal.pause()"))
     def has_taken_all() -> bool:
         assert child.poll() is None, child.communicate()
         return child.output == "held\n"
 
     wait_until(has_taken_all, 60)
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.load(commits)
         with pytest.raises(RatelError, match="in use by another"):
             session.step(batches("llama", 1)[0])
     child.kill()
     child.wait(timeout=patience(10))
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         session.load(commits)
         session.step(batches("llama", 1)[0])
         session.commit()
@@ -426,7 +412,7 @@ def test_a_lock_goes_with_its_process(ssd_dir: Path, tmp_path: Path) -> None:
 def test_checksums_of_the_record_are_of_what_is_there(ssd_dir: Path, tmp_path: Path) -> None:
     """After two commits the older record still speaks of its own version."""
     commits = tmp_path / "commits"
-    with open_session(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
+    with open_decaying(ssd_dir, tier="ssd", durable="step", commits=commits) as session:
         for batch in batches("llama", 2):
             session.step(batch)
             session.commit()

@@ -66,11 +66,11 @@ def rises(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def session(ssd_dir: Path) -> Iterator[Callable[..., Session]]:
     opened: list[Session] = []
 
-    def open_session(source: Path, **options: object) -> Session:
+    def opened_from(source: Path, **options: object) -> Session:
         opened.append(Session(str(source), device="cpu", dtype="bf16", dram="4GiB", ssd=[ssd_dir], tier="ssd", **options))
         return opened[-1]
 
-    yield open_session
+    yield opened_from
     for each in opened:
         each.close()
 

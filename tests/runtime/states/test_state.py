@@ -13,15 +13,15 @@ from ratel.errors import RatelError
 from ratel.runtime.session.session import Session
 from ratel.runtime.states import durable_files
 from ratel.runtime.states.saved_state import SavedState
-from tests.support.families import batches, build, loss_fn_of
+from tests.support.families import batches
+from tests.support.sessions import flip, open_session
 
 pytestmark = pytest.mark.e2e
 STEPS = 6
 
 
-def open_session(family: str, ssd_dir: Path, **options) -> Session:
-    defaults = dict(device="cpu", ssd=[ssd_dir], lr=1e-3, weight_decay=0.1, tier="ssd", micro_batch=2, max_grad_norm=0.5)
-    return Session(build(family), loss_fn=loss_fn_of(family), **{**defaults, **options})
+def open_on_ssd(family: str, ssd_dir: Path, **options) -> Session:
+    return open_session(ssd_dir, family, **{"weight_decay": 0.1, "tier": "ssd", "max_grad_norm": 0.5, **options})
 
 
 def everything(session: Session) -> dict[str, torch.Tensor]:
@@ -32,14 +32,14 @@ def everything(session: Session) -> dict[str, torch.Tensor]:
 
 
 def uninterrupted(family: str, ssd: Path, **options) -> dict[str, torch.Tensor]:
-    with open_session(family, ssd, **options) as session:
+    with open_on_ssd(family, ssd, **options) as session:
         for batch in batches(family, STEPS):
             session.step(batch)
         return everything(session)
 
 
 def saved_after(steps: int, family: str, ssd: Path, path: Path, **options) -> Path:
-    with open_session(family, ssd, **options) as session:
+    with open_on_ssd(family, ssd, **options) as session:
         for batch in batches(family, STEPS)[:steps]:
             session.step(batch)
         return session.save(path, extra={"cursor": 17})
@@ -54,7 +54,7 @@ def test_resuming_anywhere_equals_going_on(family: str, ssd_dir: Path, tmp_path:
     expected = uninterrupted(family, ssd_dir)
     path = saved_after(3, family, ssd_dir, tmp_path / "state")
     for options in ELSEWHERE:
-        with open_session(family, ssd_dir, **options) as session:
+        with open_on_ssd(family, ssd_dir, **options) as session:
             assert session.load(path) == {"cursor": 17}
             outs = [session.step(batch) for batch in batches(family, STEPS)[3:]]
             assert [out.step for out in outs] == [4, 5, 6]
@@ -66,7 +66,7 @@ def test_a_resumed_run_keeps_its_micro_batches(ssd_dir: Path, tmp_path: Path) ->
     """Others are tried and may be faster, or fit better; but sums would be rounded in another
     order."""
     state = saved_after(2, "llama", ssd_dir, tmp_path / "s", micro_batch=1)
-    with open_session("llama", ssd_dir, micro_batch="auto") as session:
+    with open_on_ssd("llama", ssd_dir, micro_batch="auto") as session:
         session.load(state)
         for batch in batches("llama", STEPS)[2:]:
             session.step(batch)
@@ -79,7 +79,7 @@ def test_a_resumed_run_keeps_its_micro_batches(ssd_dir: Path, tmp_path: Path) ->
 def test_other_number_of_directories(ssd_dir: Path, tmp_path: Path) -> None:
     expected = uninterrupted("llama", ssd_dir)
     path = saved_after(2, "llama", ssd_dir, tmp_path / "state", tier="dram")
-    with open_session("llama", ssd_dir, ssd=[ssd_dir / "a", ssd_dir / "b", ssd_dir / "c"]) as session:
+    with open_on_ssd("llama", ssd_dir, ssd=[ssd_dir / "a", ssd_dir / "b", ssd_dir / "c"]) as session:
         session.load(path)
         for batch in batches("llama", STEPS)[2:]:
             session.step(batch)
@@ -102,19 +102,11 @@ def test_every_flipped_bit_is_found(ssd_dir: Path, tmp_path: Path) -> None:
     assert saved.verify() == saved.num_bytes > 0
 
 
-def flip(file: Path, position: int) -> None:
-    with open(file, "r+b") as handle:
-        handle.seek(position)
-        byte = handle.read(1)[0]
-        handle.seek(position)
-        handle.write(bytes([byte ^ 0x10]))
-
-
 def test_refusals(ssd_dir: Path, tmp_path: Path) -> None:
     path = saved_after(1, "llama", ssd_dir, tmp_path / "state")
 
     def refused(match: str, family: str = "llama", **options) -> None:
-        with open_session(family, ssd_dir, **options) as session, pytest.raises(RatelError, match=match):
+        with open_on_ssd(family, ssd_dir, **options) as session, pytest.raises(RatelError, match=match):
             session.load(path)
             session.step(batches(family, 1)[0])
 
@@ -141,7 +133,7 @@ def test_refusals(ssd_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_older_state(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_session("llama", ssd_dir) as session:
+    with open_on_ssd("llama", ssd_dir) as session:
         session.step(batches("llama", 1)[0])
         path = session.save(tmp_path / "state")
         before = (path / "commit-0").read_bytes()
@@ -157,7 +149,7 @@ def test_a_failed_save_leaves_the_older_state(ssd_dir: Path, tmp_path: Path, mon
 
 
 def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path) -> None:
-    with open_session("patches", ssd_dir) as session:
+    with open_on_ssd("patches", ssd_dir) as session:
         session.step(batches("patches", 1)[0])
         session.save(tmp_path / "states" / "first")
         (tmp_path / "states" / "commit-1").write_text('{"sequence": 9, "of": "an older state"}')
@@ -170,12 +162,12 @@ def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path)
     assert (tmp_path / "file").read_text() == "mine"
     commits = tmp_path / "commits"
     (commits / "notes").mkdir(parents=True)
-    with open_session("patches", ssd_dir, durable="step", commits=commits) as session:
+    with open_on_ssd("patches", ssd_dir, durable="step", commits=commits) as session:
         session.step(batches("patches", 1)[0])
         session.commit(wait=True)
     assert sorted(p.name for p in commits.iterdir()) == ["commit-1", "manifest.json", "notes"]
     for path in (tmp_path / "states", tmp_path / "states" / "first", commits):
-        with open_session("patches", ssd_dir) as session:
+        with open_on_ssd("patches", ssd_dir) as session:
             session.load(path)
             assert session.step(batches("patches", 1)[0]).step == 2
 
@@ -183,7 +175,7 @@ def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["a copy", "commits on three directories"])
 def test_a_reader_of_its_own(kind: str, ssd_dir: Path, tmp_path: Path) -> None:
     in_place = dict(ssd=[ssd_dir / name for name in "abc"], durable="step", commits=tmp_path / "state")
-    with open_session("llama", ssd_dir, **({} if kind == "a copy" else in_place)) as session:
+    with open_on_ssd("llama", ssd_dir, **({} if kind == "a copy" else in_place)) as session:
         for batch in batches("llama", 3):
             session.step(batch)
             if session.plan.commits:

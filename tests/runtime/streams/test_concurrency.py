@@ -19,24 +19,11 @@ from torch import nn
 from ratel.errors import RatelError
 from ratel.planner.plan import Buffers
 from ratel.runtime.session.session import Session
-from tests.runtime.session.test_failures import SMALL
-from tests.support.families import batches, build, loss_fn_of
+from tests.support.families import batches
 from tests.support.patience import interrupted_after, within
+from tests.support.sessions import SMALL, assert_same, open_session, with_frozen
 
 pytestmark = pytest.mark.numerics
-
-
-def open_session(directory: Path, family: str = "llama", **options: object) -> Session:
-    return Session(options.pop("model", None) or build(family), ssd=[directory], device="cpu", lr=1e-3,
-                   loss_fn=loss_fn_of(family), **{"micro_batch": 2, **options})
-
-
-def with_frozen(*parts: str) -> nn.Module:
-    """llama, of which parameters with one of the parts in their names are not trained."""
-    model = build("llama")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in parts))
-    return model
 
 
 def train(session: Session, steps: list[dict]) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -44,12 +31,6 @@ def train(session: Session, steps: list[dict]) -> tuple[list[float], dict[str, t
         losses = [session.step(batch).loss for batch in steps]
         states = session.state_dict()
     return losses, states
-
-
-def assert_same(one: tuple, other: tuple) -> None:
-    assert one[0] == other[0], "losses differ"
-    different = [name for name in one[1] if not torch.equal(one[1][name], other[1][name])]
-    assert not different, f"states differ: {different[:5]}"
 
 
 @pytest.mark.parametrize("checkpoint_tier", ["dram", "ssd"])

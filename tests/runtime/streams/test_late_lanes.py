@@ -13,9 +13,9 @@ from ratel.errors import RatelError
 from ratel.planner.checkpoints import Spill
 from ratel.runtime.blocks.spiller import Spiller
 from ratel.runtime.session.session import Session
-from tests.runtime.streams.test_placement import MANY, MIXED, SMALL
 from tests.support.families import batches, build
 from tests.support.late_lanes import LateLanes, late_lanes
+from tests.support.sessions import MANY, MIXED, SMALL
 
 pytestmark = pytest.mark.numerics
 CPU = torch.device("cpu")

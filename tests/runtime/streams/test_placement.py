@@ -9,17 +9,10 @@ from ratel.memory import jitter
 from ratel.planner.plan import Buffers
 from ratel.runtime.session.session import Session
 from tests.support.families import CAUSAL, batches, build, loss_fn_of
+from tests.support.sessions import MANY, MIXED, SMALL, assert_same
 
 STEPS = 4
 DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]
-SMALL = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1, chunk_elements=2048,
-                checkpoint_slots=1)
-MANY = Buffers(weight_slots=4, grad_slots=3, host_weight_slots=6, host_grad_slots=4, ring_slots=7, chunk_elements=4096,
-               checkpoint_slots=5)
-MIXED = {"*": {"hi": "dram", "lo": "ssd", "m": "ssd", "v": "dram", "g": "dram"}, "block.1": "ssd", "block.2": "gpu",
-         "block.3": {"hi": "ssd", "g": "ssd"}}
-
-
 def run(family: str, ssd, device: str, *, clip: float = 0.5, dtype: str = "bf16", delay_s: float = 0.0, seed: int = 0,
         steps: int = STEPS, **options) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     directories = options.pop("directories", [ssd])
@@ -33,12 +26,6 @@ def run(family: str, ssd, device: str, *, clip: float = 0.5, dtype: str = "bf16"
                 if unit.num_trainable:
                     states |= {f"{unit.name}.{plane}": session.read_state(unit, plane) for plane in ("m", "v")}
     return [(out.loss, out.grad_norm) for out in outs], states
-
-
-def assert_same(one: tuple, other: tuple) -> None:
-    assert one[0] == other[0], "losses or norms differ"
-    different = [name for name in one[1] if not torch.equal(one[1][name], other[1][name])]
-    assert not different, f"states differ: {different[:5]}"
 
 
 ENGINES = {

@@ -34,11 +34,9 @@ from ratel.runtime.updates.loader import Loader
 from ratel.runtime.updates.pipeline import OptimizerPipeline
 from ratel.store.host_cache import HostSlot
 from tests.runtime.session.test_nonfinite import check_skipped_exactly
-from tests.runtime.states.test_durable import assert_holds, everything
-from tests.runtime.streams.test_concurrency import with_frozen
-from tests.runtime.streams.test_placement import MANY, MIXED, SMALL
-from tests.support.families import CAUSAL, Reference, batches, build, loss_fn_of
+from tests.support.families import CAUSAL, Reference, batches
 from tests.support.patience import within
+from tests.support.sessions import MANY, MIXED, SMALL, assert_holds, everything, open_session, with_frozen
 
 pytestmark = pytest.mark.numerics
 STEPS = 5
@@ -80,19 +78,17 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return of
 
 
-def open_session(ssd: Path, family: str = "llama", **options: Any) -> Session:
-    model = options.pop("model", None) or build(family)
-    return Session(model, loss_fn=loss_fn_of(family), device="cpu", ssd=ssd,
-                   **{"lr": 1e-3, "weight_decay": 0.1, "micro_batch": 2, "optimizer": "speculative", **options})
+def open_speculative(ssd: Path, family: str = "llama", **options: Any) -> Session:
+    return open_session(ssd, family, **{"weight_decay": 0.1, "optimizer": "speculative", **options})
 
 
 def run(ssd: Path, family: str = "llama", *, steps: int = STEPS, delay_s: float = 0.0, seed: int = 0,
         **options: Any) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
-    with jitter.injected(delay_s, seed=seed), open_session(ssd, family, **options) as session, within():
+    with jitter.injected(delay_s, seed=seed), open_speculative(ssd, family, **options) as session, within():
         return [session.step(batch) for batch in batches(family, steps)], everything(session)
 
 
-def assert_same(one: tuple, other: tuple) -> None:
+def assert_same_steps(one: tuple, other: tuple) -> None:
     outs, others = ([(out.loss, out.grad_norm, out.skipped) for out in pair[0]] for pair in (one, other))
     assert outs == others
     assert [name for name in one[1] if not torch.equal(one[1][name], other[1][name])] == []
@@ -130,7 +126,7 @@ def test_right_and_wrong_guesses_give_the_bits_of_deferred_updates(family: str, 
         share((1.0, 0.4, 0.75)[number])
         expected = deferred(family, clip)
         found = run(ssd_dir, family, max_grad_norm=clip, **PLACES[place])
-        assert_same(found, expected)
+        assert_same_steps(found, expected)
         assert all(out.early_units for out in found[0])
         clipped = [out.grad_norm + 1e-6 > clip for out in found[0]]
         assert not any(out.redone_units for out, was in zip(found[0], clipped) if not was)
@@ -144,7 +140,7 @@ def test_steps_with_and_without_early_updates_follow_each_other(place: str, gues
     guess(lambda step: step in (1, 2, 4))
     for clip in (NEVER, ALWAYS):
         found = run(ssd_dir, max_grad_norm=clip, **PLACES[place])
-        assert_same(found, deferred("llama", clip))
+        assert_same_steps(found, deferred("llama", clip))
         assert [out.early_units > 0 for out in found[0]] == [False, True, True, False, True]
 
 
@@ -173,7 +169,7 @@ def test_random_delays_at_every_hand_over(seed: int, share: Callable, guess: Cal
         share(draw.choice([0.3, 0.75, 1.0]))
         options = {**PLACES[draw.choice(list(PLACES))], "checkpoint_tier": draw.choice(["gpu", "dram", "ssd"]),
                    "buffers": draw.choice([SMALL, MANY, Buffers()])}
-        assert_same(run(ssd_dir, family, max_grad_norm=clip, delay_s=draw.choice([0.002, 0.005]), seed=seed,
+        assert_same_steps(run(ssd_dir, family, max_grad_norm=clip, delay_s=draw.choice([0.002, 0.005]), seed=seed,
                         **options), deferred(family, clip))
 
 
@@ -185,7 +181,7 @@ def test_the_weights_are_those_of_torch(family: str, clip: float, dtype: str, ss
     reference = Reference(family, dtype=getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]), clip=clip, lr=1e-3,
                           weight_decay=0.1, micro_rows=2)
     expected = [reference.step(batch) for batch in batches(family, STEPS)]
-    with open_session(ssd_dir, family, dtype=dtype, max_grad_norm=clip, placement=MIXED) as session:
+    with open_speculative(ssd_dir, family, dtype=dtype, max_grad_norm=clip, placement=MIXED) as session:
         outs = [session.step(batch) for batch in batches(family, STEPS)]
         weights = session.state_dict()
     for (loss, norm), out in zip(expected, outs, strict=True):
@@ -201,7 +197,7 @@ def test_the_weights_are_those_of_torch(family: str, clip: float, dtype: str, ss
 def test_frozen_parts_stay_with_units_that_change_places(place: str, frozen: tuple[str, ...], ssd_dir: Path) -> None:
     clip = {"dram": 1.2, "mixed": 1.2}.get(place, NEVER)
     expected = run(ssd_dir, model=with_frozen(*frozen), optimizer="deferred", tier="dram", max_grad_norm=clip, steps=4)
-    assert_same(run(ssd_dir, model=with_frozen(*frozen), max_grad_norm=clip, steps=4, **PLACES[place]), expected)
+    assert_same_steps(run(ssd_dir, model=with_frozen(*frozen), max_grad_norm=clip, steps=4, **PLACES[place]), expected)
 
 
 @pytest.mark.usefixtures("guess", "share")
@@ -217,7 +213,7 @@ def test_weights_that_an_early_update_has_changed_are_nobody_elses(deferred: Cal
             done(source, gather, handle)
 
     monkeypatch.setattr(WeightSource, "done", give_back_late)
-    with open_session(ssd_dir, max_grad_norm=ALWAYS, **PLACES["ssd"]) as session, within():
+    with open_speculative(ssd_dir, max_grad_norm=ALWAYS, **PLACES["ssd"]) as session, within():
         outs = []
         for batch in batches("llama", STEPS):
             outs.append(session.step(batch))
@@ -227,7 +223,7 @@ def test_weights_that_an_early_update_has_changed_are_nobody_elses(deferred: Cal
                 done(*late.pop())
         assert all(out.redone_units for out in outs)
         found = outs, everything(session)
-    assert_same(found, deferred("llama", ALWAYS))
+    assert_same_steps(found, deferred("llama", ALWAYS))
 
 
 @pytest.mark.usefixtures("guess", "share")
@@ -242,7 +238,7 @@ def test_an_update_is_made_again_when_the_one_in_vain_has_ended(deferred: Callab
         return start(loader, job, begin, end)
 
     monkeypatch.setattr(Loader, "_start_chunk", noting)
-    assert_same(run(ssd_dir, max_grad_norm=ALWAYS, delay_s=0.02, **PLACES["ssd"]), deferred("llama", ALWAYS))
+    assert_same_steps(run(ssd_dir, max_grad_norm=ALWAYS, delay_s=0.02, **PLACES["ssd"]), deferred("llama", ALWAYS))
     assert len(seen) >= STEPS and all(seen)
 
 
@@ -267,7 +263,7 @@ def after_each_step(tmp_path_factory: pytest.TempPathFactory) -> dict[float, lis
     """By clipping, what every plane is after each step of deferred updates; nothing was saved."""
     found = {}
     for clip in (NEVER, 1.53):
-        with open_session(tmp_path_factory.mktemp("ssd"), tier="dram", optimizer="deferred", max_grad_norm=clip) as session:
+        with open_speculative(tmp_path_factory.mktemp("ssd"), tier="dram", optimizer="deferred", max_grad_norm=clip) as session:
             found[clip] = [(session.step(batch), everything(session))[1] for batch in batches("llama", STEPS)]
     return found
 
@@ -284,7 +280,7 @@ def test_commits_are_of_what_is_decided(place: str, clip: float, save_every: int
     for part in (3, STEPS - 3):
         options = dict(durable="step", commits=commits, max_grad_norm=clip, optimizer=draw.choice(MODES) if done else
                        "speculative", **PLACES[draw.choice(list(PLACES)) if done else place])
-        with jitter.injected(0.003, seed=part), open_session(ssd_dir, **options) as session, within():
+        with jitter.injected(0.003, seed=part), open_speculative(ssd_dir, **options) as session, within():
             if done:
                 session.load(commits)
             for _ in range(part):
@@ -303,7 +299,7 @@ def test_commits_are_of_what_is_decided(place: str, clip: float, save_every: int
 def test_copies_in_the_background_are_of_their_step(place: str, clip: float, after_each_step: dict, ssd_dir: Path,
                                                     tmp_path: Path) -> None:
     with jitter.injected(0.003, seed=7):
-        with open_session(ssd_dir, durable="checkpoint", max_grad_norm=clip, **PLACES[place]) as session, within():
+        with open_speculative(ssd_dir, durable="checkpoint", max_grad_norm=clip, **PLACES[place]) as session, within():
             paths = []
             for number, batch in enumerate(batches("llama", STEPS)):
                 session.step(batch)
@@ -325,7 +321,7 @@ def test_a_save_that_is_slow_is_of_its_step(durable: str, place: str, after_each
         copy(*given)
 
     monkeypatch.setattr(Saver, "_copy_unit", slowly)
-    with open_session(ssd_dir, durable=durable, commits=path, max_grad_norm=NEVER, **PLACES[place]) as session, within():
+    with open_speculative(ssd_dir, durable=durable, commits=path, max_grad_norm=NEVER, **PLACES[place]) as session, within():
         data = batches("llama", STEPS)
         for batch in data[:2]:
             session.step(batch)
@@ -341,11 +337,11 @@ def test_a_save_that_is_slow_is_of_its_step(durable: str, place: str, after_each
 def test_a_run_goes_on_in_the_other_mode(place: str, first: str, after_each_step: dict, ssd_dir: Path, tmp_path: Path) -> None:
     second = MODES[1 - MODES.index(first)]
     data = batches("llama", STEPS)
-    with open_session(ssd_dir, optimizer=first, max_grad_norm=1.53, **PLACES[place]) as session:
+    with open_speculative(ssd_dir, optimizer=first, max_grad_norm=1.53, **PLACES[place]) as session:
         for batch in data[:3]:
             session.step(batch)
         session.save(tmp_path / "state")
-    with open_session(ssd_dir, optimizer=second, max_grad_norm=1.53, **PLACES[place]) as session:
+    with open_speculative(ssd_dir, optimizer=second, max_grad_norm=1.53, **PLACES[place]) as session:
         session.load(tmp_path / "state")
         for batch in data[3:]:
             session.step(batch)
@@ -358,7 +354,7 @@ def test_a_run_goes_on_in_the_other_mode(place: str, first: str, after_each_step
 def test_evaluating_and_exporting_between_steps_sees_the_last_one(place: str, ssd_dir: Path, tmp_path: Path) -> None:
     results = []
     for options in (dict(optimizer="deferred", tier="dram"), PLACES[place]):
-        with jitter.injected(0.002, seed=1), open_session(ssd_dir, max_grad_norm=1.53, **options) as session, within():
+        with jitter.injected(0.002, seed=1), open_speculative(ssd_dir, max_grad_norm=1.53, **options) as session, within():
             losses = []
             for number, batch in enumerate(batches("llama", 4)):
                 session.step(batch)
@@ -375,7 +371,7 @@ def test_evaluating_and_exporting_between_steps_sees_the_last_one(place: str, ss
 def test_the_simple_rule_takes_the_units_that_close_first_and_counts_their_memory(ssd_dir: Path) -> None:
     plans = {}
     for optimizer in MODES:
-        with open_session(ssd_dir, optimizer=optimizer, tier="dram") as session:
+        with open_speculative(ssd_dir, optimizer=optimizer, tier="dram") as session:
             session.prepare(4, 16)
             plans[optimizer] = session.plan
     plan, units = plans["speculative"], plans["speculative"].spec.units
@@ -389,7 +385,7 @@ def test_the_simple_rule_takes_the_units_that_close_first_and_counts_their_memor
 def test_states_on_ssd_have_one_more_slot(ssd_dir: Path, tmp_path: Path) -> None:
     for durable, slots in (("off", 1), ("step", 2)):
         for optimizer in MODES:
-            with open_session(ssd_dir, optimizer=optimizer, durable=durable, commits=tmp_path / optimizer,
+            with open_speculative(ssd_dir, optimizer=optimizer, durable=durable, commits=tmp_path / optimizer,
                               **PLACES["ssd"]) as session:
                 session.prepare(4, 16)
                 assert session.plan.num_slots == slots + (optimizer == "speculative")
@@ -398,7 +394,7 @@ def test_states_on_ssd_have_one_more_slot(ssd_dir: Path, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("share")
 def test_gradients_that_wait_on_ssd_are_not_updated_early(ssd_dir: Path) -> None:
-    with open_session(ssd_dir, placement=LATE_AMONG_EARLY) as session:
+    with open_speculative(ssd_dir, placement=LATE_AMONG_EARLY) as session:
         session.prepare(4, 16)
         names = {session.plan.spec.units[u].name for u in session.plan.early}
     assert names == {"block.3", "block.1", "block.0"}
@@ -409,21 +405,21 @@ def test_memory_that_is_short_leaves_fewer_units_or_is_refused(monkeypatch: pyte
     try_out = prepare.try_out
     monkeypatch.setattr(prepare, "_held_bytes", lambda: 1 << 30)
     monkeypatch.setattr(prepare, "try_out", lambda *args, **options: replace(try_out(*args, **options), workspace_bytes=0))
-    with open_session(None, tier="dram") as session:
+    with open_speculative(None, tier="dram") as session:
         session.prepare(4, 16)
         second, needed = session.plan.dram_items["second planes of early updates"], session.plan.dram_bytes
-    with open_session(None, tier="dram", dram=needed - second // 2) as session:
+    with open_speculative(None, tier="dram", dram=needed - second // 2) as session:
         session.prepare(4, 16)
         assert 0 < len(session.plan.early) < 5
     with pytest.raises(RatelError, match="dram: .*short by"):
-        with open_session(None, tier="dram", dram=needed - second) as session:
+        with open_speculative(None, tier="dram", dram=needed - second) as session:
             session.prepare(4, 16)
 
 
 def test_every_family_can(guess: Callable, share: Callable, ssd_dir: Path) -> None:
     for family in CAUSAL:
         expected = run(ssd_dir, family, optimizer="deferred", tier="dram", max_grad_norm=1.0, steps=2)
-        assert_same(run(ssd_dir, family, max_grad_norm=1.0, placement=MIXED, steps=2), expected)
+        assert_same_steps(run(ssd_dir, family, max_grad_norm=1.0, placement=MIXED, steps=2), expected)
 
 
 # --- steps that break off ---------------------------------------------------------------------------------------------
@@ -444,7 +440,7 @@ def test_a_step_that_breaks_off_ends_the_session(place: str, where: tuple[type, 
         raise error("broken off")
 
     with within(), jitter.injected(0.002, seed=0):
-        session = open_session(ssd_dir, max_grad_norm=NEVER, durable="step", commits=tmp_path / "commits", **PLACES[place])
+        session = open_speculative(ssd_dir, max_grad_norm=NEVER, durable="step", commits=tmp_path / "commits", **PLACES[place])
         session.step(one)
         session.commit()
         monkeypatch.setattr(*where, broken)
@@ -464,7 +460,7 @@ def test_an_interrupt_before_a_step_is_counted_ends_the_session_too(ssd_dir: Pat
             raise KeyboardInterrupt("not counted")
 
     step, (one, other) = Training.step, batches("llama", 2)
-    with open_session(ssd_dir, max_grad_norm=NEVER, tier="dram") as session:
+    with open_speculative(ssd_dir, max_grad_norm=NEVER, tier="dram") as session:
         session.step(one)
         monkeypatch.setattr(Training, "step", lambda *args, **more: [step(*args, **more), Interrupts()][1])
         with pytest.raises(KeyboardInterrupt, match="not counted"):

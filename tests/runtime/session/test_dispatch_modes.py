@@ -12,7 +12,7 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from families_common import batches, llama
+from tests.support.families import batches, llama
 from ratel.models.structure import trace
 from ratel.runtime.blocks import op_trace, replay
 from ratel.runtime.planning import outline
@@ -53,13 +53,13 @@ def raised_at_the_end_of(module: Any, line: str, act: Callable[[], object]) -> b
     return hits == 2
 
 
-def open_session(**options: Any) -> Session:
+def opened(**options: Any) -> Session:
     torch.manual_seed(0)
     return Session(llama(), device="cpu", lr=1e-3, micro_batch=2, **options)
 
 
 def make() -> None:
-    open_session().close()
+    opened().close()
 
 
 def plan() -> None:
@@ -69,7 +69,7 @@ def plan() -> None:
 
 
 def step() -> None:
-    with open_session(activations="dram") as session:
+    with opened(activations="dram") as session:
         session.step(batches("llama", 1)[0])
 
 
