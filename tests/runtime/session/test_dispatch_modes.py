@@ -12,11 +12,11 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tests.support.families import batches, llama
 from ratel.models.structure import trace
 from ratel.runtime.blocks import op_trace, replay
 from ratel.runtime.planning import outline
 from ratel.runtime.session.session import Session
+from tests.support.families import batches, llama
 
 pytestmark = pytest.mark.numerics
 
