@@ -34,7 +34,7 @@ MOSTLY = ("embed", "lm_head", "mlp", "layers.1.", "k_proj", "v_proj", "o_proj")
 others."""
 
 
-def open_session(ssd: Path, place: str = "ssd", **options: Any) -> Session:
+def opened(ssd: Path, place: str = "ssd", **options: Any) -> Session:
     model = options.pop("model", None) or with_frozen(*MOSTLY)
     return Session(model, device="cpu", ssd=[ssd], lr=1e-2, micro_batch=2, placement=PLACES[place], **options)
 
@@ -61,7 +61,7 @@ def steps() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, steps: list[Any]) -> dict[str, Tensor]:
-    with open_session(tmp_path_factory.mktemp("ssd"), "dram") as session:
+    with opened(tmp_path_factory.mktemp("ssd"), "dram") as session:
         return train(session, steps)
 
 
@@ -79,7 +79,7 @@ def test_bytes_on_ssd_and_in_a_state_are_what_the_formula_says(durable: str, dty
     """12 bytes of what is trained in each version; of what is frozen 2 (in fp32 4), once and in no
     state."""
     options = dict(commits=tmp_path / "commits") if durable == "step" else {}
-    with open_session(ssd_dir, dtype=dtype, durable=durable, **options) as session:
+    with opened(ssd_dir, dtype=dtype, durable=durable, **options) as session:
         session.step(steps[0])
         units, slots = session.plan.spec.units, session.plan.num_slots
         trained, frozen = (sum(p.num_elements for u in units for p in u.params if p.trainable is one) for one in (True, False))
@@ -101,7 +101,7 @@ def test_bytes_on_ssd_and_in_a_state_are_what_the_formula_says(durable: str, dty
 
 
 def test_a_save_reads_nothing_of_what_is_frozen(ssd_dir: Path, tmp_path: Path, steps: list[Any]) -> None:
-    with open_session(ssd_dir) as session:
+    with opened(ssd_dir) as session:
         session.step(steps[0])
         session.save(tmp_path / "first")  # which reads it once, for its name
         session.flush()
@@ -120,9 +120,9 @@ def test_a_save_reads_nothing_of_what_is_frozen(ssd_dir: Path, tmp_path: Path, s
                                                   ("gpu", "deferred")])
 def test_training_is_the_same_on_every_tier(place: str, optimizer: str, ssd_dir: Path, tmp_path: Path, steps: list[Any]) -> None:
     clip = 0.0 if optimizer == "eager" else 100.0
-    with open_session(ssd_dir, "dram", optimizer=optimizer, max_grad_norm=clip) as session:
+    with opened(ssd_dir, "dram", optimizer=optimizer, max_grad_norm=clip) as session:
         expected = train(session, steps)
-    with open_session(ssd_dir, place, optimizer=optimizer, max_grad_norm=clip, buffers=SMALL, durable="step",
+    with opened(ssd_dir, place, optimizer=optimizer, max_grad_norm=clip, buffers=SMALL, durable="step",
                       commits=tmp_path / "commits") as session:
         for batch in steps:
             session.step(batch)
@@ -134,13 +134,13 @@ def test_training_is_the_same_on_every_tier(place: str, optimizer: str, ssd_dir:
 @pytest.mark.parametrize("places", [("dram", "ssd"), ("ssd", "gpu"), ("gpu", "mixed")])
 def test_a_state_goes_on_with_the_same_base(places: tuple[str, str], dtype: str, ssd_dir: Path, tmp_path: Path,
                                             steps: list[Any]) -> None:
-    with open_session(ssd_dir, "dram", dtype=dtype) as session:
+    with opened(ssd_dir, "dram", dtype=dtype) as session:
         expected = train(session, steps)
-    with open_session(ssd_dir, places[0], dtype=dtype) as session:
+    with opened(ssd_dir, places[0], dtype=dtype) as session:
         train(session, steps[:2])
         session.save(tmp_path / "state")
     shutil.copytree(tmp_path / "state", tmp_path / "copy")
-    with open_session(ssd_dir, places[1], dtype=dtype) as session:
+    with opened(ssd_dir, places[1], dtype=dtype) as session:
         session.load(tmp_path / "copy")
         assert_equal(train(session, steps[2:]), expected)
 
@@ -150,7 +150,7 @@ def test_commits_go_on_in_place(places: tuple[str, str], ssd_dir: Path, tmp_path
                                 uninterrupted: dict[str, Tensor]) -> None:
     commits = tmp_path / "commits"
     for index, place in enumerate(places):
-        with open_session(ssd_dir, place, durable="step", commits=commits) as session:
+        with opened(ssd_dir, place, durable="step", commits=commits) as session:
             if index:
                 session.load(commits)
             for batch in steps[2 * index : 2 * index + 2]:
@@ -166,14 +166,14 @@ def test_commits_go_on_in_place(places: tuple[str, str], ssd_dir: Path, tmp_path
 
 def test_another_base_is_refused_and_nothing_is_changed(ssd_dir: Path, tmp_path: Path, steps: list[Any]) -> None:
     commits = tmp_path / "commits"
-    with open_session(ssd_dir, durable="step", commits=commits) as session:
+    with opened(ssd_dir, durable="step", commits=commits) as session:
         session.step(steps[0])
         session.commit(wait=True)
     before = {path: path.read_bytes() for path in [*commits.iterdir(), *ssd_dir.iterdir()]}
     other = with_frozen(*MOSTLY)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.25
-    with open_session(ssd_dir, model=other, durable="step", commits=commits) as session:
+    with opened(ssd_dir, model=other, durable="step", commits=commits) as session:
         session.load(commits)
         with pytest.raises(RatelError, match="model: its frozen parameters of block.1 are not those that the state was trained with"):
             session.step(steps[1])
@@ -182,13 +182,13 @@ def test_another_base_is_refused_and_nothing_is_changed(ssd_dir: Path, tmp_path:
 
 def test_a_trained_weight_may_differ_since_the_state_has_it(ssd_dir: Path, tmp_path: Path, steps: list[Any],
                                                             uninterrupted: dict[str, Tensor]) -> None:
-    with open_session(ssd_dir) as session:
+    with opened(ssd_dir) as session:
         train(session, steps[:2])
         session.save(tmp_path / "state")
     other = with_frozen(*MOSTLY)
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight.zero_()
-    with open_session(ssd_dir, model=other) as session:
+    with opened(ssd_dir, model=other) as session:
         session.load(tmp_path / "state")
         assert_equal(train(session, steps[2:]), uninterrupted)
 
@@ -199,7 +199,7 @@ def test_a_trained_weight_may_differ_since_the_state_has_it(ssd_dir: Path, tmp_p
 def test_states_that_hold_what_is_frozen_are_read(ssd_dir: Path, tmp_path: Path, steps: list[Any],
                                                   uninterrupted: dict[str, Tensor]) -> None:
     """Version 3: then the state's own frozen parameters count, whatever the model's are."""
-    with open_session(ssd_dir) as session:
+    with opened(ssd_dir) as session:
         train(session, steps[:2])
         training = SavedState(session.save(tmp_path / "new")).training
         save_with_frozen(session, training, tmp_path / "old")
@@ -207,7 +207,7 @@ def test_states_that_hold_what_is_frozen_are_read(ssd_dir: Path, tmp_path: Path,
     other = with_frozen(*MOSTLY)
     with torch.no_grad():
         other.model.embed_tokens.weight.zero_()
-    with open_session(ssd_dir, model=other) as session:
+    with opened(ssd_dir, model=other) as session:
         session.load(tmp_path / "old")
         assert_equal(train(session, steps[2:]), uninterrupted)
 
@@ -249,7 +249,7 @@ def test_exports_are_whole_and_a_state_is_exported_with_its_base(ssd_dir: Path, 
     from ratel.cli import main
 
     with_frozen().save_pretrained(tmp_path / "model")
-    with open_session(ssd_dir, dtype="bf16") as session:
+    with opened(ssd_dir, dtype="bf16") as session:
         train(session, steps[:2])
         session.export(tmp_path / "live", dtype="fp32")
         session.save(tmp_path / "state")
@@ -322,7 +322,7 @@ def dying(path, content):
     write(path, content)
 targets_seen = []
 targets.write_synced = dying
-with open_session(ssd, durable="step", commits=commits) as session:
+with opened(ssd, durable="step", commits=commits) as session:
     for batch in batches("llama", 4):
         session.step(batch)
         session.commit(wait=True)
@@ -337,7 +337,7 @@ def test_a_kill_within_a_commit_loses_no_durable_step(moment: str, ssd_dir: Path
                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert ended.returncode == -signal.SIGKILL
     assert (ssd_dir / "ratel-frozen.0").exists(), "what it left is removed by the next run"
-    with open_session(ssd_dir, durable="step", commits=commits) as session:
+    with opened(ssd_dir, durable="step", commits=commits) as session:
         session.load(commits)
         done = SavedState(commits).training["steps"]
         assert done == (3 if moment == "after" else 2)
