@@ -102,7 +102,7 @@ def _listed(config: LoraConfig, outline: ModelOutline, older: OlderNames, linear
 # is slowest in A and fastest in B.
 
 _BLOCK, _BLOCK_NOW = ".block_sparse_moe.", ".mlp."
-"""Of Mixtral, what holds the experts."""
+"""What holds the experts of Mixtral, in older versions of transformers and now."""
 
 
 def with_fused(names: Iterable[str], layers: Iterable[AdaptedLayer], outline: ModelOutline,
@@ -124,7 +124,7 @@ def with_fused(names: Iterable[str], layers: Iterable[AdaptedLayer], outline: Mo
 
 
 def _parts(layer: AdaptedLayer, outline: ModelOutline) -> list[list[str]]:
-    """Of each expert, what its matrices were called before they were fused; none for a layer that
+    """For each expert, what its matrices were called before they were fused; none for a layer that
     never was."""
     older = older_names_of(outline.model_type)
     if older is None or not layer.is_stack:

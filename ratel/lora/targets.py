@@ -204,7 +204,7 @@ def _ties_layers(config: LoraConfig, outline: ModelOutline) -> bool:
 
 
 def _ends(outline: ModelOutline) -> list[str]:
-    """Of what is one parameter: heads and the embedding."""
+    """The names of what is one parameter: heads and the embedding."""
     return [name for name in (*outline.tied, outline.embedding) if name]
 
 
