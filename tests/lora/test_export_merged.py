@@ -1,6 +1,7 @@
 """``ratel export --adapter``: a model directory with an adapter merged in has the weights that
 peft's merge gives."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ratel.lora.outline import outline_of
 from ratel.lora.peft_config import of_object
 from ratel.lora.targets import resolve
 from ratel.training.export_merged import export_merged
-from tests.support.lora import make, trained
+from tests.support.lora import logits, make, trained
 
 pytestmark = pytest.mark.numerics
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -99,10 +100,23 @@ def test_an_embedding_that_was_changed_is_refused(tmp_path: Path) -> None:
     assert "its model.embed_tokens.weight is not the model's" in refused(tmp_path)
 
 
-def test_one_end_of_what_is_tied_is_refused(tmp_path: Path) -> None:
-    base = base_in(tmp_path / "base", "qwen3", "bf16")
-    adapter_in(tmp_path / "adapter", "qwen3", dict(target_modules=["lm_head"]), base)
-    assert "an embedding and a head that are one parameter" in refused(tmp_path)
+@pytest.mark.parametrize("arguments", (dict(target_modules=["lm_head"]), dict(target_modules=["embed_tokens", "wte"]),
+                                       dict(target_modules=["q_proj", "c_attn"], modules_to_save=["lm_head"]),
+                                       dict(target_modules=["embed_tokens", "wte", "lm_head"]),
+                                       dict(target_modules=["lm_head"], ensure_weight_tying=True)))
+@pytest.mark.parametrize("name", ("qwen3", "gpt2"))
+def test_what_was_one_parameter_is_two_where_the_adapter_makes_it_two(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    """peft's own merge changes both ends; what it computes unmerged is what counts."""
+    adapter_in(tmp_path / "adapter", name, arguments, base_in(tmp_path / "base", name, "fp32"))
+    export_merged(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+    settings, before = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("out", "base"))
+    assert settings == before | ({} if "ensure_weight_tying" in arguments else {"tie_word_embeddings": False})
+    merged = load(tmp_path / "out", "fp32")
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == ("ensure_weight_tying" in arguments)
+    before = logits(load(tmp_path / "base", "fp32").eval())
+    expected = logits(peft.PeftModel.from_pretrained(load(tmp_path / "base", "fp32"), str(tmp_path / "adapter")).eval())
+    torch.testing.assert_close(logits(merged.eval()), expected, rtol=0, atol=1e-4)
+    assert (expected - before).abs().max() > 0.05
 
 
 def test_options_that_do_not_belong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,20 +29,20 @@ Weights = Callable[[UnitSpec], Iterable[tuple[int, Tensor]]]
 
 
 def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
-                 beside: Callable[[Path], None] | None = None) -> Path:
+                 beside: Callable[[Path], None] | None = None, more: Sequence[Piece] = ()) -> Path:
     """Write ``path`` (replaced once complete; what else was in it stays): the weights as the
     checkpoint had them, and what lay beside them (docs/models.md). Returns it. It has its name only
     when all of it is on disk.
 
     In bf16 weights are rounded half up on the bits, as the `hi` plane is, so that the exported
     model is the one that was trained. ``beside`` writes further files into the directory that it is
-    given, before that has its name.
+    given, before that has its name; ``more``: tensors that the model has not.
     """
     def write(unfinished: Path) -> None:
         parts.write_beside(unfinished, dtype)
         if beside is not None:
             beside(unfinished)
-        _write_shards(parts, weights, unfinished, dtype)  # last: they say which files were written with them
+        _write_shards(parts, weights, unfinished, dtype, more)  # last: they say which files were written with them
 
     return export_directory(path, "the model", write)
 
@@ -124,13 +124,14 @@ def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
                          value=path, remedy="Make room there, give another directory, or use --no-export")
 
 
-def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.dtype) -> None:
+def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.dtype, more: Sequence[Piece]) -> None:
     """What is in memory at a time is the parameters that one tensor of the checkpoint, or one group
     of them, is made from."""
     layout = parts.export_layout(dtype)
     pieces = [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, weights)) for unit in layout.units]
     pieces += [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, partial(_unused, parts))) for unit in layout.unused]
     pieces.append(Piece(outlines=layout.other.outlines, make=partial(layout.convert_other, parts.other_state())))
+    pieces += more
     write_shards(directory, "model", pieces, metadata=exports.metadata_for(directory), shard_bytes=SHARD_BYTES)
 
 
