@@ -112,7 +112,7 @@ class _Adapted(torch.autograd.Function):
             wants_w, wants_bias, *_ = ctx.needs_input_grad[3 + 4 * index:]
             grads += [dy.t() @ flat if wants_w and dy is not None else None,
                       dy.sum(0) if wants_bias and dy is not None else None, da, db]
-        cast = [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        cast = [grad if grad is None or grad.dtype == dtype else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         return None if dx is None else dx.view(x.shape), None, None, *cast
 
 
@@ -151,27 +151,34 @@ def _graph_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]
 
 def _fused_forward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]) -> tuple[list[Tensor], Tensor]:
     s = ops.down(x, _stacked(parts), draw, how.p)
-    rank = parts[0][2].shape[0]
-    return [ops.linear(x, w, bias, s[:, index * rank:(index + 1) * rank], b, scale)
-            for index, ((w, bias, _, b), scale) in enumerate(zip(parts, how.scales, strict=True))], s
+    return [ops.linear(x, w, bias, columns, b, scale)
+            for columns, (w, bias, _, b), scale in zip(_columns(s, parts), parts, how.scales, strict=True)], s
 
 
 def _fused_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], dys: list[Tensor | None], s: Tensor | None,
                     wants_x: bool) -> Grads:
-    """dS and dB in one reading of each dY; then dA and the adapters' part of dX, to which the
-    bases' products are added."""
+    """dS and dB in one reading of each dY; then dA, and dX of all linears in one product."""
     a, rank = _stacked(parts), parts[0][2].shape[0]
-    s = ops.down(x, a, draw, how.p) if s is None else s
-    columns = [s[:, index * rank:(index + 1) * rank] for index in range(len(parts))]
-    ups = [(part.new_zeros(part.shape), None) if dy is None else ops.up_grads(dy, b, part, scale)
-           for dy, (_, _, _, b), part, scale in zip(dys, parts, columns, how.scales, strict=True)]
+    s = _call("down", x, a, draw, how.p) if s is None else s
+    ups = [(torch.zeros_like(columns), None) if dy is None else _call("up_grads", dy, part[3], columns, scale)
+           for dy, part, columns, scale in zip(dys, parts, _columns(s, parts), how.scales, strict=True)]
     ds = ups[0][0] if len(ups) == 1 else torch.cat([ds for ds, _ in ups], dim=1)
-    da = ops.a_grads(x, ds, a, draw, how.p)
+    da = _call("a_grads", x, ds, a, draw, how.p)
     reached = [(dy, part[0]) for dy, part in zip(dys, parts, strict=True) if dy is not None]
-    dx = ops.input_grad([dy for dy, _ in reached], [w for _, w in reached], ds, a, draw, how.p) if wants_x else None
-    adapters = [(None if db is None else da[index * rank:(index + 1) * rank], db) for index, (_, db) in enumerate(ups)]
-    return dx, adapters
+    dx = _call("input_grad", [dy for dy, _ in reached], [w for _, w in reached], ds, a, draw, how.p) if wants_x else None
+    das = da.split(rank) if len(parts) > 1 else [da]
+    return dx, [(None if db is None else da, db) for da, (_, db) in zip(das, ups, strict=True)]
+
+
+def _call(name: str, *args: Any) -> Any:
+    """In backward nobody traces: only a compiler needs to see operations there, and the dispatcher
+    takes as long as a launch."""
+    return getattr(ops, name)(*args) if torch.compiler.is_compiling() else ops.run(name, *args)
 
 
 def _stacked(parts: list[Part]) -> Tensor:
     return parts[0][2] if len(parts) == 1 else torch.cat([a for _, _, a, _ in parts])
+
+
+def _columns(s: Tensor, parts: list[Part]) -> Sequence[Tensor]:
+    return [s] if len(parts) == 1 else s.split(parts[0][2].shape[0], 1)

@@ -6,7 +6,8 @@ The functions are those of ``reference``, with the same arguments and results.
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,9 +21,9 @@ MOST_RANK = 64
 be added."""
 MOST_MASKED_RANK = 128
 """Above it a program's block of sums is larger than its registers: the masked input is written."""
-PROGRAMS = 264
-"""Twice the multiprocessors of an H200: sums over rows are split among so many programs or a few
-more."""
+PROGRAMS = {"down": 264, "up_grads": 264, "a_grads": 396}
+"""Twice or three times the multiprocessors of an H200: sums are split among so many programs or a
+few more."""
 SUM_PARTS, SUM_BLOCK = 16, 256
 ALIGNMENT = 16
 """Bytes, of what tensor descriptors read: where a tensor begins, and its rows."""
@@ -45,7 +46,7 @@ def blocks_of(kernel: str, rank: int) -> Blocks:
         return Blocks(32, 128, 4, 4) if rank <= 32 else Blocks(64, 64, 4, 3)
     if kernel == "up_grads":
         return Blocks(64, 256, 4, 3) if rank <= 32 else Blocks(64, 128, 8, 3)
-    return Blocks(64, 128, 8, 3) if rank <= 32 else Blocks(64, 64, 8, 3)
+    return Blocks(64, 64, 4, 4) if rank <= 32 else Blocks(64, 64, 8, 3)
 
 
 def can(x: Tensor) -> bool:
@@ -59,7 +60,7 @@ def dropped(x: Tensor, draw: Tensor | None, p: float, index: int = 0) -> Tensor:
     x, out = _rows_whole(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first_row, *keys = draw.tolist()
     grid = (triton.cdiv(x.shape[0], 16), triton.cdiv(x.shape[1], 256))
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         kernels.dropped_kernel[grid](x, out, *x.shape, x.stride(0), first_row, _signed(threshold(p)), 1 / (1 - p),
                                      *_halves(keys[index:])[:2], BM=16, BN=256, num_warps=4)
     return out
@@ -69,13 +70,13 @@ def down(x: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
     """x from memory once, whatever the number of linears."""
     if draw is None:
         return x @ a.t()
+    count = len(draw) - 1
+    if a.shape[0] // count > MOST_MASKED_RANK:
+        return torch.cat([dropped(x, draw, p, index) @ one.t() for index, one in enumerate(a.chunk(count))], 1)
     x, a = _rows_whole(x), a.contiguous()
     s = x.new_empty(x.shape[0], a.shape[0])
     for first_row, keys, part in _groups(a.shape[0], draw):
-        if a.shape[0] // (len(draw) - 1) > MOST_MASKED_RANK:
-            s[:, part] = reference.down(x, a[part], torch.tensor([first_row, *keys]), p)
-        else:
-            _down(x, a[part], s[:, part], first_row, keys, p)
+        _down(x, a[part], s[:, part], first_row, keys, p)
     return s
 
 
@@ -83,9 +84,9 @@ def _down(x: Tensor, a: Tensor, s: Tensor, first_row: int, keys: list[int], p: f
     rank, (num_rows, num_inputs) = a.shape[0] // len(keys), x.shape
     blocks = blocks_of("down", _padded(rank))
     row_blocks = triton.cdiv(num_rows, blocks.rows) * len(keys)
-    splits = max(1, min(8, PROGRAMS // row_blocks, num_inputs // (2 * blocks.columns)))
+    splits = max(1, min(8, PROGRAMS["down"] // row_blocks, num_inputs // (2 * blocks.columns)))
     parts = s if splits == 1 else x.new_empty(splits, num_rows, a.shape[0], dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         kernels.down_kernel[(row_blocks, splits)](
             x, a, parts, num_rows, num_inputs, x.stride(0), parts.stride(-2), 0 if splits == 1 else parts.stride(0), first_row,
             _signed(threshold(p)), 1 / (1 - p), *_halves(keys), LINEARS=len(keys), RANK=rank, R=_padded(rank),
@@ -111,10 +112,10 @@ def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
     (num_rows, num_outputs), rank = dy.shape, b.shape[1]
     blocks = blocks_of("up_grads", _padded(rank))
     column_blocks = triton.cdiv(num_outputs, blocks.columns)
-    splits = _splits(num_rows, blocks.rows, column_blocks)
+    splits = _splits("up_grads", num_rows, blocks.rows, column_blocks)
     ds_parts = dy.new_empty(column_blocks, num_rows, rank, dtype=torch.float32)
     db_parts = dy.new_empty(splits, num_outputs, rank, dtype=torch.float32)
-    with torch.cuda.device_of(dy):
+    with _device_of(dy):
         kernels.up_grads_kernel[(column_blocks, splits)](
             dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy.stride(0), b.stride(0), s.stride(0), RANK=rank, R=_padded(rank),
             BM=blocks.rows, BN=blocks.columns, num_warps=blocks.warps, num_stages=blocks.stages)
@@ -125,8 +126,11 @@ def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
 
 def a_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
     """x from memory once, whatever the number of linears."""
-    if draw is None or a.shape[0] // (len(draw) - 1) > MOST_MASKED_RANK:
-        return reference.a_grads(x, ds, a, draw, p) if draw is None else _a_grads_of_large_rank(x, ds, a, draw, p)
+    if draw is None:
+        return ds.t() @ x
+    count = len(draw) - 1
+    if a.shape[0] // count > MOST_MASKED_RANK:
+        return torch.cat([one.t() @ dropped(x, draw, p, index) for index, one in enumerate(ds.chunk(count, 1))])
     x, ds = _rows_whole(x), _rows_whole(ds)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     for first_row, keys, part in _groups(a.shape[0], draw):
@@ -134,18 +138,13 @@ def a_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> 
     return da
 
 
-def _a_grads_of_large_rank(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor, p: float) -> Tensor:
-    count = len(draw) - 1
-    return torch.cat([one.t() @ dropped(x, draw, p, index) for index, one in enumerate(ds.chunk(count, 1))])
-
-
 def _a_grads(x: Tensor, ds: Tensor, da: Tensor, first_row: int, keys: list[int], p: float) -> None:
     rank, (num_rows, num_inputs) = da.shape[0] // len(keys), x.shape
     blocks = blocks_of("a_grads", _padded(rank))
     column_blocks = triton.cdiv(num_inputs, blocks.columns) * len(keys)
-    splits = _splits(num_rows, blocks.rows, column_blocks)
+    splits = _splits("a_grads", num_rows, blocks.rows, column_blocks)
     parts = x.new_empty(splits, *da.shape, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         kernels.a_grads_kernel[(column_blocks, splits)](
             x, ds, parts, num_rows, num_inputs, x.stride(0), ds.stride(0), first_row, _signed(threshold(p)), *_halves(keys),
             LINEARS=len(keys), RANK=rank, R=_padded(rank), BM=blocks.rows, BN=blocks.columns, num_warps=blocks.warps,
@@ -173,7 +172,7 @@ def _products(xs: list[Tensor], ws: list[Tensor], left: Tensor, right: Tensor, b
     through = dict(LINEARS=count, RANK=rank, MASKED=bool(keys), HAS_BIAS=bias is not None)
     strides = left.stride(0), *right.stride()
     changing = first_row, _signed(threshold(p)), factor, *_halves(keys)
-    with torch.cuda.device_of(left):
+    with _device_of(left):
         if count == 1 and rank <= MOST_MASKED_RANK and _described(xs, ws, out):
             _product(xs, ws, out, left, right, bias, strides, changing, through)
             return out
@@ -247,7 +246,7 @@ def _sum(parts: Tensor, out: Tensor, parts2: Tensor | None = None, out2: Tensor 
     """Over the first dimension, times ``factor``; two such sums in one launch."""
     second = (parts, out, 0, 0) if parts2 is None or out2 is None else (parts2, out2, parts2.shape[0], out2.numel())
     grid = (triton.cdiv(out.numel(), SUM_BLOCK) + triton.cdiv(second[3], SUM_BLOCK),)
-    with torch.cuda.device_of(out):
+    with _device_of(out):
         kernels.sum_kernel[grid](parts, out, parts.shape[0], out.numel(), *second, factor, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
                                  num_warps=4)
 
@@ -261,8 +260,13 @@ def _groups(num_ranks: int, draw: Tensor) -> Iterator[tuple[int, list[int], slic
         yield first_row, some, slice(begin * rank, (begin + len(some)) * rank)
 
 
-def _splits(num_rows: int, block_rows: int, blocks: int) -> int:
-    return max(1, min(triton.cdiv(num_rows, block_rows), triton.cdiv(PROGRAMS, blocks)))
+def _splits(kernel: str, num_rows: int, block_rows: int, blocks: int) -> int:
+    return max(1, min(triton.cdiv(num_rows, block_rows), triton.cdiv(PROGRAMS[kernel], blocks)))
+
+
+def _device_of(x: Tensor) -> Any:
+    """Launches go to the current device, which it nearly always is."""
+    return nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
 def _padded(rank: int) -> int:

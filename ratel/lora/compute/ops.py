@@ -50,7 +50,7 @@ def _triton_is_there(device_type: str) -> bool:
     return True
 
 
-def _run(name: str, *args: Any) -> Any:
+def run(name: str, *args: Any) -> Any:
     """By the kernel if there is one for this; what Triton cannot compile here is said once and not
     tried again."""
     global _failed
@@ -78,7 +78,7 @@ def _run(name: str, *args: Any) -> Any:
 def _define(signature: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     name = signature.partition("(")[0]
     _library.define(signature)
-    _library.impl(name, functools.partial(_run, name), "CompositeExplicitAutograd")
+    _library.impl(name, functools.partial(run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ratel_lora::{name}", fake, lib=_library)
     return getattr(torch.ops.ratel_lora, name).default
 
