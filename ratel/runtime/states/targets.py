@@ -192,7 +192,7 @@ class CommitTarget:
         return None
 
     def wanted(self, unit: UnitSpec) -> tuple[str, ...]:
-        if not unit.num_trainable or not self._log.store.versions.include(unit.index):
+        if not self._log.store.versions.include(unit.index):
             return ()
         place = self._log.plan.placement(unit)
         return tuple(plane for plane in self._log.plan.formats.planes if place.tier(plane) != SSD)
