@@ -36,8 +36,8 @@ def prose(page: Path) -> str:
     return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def spans(page: Path) -> set[str]:
-    return set(re.findall(r"`([^`\n]+)`", prose(page)))
+def symbols_in(text: str) -> set[str]:
+    return {span for span in re.findall(r"`([^`\n]+)`", text) if SYMBOL.fullmatch(span) and re.search(r"[.(_]", span)}
 
 
 @cache
@@ -165,8 +165,12 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in LOG], ids=lambda page: page.name)
 def test_every_symbol_that_a_page_names_is_defined(page: Path) -> None:
-    symbols = {span for span in spans(page) if SYMBOL.fullmatch(span) and re.search(r"[.(_]", span)}
-    assert sorted(symbol for symbol in symbols if not is_known(symbol)) == []
+    text = prose(page)
+    about_tests = text.partition("\n## Tests\n")[2].partition("\n## ")[0]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests" / "support").glob("*.py")))
+    missing = [symbol for symbol in symbols_in(text.replace(about_tests, "")) if not is_known(symbol)]
+    missing += [symbol for symbol in symbols_in(about_tests) if not is_known(symbol) and symbol not in tests]
+    assert sorted(missing) == []
 
 
 @pytest.mark.parametrize("symbol", ["Plan.no_such_member", "no_such_function()", "torch.no_such_name", "ratel.planner.shape.no_such_name",

@@ -75,7 +75,7 @@ def _refuse_rank(targets: Targets, layer: AdaptedLayer) -> None:
 
 
 def _most_choices(outline: ModelOutline) -> int:
-    """Of a router: one for each expert. A gate has one output."""
+    """The most outputs that a router has: one for each expert. A gate has one output."""
     shapes = [shape for module in outline.modules for shape in module.parameters.values()]
     return max((shape[0] for shape in shapes if len(shape) == 3), default=0) or 1
 

@@ -126,7 +126,7 @@ class Interrupting:
         self._whole = site.path / f"whole-{form}"
 
     def measure(self) -> list[Moment]:
-        """Of runs that nobody interrupts. Where they come to a line more or less often, the last time is the smallest number: other
+        """The moments of runs that nobody interrupts. Where they come to a line more or less often, the last time is the smallest number: other
         runs come to it too."""
         gc.collect()
         gc.freeze()  # what is there already: collecting it would take a fork longer than the run

@@ -70,7 +70,7 @@ def guess(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], 
 
 @pytest.fixture
 def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Of the units, that may be updated early."""
+    """Set the share of the units that may be updated early."""
     def of(part: float) -> None:
         monkeypatch.setattr(ratel.planner.search.choose, "EARLY_SHARE", part)
 
