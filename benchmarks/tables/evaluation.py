@@ -54,7 +54,8 @@ QUESTIONS: dict[str, dict[str, Section]] = {
     "How durable is it?": {
         "durable": Section("Durability", durability.durable_lines),
         "kills": Section("Kills", partial(durability.ordeal_lines, "kills")),
-        "faults": Section("Faults", partial(durability.ordeal_lines, "faults"))},
+        "faults": Section("Faults", partial(durability.ordeal_lines, "faults")),
+        "proofs": Section("Long proofs", durability.proof_lines)},
     "How exact is it?": {
         "reproducible": Section("The same bits again", exactness.reproducible_lines),
         "trainer": Section("Beside transformers' Trainer", exactness.trainer_lines)},

@@ -33,7 +33,7 @@ CPU_S, WALL_S = 10, 90
 computes may have to wait its turn."""
 MEMORY_BYTES = 6 << 30
 Mutate = Callable[[random.Random, bytes], bytes]
-FEW = ["--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--dtype", "fp32", "--eval-sequences", "2", "--micro-batch", "2", "--dram", "1GiB",
+FEW = ["--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--dtype", "fp32", "--eval-sequences", "2", "--micro-batch", "2", "--dram", "2GiB",
        "--quiet"]
 TRAIN = ["train", "--model", "base", "--data", "d.jsonl", *FEW, "--out", "out", "--steps", "1"]
 CHATS = ["train", "--model", "base", "--data", "chat.jsonl", *FEW, "--out", "out", "--steps", "1", "--no-export"]
@@ -71,7 +71,7 @@ def _targets() -> dict[str, Target]:
         "chat": Target(path="chat.jsonl", mutate=m.mutate_lines, commands=[CHATS], weight=4),
         "txt": Target(path="d.txt", mutate=m.mutate_bytes, commands=[["train", "--model", "base", "--data", "d.txt", *FEW, "--out", "out", "--steps", "1", "--no-export"]]),
         "toml": Target(path="run.toml", mutate=m.mutate_toml, commands=[["train", "--config", "run.toml", *FEW, "--out", "out", "--steps", "1", "--no-export"]], weight=3),
-        "toml alone": Target(path="run.toml", mutate=m.mutate_toml, commands=[["train", "--config", "run.toml", "--out", "out", "--steps", "1", "--dram", "1GiB", "--device", "cpu"]]),
+        "toml alone": Target(path="run.toml", mutate=m.mutate_toml, commands=[["train", "--config", "run.toml", "--out", "out", "--steps", "1", "--dram", "2GiB", "--device", "cpu"]]),
         "hardware": Target(path="hw.json", mutate=m.mutate_json_file, commands=[plan, by_hardware], weight=3),
         "plan cache": Target(path="cache/ratel/hardware", mutate=m.mutate_json_file, commands=[by_hardware], weight=2),
         "optimizer": Target(path="moments/optimizer.safetensors", mutate=m.mutate_safetensors,
@@ -292,7 +292,7 @@ def make_template(sandbox: Path) -> None:
                                   {"role": "assistant", "content": f"yes {n}"}], "tools": [{"type": "function", "function": {"name": "f"}}]}) + "\n" for n in range(12)))
     Path("d.txt").write_text("\n\n".join(words * 4 + str(n) for n in range(60)))
     Path("run.toml").write_text('model = "base"\ndata = "d.jsonl"\nbatch_size = 2\nseq_len = 32\nlr = 1e-4\nbetas = [0.9, 0.95]\nschedule = "cosine"\n'
-                                'warmup-steps = 1\nseed = 3\nmicro_batch = 2\nmax_grad_norm = 1.0\ndram = "1GiB"\neval-fraction = 0.1\nattention = "sdpa"\nsave_every = 1\n'
+                                'warmup-steps = 1\nseed = 3\nmicro_batch = 2\nmax_grad_norm = 1.0\ndram = "2GiB"\neval-fraction = 0.1\nattention = "sdpa"\nsave_every = 1\n'
                                 'optimizer = "deferred"\nweight_decay = 0.1\nkeep = 1\n')
     Path("hw.json").write_text(json.dumps(load_hardware("4090").to_json()))
     Path("ssd").mkdir()

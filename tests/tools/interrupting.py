@@ -4,6 +4,7 @@ Each try is a fork of a process that has imported everything. A tracing function
 line of our own files, and acts at one of these moments.
 """
 
+import ast
 import faulthandler
 import gc
 import json
@@ -15,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,22 @@ class Moment:
         return f"{os.path.relpath(self.file, ROOT)}:{self.line} {'first' if self.hit == 1 else 'last'}"
 
     @property
+    def may_skip_an_exit(self) -> bool:
+        """Whether what a tracing function raises there may come before ``__exit__`` is called,
+        where no exception of a signal does: modes of PyTorch stay on in this process."""
+        return self.hit > 1 and self.line in _heads(self.file)
+
+    @property
     def place(self) -> int:
         """In an order in which any beginning is a sample of all files."""
         return zlib.crc32(self.name.encode())
+
+
+@cache
+def _heads(file: str) -> frozenset[int]:
+    """The lines of `with` up to its block. Python comes to them once more when it leaves the block."""
+    tree = ast.parse(Path(file).read_text())
+    return frozenset(line for node in ast.walk(tree) if isinstance(node, ast.With) for line in range(node.lineno, node.body[0].lineno))
 
 
 class Tracer:
@@ -156,6 +171,9 @@ class Interrupting:
             problems.append(f"status {ended.status}: {ended.errors[-2000:]}")
         elif self._form == COMMAND:
             problems += self._check_restart(ended)
+        elif moment.may_skip_an_exit:
+            again = in_fork(self._go_on, patience_s=PATIENCE_S)
+            problems += [again.errors[-2000:]] if again.status or again.hung else [" ".join(words[1:]) for words in again.told]
         return Tried(moment=moment, came=came, problems=tuple(problems))
 
     def _has_left(self, ended: Ended) -> bool:
@@ -197,15 +215,19 @@ class Interrupting:
         tell("status", status)
 
     def _library(self, tell: Tell, tracer: Tracer) -> None:
-        from ratel.runtime.states.commits import committed_files
-
         try:
             tracer.begin()
             self._use_session()
         except KeyboardInterrupt:
-            pass
+            if tracer.at is not None and tracer.at.may_skip_an_exit:
+                return  # another process goes on
         tracer.end()
         gc.collect()
+        self._go_on(tell)
+
+    def _go_on(self, tell: Tell) -> None:
+        from ratel.runtime.states.commits import committed_files
+
         self._use_session()
         left = {os.fspath(path) for path in self._ssd.iterdir()} - committed_files(self._out / "commits")
         if left:
