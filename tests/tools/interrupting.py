@@ -73,7 +73,7 @@ class Tracer:
     """Counts lines, and acts at a moment, once. Where there is one, only its line is counted, which takes half the time."""
 
     def __init__(self, at: Moment | None = None, act: Callable[[], None] = lambda: None) -> None:
-        self._at, self._act = at, act
+        self.at, self._act = at, act
         self.hits: dict[tuple[str, int], int] = {}
         self._known: dict[int, tuple[Any, bool]] = {}
         """Codes by their number (two of different files may be equal), and whether their lines are counted."""
@@ -98,15 +98,15 @@ class Tracer:
         return self._on_line if self._known[id(code)][1] else None
 
     def _is_counted(self, code: Any) -> bool:
-        if self._at is None:
+        if self.at is None:
             return code.co_filename.startswith(PACKAGES)
-        return code.co_filename == self._at.file and self._at.line in {line for *_, line in code.co_lines()}
+        return code.co_filename == self.at.file and self.at.line in {line for *_, line in code.co_lines()}
 
     def _on_line(self, frame: Any, event: str, value: Any) -> Any:
         if event == "line":
             key = frame.f_code.co_filename, frame.f_lineno
             self.hits[key] = self.hits.get(key, 0) + 1
-            if self._at is not None and key == (self._at.file, self._at.line) and self.hits[key] == self._at.hit:
+            if self.at is not None and key == (self.at.file, self.at.line) and self.hits[key] == self.at.hit:
                 sys.settrace(None)
                 frame.f_trace = None
                 self._act()
@@ -186,7 +186,7 @@ class Interrupting:
         faulthandler.dump_traceback_later(patience(PATIENCE_S) - 10, file=2)
         (self._command if self._form == COMMAND else self._library)(tell, tracer)
         tracer.end()
-        for (file, line), count in tracer.hits.items() if tracer._at is None else ():
+        for (file, line), count in tracer.hits.items() if tracer.at is None else ():
             tell("hits", file, line, count)
         kept = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
         if kept:
