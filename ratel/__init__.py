@@ -31,5 +31,5 @@ def train(model: Any, data: Any = None, **options: Any) -> Any:
 
 
 def plan(model: Any, **options: Any) -> Any:
-    """Plan without training: see `ratel.runtime.planning.request.plan`."""
-    return import_module("ratel.runtime.planning.request").plan(model, **options)
+    """Plan without training: see `ratel.runtime.planning.planner.plan`."""
+    return import_module("ratel.runtime.planning.planner").plan(model, **options)

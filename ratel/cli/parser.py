@@ -4,10 +4,9 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn
 
-from ratel.config import TrainConfig, flag_of, number_reader, option_of
+from ratel.config import TrainConfig, flag_of, number_reader, option_of, options_of
 from ratel.errors import RatelError
 from ratel.other_names import meant_by
 
@@ -77,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None =
     """The configuration's options, or some of them, as flags. A flag not given stays out of the
     namespace: the file may set it."""
     sections: dict[str, Any] = {}
-    for spec in fields(TrainConfig):
+    for spec in options_of(TrainConfig):
         option = option_of(spec)
         if names is not None and spec.name not in names:
             continue

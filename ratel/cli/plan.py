@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratel.cli.parser import add_command, at_least, add_options
-from ratel.config import TrainConfig, check_can_write, resolve
+from ratel.config import TrainConfig, check_can_write, planned_options, resolve
 from ratel.errors import RatelError
 from ratel.units import parse_bytes
 
 if TYPE_CHECKING:
     from ratel.runtime.planning.machine import Machine
-    from ratel.runtime.planning.request import Planner, PlanResult
-
-OPTIONS = ("model", "task", "batch_size", "micro_batch", "seq_len", "optimizer", "max_grad_norm", "dtype", "attention", "device",
-           "gpu_memory", "dram", "ssd", "ssd_bandwidth", "tier", "checkpoint_tier", "activations", "hardware", "save_every",
-           "durable")
-"""The options of `ratel train` that a plan depends on."""
+    from ratel.runtime.planning.planner import Planner, PlanResult
 
 LARGEST = ("model", "batch", "seq")
 
@@ -37,7 +32,7 @@ def add(commands: Any) -> None:
     own.add_argument("--plot", metavar="FILE", type=Path, help="draw memory by tier and time by resource (.png, .svg, .pdf)")
     own.add_argument("--trace", metavar="FILE", type=Path, help="simulate, and write what each resource does, for Perfetto")
     own.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(parser, OPTIONS)
+    add_options(parser, planned_options(TrainConfig))
 
 
 def plan_config(args: argparse.Namespace) -> TrainConfig:
@@ -63,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     machine = machine_for(config, ssds=args.ssds, ssd_space=space)
     if args.largest == "model":
         return _print_largest_model(args, config, machine)
-    from ratel.runtime.planning.request import Planner
+    from ratel.runtime.planning.planner import Planner
 
     planner = Planner(config.model, config, machine)
     try:
@@ -132,7 +127,7 @@ def _print_largest(args: argparse.Namespace, config: TrainConfig, planner: "Plan
 
 
 def _print_largest_model(args: argparse.Namespace, config: TrainConfig, machine: "Machine") -> None:
-    from ratel.runtime.planning.request import largest_model
+    from ratel.runtime.planning.planner import largest_model
 
     found = largest_model(config, machine, config.model)
     if args.json:

@@ -4,7 +4,7 @@ memory for states, and the GPU's context."""
 from pathlib import Path
 
 from ratel import probe_cache
-from ratel.config import TrainConfig
+from ratel.config import TrainConfig, planned_options
 from ratel.hardware.host import available_memory, worker_cores
 from ratel.memory.anonymous import region_bytes
 from ratel.planner.formats import EXACT, EXACT_TRAINED_BYTES
@@ -23,13 +23,6 @@ back."""
 
 _PROCESS_BYTES = 4 * GIB
 """Left of the budget: Python, PyTorch and CUDA, and what they may grow by, take 1.5 to 2 GiB."""
-
-
-_PLACING = ("model", "task", "dtype", "device", "gpu_memory", "dram", "ssd", "ssd_bandwidth", "hardware", "batch_size", "seq_len",
-            "micro_batch", "tier", "checkpoint_tier", "activations", "optimizer", "max_grad_norm", "attention", "compile",
-            "deterministic", "save_every", "durable")
-"""Options that plans depend on. With one that is missing here, the arena would be taken for larger
-or smaller than it gets."""
 
 
 def begin_ahead(config: TrainConfig) -> None:
@@ -81,7 +74,8 @@ def remember_arena(config: TrainConfig, num_bytes: int) -> None:
 
 
 def _key(config: TrainConfig) -> probe_cache.Key:
-    return {"arena of": {name: getattr(config, name) for name in _PLACING}}
+    """The options that a plan depends on. With one that is missing, the arena would be taken for larger or smaller than it gets."""
+    return {"arena of": {name: getattr(config, name) for name in planned_options(TrainConfig)}}
 
 
 def end_ahead() -> None:

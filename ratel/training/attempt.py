@@ -17,7 +17,8 @@ from ratel.models.checkpoints.settings import settings_of
 from ratel.monitor.metrics import MetricsWriter, MissingMetricsError
 from ratel.monitor.progress import ProgressDisplay
 from ratel.planner.forecast.durability import saving
-from ratel.runtime.session.session import DTYPES, Session
+from ratel.runtime.session.opening import DTYPES
+from ratel.runtime.session.session import Session
 from ratel.runtime.states.export import check_room
 from ratel.synced import sync_file
 from ratel.trace import phases

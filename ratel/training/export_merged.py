@@ -24,7 +24,7 @@ from ratel.models.checkpoints.weights import view
 from ratel.models.safetensors.writer import Outline, Piece
 from ratel.planner.shape import UnitSpec
 from ratel.reading import read_json
-from ratel.runtime.session.session import DTYPES
+from ratel.runtime.session.opening import DTYPES
 from ratel.runtime.states.export import export_model
 from ratel.synced import replace_synced
 

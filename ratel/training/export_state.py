@@ -17,7 +17,7 @@ from ratel.models import Parts
 from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS
 from ratel.planner.shape import UnitSpec
-from ratel.runtime.session.session import DTYPES
+from ratel.runtime.session.opening import DTYPES
 from ratel.runtime.states.base import Digests, digest_of, refuse_other
 from ratel.runtime.states.export import export_model
 from ratel.runtime.states.moments import export_moments

@@ -18,6 +18,7 @@ from ratel.interrupt import Interrupted
 from ratel.models.calls.tasks import Task
 from ratel.models.load import is_causal_lm
 from ratel.monitor.progress import ProgressDisplay
+from ratel.planner.options import SessionOptions
 from ratel.runtime.session.determinism import same_bits
 from ratel.runtime.session.session import Session
 from ratel.startup.ahead import await_kernels, begin_ahead, end_ahead, remember_arena
@@ -75,7 +76,7 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
     if data is None and config.data is None and tokenizer is None and isinstance(model, Module) and not is_causal_lm(model):
         raise RatelError("is missing: what a module with its own loss learns from is not known", field="data",
                          remedy="Give batches as loss_fn takes them")
-    asked = config  # as the next start will know it, before PyTorch can say what "auto" is
+    as_given = config  # as the next start will know it, before PyTorch can say what "auto" is
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume,
@@ -103,7 +104,7 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
                 attempt = Attempt(config, session, inputs, out, display, earlier)
                 attempt.prepare()
                 if attempt.is_planned:
-                    remember_arena(asked, session.plan.arena_bytes)
+                    remember_arena(as_given, session.plan.arena_bytes)
                 result = attempt.complete()
     # Only now: a session that is left by an interrupt takes its last step for a broken one.
     if result.is_interrupted:
@@ -129,18 +130,12 @@ def check_family(session: Session, display: ProgressDisplay) -> None:
 
 def open_session(config: TrainConfig, model: Any, loss_fn: Any, commits: Path | None = None,
                  task: Task | None = None) -> Session:
-    names = ("gpu_memory", "dram", "device", "dtype", "lr", "betas", "eps", "weight_decay", "max_grad_norm",
-             "optimizer", "micro_batch", "seed", "ssd_bandwidth", "io_backend", "tier", "checkpoint_tier",
-             "activations", "direct", "optimizer_threads", "attention", "compile", "checksums", "hardware",
-             "router_aux_loss")
-    options = {name: getattr(config, name) for name in names}
-    durable = config.durable if config.save_every and commits is not None else "off"
-    if durable == "auto" and (config.keep > 1 or config.keep_best):
-        durable = "checkpoint"  # commits are one state, the newest
-    if not config.resume:  # the state that a run resumes from has moments of its own
-        options["optimizer_state"] = config.optimizer_state
-    return Session(model, ssd=list(config.ssd) or None, loss_fn=loss_fn, task=task or config.task, durable=durable,
-                   commits=commits, **options)
+    others: dict[str, Any] = {"task": task or config.task, "commits": commits}
+    if commits is None:
+        others["durable"] = "off"
+    if config.resume:
+        others["optimizer_state"] = None  # the state that a run resumes from has moments of its own
+    return Session(model, loss_fn=loss_fn, **SessionOptions.of(config, **others).given)
 
 
 def _name_of(thing: Any) -> str | None:

@@ -17,11 +17,14 @@ from benchmarks.harness.machine_memory import Cgroup, Machine, remove_group
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
 from ratel.planner.formats import EXACT
+from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan, Work
-from ratel.planner.search.choose import Request, choose, minimum_state_bytes
+from ratel.planner.search.choose import choose, minimum_state_bytes
+from ratel.planner.search.request import Request
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.runs import BlockRuns
-from ratel.runtime.planning.prepare import Budgets, Wishes, make_plan
+from ratel.runtime.planning.prepare import Situation, make_plan
 from ratel.runtime.session.session import Session
 from ratel.units import GIB, MIB
 from tests.support.limits import taken_away
@@ -130,15 +133,16 @@ def test_a_run_that_is_told_nothing_keeps_to_the_limit_it_finds(group: Cgroup, s
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 
-def chosen(num_blocks: int, **options: Any) -> Plan:
-    """A plan with everything on SSD for blocks of one width."""
+def chosen(num_blocks: int, *, tier: str = "ssd", **options: Any) -> Plan:
+    """A plan with everything in one tier for blocks of one width."""
     kinds = ["pre", *["block"] * num_blocks, "post"]
     units = tuple(lay_out(i, f"{kind}.{i}", kind, [ParamSpec(name=f"{i}.w", shape=(1024, 4096)),
                                                    ParamSpec(name=f"{i}.b", shape=(1024,), decay=False)])
                   for i, kind in enumerate(kinds))
     stages = tuple(StageSpec(index=u.index, name=u.name, kind=u.kind, units=(u.index,)) for u in units)
-    defaults = dict(formats=EXACT["bf16"], optimizer="deferred", gpu_budget=None, dram_budget=GIB, ssd_budget=1 << 40,
-                    forced="ssd", checkpoint_tier="ssd", work=Work(rows=4, seq_len=128, micro_rows=2, hidden_bytes=MIB))
+    given = SessionOptions(tier=tier, checkpoint_tier="ssd")
+    defaults = dict(formats=EXACT["bf16"], options=given, optimizer="deferred", gpu_budget=None, dram_budget=GIB, ssd_budget=1 << 40,
+                    work=Work(rows=4, seq_len=128, micro_rows=2, hidden_bytes=MIB))
     return choose(Request(spec=ModelSpec(name="wide", units=units, stages=stages), **{**defaults, **options}))
 
 
@@ -153,7 +157,7 @@ def test_planned_dram_does_not_depend_on_depth(options: dict[str, Any]) -> None:
 
 @pytest.mark.unit
 def test_on_a_cpu_device_gpu_slots_and_activations_are_dram() -> None:
-    options = dict(forced="dram", workspace_bytes=300 * MIB, dram_budget=GIB)
+    options = dict(tier="dram", workspace_bytes=300 * MIB, dram_budget=GIB)
     apart, together = chosen(2, **options), chosen(2, on_host=True, **options)
     unspent = min(apart.import_bytes, 300 * MIB)  # import and activations take the same room, one after the other
     assert together.dram_bytes == apart.dram_bytes + apart.gpu_bytes - unspent
@@ -241,10 +245,9 @@ def planned(layers: int, ssd_dir: Path) -> Plan:
     """The plan of a session that is given no budget; nothing is reserved."""
     device = torch.device("cpu")
     with Session(config(layers, WIDE), device="cpu") as session:
-        wishes = Wishes(formats=EXACT["bf16"], optimizer="deferred", budgets=Budgets(gpu=None, dram=None),
-                        directories=(str(ssd_dir),), buffers=BUFFERS)
-        batch = {"input_ids": torch.zeros(ROWS, POSITIONS, dtype=torch.long)}
-        return make_plan(BlockRuns(session.parts), batch, wishes, device).plan
+        options = SessionOptions(optimizer="deferred", ssd=[ssd_dir], buffers=BUFFERS)
+        batch = Batch.sample(session.parts, ROWS, POSITIONS)
+        return make_plan(BlockRuns(session.parts), batch, options, Situation(device=device)).plan
 
 
 # --- the GPU --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import ratel
 from ratel.errors import RatelError
 from ratel.models import load
 from ratel.models.calls.caches import Caches
+from ratel.runtime.session.preparing import ready_for
 from tests.support.models import CPU
 
 pytestmark = pytest.mark.numerics
@@ -312,13 +313,13 @@ def test_a_second_run_that_differs_is_refused_before_the_plan(shared: dict) -> N
     shared["limit"] = 2 * shared["runs"] + 2  # the same trace again, and one run of the first block
     with ratel.Session(Body(fifth_run), loss_fn=loss_fn, dtype="fp32", device="cpu") as session:
         with pytest.raises(RatelError, match="block 0 did something else when it was run again"):
-            session._ready(batch())
+            ready_for(session._core, batch())
 
 
 def test_the_first_step_compares_both_runs(shared: dict) -> None:
     shared["limit"] = 10**9
     with ratel.Session(Body(fifth_run), loss_fn=loss_fn, dtype="fp32", device="cpu") as session:
-        session._ready(batch())
+        ready_for(session._core, batch())
         shared["limit"] = shared["runs"] + 4  # three blocks run in forward
         with pytest.raises(RatelError, match="block 2 did something else when it was run again"):
             session.step(batch())

@@ -13,10 +13,12 @@ from ratel.planner.forecast.simulate import simulate
 from ratel.planner.formats import EXACT
 from ratel.planner.hardware import Hardware, Ssd, load_hardware
 from ratel.planner.placement import Forced
+from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Buffers, Work
 from ratel.planner.search import search as search_module
-from ratel.planner.search.choose import Request, choose
-from ratel.planner.search.micro_sizes import micro_sizes
+from ratel.planner.search.choose import choose
+from ratel.planner.search.micro_batches import micro_sizes
+from ratel.planner.search.request import Request
 from ratel.planner.search.search import Choice, candidates, search
 from ratel.units import GIB, MIB
 from tests.support.patience import counted_calls
@@ -212,7 +214,8 @@ def test_where_dram_has_no_room_for_an_early_gradient_what_was_asked_runs_withou
 
 def roomy(request: Request, forced: Forced | None) -> Request:
     """With budgets that hold everything, anywhere."""
-    return replace(request, forced=forced, gpu_budget=1000 * GIB, dram_budget=1000 * GIB, ssd_budget=1000 * GIB)
+    return replace(request, options=SessionOptions(placement=forced), gpu_budget=1000 * GIB, dram_budget=1000 * GIB,
+                   ssd_budget=1000 * GIB)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -18,6 +18,7 @@ from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Buffers, Plan, Work
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.planner.traffic import Traffic, step_traffic
+from ratel.runtime.session.preparing import ready_for
 from ratel.runtime.session.session import Session
 from ratel.runtime.streams.activations import Activations
 from ratel.runtime.streams.gradients import Gradients
@@ -156,7 +157,7 @@ def count(family: str, ssd_dir: Path, *, flush_each: bool, **options) -> Counted
     base = dict(lr=1e-3, device="cpu", dtype="bf16", micro_batch=3, ssd=[ssd_dir / "a", ssd_dir / "b"])
     with Session(model(family), loss_fn=loss_fn_of(family.partition(",")[0]), **{**base, **options}) as session:
         data = batches(family.partition(",")[0], STEPS)
-        session._ready(data[0])
+        ready_for(session._core, data[0])
         machinery = session._machinery
         before = machinery.engine.stats() if machinery.engine else dict(bytes_read=0, bytes_written=0)
         usages = []
@@ -165,7 +166,7 @@ def count(family: str, ssd_dir: Path, *, flush_each: bool, **options) -> Counted
             if flush_each:
                 session.flush()
         session.flush()
-        usages.append(session._meter.read())  # of the last updates
+        usages.append(session._core.meter.read())  # of the last updates
         after = machinery.engine.stats() if machinery.engine else before
         read, written = (after[key] - before[key] for key in ("bytes_read", "bytes_written"))
         assert sum(u.ssd_read_bytes for u in usages) == read and sum(u.ssd_written_bytes for u in usages) == written

@@ -59,4 +59,4 @@ def everything(session: Session) -> dict[str, Tensor]:
         for plane in ("m", "v") if unit.num_trainable else ():
             flat = session.read_state(unit, plane)
             found |= {f"{plane}.{p.name}": flat[p.offset : p.end].view(p.shape) for p in unit.params if p.trainable}
-    return {**found, "step": torch.tensor(float(session._updates_made))}
+    return {**found, "step": torch.tensor(float(session._core.updates_made))}

@@ -69,7 +69,7 @@ def session_gradients(session: Any) -> dict[str, Tensor]:
     """After one step without clipping: AdamW's first moment is the gradient times ``1 - beta1``."""
     found = {}
     for unit in session.plan.spec.units:
-        moment = session.read_state(unit, "m") / (1 - session._hyper["beta1"])
+        moment = session.read_state(unit, "m") / (1 - session.options.betas[0])
         found.update({p.name: moment[p.offset : p.end].view(p.shape) for p in unit.params if p.trainable})
     return found
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ratel.planner.hardware import Hardware
-from ratel.planner.search.choose import Request
-from ratel.planner.search.search import Choice, search
+from ratel.planner.search.micro_batches import Planned
+from ratel.planner.search.request import Request
+from ratel.planner.search.search import search
 from ratel.units import GIB
 
 MORE_DRAM_BYTES = 64 * GIB
@@ -23,12 +24,13 @@ class Gain:
     """Tokens per second more than without."""
 
 
-def advise(requests: list[Request], hardware: Hardware, chosen: Choice) -> list[Gain]:
-    """What helps, best first. ``requests`` are those that ``chosen`` was chosen from.
+def advise(chosen: Planned, hardware: Hardware) -> list[Gain]:
+    """What helps, best first.
 
     Only more GPU memory is tried with every micro-batch; the rest with the one chosen, which saves
     most of the time.
     """
+    requests = list(chosen.choices)
     same = [request for request in requests if request.work == chosen.plan.work]
     now = chosen.prediction.tokens_per_s
     gains = []

@@ -1,65 +1,24 @@
 """The simple rule: fill GPU memory, then DRAM, then SSD, hottest planes first; refuse what fits
 nowhere."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 from ratel.errors import RatelError
-from ratel.planner.activation_policy import Kept
-from ratel.planner.block_profile import BlockProfile
-from ratel.planner.formats import EXACT, PLANES, StateFormats
-from ratel.planner.placement import (DRAM, GPU, SSD, Forced, UnitPlacement, check_forced, closed_first, forced_placements,
-                                     with_fp32_on_gpu, with_planes)
-from ratel.planner.checkpoints import Spill
-from ratel.planner.plan import FEWEST_SAVE_PIECES, Buffers, Plan, Work
-from ratel.planner.shape import ModelSpec, forward_order
+from ratel.planner.formats import EXACT, PLANES
+from ratel.planner.placement import DRAM, GPU, SSD, Forced, check_forced, closed_first, forced_placements
+from ratel.planner.plan import Plan
+from ratel.planner.search.filling import fill_dram, fill_gpu, whatever_fits, with_placements
+from ratel.planner.search.request import Request
+from ratel.planner.shape import ModelSpec
 from ratel.units import format_bytes
 
-
 EARLY_SHARE = 0.75
-"""The share of the units on the CPU that the simple rule has updated early: backward with
-recomputation takes three quarters of the time of both passes, under which the updates are
-spread."""
+"""Of the units that the CPU updates, how many the simple rule has updated early: backward with recomputation takes three
+quarters of the time of both passes, under which the updates are spread."""
 
 WITHOUT_RATES = {"auto": "deferred", "any": "eager"}
 """Which optimizer is taken where nothing says what is fast: the one that takes the least memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to plan for. Budgets are bytes; ``None`` means: no limit, and nothing is put there
-    unasked (GPU)."""
-
-    spec: ModelSpec
-    formats: StateFormats
-    optimizer: str
-    """``eager``, ``deferred``, ``speculative``, ``auto``: of the last two the better one, or
-    ``any``: of all three."""
-    work: Work
-    gpu_budget: int | None
-    dram_budget: int
-    ssd_budget: int | None
-    """``None``: no SSD directory was given."""
-    process_bytes: int = 0
-    import_element_bytes: int = 4
-    """As in the plan."""
-    workspace_bytes: int = 0
-    accumulators: tuple[str, ...] = ()
-    buffers: Buffers = Buffers()
-    forced: Forced | None = None
-    checkpoint_tier: str = "auto"
-    profiles: tuple[BlockProfile, ...] = ()
-    loss_s: float | None = None
-    """As in the plan."""
-    kept: Kept = ()
-    """Inner activations, as in the plan."""
-    spill: Spill | None = None
-    """As in the plan; then nothing is ``kept``."""
-    on_host: bool = False
-    """The device is the CPU."""
-    early_units: int = 0
-    """As in the plan. The choice of them sets it."""
-    durable: str = "off"
-    """``auto``, or what `Plan.durable` can be."""
 
 
 def choose(request: Request) -> Plan:
@@ -89,11 +48,13 @@ def early_counts(most: int) -> list[int]:
 
 
 def _placed(request: Request) -> Plan:
+    checkpoints = _checkpoint_tiers(request)
     if request.forced is not None:
-        placements = forced_placements(request.spec, request.forced)
+        plan = with_placements(request, forced_placements(request.spec, request.forced), checkpoints)
     else:
-        placements = _fill(request)
-    return finished(request, with_placements(request, placements))
+        placements = fill_gpu(request, checkpoints, partial(whatever_fits, ends_at=lambda unit: request.spec.classes[unit.index].is_deep))
+        plan = fill_dram(request, checkpoints, placements, whatever_fits)
+    return finished(request, plan)
 
 
 def finished(request: Request, plan: Plan) -> Plan:
@@ -122,23 +83,9 @@ def _with_save_pieces(request: Request, plan: Plan) -> Plan:
     return replace(plan, save_pieces=plan.save_pieces + min(wanted, spare))
 
 
-def with_placements(request: Request, placements: tuple[UnitPlacement, ...],
-                    checkpoints: tuple[str, ...] | None = None) -> Plan:
-    placements = with_fp32_on_gpu(request.spec, placements, request.formats)
-    return Plan(spec=request.spec, formats=request.formats, optimizer=request.optimizer, placements=placements,
-                early_units=request.early_units, checkpoint_tiers=checkpoints or _checkpoint_tiers(request),
-                work=request.work, buffers=request.buffers,
-                workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,
-                gpu_budget=request.gpu_budget, dram_budget=request.dram_budget, process_bytes=request.process_bytes,
-                import_element_bytes=request.import_element_bytes, on_host=request.on_host,
-                save_pieces=FEWEST_SAVE_PIECES, profiles=request.profiles, loss_s=request.loss_s, kept=request.kept,
-                spill=request.spill)
-
-
 def place_checkpoints(request: Request, tier: str) -> tuple[str, ...]:
     """All to one tier; but the last block's input is still on the GPU when backward needs it."""
-    num_blocks = sum(s.kind == "block" for s in request.spec.stages)
-    return (tier,) * (num_blocks - 1) + (GPU,)
+    return (tier,) * (request.num_blocks - 1) + (GPU,)
 
 
 def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
@@ -147,56 +94,12 @@ def _checkpoint_tiers(request: Request) -> tuple[str, ...]:
     """
     tier = request.checkpoint_tier
     if tier == "auto":
-        num_blocks = sum(s.kind == "block" for s in request.spec.stages)
-        total = num_blocks * request.work.num_micro * request.work.hidden_bytes
+        total = request.num_blocks * request.work.num_micro * request.work.hidden_bytes
         spills = request.ssd_budget is not None and total > request.dram_budget / 2
         small = request.gpu_budget is None or total <= request.gpu_budget / 10
         # On a CPU device they would fill the same DRAM from either side.
         tier = GPU if small and not (request.on_host and spills) else SSD if spills else DRAM
     return place_checkpoints(request, tier)
-
-
-def _fill(request: Request) -> tuple[UnitPlacement, ...]:
-    placements = [UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD)] * len(request.spec.units)
-    checkpoints = _checkpoint_tiers(request)
-    if request.gpu_budget is not None:
-        _fill_gpu(request, placements, checkpoints)
-    if request.ssd_budget is not None:
-        _fill_dram(request, placements, checkpoints)
-    return tuple(placements)
-
-
-def _fill_gpu(request: Request, placements: list[UnitPlacement], checkpoints: tuple[str, ...]) -> None:
-    """Whole units, those that forward needs first: their updates are the ones that nothing else can
-    hide."""
-    order, on_gpu = forward_order(request.spec.units), UnitPlacement.all_on(GPU)
-    for unit in order:
-        before = placements[unit.index]
-        placements[unit.index] = on_gpu
-        if not _fits_device(request, with_placements(request, tuple(placements), checkpoints)):
-            placements[unit.index] = before
-            if request.spec.classes[unit.index].is_deep:
-                break
-
-
-def _fits_device(request: Request, plan: Plan) -> bool:
-    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room
-    for the rest."""
-    spare_dram = not request.on_host or request.ssd_budget is None or plan.dram_bytes <= request.dram_budget
-    return plan.gpu_bytes <= request.gpu_budget and spare_dram
-
-
-def _fill_dram(request: Request, placements: list[UnitPlacement], checkpoints: tuple[str, ...]) -> None:
-    """One kind of plane after the other, by SSD traffic saved per byte held: `hi` is read twice and
-    written once."""
-    for plane in ("hi", "g", "lo", "m", "v"):
-        for unit in request.spec.units:
-            place = placements[unit.index]
-            if place.on_gpu:
-                continue
-            placements[unit.index] = with_planes(place, (plane,), DRAM)
-            if with_placements(request, tuple(placements), checkpoints).dram_bytes > request.dram_budget:
-                placements[unit.index] = place
 
 
 def _check_tiers(request: Request) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ratel.planner.plan import Buffers
-from ratel.planner.search.choose import Request
+from ratel.planner.search.request import Request
 from ratel.planner.search.search import FEWEST, candidates
 from ratel.planner.shape import FP32_SUFFIX, ModelSpec, StageSpec
 

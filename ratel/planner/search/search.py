@@ -8,16 +8,18 @@ therefore compared with plans that have fewer units there. All are tried with so
 made early as well, and without clipping once more with all of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import Prediction, predict, predict_below
 from ratel.planner.hardware import Hardware
-from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement, closed_first, forced_placements, with_planes
+from ratel.planner.placement import DRAM, GPU, SSD, closed_first, forced_placements
 from ratel.planner.plan import Buffers, Plan
-from ratel.planner.search.choose import Request, choose, early_counts, finished, place_checkpoints, with_placements
+from ratel.planner.search.choose import choose, early_counts, finished, place_checkpoints
+from ratel.planner.search.filling import as_far_as_fits, fill_dram, fill_gpu, fits_gpu, largest, off_gpu, placed_on_gpu, with_placements
+from ratel.planner.search.request import Request
 from ratel.planner.shape import forward_order
 
 LEAN = Buffers(weight_slots=2, grad_slots=1, host_weight_slots=2, host_grad_slots=2, ring_slots=2, chunk_elements=1 << 20,
@@ -28,11 +30,7 @@ FEWEST = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_sl
 """What the largest models are trained with."""
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
-"""The shares of all inner activations, best first, that the search lets a tier keep."""
-
-HEAT = ("hi", "g", "lo", "m", "v")
-"""By SSD traffic saved per byte of DRAM held: `hi` is read twice and written once, the others once
-each."""
+"""Of all inner activations, best first: how many a tier may keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +77,7 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
         return _better(*(_best_of_size(replace(request, optimizer=mode), hardware) for mode in ("eager", "auto")))
     may_speculate = request.optimizer in ("auto", "speculative")
     deferred = replace(request, optimizer="deferred") if may_speculate else request
-    # Where early updates are asked for, a plan that is slow without them is not out of the
-    # question.
+    # Where early updates are asked for, a plan that is slow without them is not out of the question.
     tried = _Tried(hardware, stops_at_best=request.optimizer != "speculative")
     tried.add(candidates(deferred))
     if tried.best is None:
@@ -142,7 +139,7 @@ def _speculative(request: Request, plan: Plan) -> Iterator[Plan]:
             made[count] = _with_early(request, plan, count)
         return not count or (made[count] is not None and made[count].ssd_bytes <= plan.ssd_bytes)
 
-    tried = {*made, _largest(most, leaves_the_rest)} - {0}
+    tried = {*made, largest(most, leaves_the_rest)} - {0}
     yield from (made[count] for count in sorted(tried) if made[count] is not None)
 
 
@@ -157,10 +154,10 @@ def _may_be_early(request: Request, plan: Plan) -> bool:
 def _with_early(request: Request, plan: Plan, count: int) -> Plan | None:
     """With so many units updated early, if that fits."""
     asked = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
-    rest = _off_gpu(request)
-    on_gpu = tuple(place if place.on_gpu else rest for place in plan.placements)
+    rest = off_gpu(request)
+    resident = tuple(place if place.on_gpu else rest for place in plan.placements)
     filled = (with_placements(asked, plan.placements, plan.checkpoint_tiers) if request.forced is not None
-              else _fill_dram(asked, plan.checkpoint_tiers, on_gpu))
+              else fill_dram(asked, plan.checkpoint_tiers, resident, as_far_as_fits))
     made = finished(asked, filled)
     return made if filled.early and fits(asked, made) else None
 
@@ -170,9 +167,9 @@ def _lighter(request: Request, plan: Plan) -> Iterator[Plan]:
     count = sum(place.on_gpu for place in plan.placements)
     if request.forced is not None or request.gpu_budget is None:
         return
-    request = replace(request, kept=plan.kept)
+    request, order = replace(request, kept=plan.kept), forward_order(request.spec.units)
     for fewer in sorted({count * eighths // 8 for eighths in range(8)} - {count}, reverse=True):
-        lighter = finished(request, _fill_dram(request, plan.checkpoint_tiers, _on_gpu(request, fewer)))
+        lighter = finished(request, fill_dram(request, plan.checkpoint_tiers, placed_on_gpu(request, order[:fewer]), as_far_as_fits))
         if fits(request, lighter):
             yield lighter
 
@@ -186,7 +183,7 @@ def candidates(request: Request) -> Iterator[Plan]:
 
 
 def fits(request: Request, plan: Plan) -> bool:
-    return (_fits_gpu(request, plan) and plan.dram_bytes <= request.dram_budget
+    return (fits_gpu(request, plan) and plan.dram_bytes <= request.dram_budget
             and plan.ssd_bytes <= (request.ssd_budget or 0))
 
 
@@ -236,72 +233,9 @@ def _filled(request: Request, checkpoints: tuple[str, ...]) -> Plan | None:
     if request.forced is not None:
         plan = with_placements(request, forced_placements(request.spec, request.forced), checkpoints)
     else:
-        placements = _fill_gpu(request, checkpoints)
-        if not _fits_gpu(request, with_placements(request, placements, checkpoints)):
+        placements = fill_gpu(request, checkpoints, as_far_as_fits)
+        if not fits_gpu(request, with_placements(request, placements, checkpoints)):
             return None  # most candidates keep more on the GPU than there is room for
-        plan = _fill_dram(request, checkpoints, placements)
+        plan = fill_dram(request, checkpoints, placements, as_far_as_fits)
     plan = finished(request, plan)
     return plan if fits(request, plan) else None
-
-
-def _fill_gpu(request: Request, checkpoints: tuple[str, ...]) -> tuple[UnitPlacement, ...]:
-    """As many units as fit."""
-    if request.gpu_budget is None:
-        return _on_gpu(request, 0)
-    return _on_gpu(request, _largest(len(request.spec.units), lambda count: _fits_gpu(
-        request, with_placements(request, _on_gpu(request, count), checkpoints))))
-
-
-def _on_gpu(request: Request, count: int) -> tuple[UnitPlacement, ...]:
-    """Whole units, those that forward needs first: their updates are the ones that nothing else can
-    hide."""
-    on, rest = UnitPlacement.all_on(GPU), _off_gpu(request)
-    order = forward_order(request.spec.units)
-    chosen = {unit.index for unit in order[:count]}
-    return tuple(on if u.index in chosen else rest for u in request.spec.units)
-
-
-def _off_gpu(request: Request) -> UnitPlacement:
-    return UnitPlacement.all_on(DRAM if request.ssd_budget is None else SSD)
-
-
-def _fits_gpu(request: Request, plan: Plan) -> bool:
-    """A CPU device has DRAM in two names; with SSD to go to, what is on the device must leave room
-    for the rest."""
-    spare_dram = not request.on_host or request.ssd_budget is None or plan.dram_bytes <= request.dram_budget
-    return plan.gpu_bytes <= (request.gpu_budget if request.gpu_budget is not None else plan.gpu_bytes) and spare_dram
-
-
-def _fill_dram(request: Request, checkpoints: tuple[str, ...], placements: tuple[UnitPlacement, ...]) -> Plan:
-    """One kind of plane after the other, hottest first, in forward order; before all the gradients
-    of early units."""
-    if request.ssd_budget is None:
-        return with_placements(request, placements, checkpoints)
-    early = [("g", unit.index) for unit in closed_first(request.spec, placements, request.early_units)]
-    order = early + [(plane, unit.index) for plane in HEAT for unit in request.spec.units
-                     if not placements[unit.index].on_gpu and (plane, unit.index) not in early]
-
-    def plan_with(count: int) -> Plan:
-        planes: dict[int, tuple[str, ...]] = {}
-        for plane, unit in order[:count]:
-            planes[unit] = (*planes.get(unit, ()), plane)
-        moved = list(placements)
-        for unit, names in planes.items():
-            moved[unit] = with_planes(moved[unit], names, DRAM)
-        return with_placements(request, tuple(moved), checkpoints)
-
-    return plan_with(_largest(len(order), lambda count: plan_with(count).dram_bytes <= request.dram_budget))
-
-
-def _largest(most: int, is_possible: Callable[[int], bool]) -> int:
-    """The largest count up to ``most`` that is possible, of counts that are possible from 0 on; 0
-    if none is."""
-    if is_possible(most):
-        return most
-    if not is_possible(0):
-        return 0
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_possible(middle) else (low, middle)
-    return low

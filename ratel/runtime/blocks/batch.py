@@ -1,7 +1,8 @@
-"""A step's batch cut into micro-batches, and what they have in common."""
+"""A step's batch: checked once, at the door of the session, and cut into micro-batches."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.models.calls.documents import restarts
 from ratel.planner.shape import ModelSpec
-from ratel.runtime.blocks.loss import IGNORED, shifted_count
+from ratel.runtime.blocks.loss import IGNORED, shifted_count, with_labels
 
 
 @dataclass(slots=True)
@@ -46,11 +47,11 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     return iter(found)
 
 
-def count_rows(batch: Any) -> int:
+def _count_rows(content: Any) -> int:
     """The common first dimension of the batch's tensors."""
-    rows = {t.shape[0] if t.dim() else None for t in tensors_of(batch)}
+    rows = {t.shape[0] if t.dim() else None for t in tensors_of(content)}
     if not rows:
-        raise RatelError("there is no tensor in the batch", field="batch", value=type(batch).__name__,
+        raise RatelError("there is no tensor in the batch", field="batch", value=type(content).__name__,
                          remedy="Make tensors of it, as torch.as_tensor does")
     if len(rows) != 1 or None in rows:
         raise RatelError("every tensor of a batch must have the batch as its first dimension, of one length",
@@ -59,6 +60,79 @@ def count_rows(batch: Any) -> int:
     if count == 0:
         raise RatelError("the batch is empty", field="batch")
     return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a step, an evaluation or a trial takes."""
+
+    content: Any = field(repr=False)
+    """Tensors in mappings and lists, as the model takes them; every tensor's first dimension is the rows."""
+    rows: int
+    positions: int
+    """Of a row: the most numbers of it that one tensor has."""
+    parts: Parts = field(repr=False)
+
+    @classmethod
+    def of(cls, parts: Parts, given: Any) -> "Batch":
+        """Raises RatelError for what the model cannot be trained on."""
+        content = _checked(parts, given)
+        return cls._counted(parts, content, _count_rows(content))
+
+    @classmethod
+    def sample(cls, parts: Parts, rows: int, positions: int) -> "Batch":
+        """One of that shape that nothing is learned from, and nobody looks at: it may be larger than any memory."""
+        return cls._counted(parts, parts.sample(rows, positions), rows)
+
+    @classmethod
+    def _counted(cls, parts: Parts, content: Any, rows: int) -> "Batch":
+        return cls(content=content, rows=rows, positions=max(t.numel() // rows for t in tensors_of(content)), parts=parts)
+
+    @cached_property
+    def targets(self) -> int:
+        """What the loss is a mean over: tokens, or rows of a model with its own loss."""
+        if self.parts.task:
+            return self.parts.task_runner.count(self.content)
+        return shifted_count(self.content["labels"]) if self.parts.is_causal_lm else self.rows
+
+    @cached_property
+    def tokens(self) -> int:
+        """Positions of a language batch without its padding; rows of any other."""
+        if not isinstance(self.content, dict):
+            return self.rows
+        if isinstance(self.content.get("attention_mask"), Tensor):
+            return int((self.content["attention_mask"] != 0).sum())
+        return self.content["input_ids"].numel() if "input_ids" in self.content else self.rows
+
+    @property
+    def shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(tuple(t.shape), t.dtype) for t in tensors_of(self.content)]
+
+    def first(self, rows: int, device: torch.device) -> "Batch":
+        """Its first rows, on the device."""
+        return replace(self, content=map_tensors(lambda t: t[:rows].to(device), self.content), rows=rows)
+
+    def cut(self, max_rows: int) -> "Iterator[Batch]":
+        """The batch in pieces of at most ``max_rows`` rows."""
+        for begin in range(0, self.rows, max_rows):
+            part = map_tensors(lambda t: t[begin : begin + max_rows], self.content)
+            yield replace(self, content=part, rows=min(max_rows, self.rows - begin))
+
+    def split(self, micro_rows: int, device: torch.device) -> list[Micro]:
+        """Micro-batches of at most ``micro_rows`` rows, on the device. A task's loss is a sum over targets, a user's a mean over
+        rows."""
+        return [Micro(index, map_tensors(lambda t: t.to(device), part.content),
+                      share=1 / self.targets if self.parts.task else part.rows / self.rows)
+                for index, part in enumerate(self.cut(micro_rows))]
+
+
+def _checked(parts: Parts, given: Any) -> Any:
+    if parts.is_causal_lm:
+        content = with_labels(causal_batch(given, parts.spec, keeps_mask=parts.routing is not None))
+        if not parts.isolates_documents:
+            refuse_documents(content)
+        return content
+    return parts.task_runner.checked(given, parts.spec.vocab_size) if parts.task else given
 
 
 CAUSAL = ("input_ids", "labels", "position_ids", "attention_mask")
@@ -138,28 +212,6 @@ def _check_range(values: Tensor, field: str, limit: int, message: str) -> None:
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
         raise RatelError(message, field=field, value=f"{int(values.min())}..{int(values.max())}",
                          remedy="Use the model's own tokenizer" if field != "position_ids" else None)
-
-
-def cut(batch: Any, max_rows: int) -> Iterator[Any]:
-    """The batch in pieces of at most ``max_rows`` rows."""
-    for begin in range(0, count_rows(batch), max_rows):
-        yield map_tensors(lambda t: t[begin : begin + max_rows], batch)
-
-
-def split(batch: Any, micro_rows: int, device: torch.device, share: float | None = None) -> list[Micro]:
-    """Micro-batches of at most ``micro_rows`` rows, on the device. ``share``: what the loss of each
-    weighs; None: its rows over all rows."""
-    rows = count_rows(batch)
-    return [Micro(index, map_tensors(lambda t: t.to(device), part), share=share or count_rows(part) / rows)
-            for index, part in enumerate(cut(batch, micro_rows))]
-
-
-def count_targets(parts: Parts, batch: Any) -> int:
-    """Over how many targets (tokens, or rows of a model with its own loss) the loss of a batch is a
-    mean."""
-    if parts.task:
-        return parts.task_runner.count(batch)
-    return shifted_count(batch["labels"]) if parts.is_causal_lm else count_rows(batch)
 
 
 def nothing_to_learn() -> RatelError:

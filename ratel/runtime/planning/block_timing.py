@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,13 @@ from ratel.models import Parts
 from ratel.models.structure.inputs import BlockInputs
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.shape import UnitSpec
-from ratel.runtime.blocks.batch import count_rows
+from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.loss import run_tail
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.units import MIB
 
 TIMING_S, GPU_TIMING_S = 0.1, 0.5
-"""Seconds that each measurement of each kind of block goes on, where a plan is to be predicted: on
-a CPU, on a GPU. In 0.1 s a GPU does not come to its power limit."""
+"""Of each measurement of each kind of block, where a plan is to be predicted. In 0.1 s a GPU does not come to its power limit."""
 
 EVICTED_BYTES = 64 * MIB
 
@@ -36,16 +34,16 @@ Timing = dict[str, list[float] | None]
 """``pass_s`` and ``launch_s``, each of forward and of backward."""
 
 
-def with_timings(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...]) -> tuple[BlockProfile, ...]:
+def with_timings(blocks: BlockRuns, batch: Batch, profiles: tuple[BlockProfile, ...]) -> tuple[BlockProfile, ...]:
     """With the seconds of both passes of each kind of block, nothing kept and everything kept, and
     on a GPU of launching them.
 
     What was measured once counts from then on: plans that followed every measurement would differ
     from run to run, and with the size of micro-batches the rounding of sums.
     """
-    parts, found, rows = blocks.parts, {}, count_rows(batch)
+    parts, found, rows = blocks.parts, {}, batch.rows
     with torch.no_grad():
-        hidden, inputs = parts.head(batch)
+        hidden, inputs = parts.head(batch.content)
     for block in blocks.first_of_each_kind:
         key = {**processors_key(hidden.device), "block": blocks.fingerprint(block, hidden, inputs), "method": TIMING_METHOD}
         found[block] = probe_cache.load(key, lambda content: content["timings"])
@@ -58,12 +56,12 @@ def with_timings(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ..
     return tuple(_with_seconds(profile, rows, *found[blocks.first_alike(block)]) for block, profile in enumerate(profiles))
 
 
-def loss_seconds(parts: Parts, batch: Any) -> float | None:
+def loss_seconds(parts: Parts, batch: Batch) -> float | None:
     """Seconds that everything after the blocks takes, forward and backward, for one micro-batch.
     None where there is no room for it."""
     units = [parts.spec.units[index] for index in parts.spec.stages[-1].units]
     with torch.no_grad():
-        hidden, _ = parts.head(batch)
+        hidden, _ = parts.head(batch.content)
     facts = (parts.name, [(p.name, p.shape) for unit in units for p in unit.params], hidden.shape, hidden.dtype,
              torch.are_deterministic_algorithms_enabled())
     key = {**processors_key(hidden.device), "loss": hashlib.sha256(repr(facts).encode()).hexdigest(), "method": TIMING_METHOD}
@@ -77,9 +75,9 @@ def loss_seconds(parts: Parts, batch: Any) -> float | None:
     return seconds
 
 
-def _time_loss(parts: Parts, batch: Any, hidden: Tensor, units: list[UnitSpec]) -> float:
+def _time_loss(parts: Parts, batch: Batch, hidden: Tensor, units: list[UnitSpec]) -> float:
     def run() -> None:
-        run_tail(parts, batch, hidden, lambda: _take_over(parts, units))
+        run_tail(parts, batch.content, hidden, lambda: _take_over(parts, units))
 
     with attached_units(parts, units, hidden.device, initialised):
         return _seconds_on(hidden)(run)
@@ -145,6 +143,5 @@ def _seconds_on(hidden: Tensor) -> Callable[[Callable[[], object]], float]:
     """On the device of ``hidden``."""
     if hidden.is_cuda:
         return partial(median_seconds, limit_s=GPU_TIMING_S, settle=torch.cuda.synchronize)
-    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too
-    # small for one block's.
+    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too small for one block's.
     return partial(median_seconds, limit_s=TIMING_S, between=torch.zeros(EVICTED_BYTES, dtype=torch.uint8).bitwise_not_)

@@ -12,6 +12,7 @@ from ratel.hardware.device import require_device
 from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
 from ratel.planner.hardware import Hardware, load_hardware, machine_names, with_cap, with_ssds
+from ratel.planner.search.request import Budgets
 from ratel.runtime.planning.prepare import DRAM_MARGIN, GPU_MARGIN_BYTES, usable_bytes
 from ratel.startup.known_hardware import AUTO, NONE, hardware_for
 from ratel.units import GIB, MIB, format_bytes
@@ -40,6 +41,10 @@ class Machine:
     """Bytes of each SSD, as far as known."""
     notes: tuple[str, ...]
     """What was assumed."""
+
+    @property
+    def budgets(self) -> Budgets:
+        return Budgets(gpu=self.gpu_budget, dram=self.dram_budget, ssd=self.ssd_budget, process_bytes=PROCESS_BYTES)
 
 
 def machine_for(config: TrainConfig, *, hardware: Hardware | None = None, ssds: int | None = None,

@@ -21,7 +21,8 @@ from ratel.models.structure.dispatch_modes import modes_as_before
 from ratel.models.structure.inputs import BlockInputs
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
-from ratel.planner.shape import ModelSpec, StageSpec, outside_blocks
+from ratel.planner.search.request import BlockFacts
+from ratel.planner.shape import ModelSpec, StageSpec
 from ratel.runtime.blocks.loss import positions_per_chunk, run_tail
 from ratel.runtime.blocks.op_trace import trace
 from ratel.runtime.blocks.profile import plain_profile, profile_of
@@ -43,15 +44,13 @@ class MicroOutline:
 
     rows: int
     hidden_bytes: int
-    """Bytes of a block's input."""
+    """Of the input of a block."""
     activation_bytes: int
     """At the peak of a block or of the loss: everything but weights and slots, gradients
     included."""
     profiles: tuple[BlockProfile, ...]
     """By block."""
-    accumulators: tuple[str, ...]
-    """Weight classes whose gradients are sums even of this micro-batch alone, because its loss goes
-    in chunks."""
+    has_chunked_loss: bool
     spill: Spill | None
     """How second runs are done where what they save goes to DRAM."""
 
@@ -59,6 +58,11 @@ class MicroOutline:
     def workspace_bytes(self) -> int:
         """What a plan sets aside on a GPU."""
         return int(self.activation_bytes * SLACK) + SLACK_BYTES
+
+    def facts(self, import_element_bytes: int) -> BlockFacts:
+        """As a plan is made from them."""
+        return BlockFacts(hidden_bytes=self.hidden_bytes, workspace_bytes=self.workspace_bytes, profiles=self.profiles,
+                          has_chunked_loss=self.has_chunked_loss, spill=self.spill, import_element_bytes=import_element_bytes)
 
 
 class Outline:
@@ -79,9 +83,9 @@ class Outline:
     def spec(self) -> ModelSpec:
         return self._parts.spec
 
-    @property
-    def import_element_bytes(self) -> int:
-        return self._parts.import_element_bytes
+    def facts(self, rows: int, seq_len: int, *, spills: bool = False) -> BlockFacts:
+        """What a plan is made from, for micro-batches of ``rows`` rows of ``seq_len`` tokens on a GPU."""
+        return self.micro(rows, seq_len, spills=spills).facts(self._parts.import_element_bytes)
 
     def close(self) -> None:
         """A module that was given gets its parameters back."""
@@ -94,8 +98,8 @@ class Outline:
         batch = self._parts.sample(rows, seq_len)
         with modes_as_before(), _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
             with torch.no_grad():
-                # Positions that the model makes itself have no values here, and it would keep apart
-                # what may be several documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
+                # Positions that the model makes itself have no values here, and it would keep apart what may be several
+                # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
                 if self._parts.is_causal_lm:
                     batch["position_ids"] = torch.arange(seq_len)[None]
                 hidden, inputs = self._parts.head(batch)
@@ -105,7 +109,7 @@ class Outline:
             peaks = [peak for peak, _ in runs]
             peaks.append(self._run_tail(shapes, hidden, batch))
         return MicroOutline(
-            rows=rows, hidden_bytes=hidden.nbytes, accumulators=self._chunk_accumulators(rows, seq_len),
+            rows=rows, hidden_bytes=hidden.nbytes, has_chunked_loss=self._has_chunked_loss(rows, seq_len),
             activation_bytes=max(peaks) + (LIBRARY_BYTES if on_cuda else 0),
             spill=spill and replace(spill, region_bytes=max(used for _, used in runs)),
             profiles=tuple(profiles[_kind(self.spec, stage)] for stage in self._blocks()))
@@ -120,9 +124,8 @@ class Outline:
             found.setdefault(_kind(self.spec, stage), stage)
         return found
 
-    def _chunk_accumulators(self, rows: int, seq_len: int) -> tuple[str, ...]:
-        chunked = self._parts.is_causal_lm and positions_per_chunk(rows, self.spec.vocab_size) < seq_len
-        return outside_blocks(self.spec) if chunked and self._parts.dtype is torch.bfloat16 else ()
+    def _has_chunked_loss(self, rows: int, seq_len: int) -> bool:
+        return self._parts.is_causal_lm and positions_per_chunk(rows, self.spec.vocab_size) < seq_len
 
     def _run_block(self, shapes: ShapesOnly, stage: StageSpec, hidden: Tensor, inputs: BlockInputs,
                    spill: Spill | None) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,25 +14,18 @@ from ratel.errors import RatelError
 from ratel.hardware.device import avoid_fragmentation, quiet_first_product
 from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
-from ratel.models import Parts
-from ratel.planner.activation_policy import AUTO, SPILL, Activations
-from ratel.planner.forecast.cost import Prediction, predict
-from ratel.planner.formats import StateFormats
+from ratel.planner.forecast.cost import predict
 from ratel.planner.hardware import Hardware
-from ratel.planner.placement import Forced
-from ratel.planner.plan import Buffers, Plan, Work
-from ratel.planner.search.choose import Request, choose
-from ratel.planner.search.micro_sizes import COMPARED, micro_sizes
-from ratel.planner.search.search import search
-from ratel.planner.shape import outside_blocks
+from ratel.planner.options import SessionOptions
+from ratel.planner.search.micro_batches import Planned, best_plan
+from ratel.planner.search.request import BlockFacts, Budgets, Request, request_for
 from ratel.planner.stripes import Weights, striped
-from ratel.runtime.blocks.batch import count_rows, map_tensors, tensors_of
+from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.loss import positions_per_chunk
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.planning import remembered
-from ratel.runtime.planning.trial import try_out
+from ratel.runtime.planning.trial import Trial, try_out
 from ratel.startup import arena_ahead
-from ratel.trace import phases
 from ratel.units import GIB, MIB, format_bytes
 
 log = logging.getLogger(__name__)
@@ -46,83 +38,39 @@ kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budgets:
-    """What the user allows, in bytes; ``None``: what the machine has free, less a margin."""
+class Situation:
+    """What a plan depends on beside the model, the batch and what was asked."""
 
-    gpu: int | None
-    dram: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The largest batch that the session has room for."""
-
-    rows: int
-    positions: int
-
-    @classmethod
-    def of(cls, batch: Any, rows: int) -> "Shape":
-        return cls(rows=rows, positions=max(t.numel() // rows for t in tensors_of(batch)))
-
-    def check(self, batch: Any) -> None:
-        given = Shape.of(batch, count_rows(batch))
-        if given.rows > self.rows or given.positions > self.positions:
-            raise RatelError(f"the session was prepared for {self.rows} rows of {self.positions} at most", field="batch",
-                             value=f"{given.rows} rows of {given.positions}",
-                             remedy="Give a batch of the largest shape first, or call Session.prepare(rows, seq_len) with "
-                                    "it before the first step")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What was asked of the plan; what else it needs is found out here."""
-
-    formats: StateFormats
-    optimizer: str
-    budgets: Budgets
-    directories: tuple[str, ...] = ()
+    device: torch.device
+    machine: Hardware | None = None
+    """To predict steps with; None: plan by the simple rule."""
     stripes: Weights = ()
-    """How many stripes each SSD directory gets in one round; (): one each."""
+    """Of each SSD directory in one round; (): one each."""
     own_files: tuple[Path, ...] = ()
     """In these directories, and to be worked on further: what they take counts as free."""
-    micro_batch: int | str = "auto"
     micro_before: int | None = None
     """Rows of a micro-batch in the run that is continued: with others its sums would round
     otherwise."""
-    forced: Forced | None = None
-    checkpoint_tier: str = "auto"
-    activations: Activations = "auto"
-    buffers: Buffers = Buffers()
-    durable: str = "off"
-    hardware: Hardware | None = None
-    """The machine's rates, to predict steps with; None: plan by the simple rule."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    plan: Plan
-    prediction: Prediction | None
-
-
-def make_plan(blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
+def make_plan(blocks: BlockRuns, batch: Batch, options: SessionOptions, situation: Situation) -> Planned:
     """Plan for batches of the shape of ``batch``. The memory of activations is measured, not
     guessed."""
-    trials = _Trials(blocks, batch, wishes, device)
-    if wishes.hardware is None:
-        return _search(trials, blocks, batch, wishes, device)
-    shapes = [(tuple(t.shape), t.dtype) for t in tensors_of(batch)]
-    key = remembered.key_of(device, blocks.parts.spec, blocks.compiles, torch.are_deterministic_algorithms_enabled(), shapes,
-                              replace(wishes, own_files=()))
-    planned = _plan_again(trials, remembered.load(key), wishes)
+    trials, machine = Trials(blocks, batch, options, situation), situation.machine
+    if machine is None:
+        return best_plan(trials, None, situation.micro_before)
+    key = remembered.key_of(situation.device, blocks.parts.spec, torch.are_deterministic_algorithms_enabled(), batch.shapes,
+                            options.of_plan, replace(situation, own_files=()))
+    planned = _plan_again(trials, remembered.load(key), situation)
     if planned is None:
-        planned = _search(trials, blocks, batch, wishes, device)
-        remembered.store(key, planned.plan, trials.ssd_budget)
+        planned = best_plan(trials, machine, situation.micro_before)
+        remembered.store(key, planned.plan, trials.budgets.ssd)
     return planned
 
 
-def _plan_again(trials: "_Trials", earlier: "remembered.EarlierPlan | None", wishes: Wishes) -> Planned | None:
+def _plan_again(trials: "Trials", earlier: "remembered.EarlierPlan | None", situation: Situation) -> Planned | None:
     """As it was chosen for the same before; None if it must be searched for."""
-    if earlier is None or wishes.micro_before not in (None, earlier.micro_rows):
+    if earlier is None or situation.micro_before not in (None, earlier.micro_rows):
         return None  # of a run that goes on with other micro-batches than before the user is told
     try:
         request = trials.request(earlier.micro_rows, earlier.spills)
@@ -132,124 +80,59 @@ def _plan_again(trials: "_Trials", earlier: "remembered.EarlierPlan | None", wis
     if not plan:
         return None
     log.info("the plan is what was chosen in an earlier start")
-    return Planned(plan=plan, prediction=predict(plan, wishes.hardware))
+    return Planned(plan=plan, prediction=predict(plan, situation.machine))
 
 
-def _search(trials: "_Trials", blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> Planned:
-    """Among sizes of micro-batches, a few at a time, until one fits."""
-    sizes = _candidates(count_rows(batch), batch, wishes.micro_batch)
-    together = 1 if wishes.hardware is None else COMPARED
-    groups = [sizes[begin : begin + together] for begin in range(0, len(sizes), together)]
-    if wishes.micro_before is not None and wishes.micro_batch == AUTO:
-        groups.insert(0, [wishes.micro_before])
-    for group in groups:
-        try:
-            return _plan_for(trials, group, wishes, spills=wishes.activations == SPILL)
-        except RatelError as error:
-            failure = error
-            if error.field not in ("gpu_memory", "dram" if device.type == "cpu" else ""):
-                raise
-            if group == [wishes.micro_before]:
-                log.warning("micro-batches of %d, as before, do not fit any more: with others sums round otherwise", *group)
-    if wishes.activations == AUTO and failure.field == "gpu_memory" and not blocks.compiles:
-        return _plan_for(trials, sizes[-1:], wishes, spills=True)
-    raise failure
-
-
-def _plan_for(trials: "_Trials", sizes: list[int], wishes: Wishes, *, spills: bool) -> Planned:
-    """The best plan with one of these micro-batches. ``spills``: what second runs save goes through
-    DRAM."""
-    requests = [request for request in (trials.request(size, spills) for size in sizes) if request is not None]
-    if not requests:
-        raise RatelError(f"a micro-batch of {sizes[-1]} does not pass a block within the budget"
-                         + (", though what backward needs of it goes through DRAM" if spills else ""), field="gpu_memory",
-                         value=trials.gpu_budget, remedy="Give a larger --gpu-memory or a smaller --seq-len")
-    if wishes.hardware is None:
-        return Planned(plan=choose(requests[0]), prediction=None)
-    with phases.phase("search for a plan"):
-        chosen = search(requests, wishes.hardware)
-    return Planned(plan=chosen.plan, prediction=chosen.prediction)
-
-
-class _Trials:
+class Trials:
     """Runs blocks with micro-batches of several sizes, and says what a planner must know of
     each."""
 
-    def __init__(self, blocks: BlockRuns, batch: Any, wishes: Wishes, device: torch.device) -> None:
-        self._blocks, self._batch, self._wishes, self._device = blocks, batch, wishes, device
-        self.gpu_budget = _gpu_budget(device, wishes.budgets.gpu)
-        if device.type != "cuda":
+    def __init__(self, blocks: BlockRuns, batch: Batch, options: SessionOptions, situation: Situation) -> None:
+        self.options, self.rows, self.positions = options, batch.rows, batch.positions
+        self._blocks, self._batch, self._situation, self._device = blocks, batch, situation, situation.device
+        self.on_host = self._device.type == "cpu"
+        gpu_budget = _gpu_budget(self._device, options.gpu_memory)
+        if self._device.type != "cuda":
             arena_ahead.drop()  # here what a block takes is measured in the memory of the process
         self._held_bytes = _held_bytes()
         with arena_ahead.paused() as ahead_bytes:
             free_bytes = available_memory() + ahead_bytes
-        self._dram_budget = wishes.budgets.dram or int(free_bytes * DRAM_MARGIN) + self._held_bytes
-        self.ssd_budget = usable_bytes(wishes.directories, wishes.own_files, wishes.stripes)
-        self._rows = count_rows(batch)
+        self.budgets = Budgets(gpu=gpu_budget, dram=options.dram or int(free_bytes * DRAM_MARGIN) + self._held_bytes,
+                               ssd=usable_bytes(options.ssd, situation.own_files, situation.stripes),
+                               process_bytes=self._held_bytes + PROCESS_MARGIN_BYTES)
         self._requests: dict[tuple[int, bool], Request | None] = {}
 
     def request(self, micro_rows: int, spills: bool) -> Request | None:
         """None if a block does not fit on the GPU with so many rows."""
         if (micro_rows, spills) not in self._requests:
-            self._requests[micro_rows, spills] = self._try(micro_rows, spills)
+            try:
+                self._requests[micro_rows, spills] = self._try(micro_rows, spills)
+            except torch.OutOfMemoryError:
+                self._requests[micro_rows, spills] = None
         return self._requests[micro_rows, spills]
 
-    def _try(self, micro_rows: int, spills: bool) -> Request | None:
-        wishes, parts = self._wishes, self._blocks.parts
-        work = _work(parts, self._batch, self._rows, micro_rows)
-        sizes = dict.fromkeys(size for size in (micro_rows, self._rows % micro_rows) if size)
-        try:
-            trial = try_out(self._blocks, [_take_rows(self._batch, size, self._device) for size in sizes], self._device,
-                            wishes.activations, timed=wishes.hardware is not None,
-                            region_limit=self._dram_budget - self._held_bytes if spills else None)
-        except torch.OutOfMemoryError:
-            return None
-        # A compiler's own memory is there to stay; on a CPU device activations, which are not, are
-        # in the same heap.
-        held = _held_bytes() if self._blocks.compiles and self._device.type == "cuda" else 0
-        is_free = wishes.activations == AUTO and wishes.hardware is not None and not spills
-        return Request(spec=parts.spec, formats=wishes.formats, optimizer=wishes.optimizer, work=work,
-                       gpu_budget=self.gpu_budget, dram_budget=self._dram_budget,
-                       ssd_budget=self.ssd_budget, buffers=wishes.buffers,
-                       process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES,
-                       import_element_bytes=parts.import_element_bytes, workspace_bytes=trial.workspace_bytes,
-                       forced=wishes.forced, profiles=trial.profiles, loss_s=trial.loss_s,
-                       kept=() if is_free else trial.kept, spill=trial.spill,
-                       accumulators=() if wishes.formats.merges else _accumulators(parts, work),
-                       checkpoint_tier=wishes.checkpoint_tier, on_host=self._device.type == "cpu",
-                       durable=wishes.durable)
+    def _try(self, micro_rows: int, spills: bool) -> Request:
+        sizes = dict.fromkeys(size for size in (micro_rows, self.rows % micro_rows) if size)
+        trial = try_out(self._blocks, [self._batch.first(size, self._device) for size in sizes], self._device,
+                        self.options.activations, timed=self._situation.machine is not None,
+                        region_limit=self.budgets.dram - self._held_bytes if spills else None)
+        return request_for(self._blocks.parts.spec, self.options, self._budgets_now(), self._facts(micro_rows, trial),
+                           rows=self.rows, seq_len=self.positions, micro_rows=micro_rows, on_host=self.on_host,
+                           has_rates=self._situation.machine is not None)
 
+    def _facts(self, micro_rows: int, trial: Trial) -> BlockFacts:
+        parts = self._blocks.parts
+        with torch.no_grad():  # parameters are placeholders: only the shape of the hidden states is of interest
+            hidden, _ = parts.head(self._batch.first(1, parts.device).content)
+        chunked = parts.is_causal_lm and positions_per_chunk(micro_rows, parts.spec.vocab_size) < self.positions
+        return BlockFacts(hidden_bytes=hidden.nbytes * micro_rows, workspace_bytes=trial.workspace_bytes,
+                          profiles=trial.profiles, has_chunked_loss=chunked, spill=trial.spill, loss_s=trial.loss_s,
+                          import_element_bytes=parts.import_element_bytes)
 
-def _candidates(rows: int, batch: Any, micro_batch: int | str) -> list[int]:
-    """Micro-batch sizes to try: the one given, or from about the smallest that saturates the GPU
-    down to one row."""
-    if micro_batch != "auto":
-        if not 1 <= int(micro_batch) <= rows:
-            raise RatelError(f"must be between 1 and the {rows} rows of a batch", field="micro_batch", value=micro_batch)
-        return [int(micro_batch)]
-    return micro_sizes(rows, max(t.numel() // rows for t in tensors_of(batch)))
-
-
-def _work(parts: Parts, batch: Any, rows: int, micro_rows: int) -> Work:
-    """Parameters are placeholders here: only the shape of the hidden states is of interest."""
-    with torch.no_grad():
-        hidden, _ = parts.head(_take_rows(batch, 1, parts.device))
-    row_bytes = hidden.numel() * hidden.element_size()
-    return Work(rows=rows, seq_len=max(t.numel() // rows for t in tensors_of(batch)), micro_rows=micro_rows,
-                hidden_bytes=row_bytes * micro_rows)
-
-
-def _take_rows(batch: Any, count: int, device: torch.device) -> Any:
-    return map_tensors(lambda t: t[:count].to(device), batch)
-
-
-def _accumulators(parts: Parts, work: Work) -> tuple[str, ...]:
-    """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add
-    up."""
-    if work.num_micro > 1:
-        return tuple(cls.name for cls in parts.spec.slot_classes)
-    chunked = parts.is_causal_lm and positions_per_chunk(work.micro_rows, parts.spec.vocab_size) < work.seq_len
-    return outside_blocks(parts.spec) if chunked else ()
+    def _budgets_now(self) -> Budgets:
+        """A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap."""
+        held = _held_bytes() if self.options.compiles and not self.on_host else 0
+        return replace(self.budgets, process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES)
 
 
 def _gpu_budget(device: torch.device, given: int | None) -> int | None:

@@ -20,12 +20,14 @@ from ratel import probe_cache
 from ratel.hardware.probe import processors_key
 from ratel.planner.placement import TIERS, UnitPlacement
 from ratel.planner.plan import Buffers, Plan
-from ratel.planner.search.choose import Request, finished, with_placements
+from ratel.planner.search.choose import finished
+from ratel.planner.search.filling import with_placements
+from ratel.planner.search.request import Request
 from ratel.planner.search.search import fits
 from ratel.schema import LARGEST, boolean, check, listing, nullable, one_of, record, text, whole
 
 GAIN = 1 / 64
-"""By this share a budget must have grown for another plan to be looked for, which may use it."""
+"""Of a budget: if there is so much more than there was, another plan may use it."""
 
 _TIER = one_of(*TIERS)
 _COUNT = whole(1, 1 << 31)
@@ -48,7 +50,7 @@ class EarlierPlan:
     micro_rows: int
     spills: bool
     profiles: str
-    """A digest of what was learned and timed of the blocks."""
+    """Of what was learned and timed of the blocks."""
     rooms: Rooms
     choice: dict[str, Any]
     """What a search decides, as JSON."""
@@ -60,17 +62,16 @@ class EarlierPlan:
             return None
         if self.profiles != _digest(request.profiles) or any(map(_is_much_more, have, had)):
             return None
-        asked = replace(request, **{name: self.choice[name] for name in ("optimizer", "early_units", "durable")},
+        chosen = replace(request, **{name: self.choice[name] for name in ("optimizer", "early_units", "durable")},
                         kept=_tuples(self.choice["kept"]), buffers=Buffers(**self.choice["buffers"]))
         placements = tuple(UnitPlacement(**planes) for planes in self.choice["placements"])
-        plan = finished(asked, with_placements(asked, placements, tuple(self.choice["checkpoint_tiers"])))
+        plan = finished(chosen, with_placements(chosen, placements, tuple(self.choice["checkpoint_tiers"])))
         return plan if fits(request, plan) else None
 
 
-def key_of(device: Any, *asked: Any) -> probe_cache.Key:
-    """``asked``: all that a search is given but what is measured at each start; things whose
-    ``repr`` tells them apart."""
-    return {**processors_key(device), "planner": _planner(), "asked": _digest(asked)}
+def key_of(device: Any, *given: Any) -> probe_cache.Key:
+    """``given``: all that a search is given but what is measured at each start; things whose ``repr`` tells them apart."""
+    return {**processors_key(device), "planner": _planner(), "given": _digest(given)}
 
 
 def load(key: probe_cache.Key) -> EarlierPlan | None:

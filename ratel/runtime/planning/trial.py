@@ -10,7 +10,6 @@ which the plan counts by itself.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from ratel.planner.activation_policy import Activations, Kept, forced_kept
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
 from ratel.planner.shape import StageSpec, UnitSpec
-from ratel.runtime.blocks.batch import count_rows
+from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.loss import run_tail
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.blocks.spiller import WITHOUT_END, Spiller
@@ -45,19 +44,18 @@ SLACK_BYTES = 128 * MIB
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What was learned about the blocks, what they are to keep, and the memory that this takes."""
+    """What was learned about the blocks, and the memory that they take."""
 
     profiles: tuple[BlockProfile, ...]
-    kept: Kept
     workspace_bytes: int
-    """GPU memory that one micro-batch takes beyond planes, slots and what is kept."""
+    """Of one micro-batch, beyond planes, slots and what is kept."""
     spill: Spill | None
     """How second runs were done where what they save went to DRAM."""
     loss_s: float | None
     """As in the plan."""
 
 
-def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activations: Activations, *,
+def try_out(blocks: BlockRuns, batches: list[Batch], device: torch.device, activations: Activations, *,
             timed: bool = False, region_limit: int | None = None) -> Trial:
     """``batches``: one micro-batch of each size that a step has, the largest first. ``timed``:
     measure how long they take. ``region_limit``: second runs spill what they save, and may take so
@@ -71,7 +69,7 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
     with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
         profiles, loss_s = _learn(blocks, batches, device), None
         kept = forced_kept(profiles, activations)
-        blocks.keep(_kept_bytes(profiles, kept, count_rows(batches[0])))
+        blocks.keep(_kept_bytes(profiles, kept, batches[0].rows))
         with _spilling(blocks, batches[0], device, region_limit) as spill:
             on_host = spill.region_bytes if spill and not cuda else 0  # it has a place of its own in the plan
             peak = max(_measure(blocks.parts, units, run, device, meter)
@@ -81,12 +79,12 @@ def try_out(blocks: BlockRuns, batches: list[Any], device: torch.device, activat
                 profiles = with_timings(blocks, batches[0], profiles)
                 loss_s = loss_seconds(blocks.parts, batches[0])
     meter.close()
-    return Trial(profiles=profiles, kept=kept, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes,
+    return Trial(profiles=profiles, workspace_bytes=int(max(peak, 0) * SLACK) + meter.slack_bytes,
                  spill=spill, loss_s=loss_s)
 
 
 @contextmanager
-def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | None) -> Iterator[Spill | None]:
+def _spilling(blocks: BlockRuns, batch: Batch, device: torch.device, limit: int | None) -> Iterator[Spill | None]:
     """Second runs spill to memory of the trial's own, as much as they need; not without a limit."""
     if limit is None:
         yield None
@@ -97,8 +95,7 @@ def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | 
                          f"and there are {format_bytes(limit)}", field="dram",
                          remedy="Give a larger --dram, or a smaller --seq-len")
     pool = native.op_ds.Pool(worker_cores())
-    # What is mapped for the session's own arena already: both at once could be more than the
-    # budget.
+    # What is mapped for the session's own arena already: both at once could be more than the budget.
     arena = Arena(spill.region_bytes, pin=device.type == "cuda", pool=pool,
                   memory=arena_ahead.take(region_bytes(spill.region_bytes)))
     try:
@@ -114,12 +111,12 @@ def _spilling(blocks: BlockRuns, batch: Any, device: torch.device, limit: int | 
         pool.close()
 
 
-def _needed_spill(blocks: BlockRuns, batch: Any, device: torch.device) -> Spill:
+def _needed_spill(blocks: BlockRuns, batch: Batch, device: torch.device) -> Spill:
     """Found out by running one block of each kind. What is saved goes to memory that is not there,
     so it is lost."""
     parts, used = blocks.parts, 0
     with torch.no_grad():
-        hidden, inputs = parts.head(batch)
+        hidden, inputs = parts.head(batch.content)
     spill = Spill.of(hidden.nbytes, WITHOUT_END)
     counter = Spiller(Lanes(device), torch.empty(WITHOUT_END, dtype=torch.uint8, device="meta"), spill)
     blocks.spill_to(counter)
@@ -134,17 +131,17 @@ def _needed_spill(blocks: BlockRuns, batch: Any, device: torch.device) -> Spill:
     return replace(spill, region_bytes=used)
 
 
-def _learn(blocks: BlockRuns, batches: list[Any], device: torch.device) -> tuple[BlockProfile, ...]:
+def _learn(blocks: BlockRuns, batches: list[Batch], device: torch.device) -> tuple[BlockProfile, ...]:
     """Profiles of all blocks, at the size of the first batch. Each kind is tried once per batch, on
     random weights: with zeros all experts would look alike to a router."""
     parts, profiles = blocks.parts, {}
     with torch.no_grad():
-        heads = [parts.head(batch) for batch in batches]
+        heads = [parts.head(batch.content) for batch in batches]
     for block in blocks.first_of_each_kind:
         with attached(parts, block, device, initialised):
             for hidden, inputs in heads:
                 blocks.learn(block, hidden, inputs, lambda: seed_generators(device, 0))
-            profiles[block] = blocks.profile(block, *heads[0], count_rows(batches[0]))
+            profiles[block] = blocks.profile(block, *heads[0], batches[0].rows)
     return tuple(profiles[blocks.first_alike(block)] for block in range(parts.num_blocks))
 
 
@@ -171,8 +168,7 @@ class _GpuMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the
-        # first that is tried.
+        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the first that is tried.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         self._held = torch.cuda.memory_allocated(device)
@@ -215,13 +211,13 @@ def _measure_norms(parts: Parts, units: list[UnitSpec]) -> None:
         torch._foreach_norm(grads, 2, dtype=torch.float32)
 
 
-def _trials(blocks: BlockRuns, batch: Any, profiles: tuple[BlockProfile, ...],
+def _trials(blocks: BlockRuns, batch: Batch, profiles: tuple[BlockProfile, ...],
             kept: Kept) -> Iterator[tuple[Callable[[], None], list[UnitSpec]]]:
     """The largest block of each kind that keeps other things, and the tail; each with the units
     that it uses."""
     parts = blocks.parts
     with torch.no_grad():
-        hidden, inputs = parts.head(batch)
+        hidden, inputs = parts.head(batch.content)
     largest: dict[tuple, int] = {}
     sizes = [sum(u.num_elements for u in _units(parts, s)) for s in parts.spec.stages if s.kind == "block"]
     for block, size in enumerate(sizes):
@@ -252,9 +248,9 @@ def _block_trial(blocks: BlockRuns, block: int, hidden: Tensor, inputs: BlockInp
     return run
 
 
-def _tail_trial(parts: Parts, batch: Any, hidden: Tensor) -> Callable[[], int]:
+def _tail_trial(parts: Parts, batch: Batch, hidden: Tensor) -> Callable[[], int]:
     def run() -> int:
-        run_tail(parts, batch, hidden)
+        run_tail(parts, batch.content, hidden)
         return 0
 
     return run

@@ -11,7 +11,7 @@ from ratel.errors import RatelError
 from ratel.memory.resident import peak_bytes
 from ratel.models.presets import preset_config
 from ratel.planner.search.largest import largest_count
-from ratel.runtime.planning.prepare import Planned
+from ratel.planner.search.micro_batches import Planned
 from ratel.runtime.session.session import Session
 from ratel.training.bench.step import StepBench, measure
 from ratel.units import format_bytes

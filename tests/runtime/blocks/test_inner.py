@@ -22,6 +22,7 @@ from ratel.runtime.blocks import runs as block_runs
 from ratel.runtime.blocks.op_trace import trace
 from ratel.runtime.blocks.profile import inner_numbers, profile_of
 from ratel.runtime.blocks.runs import BlockRuns
+from ratel.runtime.session.preparing import ready_for
 from ratel.runtime.session.session import Session
 from ratel.units import GIB
 from tests.memory.test_memory_contract import measures
@@ -133,7 +134,7 @@ def products_of(choice: Any, monkeypatch: pytest.MonkeyPatch, family: str = "lla
         patch.setattr(BlockRuns, "second", counted)
         with Session(model, loss_fn=loss_fn, device="cpu", dtype="bf16", micro_batch=4, activations=choice) as session:
             (batch,) = data_of(family, 1, 4)
-            session._ready(batch)
+            ready_for(session._core, batch)
             measuring = True
             session.step(batch)
     return products.made

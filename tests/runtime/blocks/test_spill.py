@@ -28,7 +28,7 @@ from ratel.planner.plan import Plan
 from ratel.planner.traffic import step_traffic
 from ratel.runtime.blocks.spiller import Spiller
 from ratel.runtime.planning.machine import machine_for
-from ratel.runtime.planning.request import Planner
+from ratel.runtime.planning.planner import Planner
 from ratel.runtime.session.session import Session
 from ratel.units import GIB, MIB
 from tests.support.families import batches, build, patches_loss

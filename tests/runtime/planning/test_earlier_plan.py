@@ -9,8 +9,10 @@ import torch
 from ratel import probe_cache
 from ratel.planner.hardware import load_hardware
 from ratel.planner.plan import Plan
+from ratel.planner.search import micro_batches
 from ratel.runtime.planning import prepare
 from ratel.runtime.planning import trial
+from ratel.runtime.session import preparing
 from ratel.runtime.session.session import Session
 from ratel.units import MIB
 from tests.support.families import build
@@ -32,13 +34,13 @@ def steady(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """By search, how many sizes of micro-batches it had."""
-    calls, search = [], prepare.search
+    calls, search = [], micro_batches.search
 
     def noting(requests: list, hardware: object) -> object:
         calls.append(len(requests))
         return search(requests, hardware)
 
-    monkeypatch.setattr(prepare, "search", noting)
+    monkeypatch.setattr(micro_batches, "search", noting)
     return calls
 
 
@@ -53,7 +55,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes, try_out = [], prepare.try_out
 
     def noting(blocks: object, batches: list, *rest: object, **more: object) -> object:
-        sizes.append(batches[0]["input_ids"].shape[0])
+        sizes.append(batches[0].rows)
         return try_out(blocks, batches, *rest, **more)
 
     monkeypatch.setattr(prepare, "try_out", noting)
@@ -140,7 +142,7 @@ def test_a_run_that_goes_on_keeps_its_own_micro_batches(searched: list[int], mon
     """With others its sums would round otherwise, whatever an earlier start has chosen for it."""
     first, _ = planned()
     assert first.work.micro_rows != 1
-    monkeypatch.setattr(Session, "_micro_before", lambda self, batch: 1)
+    monkeypatch.setattr(preparing, "micro_before", lambda core, batch: 1)
     assert planned()[0].work.micro_rows == planned()[0].work.micro_rows == 1
     replaced(lambda content: content.replace('"micro_rows": 1,', '"micro_rows": 2,'))
     assert planned()[0].work.micro_rows == 1

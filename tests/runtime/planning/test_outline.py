@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ratel import models
 from ratel.errors import RatelError
+from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.planning.outline import Outline
 from ratel.runtime.planning.trial import _attach, _trials, try_out
@@ -47,7 +48,7 @@ def allocated_peak(parts: models.Parts) -> int:
     nothing = tuple(() for _ in range(parts.num_blocks))
     with torch.no_grad():
         hidden, inputs = parts.head(batch())
-    for run, units in _trials(blocks, batch(), (), nothing):
+    for run, units in _trials(blocks, Batch.of(parts, batch()), (), nothing):
         for unit in units:
             _attach(parts, unit, CPU)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -84,7 +85,7 @@ def test_blocks_are_profiled_as_where_they_are_trained(family: str) -> None:
     real tensors."""
     outline = Outline(config(family, 512), dtype=torch.float32, max_seq_len=POSITIONS)
     parts = models.load(config(family, 512), dtype=torch.float32, device=CPU)
-    found, real = outline.micro(ROWS, POSITIONS).profiles, try_out(BlockRuns(parts), [batch()], CPU, "recompute").profiles
+    found, real = outline.micro(ROWS, POSITIONS).profiles, try_out(BlockRuns(parts), [Batch.of(parts, batch())], CPU, "recompute").profiles
     assert len(found) == len(real) == 2
     for ours, theirs in zip(found, real):
         assert [i.name for i in ours.inner] == [i.name for i in theirs.inner]

@@ -153,7 +153,7 @@ def test_a_failure_that_no_call_has_reported_is_reported_by_close(ssd_dir: Path)
     subject.session.flush()
     subject.engine.inject(fail_op="write", fail_after_n=1, errno=errno.ENOSPC)
     subject.train()
-    exchange = subject.session._exchange
+    exchange = subject.session._core.exchange
     wait_until(lambda: exchange.failed)
     with within(), pytest.raises(WorkerError, match="No space left"):
         subject.session.close()

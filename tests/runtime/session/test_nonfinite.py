@@ -104,7 +104,7 @@ def check_skipped_exactly(ssd_dir: Path, poisoned: str | None, options: dict) ->
         assert not out.skipped and math.isfinite(out.grad_norm)
         assert [*losses, out.loss] == expected
         assert_same_states(states(session), after)
-        assert session._updates_made == 2, "bias correction counts updates"
+        assert session._core.updates_made == 2, "bias correction counts updates"
 
 
 @pytest.mark.parametrize("what", DEFERRED)

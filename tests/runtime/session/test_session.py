@@ -53,7 +53,7 @@ def test_dropout_gradient_is_that_of_the_same_masks(ssd_dir: Path) -> None:
     for scale in (0.0, 1.0):
         with opened(gpt2_with_dropout(), ssd_dir, dtype="fp32", lr=1e-3 * scale or 1e-12, max_grad_norm=0) as session:
             first = session.step(batch)
-            session._attempts = 0  # the same masks again
+            session._core.attempts = 0  # the same masks again
             losses.append((first.loss, session.step(batch).loss))
     assert losses[0][0] == losses[1][0] == pytest.approx(losses[0][1], abs=1e-6)
     assert losses[1][1] < losses[1][0] - 0.01, "a step along the gradient must lower the loss under the same masks"

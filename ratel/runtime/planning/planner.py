@@ -3,32 +3,28 @@ them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ratel.config import TrainConfig, resolve
-from ratel.errors import RatelError
 from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
-from ratel.planner.activation_policy import AUTO, SPILL, forced_kept
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.forecast.wear import parse_endurance, wear
-from ratel.planner.formats import EXACT
 from ratel.planner.hardware import Hardware
-from ratel.planner.plan import Plan, Work
+from ratel.planner.options import SessionOptions
+from ratel.planner.plan import Plan
 from ratel.planner.report.advice import advise
 from ratel.planner.report.report import Report
-from ratel.planner.search.choose import Request
 from ratel.planner.search.largest import fits_somewhere, largest_count, with_depth
-from ratel.planner.search.micro_sizes import COMPARED, SATURATING_TOKENS, micro_sizes
-from ratel.planner.search.search import Choice, search
+from ratel.planner.search.micro_batches import SATURATING_TOKENS, best_plan, may_spill
+from ratel.planner.search.request import BlockFacts, Budgets, Request, request_for
 from ratel.planner.shape import ModelSpec
-from ratel.runtime.planning.machine import PROCESS_BYTES, Machine, machine_for
-from ratel.runtime.planning.outline import MicroOutline, Outline
-from ratel.runtime.planning.requested import optimizer_of
+from ratel.runtime.planning.machine import Machine, machine_for
+from ratel.runtime.planning.outline import Outline
 from ratel.units import parse_bytes
 
 SMALL_DEPTH = 2
@@ -54,14 +50,29 @@ class PlanResult:
 class Planner:
     """One model on one machine; shapes are found out once for each size of a micro-batch."""
 
+    on_host = False
+
     def __init__(self, model: Any, config: TrainConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
-        computes_in = "fp32" if config.dtype == "fp32" else "bf16"  # of a machine with a GPU, where `auto` is bf16
-        self._formats = EXACT[computes_in]
-        dtype = torch.float32 if computes_in == "fp32" else torch.bfloat16
-        self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention,
-                                task=Task.of(config.task))
-        self._micros: dict[tuple[int, int, bool], MicroOutline] = {}
+        self._outline = Outline(model, dtype=torch.float32 if self.options.fp32 else torch.bfloat16, max_seq_len=config.seq_len,
+                                attention=config.attention, task=Task.of(config.task))
+        self._facts: dict[tuple[int, int, bool], BlockFacts] = {}
+
+    @property
+    def options(self) -> SessionOptions:
+        return SessionOptions.of(self.config, dtype="fp32" if self.config.dtype == "fp32" else "bf16")
+
+    @property
+    def budgets(self) -> Budgets:
+        return self.machine.budgets
+
+    @property
+    def rows(self) -> int:
+        return self.config.batch_size
+
+    @property
+    def positions(self) -> int:
+        return self.config.seq_len
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,78 +87,42 @@ class Planner:
 
     def plan(self, *, advice: bool = True, endurance_bytes: float | None = None) -> PlanResult:
         """The best plan. Raises RatelError that says which budget is short, and by how much."""
-        chosen, requests = self._choose()
         machine = self.machine
+        chosen = best_plan(self, machine.hardware)
         worn = None if machine.ssd_budget is None else wear(
             chosen.plan, chosen.prediction, weights=machine.hardware.stripe_weights, capacities=machine.capacities,
             endurance_bytes=endurance_bytes, save_every=self.config.save_every)
-        gains = tuple(advise(requests, machine.hardware, chosen)) if advice else None
         report = Report(plan=chosen.plan, prediction=chosen.prediction, hardware=machine.hardware,
-                        ssd_budget=machine.ssd_budget, wear=worn, gains=gains, notes=machine.notes,
-                        save_every=self.config.save_every)
+                        ssd_budget=machine.ssd_budget, wear=worn, gains=tuple(advise(chosen, machine.hardware)) if advice else None,
+                        notes=machine.notes, save_every=self.config.save_every)
         return PlanResult(plan=chosen.plan, prediction=chosen.prediction, report=report)
 
-    def _choose(self) -> tuple[Choice, list[Request]]:
-        """As a session does: of a few sizes of micro-batches the best one, smaller ones only where
-        none fits, and at last the smallest with what its second runs save in DRAM."""
-        config, spills = self.config, self.config.activations == SPILL
-        sizes = micro_sizes(config.batch_size, config.seq_len) if config.micro_batch == "auto" else [config.micro_batch]
-        tried = [(sizes[begin : begin + COMPARED], spills) for begin in range(0, len(sizes), COMPARED)]
-        tried += [(sizes[-1:], True)] if self._may_spill else []
-        for rows, spills in tried:
-            requests = [self.request(size, spills=spills) for size in rows]
-            try:
-                return search(requests, self.machine.hardware), requests
-            except RatelError as error:
-                failure = error
-                if error.field != "gpu_memory":
-                    raise
-        raise failure
-
-    @property
-    def _may_spill(self) -> bool:
-        """Unasked."""
-        return self.config.activations == AUTO and self.config.compile == "off"
-
-    def request(self, micro_rows: int, *, rows: int | None = None, seq_len: int | None = None,
-                depth: int | None = None, spills: bool = False) -> Request:
-        """``depth``: with so many blocks instead of the model's. ``spills``: what second runs save
-        goes to DRAM."""
-        config, machine = self.config, self.machine
-        rows, seq_len = rows or config.batch_size, seq_len or config.seq_len
-        micro = self._micro(micro_rows, seq_len, spills)
+    def request(self, micro_rows: int, spills: bool = False, *, rows: int | None = None, seq_len: int | None = None,
+                depth: int | None = None) -> Request:
+        """``depth``: with so many blocks instead of the model's."""
+        rows, seq_len = rows or self.rows, seq_len or self.positions
+        facts = self._facts_of(micro_rows, seq_len, spills)
         spec = self.spec if depth is None else with_depth(self.spec, depth)
         blocks = sum(stage.kind == "block" for stage in spec.stages)
-        profiles = (micro.profiles + micro.profiles[-1:] * blocks)[:blocks]
-        work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=micro.hidden_bytes)
-        summed = () if self._formats.merges else tuple(cls.name for cls in spec.slot_classes) if work.num_micro > 1 else micro.accumulators
-        kept = () if config.activations == AUTO and not spills else forced_kept(profiles, config.activations)
-        return Request(
-            spec=spec, formats=self._formats, optimizer=optimizer_of(config.optimizer, config.max_grad_norm), work=work,
-            gpu_budget=machine.gpu_budget, dram_budget=machine.dram_budget, ssd_budget=machine.ssd_budget,
-            process_bytes=PROCESS_BYTES, import_element_bytes=self._outline.import_element_bytes,
-            workspace_bytes=micro.workspace_bytes, accumulators=summed, profiles=profiles, kept=kept, spill=micro.spill,
-            forced=None if config.tier == "auto" else config.tier, checkpoint_tier=config.checkpoint_tier,
-            durable=config.durable if config.save_every else "off")
+        facts = replace(facts, profiles=(facts.profiles + facts.profiles[-1:] * blocks)[:blocks])
+        return request_for(spec, self.options, self.budgets, facts, rows=rows, seq_len=seq_len, micro_rows=micro_rows)
 
-    def _micro(self, rows: int, seq_len: int, spills: bool) -> MicroOutline:
+    def _facts_of(self, rows: int, seq_len: int, spills: bool) -> BlockFacts:
         key = rows, seq_len, spills
-        if key not in self._micros:
-            self._micros[key] = self._outline.micro(rows, seq_len, spills=spills)
-        return self._micros[key]
+        if key not in self._facts:
+            self._facts[key] = self._outline.facts(rows, seq_len, spills=spills)
+        return self._facts[key]
 
     # --- the largest ------------------------------------------------------------------------------------------------
 
     def fits(self, *, rows: int | None = None, seq_len: int | None = None, depth: int | None = None) -> bool:
         """With any size of micro-batch: all at once needs no sums of gradients, one row the least
         activations, least of all with what its second runs save in DRAM."""
-        rows = rows or self.config.batch_size
-        given = self.config.micro_batch
-        sizes = [min(given, rows)] if given != "auto" else [1, rows] if rows * (seq_len or self.config.seq_len) <= (
+        rows, given = rows or self.rows, self.options.micro_batch
+        sizes = [min(given, rows)] if given != "auto" else [1, rows] if rows * (seq_len or self.positions) <= (
             SATURATING_TOKENS) else [1]
-        tried = [(size, False) for size in sizes] + ([(sizes[0], True)] if self._may_spill else [])
-        return any(fits_somewhere(self.request(size, rows=rows, seq_len=seq_len, depth=depth, spills=spills))
-                   for size, spills in tried)
+        tried = [(size, False) for size in sizes] + ([(sizes[0], True)] if may_spill(self.options) else [])
+        return any(fits_somewhere(self.request(size, spills, rows=rows, seq_len=seq_len, depth=depth)) for size, spills in tried)
 
     def largest_batch(self) -> int:
         return largest_count(lambda rows: self.fits(rows=rows))
