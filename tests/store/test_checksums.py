@@ -8,6 +8,7 @@ import torch
 
 from ratel import native
 from ratel.errors import DamagedError
+from ratel.planner.slot_layout import segments
 from ratel.store.checksums import Checksums
 from tests.support.stores import FROZEN, GRAIN, PLAIN, random_plane, small_spec
 
@@ -58,7 +59,7 @@ def test_what_was_recorded_is_verified_in_its_slot_alone(pool) -> None:
     checksums.record(1, 1, "hi", 0, values)
     checksums.verify(1, 1, "hi", 0, values, never_asked)
     checksums.verify(1, 1, "hi", GRAIN, values[GRAIN:], never_asked)
-    assert checksums.table(1, 1, "hi").tolist() == sums(values) and not checksums.table(0, 1, "hi").any()
+    assert checksums.trained(1, 1, "hi").tolist() == sums(values) and not checksums.trained(0, 1, "hi").any()
     with pytest.raises(DamagedError):
         checksums.verify(0, 1, "hi", 0, values, lambda element: ("file", element))
 
@@ -68,7 +69,7 @@ def test_a_part_is_recorded_where_it_begins(pool) -> None:
     values = random_plane(torch.bfloat16, unit.num_elements, 3)
     checksums.record(0, 1, "hi", 2 * GRAIN, values[2 * GRAIN:])
     checksums.record(0, 1, "hi", 0, values[: 2 * GRAIN])
-    assert checksums.table(0, 1, "hi").tolist() == sums(values)
+    assert checksums.trained(0, 1, "hi").tolist() == sums(values)
 
 
 @pytest.mark.parametrize("element", [0, GRAIN - 1, GRAIN, 3 * GRAIN - 1, 3 * GRAIN, 4 * GRAIN + 7])
@@ -77,6 +78,7 @@ def test_a_flipped_bit_is_named_with_unit_plane_chunk_and_place(element: int, po
     checksums, unit = made(pool), FROZEN.units[MIXED]
     values = random_plane(torch.bfloat16, unit.num_elements, 4)
     checksums.record(0, MIXED, "hi", 0, values)
+    written = int(checksums.compute(MIXED, 0, values)[element // GRAIN])
     values.view(torch.int16)[element] ^= 1
     begin, asked = element // GRAIN * GRAIN, []
 
@@ -87,10 +89,10 @@ def test_a_flipped_bit_is_named_with_unit_plane_chunk_and_place(element: int, po
     with pytest.raises(DamagedError) as caught:
         checksums.verify(0, MIXED, "hi", 0, values, where)
     assert asked == [begin]
-    expected, found = sums(values[begin : begin + GRAIN])[0], checksums.table(0, MIXED, "hi")[element // GRAIN]
+    found = sums(values[begin : begin + GRAIN])[0]
     message = str(caught.value)
-    assert f"damaged at byte {2 * begin}: unit block.0, plane hi, chunk {element // GRAIN} has checksum {expected:08x}" in message
-    assert f"{found:08x} was written" in message and "planes.0" in message
+    assert f"damaged at byte {2 * begin}: unit block.0, plane hi, chunk {element // GRAIN} has checksum {found:08x}" in message
+    assert f"{written:08x} was written" in message and "planes.0" in message
     begin_of_part = GRAIN if element >= GRAIN else 0
     with pytest.raises(DamagedError, match=f"chunk {element // GRAIN} has"):
         checksums.verify(0, MIXED, "hi", begin_of_part, values[begin_of_part:], where)
@@ -100,22 +102,31 @@ def test_zeros_are_right_in_every_slot_before_anything_is_written(pool) -> None:
     checksums = made(pool)
     for unit in FROZEN.units:
         checksums.record_zeros(unit.index, "hi", torch.bfloat16)
+        zeros = torch.zeros(unit.num_elements, dtype=torch.bfloat16)
         for slot in range(2):
-            checksums.verify(slot, unit.index, "hi", 0, torch.zeros(unit.num_elements, dtype=torch.bfloat16), never_asked)
+            for begin, end in segments(unit, unit.num_elements):
+                checksums.verify(slot, unit.index, "hi", begin, zeros[begin:end], never_asked)
 
 
-def test_an_earlier_runs_sums_are_of_its_slot_and_of_frozen_parts_of_all(pool) -> None:
+def test_an_earlier_runs_sums_are_of_what_is_trained_and_of_its_slot(pool) -> None:
     checksums, unit = made(pool), FROZEN.units[MIXED]
-    values = random_plane(torch.bfloat16, unit.num_elements, 5)
-    found = checksums.compute(MIXED, 0, values)
-    checksums.restore(1, MIXED, "hi", found)
-    assert checksums.table(1, MIXED, "hi").tolist() == found.tolist()
-    trained = unit.num_trainable // GRAIN
-    other = checksums.table(0, MIXED, "hi")
-    assert not other[:trained].any() and other[trained:].tolist() == found[trained:].tolist()
-    whole = checksums.compute(2, 0, random_plane(torch.bfloat16, FROZEN.units[2].num_elements, 6))
-    checksums.restore(0, 2, "hi", whole)  # all of it is frozen
-    assert checksums.table(1, 2, "hi").tolist() == whole.tolist()
+    values = random_plane(torch.bfloat16, unit.num_trainable, 5)
+    checksums.restore(1, MIXED, "hi", checksums.compute(MIXED, 0, values))
+    assert checksums.trained(1, MIXED, "hi").tolist() == sums(values) and not checksums.trained(0, MIXED, "hi").any()
+    checksums.verify(1, MIXED, "hi", 0, values, never_asked)
+    assert len(checksums.trained(0, 2, "hi")) == 0  # all of it is frozen
+
+
+def test_what_is_frozen_has_one_place_whatever_the_slot(pool) -> None:
+    checksums, unit = made(pool), FROZEN.units[MIXED]
+    trained, frozen = (random_plane(torch.bfloat16, count, 6) for count in (unit.num_trainable, unit.num_elements - unit.num_trainable))
+    checksums.record(1, MIXED, "hi", 0, trained)
+    checksums.record(1, MIXED, "hi", unit.num_trainable, frozen)
+    for slot in range(2):
+        checksums.verify(slot, MIXED, "hi", unit.num_trainable, frozen, never_asked)
+    assert not checksums.trained(0, MIXED, "hi").any()
+    with pytest.raises(DamagedError):
+        checksums.verify(0, MIXED, "hi", 0, trained, lambda element: ("file", element))
 
 
 def test_switched_off_nothing_is_computed_or_compared(pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,4 +136,4 @@ def test_switched_off_nothing_is_computed_or_compared(pool, monkeypatch: pytest.
     checksums.record(0, 1, "hi", 0, values)
     checksums.record_zeros(1, "hi", torch.bfloat16)
     checksums.verify(0, 1, "hi", 0, values, never_asked)
-    assert not checksums.table(0, 1, "hi").any()
+    assert not checksums.trained(0, 1, "hi").any()

@@ -121,7 +121,7 @@ def test_bytes_are_waited_for_once_and_a_damaged_one_ends_the_session(ssd_dir: P
         for thread in threads:
             thread.join(patience(10))
         assert not slot.reads and not p.exchange.failed
-        p.store.checksums.table(0, 2, "hi")[:] = 1
+        p.store.checksums.trained(0, 2, "hi")[:] = 1
         with pytest.raises(DamagedError, match="unit block.1, plane hi"):
             p.cache.ready(p.cache.acquire(2))
         with pytest.raises(WorkerError, match="reading block.1 failed"):

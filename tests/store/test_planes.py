@@ -43,11 +43,12 @@ def test_places_on_ssd_do_not_overlap_and_are_in_their_slot(ssd_dir: Path) -> No
     with parts(ssd_dir, gradients, optimizer="deferred", durable="step") as p:
         store, slot_bytes = p.store, p.plan.slot_layout.num_bytes
         for volume, slots, names in ((store.volume, range(2), ("hi", "lo", "m", "v")), (store.grad_volume, range(1), ("g",))):
-            taken = sorted((store.offset(slot, u.index, name), store.offset(slot, u.index, name, store.plane(u.index, name).num_elements))
-                           for slot in slots for u in PLAIN.units for name in names)
+            begins = [(store.offset(slot, u.index, name), store.plane(u.index, name).num_bytes)
+                      for slot in slots for u in PLAIN.units for name in names]
+            taken = sorted((begin, begin + num_bytes) for begin, num_bytes in begins)
             assert all(end <= begin for (_, end), (begin, _) in zip(taken, taken[1:])) and taken[-1][1] <= volume.num_bytes
             assert all(begin % 4096 == 0 for begin, _ in taken)
-            assert all(store.volume_of(name) is volume for name in names)
+            assert all(store.volume_of(u.index, name) is volume for name in names for u in PLAIN.units)
         assert store.offset(1, 0, "hi") == slot_bytes and store.offset(0, 0, "hi", GRAIN) == 2 * GRAIN
         path, position = store.where(1, 1, "m", GRAIN)
         assert path in store.volume.paths and position == store.offset(1, 1, "m", GRAIN)  # one directory: one file
@@ -96,7 +97,7 @@ def test_a_read_is_of_the_version_that_was_current_when_it_began(ssd_dir: Path) 
         p.io.wait(read)
         assert torch.equal(back[GRAIN:], second[GRAIN:])
         p.engine.wait(p.io.write(1, "hi", 0, first, 0, slot=0))
-        assert p.store.checksums.table(0, 1, "hi").tolist() == p.store.checksums.compute(1, 0, first).tolist()
+        assert p.store.checksums.trained(0, 1, "hi").tolist() == p.store.checksums.compute(1, 0, first).tolist()
 
 
 def test_a_trace_says_what_reading_and_checksums_took(ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,9 @@ def master_of(num_elements: int, seed: int) -> torch.Tensor:
 
 
 def version(p: Parts, slot: int, unit: int, name: str) -> torch.Tensor:
-    """Bytes as they are on SSD."""
-    plane = p.store.plane(unit, name)
-    back = random_plane(plane.dtype, plane.num_elements, 99)
-    p.engine.wait(p.engine.submit_read(p.store.volume, p.store.offset(slot, unit, name), back.data_ptr(), plane.num_bytes, 0))
+    """What is trained, as it is on SSD."""
+    back = random_plane(p.store.plane(unit, name).dtype, p.unit(unit).num_trainable, 99)
+    p.engine.wait(p.engine.submit_read(p.store.volume, p.store.offset(slot, unit, name), back.data_ptr(), back.numel() * back.element_size(), 0))
     return back
 
 
@@ -43,9 +42,7 @@ def test_weights_come_back_bit_for_bit_and_frozen_ones_to_bf16(spec, ssd_dir: Pa
             found, expected = p.transfer.read_weights(unit), masters[unit.index]
             trained = unit.num_trainable
             assert torch.equal(found[:trained], expected[:trained]) and found.dtype == torch.float32
-            frozen = expected[trained:].view(torch.int32) + 0x8000 & ~0xFFFF
-            assert torch.equal(found[trained:].view(torch.int32), frozen)
-            assert torch.equal(p.transfer.read(unit, "hi").float(), p.transfer.read(unit, "hi").float())
+            assert torch.equal(found[trained:], bf16(expected[trained:]))
             for begin, values in p.transfer.weight_pieces(unit):
                 assert torch.equal(values, found[begin : begin + values.numel()]) and values.numel() <= 2 * GRAIN
 
@@ -61,15 +58,49 @@ def test_planes_are_written_and_read_in_pieces(ssd_dir: Path) -> None:
                 assert torch.equal(found, values) and found.data_ptr() % 4096 == 0 and found.data_ptr() != values.data_ptr()
 
 
-def test_what_is_frozen_is_imported_into_every_version_and_the_rest_into_one(ssd_dir: Path) -> None:
+def test_what_is_trained_is_imported_into_one_version_and_what_is_frozen_has_one_place(ssd_dir: Path) -> None:
     with parts(ssd_dir, "ssd", spec=FROZEN, durable="step") as p:
         unit = FROZEN.units[1]
         p.transfer.start_at_zero(unit, "hi")
         p.transfer.write_weights(unit, master_of(unit.num_elements, 7))
-        now, other = version(p, 0, 1, "hi"), version(p, 1, 1, "hi")
-        trained = unit.num_trainable
-        assert torch.equal(now[trained:], other[trained:]) and now[trained:].any()
-        assert now[:trained].any() and not other[:trained].any()
+        assert version(p, 0, 1, "hi").any() and not version(p, 1, 1, "hi").any()
+        before = p.transfer.read(unit, "hi")
+        p.store.versions.restore([1] * 4)
+        after, trained = p.transfer.read(unit, "hi"), unit.num_trainable
+        assert torch.equal(after[trained:], before[trained:]) and not after[:trained].any()
+
+
+def test_weights_are_written_from_a_segment_on(ssd_dir: Path) -> None:
+    with parts(ssd_dir, TIERS, spec=FROZEN) as p:
+        unit, trained = FROZEN.units[1], FROZEN.units[1].num_trainable
+        first, second = (master_of(unit.num_elements, seed) for seed in (1, 2))
+        p.transfer.write_weights(unit, first)
+        p.transfer.write_weights(unit, second, first=trained)
+        found = p.transfer.read_weights(unit)
+        assert torch.equal(found[:trained], first[:trained]) and torch.equal(found[trained:], bf16(second[trained:]))
+
+
+def bf16(values: torch.Tensor) -> torch.Tensor:
+    """Rounded half up on the bits."""
+    return (values.view(torch.int32) + 0x8000 & ~0xFFFF).view(torch.float32)
+
+
+def test_frozen_pieces_are_what_is_frozen_in_order(ssd_dir: Path) -> None:
+    for tier in ("ssd", "dram"):
+        with parts(ssd_dir, tier, spec=FROZEN) as p:
+            for unit in FROZEN.units:
+                p.transfer.write_weights(unit, master_of(unit.num_elements, unit.index))
+                pieces = [piece.clone() for piece in p.transfer.frozen_pieces(unit, "hi")]
+                assert all(piece.numel() <= 2 * GRAIN for piece in pieces)
+                assert torch.equal(torch.cat([torch.empty(0, dtype=torch.bfloat16), *pieces]), p.transfer.read(unit, "hi")[unit.num_trainable :])
+
+
+def test_moments_are_stored_as_the_plane_is(ssd_dir: Path) -> None:
+    with parts(ssd_dir, TIERS) as p:
+        for unit in PLAIN.units:
+            values = random_plane(torch.float32, unit.num_trainable, unit.index)
+            p.transfer.write_moment(unit, "v", values)
+            assert torch.equal(p.transfer.read(unit, "v").float(), values.to(p.store.plane(unit.index, "v").dtype).float())
 
 
 def test_an_upper_half_is_filled_where_it_is(ssd_dir: Path) -> None:
@@ -100,21 +131,6 @@ def test_a_copy_that_a_commit_made_is_recalled(ssd_dir: Path) -> None:
             assert not plane.tensor.any()
             p.transfer.recall(PLAIN.units[index], "m")
             assert torch.equal(plane.tensor, values)
-
-
-def test_frozen_parts_reach_the_versions_that_have_not_seen_them(ssd_dir: Path) -> None:
-    with parts(ssd_dir, "ssd", spec=FROZEN, durable="step") as p:
-        unit = FROZEN.units[1]
-        values = random_plane(torch.bfloat16, unit.num_elements, 3)
-        p.engine.wait(p.io.write(1, "hi", 0, values, native.nvme_ds.OPTIMIZER, slot=1))
-        p.store.versions.restore([1] * 4)
-        before = version(p, 0, 1, "hi")
-        p.transfer.copy_frozen(unit, "hi")
-        after, trained = version(p, 0, 1, "hi"), unit.num_trainable
-        assert torch.equal(after[trained:], values[trained:]) and torch.equal(after[:trained], before[:trained])
-        p.transfer.copy_frozen(FROZEN.units[0], "hi")  # of a unit that is trained there is nothing to copy
-        assert not version(p, 0, 0, "hi").any()
-        assert torch.equal(version(p, 1, 1, "hi"), values)
 
 
 def test_what_begins_at_zero_is_zero_and_right(ssd_dir: Path) -> None:

@@ -64,12 +64,14 @@ def parts(ssd_dir: Path, placement: Any = "ssd", *, spec: ModelSpec = PLAIN, che
         engine = stack.enter_context(native.nvme_ds.Engine())
         state_bytes = planned.num_slots * planned.slot_layout.num_bytes
         volume = engine.create_volume([ssd_dir], "states", state_bytes) if state_bytes else None
+        frozen_bytes = planned.ssd_items.get("frozen planes", 0)
+        frozen = engine.create_volume([ssd_dir], "frozen", frozen_bytes) if frozen_bytes else None
         grad_bytes = planned.ssd_items.get("gradients", 0)
         grads = engine.create_volume([ssd_dir], "gradients", grad_bytes) if grad_bytes else None
         exchange = Exchange()
         arena = Arena(planned.arena_bytes, pin=False, pool=pool)
         stack.callback(arena.close)
-        store = Store(planned, arena, torch.device("cpu"), volume, grads, pool, checksums=checksums)
+        store = Store(planned, arena, torch.device("cpu"), volume, frozen, grads, pool, checksums=checksums)
         io = PlaneIO(store, engine, exchange.tracing)
         yield Parts(plan=planned, engine=engine, arena=arena, store=store, io=io, exchange=exchange,
                     transfer=UnitTransfer(store, io, pool, engine), cache=HostCache(planned, store, arena, io, exchange))

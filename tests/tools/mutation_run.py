@@ -34,7 +34,7 @@ from tests.tools.mutants import Mutant, mutants
 PATHS = ("ratel/store", "ratel/memory", "ratel/runtime/streams", "ratel/runtime/updates")
 ELSEWHERE = ("gpu_adamw.py", "gpu_adamw_kernel.py", "context_ahead.py")
 """What a CPU does not run."""
-ENOUGH_S = 30.0
+ENOUGH_S = 15.0
 """Processor time of the tests that a mutant is given: the quickest ones that come to its line."""
 SILENT_S, SILENT_SHARE = 40.0, 0.01
 """A hang: for so long, no more than this share of a processor was used."""
