@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ratel.errors import RatelError
 from ratel.lora.compute import AdaptedLinear, Adapter, Draws, adapt, function, modules
+from ratel.runtime.blocks.op_trace import trace
 
 pytestmark = pytest.mark.numerics
 LLAMA_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -189,6 +190,19 @@ def test_a_checkpointed_block_draws_the_same_masks() -> None:
         assert torch.equal(one, other)
     draws.begin(step=1)
     assert not torch.equal(torch.autograd.grad(block(x).sum(), leaves)[1], plain[1]), "another step draws another mask"
+
+
+def test_a_step_does_what_the_step_before_did_for_whoever_traces_it() -> None:
+    """Keys change and operations do not: else a block would be learned anew at every step."""
+    root, draws = _pair()
+    root.forward = lambda x: root.q_proj(x) * root.k_proj(x)
+    x, traces = torch.randn(4, 8, requires_grad=True), []
+    for step in range(2):
+        draws.begin(step, first_row=4 * step)
+        traces.append(trace(lambda: root.forward(x), root, keep_graph=True)[1])
+    names = [op.func.name() for op in traces[0].ops]
+    assert names.count("ratel_lora::down") == 1 and names.count("ratel_lora::linear") == 2
+    assert traces[0].is_like(traces[1])
 
 
 def test_compiled_equals_eager() -> None:
