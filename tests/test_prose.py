@@ -1,4 +1,5 @@
-"""How what people read is set: docstrings begin with their subject, and prose has lines of 100 columns."""
+"""How what people read is set: docstrings begin with their subject, and prose has lines of 100
+columns."""
 
 import ast
 import re

@@ -1,7 +1,8 @@
-"""The oldest Python that is promised: its syntax, its standard library, and that every module can be imported on the Python at hand.
+"""The oldest Python that is promised: its syntax, its standard library, and that every module can
+be imported on the Python at hand.
 
-Without an interpreter of 3.10: names that came later are listed here by module. `.ci/run` runs a part of the tests on 3.10 where
-the machine has one.
+Without an interpreter of 3.10: names that came later are listed here by module. `.ci/run` runs a
+part of the tests on 3.10 where the machine has one.
 """
 
 import ast
@@ -101,7 +102,8 @@ def _has_bare_star(node: ast.Subscript, text: str) -> bool:
 
 
 def _nested_quotes(text: str) -> list[str]:
-    """From 3.12 on an f-string may have its own quotes inside; an older Python says so itself when it parses."""
+    """From 3.12 on an f-string may have its own quotes inside; an older Python says so itself when
+    it parses."""
     if sys.version_info < (3, 12):
         return []
     begun, found = [], []

@@ -1,4 +1,5 @@
-"""What one option may be: readers that make one kind of flag text, TOML values and Python objects, and refuse the rest."""
+"""What one option may be: readers that make one kind of flag text, TOML values and Python objects,
+and refuse the rest."""
 
 import math
 import os
@@ -13,11 +14,11 @@ Reader = Callable[[Any, str], Any]
 """Takes a value and the name of its option."""
 
 MOST_COUNTED = 10**12
-"""Of anything that a run counts: a larger number is a slip of the hand."""
+"""The most of anything that a run counts: a larger number is a slip of the hand."""
 MOST_AT_ONCE = 2**31 - 1
 """Rows, positions: an index of 32 bits is what libraries use for them."""
 MOST_TOKENS = 2**36
-"""Of one step. A batch is in memory as a whole, with 24 bytes a token: 1.5 TiB."""
+"""The most tokens of one step. A batch is in memory as a whole, with 24 bytes a token: 1.5 TiB."""
 MOST_SEED = 2**128 - 1
 MOST_THREADS = 4096
 MOST_FP32 = 3e38
@@ -84,7 +85,8 @@ def switch(value: Any, flag: str) -> bool:
 
 
 def directories_reader(twice: str) -> Reader:
-    """Of directories, from ``"/mnt/a,/mnt/b"`` or a list; the same one twice would be two stripes on one device."""
+    """A reader of directories, from ``"/mnt/a,/mnt/b"`` or a list; the same one twice would be two
+    stripes on one device."""
 
     def read(value: Any, flag: str) -> tuple[str, ...]:
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]

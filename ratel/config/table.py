@@ -1,7 +1,7 @@
 """Every option, once: the tables below give the flags, the TOML keys, the defaults and the help.
 
-Values arrive as flag text, TOML or Python objects; the option's reader makes one kind of them and refuses the rest. A new
-option is a line here, and what uses it.
+Values arrive as flag text, TOML or Python objects; the option's reader makes one kind of them and
+refuses the rest. A new option is a line here, and what uses it.
 """
 
 import json
@@ -29,7 +29,8 @@ class Option:
     group: str
     metavar: str | None = None
     plans: bool = False
-    """A plan depends on it: `ratel plan` has it, and a plan that was made before is taken again only with the same."""
+    """A plan depends on it: `ratel plan` has it, and a plan that was made before is taken again
+    only with the same."""
 
     @property
     def is_switch(self) -> bool:
@@ -51,7 +52,8 @@ _SHARE = number_reader(float, 0, 1, below=True)
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """What a run and a `ratel.Session` of one's own both take. Sizes are bytes, rates bytes per second."""
+    """What a run and a `ratel.Session` of one's own both take. Sizes are bytes, rates bytes per
+    second."""
 
     task: str = _option(NEXT_TOKEN, choice_reader(*TASKS), MODEL, "|".join(TASKS),
                         "what the model learns: the next token, a text's label, each word's label, or tokens that are hidden", plans=True)
@@ -119,7 +121,8 @@ class CommonOptions:
 
 
 def _grouped(config: type[CommonOptions]) -> type[CommonOptions]:
-    """Its fields in the order in which help and docs show them: by group, in each a class's own before the common ones."""
+    """Its fields in the order in which help and docs show them: by group, in each a class's own
+    before the common ones."""
     common, groups = CommonOptions.__dataclass_fields__, (MODEL, TRAINING, MEMORY, REPORT)
     config.__dataclass_fields__ = dict(sorted(config.__dataclass_fields__.items(), key=lambda item: (
         groups.index(option_of(item[1]).group), item[0] in common)))

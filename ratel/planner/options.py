@@ -1,4 +1,5 @@
-"""What a session was asked for: read and checked once, and handed on as it is to whatever uses it."""
+"""What a session was asked for: read and checked once, and handed on as it is to whatever uses
+it."""
 
 import math
 import os
@@ -73,7 +74,7 @@ class SessionOptions(CommonOptions):
     commits: "str | os.PathLike[str] | None" = None
     """The directory of their records."""
     placement: Forced | None = None
-    """Of single units or planes."""
+    """The forced places of single units or planes."""
     buffers: Buffers = Buffers()
 
     def __post_init__(self) -> None:

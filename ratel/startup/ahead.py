@@ -74,7 +74,8 @@ def remember_arena(config: TrainConfig, num_bytes: int) -> None:
 
 
 def _key(config: TrainConfig) -> probe_cache.Key:
-    """The options that a plan depends on. With one that is missing, the arena would be taken for larger or smaller than it gets."""
+    """The options that a plan depends on. With one that is missing, the arena would be taken for
+    larger or smaller than it gets."""
     return {"arena of": {name: getattr(config, name) for name in planned_options(TrainConfig)}}
 
 

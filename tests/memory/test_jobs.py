@@ -1,4 +1,5 @@
-"""Threads beside the main one: order, results, errors, and an end that leaves undone what nobody has begun."""
+"""Threads beside the main one: order, results, errors, and an end that leaves undone what nobody
+has begun."""
 
 import threading
 import weakref

@@ -1,4 +1,5 @@
-"""What threads waited for and worked on: each once, from its beginning, on the lane of its thread."""
+"""What threads waited for and worked on: each once, from its beginning, on the lane of its
+thread."""
 
 import threading
 import time

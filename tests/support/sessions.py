@@ -22,8 +22,8 @@ MIXED = {"*": {"hi": "dram", "lo": "ssd", "m": "ssd", "v": "dram", "g": "dram"},
 
 def open_session(ssd: Path | Sequence[Path] | None, family: str = "llama", *, model: nn.Module | None = None,
                  **options: Any) -> Session:
-    """A fresh model of the family, or ``model``, on the CPU in micro-batches of two rows, unless the
-    options say otherwise."""
+    """A fresh model of the family, or ``model``, on the CPU in micro-batches of two rows, unless
+    the options say otherwise."""
     folders = [ssd] if isinstance(ssd, Path) else ssd
     room = {"gpu_memory": "4GiB"} if options.get("device") == "cuda" else {}
     defaults = {"device": "cpu", "lr": 1e-3, "micro_batch": 2, "loss_fn": loss_fn_of(family)}

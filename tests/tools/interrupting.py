@@ -1,7 +1,8 @@
-"""A signal, or the exception of one, at a given line of a small run; and what must be so afterwards.
+"""A signal, or the exception of one, at a given line of a small run; and what must be so
+afterwards.
 
-Each try is a fork of a process that has imported everything. A tracing function counts how often the main thread comes to each
-line of our own files, and acts at one of these moments.
+Each try is a fork of a process that has imported everything. A tracing function counts how often
+the main thread comes to each line of our own files, and acts at one of these moments.
 """
 
 import ast
@@ -36,7 +37,8 @@ COMMAND, LIBRARY = "command", "library"
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """The ``hit``-th time (from 1) that the main thread comes to a line: the first one, or the last."""
+    """The ``hit``-th time (from 1) that the main thread comes to a line: the first one, or the
+    last."""
 
     file: str
     line: int
@@ -64,19 +66,22 @@ class Moment:
 
 @cache
 def _heads(file: str) -> frozenset[int]:
-    """The lines of `with` up to its block. Python comes to them once more when it leaves the block."""
+    """The lines of `with` up to its block. Python comes to them once more when it leaves the
+    block."""
     tree = ast.parse(Path(file).read_text())
     return frozenset(line for node in ast.walk(tree) if isinstance(node, ast.With) for line in range(node.lineno, node.body[0].lineno))
 
 
 class Tracer:
-    """Counts lines, and acts at a moment, once. Where there is one, only its line is counted, which takes half the time."""
+    """Counts lines, and acts at a moment, once. Where there is one, only its line is counted, which
+    takes half the time."""
 
     def __init__(self, at: Moment | None = None, act: Callable[[], None] = lambda: None) -> None:
         self.at, self._act = at, act
         self.hits: dict[tuple[str, int], int] = {}
         self._known: dict[int, tuple[Any, bool]] = {}
-        """Codes by their number (two of different files may be equal), and whether their lines are counted."""
+        """Codes by their number (two of different files may be equal), and whether their lines are
+        counted."""
 
     def begin(self) -> None:
         sys.settrace(self._on_call)
@@ -133,7 +138,8 @@ class Tried:
 
 
 class Interrupting:
-    """Tries of one form: a command and a real signal, or a session in somebody's program and an exception."""
+    """Tries of one form: a command and a real signal, or a session in somebody's program and an
+    exception."""
 
     def __init__(self, site: Site, form: str) -> None:
         self._site, self._form = site, form
@@ -141,8 +147,8 @@ class Interrupting:
         self._whole = site.path / f"whole-{form}"
 
     def measure(self) -> list[Moment]:
-        """The moments of runs that nobody interrupts. Where they come to a line more or less often, the last time is the smallest number: other
-        runs come to it too."""
+        """The moments of runs that nobody interrupts. Where they come to a line more or less often,
+        the last time is the smallest number: other runs come to it too."""
         gc.collect()
         gc.freeze()  # what is there already: collecting it would take a fork longer than the run
         hits: dict[tuple[str, int], int] = {}
@@ -177,7 +183,8 @@ class Interrupting:
         return Tried(moment=moment, came=came, problems=tuple(problems))
 
     def _has_left(self, ended: Ended) -> bool:
-        """At once, as a command does while it imports others' code: not by an exception, and in one line."""
+        """At once, as a command does while it imports others' code: not by an exception, and in one
+        line."""
         return self._form == COMMAND and ended.status == process.EXIT_INTERRUPTED and ended.errors.endswith("ratel: interrupted\n")
 
     # --- in the child -------------------------------------------------------------------------------------------

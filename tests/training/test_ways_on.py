@@ -1,4 +1,5 @@
-"""After every refusal of --resume there is a way on, which the message names: typed as it says, it works."""
+"""After every refusal of --resume there is a way on, which the message names: typed as it says, it
+works."""
 
 import errno
 import json

@@ -14,8 +14,9 @@ from ratel.planner.shape import ModelSpec
 from ratel.units import format_bytes
 
 EARLY_SHARE = 0.75
-"""Of the units that the CPU updates, how many the simple rule has updated early: backward with recomputation takes three
-quarters of the time of both passes, under which the updates are spread."""
+"""The share of the units on the CPU that the simple rule has updated early: backward with
+recomputation takes three quarters of the time of both passes, under which the updates are
+spread."""
 
 WITHOUT_RATES = {"auto": "deferred", "any": "eager"}
 """Which optimizer is taken where nothing says what is fast: the one that takes the least memory."""

@@ -1,4 +1,5 @@
-"""Filling a plan's tiers to their budgets: units on the GPU, then planes in DRAM, the rest on SSD."""
+"""Filling a plan's tiers to their budgets: units on the GPU, then planes in DRAM, the rest on
+SSD."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,8 +16,8 @@ each."""
 Placements = tuple[UnitPlacement, ...]
 Item = TypeVar("Item")
 Take = Callable[[list[Item], Callable[[list[Item]], bool]], list[Item]]
-"""Of items in the order of their worth those that are put there, by whether all of some fit: `as_far_as_fits`, or
-`whatever_fits`."""
+"""Takes, of items in the order of their worth, those that are put there, by whether all of some
+fit: `as_far_as_fits`, or `whatever_fits`."""
 
 
 def with_placements(request: Request, placements: Placements, checkpoints: tuple[str, ...]) -> Plan:
@@ -83,7 +84,8 @@ def as_far_as_fits(items: list[Item], fits: Callable[[list[Item]], bool]) -> lis
 
 def whatever_fits(items: list[Item], fits: Callable[[list[Item]], bool],
                   ends_at: Callable[[Item], bool] = lambda item: False) -> list[Item]:
-    """Each that fits beside those taken before it, up to one that does not and is like all that follow (``ends_at``)."""
+    """Each that fits beside those taken before it, up to one that does not and is like all that
+    follow (``ends_at``)."""
     taken: list[Item] = []
     for item in items:
         if fits([*taken, item]):

@@ -1,7 +1,8 @@
-"""The search over sizes of micro-batches: which are worth planning with, and the best plan for any of them.
+"""The search over sizes of micro-batches: which are worth planning with, and the best plan for any
+of them.
 
-Whoever plans says what is known of each size: a session has tried the blocks out with it (`ratel.runtime.planning.prepare`),
-`ratel plan` has counted (`ratel.runtime.planning.planner`).
+Whoever plans says what is known of each size: a session has tried the blocks out with it
+(`ratel.runtime.planning.prepare`), `ratel plan` has counted (`ratel.runtime.planning.planner`).
 """
 
 import logging
@@ -31,7 +32,8 @@ COMPARED = 3
 taken."""
 
 class Requests(Protocol):
-    """What is asked of a step of ``rows`` rows of ``positions``, and known of it, by sizes of micro-batches."""
+    """What is asked of a step of ``rows`` rows of ``positions``, and known of it, by sizes of
+    micro-batches."""
 
     options: SessionOptions
     budgets: Budgets
@@ -41,14 +43,15 @@ class Requests(Protocol):
     """The device is the CPU."""
 
     def request(self, micro_rows: int, spills: bool) -> Request | None:
-        """``spills``: what second runs save goes through DRAM. None: a block does not fit on the GPU with so many rows."""
+        """``spills``: what second runs save goes through DRAM. None: a block does not fit on the
+        GPU with so many rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     plan: Plan
     prediction: Prediction | None
-    """Of a step, where the plan was made with a machine's rates."""
+    """What a step takes, where the plan was made with a machine's rates."""
     choices: tuple[Request, ...] = ()
     """What it was chosen from."""
 
@@ -70,9 +73,10 @@ def may_spill(options: SessionOptions) -> bool:
 
 
 def best_plan(requests: Requests, hardware: Hardware | None, before: int | None = None) -> Planned:
-    """Of a few sizes of micro-batches the best one, smaller ones only where none fits, and at last the smallest with what its
-    second runs save in DRAM. ``hardware`` None: by the simple rule. ``before``: rows of a micro-batch in the run that is
-    continued, since with others its sums would round otherwise.
+    """The best plan of a few sizes of micro-batches, smaller ones only where none fits, and at last
+    the smallest with what its second runs save in DRAM. ``hardware`` None: by the simple rule.
+    ``before``: rows of a micro-batch in the run that is continued, since with others its sums would
+    round otherwise.
 
     Raises RatelError that says which budget is short, and by how much.
     """
@@ -93,7 +97,8 @@ def best_plan(requests: Requests, hardware: Hardware | None, before: int | None 
 
 
 def _sizes(requests: Requests) -> list[int]:
-    """Those to try: the one given, or from about the smallest that saturates the GPU down to one row."""
+    """Those to try: the one given, or from about the smallest that saturates the GPU down to one
+    row."""
     given = requests.options.micro_batch
     if given == AUTO:
         return micro_sizes(requests.rows, requests.positions)

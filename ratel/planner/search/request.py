@@ -1,4 +1,5 @@
-"""What a plan is made for: the model, what was asked, what there is, and what was learned of its micro-batches."""
+"""What a plan is made for: the model, what was asked, what there is, and what was learned of its
+micro-batches."""
 
 from dataclasses import dataclass
 
@@ -14,27 +15,30 @@ from ratel.planner.shape import ModelSpec, outside_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """In bytes; ``None``: no limit, and nothing is put there unasked (GPU), or no SSD directory was given."""
+    """In bytes; ``None``: no limit, and nothing is put there unasked (GPU), or no SSD directory was
+    given."""
 
     gpu: int | None
     dram: int
     ssd: int | None
     process_bytes: int = 0
-    """Of the DRAM budget, what the process holds before anything of a plan is reserved."""
+    """Bytes of the DRAM budget that the process holds before anything of a plan is reserved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFacts:
-    """What was learned of a model with micro-batches of one size, by trying it out or by counting."""
+    """What was learned of a model with micro-batches of one size, by trying it out or by
+    counting."""
 
     hidden_bytes: int
-    """Of the input of a block."""
+    """Bytes of a block's input."""
     workspace_bytes: int
     """As in the plan."""
     profiles: tuple[BlockProfile, ...]
     """By block."""
     has_chunked_loss: bool
-    """The loss of a micro-batch goes in chunks, so that gradients of the tail are sums even of one micro-batch."""
+    """The loss of a micro-batch goes in chunks, so that gradients of the tail are sums even of one
+    micro-batch."""
     spill: Spill | None = None
     """How second runs are done where what they save goes to DRAM."""
     loss_s: float | None = None
@@ -45,8 +49,8 @@ class BlockFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Budgets are bytes, as in `Budgets`. A search varies ``optimizer``, ``buffers``, ``early_units``, ``kept`` and ``durable``,
-    which begin as the options have them."""
+    """Budgets are bytes, as in `Budgets`. A search varies ``optimizer``, ``buffers``,
+    ``early_units``, ``kept`` and ``durable``, which begin as the options have them."""
 
     spec: ModelSpec
     formats: StateFormats
@@ -93,7 +97,8 @@ class Request:
 
 def request_for(spec: ModelSpec, options: SessionOptions, budgets: Budgets, facts: BlockFacts, *, rows: int, seq_len: int,
                 micro_rows: int, on_host: bool = False, has_rates: bool = True) -> Request:
-    """``has_rates``: of the machine, by which a search finds out what is worth keeping of the inside of blocks."""
+    """``has_rates``: of the machine, by which a search finds out what is worth keeping of the
+    inside of blocks."""
     formats, work = EXACT[options.dtype], Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=facts.hidden_bytes)
     is_searched = options.activations == AUTO and has_rates and facts.spill is None
     return Request(spec=spec, formats=formats, options=options, work=work, gpu_budget=budgets.gpu, dram_budget=budgets.dram,
@@ -106,7 +111,8 @@ def request_for(spec: ModelSpec, options: SessionOptions, budgets: Budgets, fact
 
 
 def _accumulators(spec: ModelSpec, formats: StateFormats, work: Work, facts: BlockFacts) -> tuple[str, ...]:
-    """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add up."""
+    """Weight classes whose gradients are sums of several passes, whose rounding in bf16 would add
+    up."""
     if formats.merges:
         return ()
     if work.num_micro > 1:

@@ -30,7 +30,7 @@ FEWEST = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_sl
 """What the largest models are trained with."""
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
-"""Of all inner activations, best first: how many a tier may keep."""
+"""The shares of all inner activations, best first, that the search lets a tier keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def _best_of_size(request: Request, hardware: Hardware) -> Choice | None:
         return _better(*(_best_of_size(replace(request, optimizer=mode), hardware) for mode in ("eager", "auto")))
     may_speculate = request.optimizer in ("auto", "speculative")
     deferred = replace(request, optimizer="deferred") if may_speculate else request
-    # Where early updates are asked for, a plan that is slow without them is not out of the question.
+    # Where early updates are asked for, a plan that is slow without them is not out of the
+    # question.
     tried = _Tried(hardware, stops_at_best=request.optimizer != "speculative")
     tried.add(candidates(deferred))
     if tried.best is None:

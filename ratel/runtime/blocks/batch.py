@@ -67,10 +67,11 @@ class Batch:
     """What a step, an evaluation or a trial takes."""
 
     content: Any = field(repr=False)
-    """Tensors in mappings and lists, as the model takes them; every tensor's first dimension is the rows."""
+    """Tensors in mappings and lists, as the model takes them; every tensor's first dimension is the
+    rows."""
     rows: int
     positions: int
-    """Of a row: the most numbers of it that one tensor has."""
+    """The most numbers of a row that one tensor has."""
     parts: Parts = field(repr=False)
 
     @classmethod
@@ -81,7 +82,8 @@ class Batch:
 
     @classmethod
     def sample(cls, parts: Parts, rows: int, positions: int) -> "Batch":
-        """One of that shape that nothing is learned from, and nobody looks at: it may be larger than any memory."""
+        """One of that shape that nothing is learned from, and nobody looks at: it may be larger
+        than any memory."""
         return cls._counted(parts, parts.sample(rows, positions), rows)
 
     @classmethod
@@ -119,8 +121,8 @@ class Batch:
             yield replace(self, content=part, rows=min(max_rows, self.rows - begin))
 
     def split(self, micro_rows: int, device: torch.device) -> list[Micro]:
-        """Micro-batches of at most ``micro_rows`` rows, on the device. A task's loss is a sum over targets, a user's a mean over
-        rows."""
+        """Micro-batches of at most ``micro_rows`` rows, on the device. A task's loss is a sum over
+        targets, a user's a mean over rows."""
         return [Micro(index, map_tensors(lambda t: t.to(device), part.content),
                       share=1 / self.targets if self.parts.task else part.rows / self.rows)
                 for index, part in enumerate(self.cut(micro_rows))]

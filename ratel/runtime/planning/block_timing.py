@@ -23,7 +23,8 @@ from ratel.runtime.blocks.runs import BlockRuns
 from ratel.units import MIB
 
 TIMING_S, GPU_TIMING_S = 0.1, 0.5
-"""Of each measurement of each kind of block, where a plan is to be predicted. In 0.1 s a GPU does not come to its power limit."""
+"""Seconds that each measurement of each kind of block goes on, where a plan is to be predicted: on
+a CPU, on a GPU. In 0.1 s a GPU does not come to its power limit."""
 
 EVICTED_BYTES = 64 * MIB
 
@@ -143,5 +144,6 @@ def _seconds_on(hidden: Tensor) -> Callable[[Callable[[], object]], float]:
     """On the device of ``hidden``."""
     if hidden.is_cuda:
         return partial(median_seconds, limit_s=GPU_TIMING_S, settle=torch.cuda.synchronize)
-    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too small for one block's.
+    # In a step a block finds the other blocks' weights in a processor's caches; a GPU's are too
+    # small for one block's.
     return partial(median_seconds, limit_s=TIMING_S, between=torch.zeros(EVICTED_BYTES, dtype=torch.uint8).bitwise_not_)

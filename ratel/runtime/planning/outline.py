@@ -44,7 +44,7 @@ class MicroOutline:
 
     rows: int
     hidden_bytes: int
-    """Of the input of a block."""
+    """Bytes of a block's input."""
     activation_bytes: int
     """At the peak of a block or of the loss: everything but weights and slots, gradients
     included."""
@@ -84,7 +84,8 @@ class Outline:
         return self._parts.spec
 
     def facts(self, rows: int, seq_len: int, *, spills: bool = False) -> BlockFacts:
-        """What a plan is made from, for micro-batches of ``rows`` rows of ``seq_len`` tokens on a GPU."""
+        """What a plan is made from, for micro-batches of ``rows`` rows of ``seq_len`` tokens on a
+        GPU."""
         return self.micro(rows, seq_len, spills=spills).facts(self._parts.import_element_bytes)
 
     def close(self) -> None:
@@ -98,8 +99,8 @@ class Outline:
         batch = self._parts.sample(rows, seq_len)
         with modes_as_before(), _without_memory(self._parts.module), torch.random.fork_rng(devices=[]), shapes, FusedAttention():
             with torch.no_grad():
-                # Positions that the model makes itself have no values here, and it would keep apart what may be several
-                # documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
+                # Positions that the model makes itself have no values here, and it would keep apart
+                # what may be several documents: with a mask of seq_len x seq_len, 16 GiB at 131072.
                 if self._parts.is_causal_lm:
                     batch["position_ids"] = torch.arange(seq_len)[None]
                 hidden, inputs = self._parts.head(batch)

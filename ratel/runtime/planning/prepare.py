@@ -45,7 +45,7 @@ class Situation:
     machine: Hardware | None = None
     """To predict steps with; None: plan by the simple rule."""
     stripes: Weights = ()
-    """Of each SSD directory in one round; (): one each."""
+    """How many stripes each SSD directory gets in one round; (): one each."""
     own_files: tuple[Path, ...] = ()
     """In these directories, and to be worked on further: what they take counts as free."""
     micro_before: int | None = None
@@ -130,7 +130,8 @@ class Trials:
                           import_element_bytes=parts.import_element_bytes)
 
     def _budgets_now(self) -> Budgets:
-        """A compiler's own memory is there to stay; on a CPU device activations, which are not, are in the same heap."""
+        """A compiler's own memory is there to stay; on a CPU device activations, which are not, are
+        in the same heap."""
         held = _held_bytes() if self.options.compiles and not self.on_host else 0
         return replace(self.budgets, process_bytes=max(self._held_bytes, held) + PROCESS_MARGIN_BYTES)
 

@@ -27,7 +27,7 @@ from ratel.planner.search.search import fits
 from ratel.schema import LARGEST, boolean, check, listing, nullable, one_of, record, text, whole
 
 GAIN = 1 / 64
-"""Of a budget: if there is so much more than there was, another plan may use it."""
+"""By this share a budget must have grown for another plan to be looked for, which may use it."""
 
 _TIER = one_of(*TIERS)
 _COUNT = whole(1, 1 << 31)
@@ -50,7 +50,7 @@ class EarlierPlan:
     micro_rows: int
     spills: bool
     profiles: str
-    """Of what was learned and timed of the blocks."""
+    """A digest of what was learned and timed of the blocks."""
     rooms: Rooms
     choice: dict[str, Any]
     """What a search decides, as JSON."""
@@ -70,7 +70,8 @@ class EarlierPlan:
 
 
 def key_of(device: Any, *given: Any) -> probe_cache.Key:
-    """``given``: all that a search is given but what is measured at each start; things whose ``repr`` tells them apart."""
+    """``given``: all that a search is given but what is measured at each start; things whose
+    ``repr`` tells them apart."""
     return {**processors_key(device), "planner": _planner(), "given": _digest(given)}
 
 

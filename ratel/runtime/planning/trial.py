@@ -48,7 +48,7 @@ class Trial:
 
     profiles: tuple[BlockProfile, ...]
     workspace_bytes: int
-    """Of one micro-batch, beyond planes, slots and what is kept."""
+    """GPU memory that one micro-batch takes beyond planes, slots and what is kept."""
     spill: Spill | None
     """How second runs were done where what they save went to DRAM."""
     loss_s: float | None
@@ -95,7 +95,8 @@ def _spilling(blocks: BlockRuns, batch: Batch, device: torch.device, limit: int 
                          f"and there are {format_bytes(limit)}", field="dram",
                          remedy="Give a larger --dram, or a smaller --seq-len")
     pool = native.op_ds.Pool(worker_cores())
-    # What is mapped for the session's own arena already: both at once could be more than the budget.
+    # What is mapped for the session's own arena already: both at once could be more than the
+    # budget.
     arena = Arena(spill.region_bytes, pin=device.type == "cuda", pool=pool,
                   memory=arena_ahead.take(region_bytes(spill.region_bytes)))
     try:
@@ -168,7 +169,8 @@ class _GpuMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the first that is tried.
+        # Of cuBLAS, which a step needs: it must count for every size of micro-batches, not for the
+        # first that is tried.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         self._held = torch.cuda.memory_allocated(device)

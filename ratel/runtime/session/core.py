@@ -1,4 +1,5 @@
-"""What a session is made of, from its opening to its end. Preparing, stepping, keeping and ending are functions of it."""
+"""What a session is made of, from its opening to its end. Preparing, stepping, keeping and ending
+are functions of it."""
 
 import os
 from collections.abc import Sequence
@@ -85,12 +86,12 @@ class Core:
         return self.machinery.exchange
 
     def hyper(self, lr: float) -> Hyper:
-        """Of the next update."""
+        """What the next update uses."""
         return Hyper(lr=lr, step=self.updates_made + 1, **self.constants)
 
     @property
     def constants(self) -> dict[str, float]:
-        """Of AdamW."""
+        """AdamW's constants."""
         given = self.options
         return {**dict(zip(("beta1", "beta2"), given.betas)), "eps": given.eps, "weight_decay": given.weight_decay}
 

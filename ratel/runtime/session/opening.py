@@ -1,4 +1,5 @@
-"""The opening of a session: from a model and options to its parts, refused before anything is reserved."""
+"""The opening of a session: from a model and options to its parts, refused before anything is
+reserved."""
 
 import os
 from collections.abc import Callable

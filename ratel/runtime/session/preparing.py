@@ -1,4 +1,5 @@
-"""Preparing a session: planning for the shape of its batches, reserving what the plan says, and bringing the states in."""
+"""Preparing a session: planning for the shape of its batches, reserving what the plan says, and
+bringing the states in."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,6 +1,7 @@
 """The session: a model under a plan, one step at a time.
 
-Its five concerns are modules of functions over its `Core`: opening, preparing, stepping, keeping (saves, commits, exports), ending.
+Its five concerns are modules of functions over its `Core`: opening, preparing, stepping, keeping
+(saves, commits, exports), ending.
 """
 
 import os
@@ -92,7 +93,7 @@ class Session:
 
     @property
     def prediction(self) -> Prediction | None:
-        """Of a step, where the plan was made with a machine's rates."""
+        """What a step was predicted to take, where the plan was made with a machine's rates."""
         return self._core.planned and self._core.planned.prediction
 
     @property
@@ -102,7 +103,8 @@ class Session:
 
     @property
     def accuracy(self) -> float | None:
-        """Of the last evaluation: the share of targets whose most likely label is right, for tasks that choose a label."""
+        """The share of targets of the last evaluation whose most likely label is right, for tasks
+        that choose a label."""
         return self._core.accuracy
 
     @property

@@ -190,7 +190,8 @@ def test_a_skipped_step_is_committed_too(ssd_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("places", [("dram", "ssd", "mixed"), ("ssd", "gpu", "ssd")])
 def test_frozen_parts_move_between_tiers(places: tuple[str, ...], ssd_dir: Path, tmp_path: Path) -> None:
-    """Updates leave them alone, and no state has them: they come from the model, which each session is given."""
+    """Updates leave them alone, and no state has them: they come from the model, which each session
+    is given."""
     def session_on(place: str, **options: Any) -> Session:
         return Session(with_frozen("q_proj", "up_proj", "embed"), device="cpu", ssd=[ssd_dir], lr=1e-3, micro_batch=2, placement=PLACES[place], **options)
 

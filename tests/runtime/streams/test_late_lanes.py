@@ -48,7 +48,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
 
 
 def test_a_checkpoint_is_held_until_it_has_been_copied(expected: dict, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory must be nobody else's before, also where the main thread itself is about to wait for that copy."""
+    """Its memory must be nobody else's before, also where the main thread itself is about to wait
+    for that copy."""
     monkeypatch.setattr("ratel.runtime.streams.activations.MAX_COPIES_BEHIND", 0.5)  # of two micro-batches
     with late_lanes(monkeypatch, max_delay_s=0.02) as made:
         outs, _ = run(ssd_dir, dtype="bf16", **VARIANTS["spilled"])

@@ -1,6 +1,8 @@
-"""Updates made before the norm is known: kept, made again or forgotten, they lead to the bits of deferred ones.
+"""Updates made before the norm is known: kept, made again or forgotten, they lead to the bits of
+deferred ones.
 
-Steps are made to guess wrongly on purpose: what a guess is based on is replaced by what the test wants.
+Steps are made to guess wrongly on purpose: what a guess is based on is replaced by what the test
+wants.
 """
 
 import random
@@ -43,7 +45,8 @@ STEPS = 5
 NEVER, ALWAYS = 100.0, 0.1
 MODES = ("deferred", "speculative")
 ON_THE_GPU = {"*": "dram", "block.0": "gpu", "post": "gpu", "block.3": "ssd"}
-# The first block that is updated early has its gradient on SSD, so that it is not; those before and after it are.
+# The first block that is updated early has its gradient on SSD, so that it is not; those before and
+# after it are.
 LATE_AMONG_EARLY = {"*": "ssd", "*.?": {"g": "dram"}, "block.2": {"g": "ssd"}}
 PLACES: dict[str, dict[str, Any]] = {
     "dram": dict(tier="dram"),
@@ -203,7 +206,8 @@ def test_frozen_parts_stay_with_units_that_change_places(place: str, frozen: tup
 @pytest.mark.usefixtures("guess", "share")
 def test_weights_that_an_early_update_has_changed_are_nobody_elses(deferred: Callable, ssd_dir: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even while an upload of what was there before is late to give them back: made again, it must read from SSD."""
+    """Not even while an upload of what was there before is late to give them back: made again, it
+    must read from SSD."""
     late, done = [], WeightSource.done
 
     def give_back_late(source: WeightSource, gather: Gather, handle: HostSlot | None) -> None:
@@ -274,7 +278,8 @@ def after_each_step(tmp_path_factory: pytest.TempPathFactory) -> dict[float, lis
                                                    ("ssd, one of each buffer", 1)])
 def test_commits_are_of_what_is_decided(place: str, clip: float, save_every: int, after_each_step: dict, ssd_dir: Path,
                                         tmp_path: Path) -> None:
-    """Each is under way while the next step runs; every step's commit is read back, and resumed in the other mode."""
+    """Each is under way while the next step runs; every step's commit is read back, and resumed in
+    the other mode."""
     commits, done, draw = tmp_path / "commits", 0, random.Random(f"{place} {clip} {save_every}")
     data = batches("llama", STEPS)
     for part in (3, STEPS - 3):
@@ -313,7 +318,8 @@ def test_copies_in_the_background_are_of_their_step(place: str, clip: float, aft
 @pytest.mark.parametrize("durable", ["step", "checkpoint"])
 def test_a_save_that_is_slow_is_of_its_step(durable: str, place: str, after_each_step: dict, ssd_dir: Path, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates of the next step are made early while it goes on; what it saves must not change for them."""
+    """Updates of the next step are made early while it goes on; what it saves must not change for
+    them."""
     copy, path = Saver._copy_unit, tmp_path / "state"
 
     def slowly(*given: Any) -> None:
@@ -401,7 +407,8 @@ def test_gradients_that_wait_on_ssd_are_not_updated_early(ssd_dir: Path) -> None
 
 
 def test_memory_that_is_short_leaves_fewer_units_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The second planes are far smaller than what a heap varies by, as a whole and in the trial of a block.
+    # The second planes are far smaller than what a heap varies by, as a whole and in the trial of a
+    # block.
     try_out = prepare.try_out
     monkeypatch.setattr(prepare, "_held_bytes", lambda: 1 << 30)
     monkeypatch.setattr(prepare, "try_out", lambda *args, **options: replace(try_out(*args, **options), workspace_bytes=0))
@@ -432,8 +439,9 @@ def test_every_family_can(guess: Callable, share: Callable, ssd_dir: Path) -> No
 @pytest.mark.parametrize("place", ["dram", "ssd, one of each buffer"])
 def test_a_step_that_breaks_off_ends_the_session(place: str, where: tuple[type, str], error: type[BaseException], ssd_dir: Path,
                                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anywhere between asking for early updates and deciding about them: nothing waits for a decision that never comes, and
-    no later step is made on states that nobody knows. A commit is being made meanwhile."""
+    """Anywhere between asking for early updates and deciding about them: nothing waits for a
+    decision that never comes, and no later step is made on states that nobody knows. A commit is
+    being made meanwhile."""
     before, (one, other) = set(threading.enumerate()), batches("llama", 2)
 
     def broken(*_: Any) -> None:
