@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
-from ratel.lora.config import LoraConfig
-from ratel.lora.initial import LayerTensors
-from ratel.lora.layers import PREFIX, AdaptedLayer
-from ratel.lora.older_names import with_fused
-from ratel.lora.outline import CONV1D, ModelOutline
-from ratel.lora.peft_config import CONFIG_FILE, encode, of_directory, settings_of
-from ratel.lora.stored_config import stored_config
-from ratel.lora.targets import Targets, resolve
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.layers import PREFIX, AdaptedLayer
+from ratel.lora.describe.older_names import with_fused
+from ratel.lora.describe.outline import CONV1D, ModelOutline
+from ratel.lora.describe.peft_config import CONFIG_FILE, encode, of_directory, settings_of
+from ratel.lora.describe.stored_config import stored_config
+from ratel.lora.describe.targets import Targets, resolve
+from ratel.lora.values.initial import LayerTensors
 from ratel.models.safetensors.files import DTYPES, TensorFiles
 from ratel.models.safetensors.header import read_header
 from ratel.models.safetensors.writer import Outline, Piece, write_shards

@@ -13,11 +13,11 @@ from ratel import models
 from ratel.config import NEXT_TOKEN
 from ratel.data.tokens.tokenizer import has_tokenizer, load_for, write_tokenizer
 from ratel.errors import RatelError
+from ratel.lora.describe.layers import PREFIX
+from ratel.lora.describe.outline import outline_of
 from ratel.lora.files import StoredAdapter, read_adapter, tensors_of
-from ratel.lora.fingerprint import base_fingerprint
-from ratel.lora.layers import PREFIX
-from ratel.lora.merge import merged_parameter, unties
-from ratel.lora.outline import outline_of
+from ratel.lora.values.fingerprint import base_fingerprint
+from ratel.lora.values.merge import merged_parameter, unties
 from ratel.models import Parts
 from ratel.models.checkpoints.config import read_config
 from ratel.models.checkpoints.weights import view

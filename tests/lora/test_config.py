@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ratel.errors import RatelError
-from ratel.lora.config import LoraConfig, names_or_pattern
-from ratel.lora.given import GivenAdapter, given_adapter
-from ratel.lora.peft_config import encode, is_peft_config, of_directory, of_object, settings_of
+from ratel.lora.describe.config import LoraConfig, names_or_pattern
+from ratel.lora.describe.given import GivenAdapter, given_adapter
+from ratel.lora.describe.peft_config import encode, is_peft_config, of_directory, of_object, settings_of
 
 pytestmark = pytest.mark.unit
 
@@ -137,8 +137,8 @@ def test_every_field_of_peft_is_known() -> None:
     """A field of a later peft that says something is refused; those of this one are each decided
     on."""
     peft = pytest.importorskip("peft", minversion="0.21")
-    from ratel.lora.config import PEFT_FIELDS
-    from ratel.lora.peft_config import _FULL_NAMES, _WITHOUT_EFFECT
+    from ratel.lora.describe.config import PEFT_FIELDS
+    from ratel.lora.describe.peft_config import _FULL_NAMES, _WITHOUT_EFFECT
 
     refused = {*_FULL_NAMES, "kasa_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"}
     unknown = set(peft.LoraConfig.__dataclass_fields__) - _WITHOUT_EFFECT - set(PEFT_FIELDS.values()) - refused

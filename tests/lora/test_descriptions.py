@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ratel.errors import RatelError
-from ratel.lora.mistakes import refuse_mistakes
-from ratel.lora.outline import ModelOutline, outline_of
-from ratel.lora.peft_config import of_directory
-from ratel.lora.stored_config import stored_config
-from ratel.lora.targets import resolve
+from ratel.lora.describe.mistakes import refuse_mistakes
+from ratel.lora.describe.outline import ModelOutline, outline_of
+from ratel.lora.describe.peft_config import of_directory
+from ratel.lora.describe.stored_config import stored_config
+from ratel.lora.describe.targets import resolve
 from tests.support.lora import make
 
 pytestmark = pytest.mark.unit

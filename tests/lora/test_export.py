@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ratel.errors import RatelError
-from ratel.lora.config import LoraConfig
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.targets import resolve
 from ratel.lora.files import read_adapter, write_adapter
-from ratel.lora.outline import outline_of
-from ratel.lora.targets import resolve
 from ratel.ownership import exports
 from ratel.runtime.states.export import export_directory
 from tests.support.lora import make, trained

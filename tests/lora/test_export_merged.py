@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ratel import cli
 from ratel.errors import RatelError
+from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.peft_config import of_object
+from ratel.lora.describe.targets import resolve
 from ratel.lora.files import write_adapter
-from ratel.lora.fingerprint import fingerprint_of
-from ratel.lora.outline import outline_of
-from ratel.lora.peft_config import of_object
-from ratel.lora.targets import resolve
+from ratel.lora.values.fingerprint import fingerprint_of
 from ratel.training.export_merged import export_merged
 from tests.support.lora import logits, make, trained
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ratel import models
 from ratel.errors import RatelError
-from ratel.lora.converted import converted_targets, converted_tensors
+from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.peft_config import of_object
+from ratel.lora.describe.targets import Targets, resolve
 from ratel.lora.files import BASE_KEY, named, read_adapter, tensors_of, write_adapter
-from ratel.lora.fingerprint import base_fingerprint, digest_of, fingerprint, fingerprint_of
-from ratel.lora.initial import initial, residual
-from ratel.lora.outline import outline_of
-from ratel.lora.peft_config import of_object
-from ratel.lora.targets import Targets, resolve
+from ratel.lora.values.converted import converted_targets, converted_tensors
+from ratel.lora.values.fingerprint import base_fingerprint, digest_of, fingerprint, fingerprint_of
+from ratel.lora.values.initial import initial, residual
 from tests.support.lora import MODELS, TIED, load_in_peft, logits, make, peft_model, peft_tensors, trained
 
 pytestmark = pytest.mark.numerics

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ratel.lora.config import LoraConfig
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.layers import AdaptedLayer
+from ratel.lora.describe.outline import EMBEDDING, outline_of
+from ratel.lora.describe.peft_config import of_object
+from ratel.lora.describe.targets import Targets, resolve
 from ratel.lora.files import named
-from ratel.lora.initial import initial, needs_weight, residual
-from ratel.lora.layers import AdaptedLayer
-from ratel.lora.outline import EMBEDDING, outline_of
-from ratel.lora.peft_config import of_object
-from ratel.lora.targets import Targets, resolve
+from ratel.lora.values.initial import initial, needs_weight, residual
 from tests.support.lora import logits, make, peft_model, peft_tensors
 
 pytestmark = pytest.mark.numerics

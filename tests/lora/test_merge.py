@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
+from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.peft_config import of_object
+from ratel.lora.describe.targets import Targets, resolve
 from ratel.lora.files import tensors_of
-from ratel.lora.merge import merged, merged_parameter, unties
-from ratel.lora.outline import outline_of
-from ratel.lora.peft_config import of_object
-from ratel.lora.targets import Targets, resolve
+from ratel.lora.values.merge import merged, merged_parameter, unties
 from tests.support.lora import logits, make, peft_model, trained
 
 pytestmark = pytest.mark.numerics

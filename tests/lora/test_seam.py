@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ratel.lora.compute import Adapter, Draws, adapt
-from ratel.lora.config import LoraConfig
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.targets import resolve
 from ratel.lora.files import read_adapter, tensors_of, write_adapter
-from ratel.lora.outline import outline_of
-from ratel.lora.targets import resolve
 from tests.support.lora import load_in_peft, logits, make, trained
 
 pytestmark = pytest.mark.numerics

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ratel.errors import RatelError
-from ratel.lora.config import LoraConfig
-from ratel.lora.mistakes import refuse_mistakes
-from ratel.lora.outline import outline_of
-from ratel.lora.peft_config import of_object
-from ratel.lora.targets import resolve
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.mistakes import refuse_mistakes
+from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.peft_config import of_object
+from ratel.lora.describe.targets import resolve
 from ratel.models.structure.skeleton import strip_parameters
 from tests.support.lora import EXPERTS, MODELS, TIED, logits, make, peft_model, peft_shapes
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ratel.errors import RatelError
-from ratel.lora.config import OPTIONS, LoraConfig
-from ratel.lora.peft_config import CONFIG_FILE, is_peft_config, of_directory, of_object
+from ratel.lora.describe.config import OPTIONS, LoraConfig
+from ratel.lora.describe.peft_config import CONFIG_FILE, is_peft_config, of_directory, of_object
 from ratel.schema import shown
 
 
@@ -35,7 +35,7 @@ def given_adapter(given: object, field: str = "lora") -> GivenAdapter:
                              remedy=f"Give a rank such as 16, or a directory with an {CONFIG_FILE}")
         return GivenAdapter(config=of_directory(directory, field), directory=directory)
     raise RatelError(f"is a {type(given).__name__}, which describes no adapter", field=field, value=shown(given),
-                     remedy="Give a rank, a ratel.lora.config.LoraConfig, a peft.LoraConfig, or the directory of an adapter")
+                     remedy="Give a rank, a ratel.lora.describe.config.LoraConfig, a peft.LoraConfig, or the directory of an adapter")
 
 
 def _called(field: str) -> dict[str, str]:

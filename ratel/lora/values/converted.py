@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from ratel.lora.config import LoraConfig
-from ratel.lora.initial import LayerTensors
-from ratel.lora.layers import AdaptedLayer
-from ratel.lora.targets import Targets
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.layers import AdaptedLayer
+from ratel.lora.describe.targets import Targets
+from ratel.lora.values.initial import LayerTensors
 
 
 def converted_config(config: LoraConfig) -> LoraConfig:
@@ -33,7 +33,7 @@ def converted_targets(targets: Targets) -> Targets:
 
 
 def converted_tensors(layer: AdaptedLayer, trained: LayerTensors, initial: LayerTensors) -> LayerTensors:
-    """``initial``: what `ratel.lora.initial.initial` gave. The magnitudes of DoRA are of the sum,
+    """``initial``: what `ratel.lora.values.initial.initial` gave. The magnitudes of DoRA are of the sum,
     and stay."""
     assert layer.experts == 1, "pissa and olora are not for experts"
     a, b = torch.cat([trained.a, initial.a]), torch.cat([trained.b, -initial.b], dim=1)

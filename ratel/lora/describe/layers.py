@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ratel.lora.outline import EMBEDDING
+from ratel.lora.describe.outline import EMBEDDING
 
 PREFIX = "base_model.model."
 PARAMETER = "parameter"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ratel.errors import RatelError
-from ratel.lora.initial import LayerTensors, as_stored
-from ratel.lora.layers import PARAMETER, AdaptedLayer
-from ratel.lora.outline import EMBEDDING
-from ratel.lora.targets import Targets
+from ratel.lora.describe.layers import PARAMETER, AdaptedLayer
+from ratel.lora.describe.outline import EMBEDDING
+from ratel.lora.describe.targets import Targets
+from ratel.lora.values.initial import LayerTensors, as_stored
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
-from ratel.lora.config import ALL_LINEAR, PEFT_FIELDS, SVD_STEPS, LoraConfig
+from ratel.lora.describe.config import ALL_LINEAR, PEFT_FIELDS, SVD_STEPS, LoraConfig
 from ratel.reading import read_json
 from ratel.schema import SchemaError, anything, boolean, check, listing, mapping, nullable, number, record, shown, text, whole
 
@@ -156,7 +156,7 @@ def settings_of(config: LoraConfig, *, base: str | None = None, task: str | None
     """`adapter_config.json` of an adapter that is trained: peft loads it for use.
     ``is_transposed``: the weights of targets are stored the other way round (GPT-2's Conv1D).
     Fields of later versions of peft are there only where they say something."""
-    assert not config.changes_base, "such an adapter is stored as one for the base as it is (ratel/lora/converted.py)"
+    assert not config.changes_base, "such an adapter is stored as one for the base as it is (ratel/lora/values/converted.py)"
     names = {name: list(value) if isinstance(value, tuple) else value for name, value in
              (("target_modules", config.targets), ("exclude_modules", config.exclude), ("modules_to_save", config.full or None))}
     settings = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "r": config.rank,

@@ -8,11 +8,11 @@ from functools import cached_property
 from math import prod
 
 from ratel.errors import RatelError
-from ratel.lora.config import ALL_LINEAR, LoraConfig
-from ratel.lora.layers import PARAMETER, AdaptedLayer, FullModule
-from ratel.lora.names import ends_with_any, nothing_found
-from ratel.lora.older_names import possible_names, with_present_names
-from ratel.lora.outline import CONV1D, EMBEDDING, LINEAR, OTHER, ModelOutline, ModuleOutline
+from ratel.lora.describe.config import ALL_LINEAR, LoraConfig
+from ratel.lora.describe.layers import PARAMETER, AdaptedLayer, FullModule
+from ratel.lora.describe.names import ends_with_any, nothing_found
+from ratel.lora.describe.older_names import possible_names, with_present_names
+from ratel.lora.describe.outline import CONV1D, EMBEDDING, LINEAR, OTHER, ModelOutline, ModuleOutline
 
 
 PEFT_TIES = ("embed_tokens", "lm_head")

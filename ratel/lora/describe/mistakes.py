@@ -8,11 +8,11 @@ already is not held to this: its tensors say what it is.
 import re
 
 from ratel.errors import RatelError
-from ratel.lora.config import ALL_LINEAR, LoraConfig
-from ratel.lora.layers import AdaptedLayer
-from ratel.lora.names import adaptable, ends_of, nearest
-from ratel.lora.outline import ModelOutline
-from ratel.lora.targets import Targets
+from ratel.lora.describe.config import ALL_LINEAR, LoraConfig
+from ratel.lora.describe.layers import AdaptedLayer
+from ratel.lora.describe.names import adaptable, ends_of, nearest
+from ratel.lora.describe.outline import ModelOutline
+from ratel.lora.describe.targets import Targets
 
 
 def refuse_mistakes(targets: Targets) -> None:

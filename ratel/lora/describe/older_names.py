@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ratel.lora.config import ALL_LINEAR, LoraConfig
-from ratel.lora.layers import PREFIX, AdaptedLayer
-from ratel.lora.outline import ModelOutline
+from ratel.lora.describe.config import ALL_LINEAR, LoraConfig
+from ratel.lora.describe.layers import PREFIX, AdaptedLayer
+from ratel.lora.describe.outline import ModelOutline
 
 
 @dataclass(frozen=True, kw_only=True)

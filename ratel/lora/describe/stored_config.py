@@ -3,10 +3,10 @@ just that to peft."""
 
 from dataclasses import replace
 
-from ratel.lora.config import LoraConfig
-from ratel.lora.layers import PARAMETER
-from ratel.lora.outline import ModelOutline
-from ratel.lora.targets import Targets
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.layers import PARAMETER
+from ratel.lora.describe.outline import ModelOutline
+from ratel.lora.describe.targets import Targets
 
 
 def stored_config(targets: Targets) -> LoraConfig:

@@ -9,9 +9,9 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from ratel.lora.config import LoraConfig
-from ratel.lora.layers import PARAMETER, AdaptedLayer
-from ratel.lora.outline import EMBEDDING
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.layers import PARAMETER, AdaptedLayer
+from ratel.lora.describe.outline import EMBEDDING
 
 
 @dataclass(frozen=True, kw_only=True)

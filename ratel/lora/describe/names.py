@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 
 from ratel.errors import RatelError
-from ratel.lora.config import LoraConfig
-from ratel.lora.outline import OTHER, ModelOutline
+from ratel.lora.describe.config import LoraConfig
+from ratel.lora.describe.outline import OTHER, ModelOutline
 
 
 def ends_with_any(name: str, targets: Collection[str]) -> bool:
