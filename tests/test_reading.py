@@ -17,7 +17,7 @@ from ratel.errors import RatelError
 from ratel.models.checkpoints.config import read_config
 from ratel.models.checkpoints.directory import model_files
 from ratel.models.safetensors.header import read_header
-from ratel.planner.hardware import Hardware, load_hardware
+from ratel.planner.machine.hardware import Hardware, load_hardware
 from ratel.reading import JsonError, NotRegularError, open_regular, parse_json, read_regular, refuse_odd_entries
 from ratel.schema import SchemaError, check, listing, mapping, nullable, number, one_of, record, text, whole
 from ratel.startup import readahead

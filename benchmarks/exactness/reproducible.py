@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.exactness.bitwise import Repetitions
+from ratel.hardware.determinism import WORKSPACE, same_bits
 from ratel.hardware.device import require_device
-from ratel.runtime.session.determinism import WORKSPACE, same_bits
 from ratel.training.bench.step import random_tokens
 from benchmarks.harness.report import Report, script_command, script_path
 from benchmarks.exactness.reproducible_parts import Pieces, Work, busy_machine

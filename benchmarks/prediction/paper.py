@@ -20,8 +20,8 @@ from benchmarks.prediction import paper_figures as figures
 from benchmarks.prediction import paper_systems as systems
 from benchmarks.prediction.paper_figures import BEST_BATCH, CAPACITY_SHAPES, SEQ_LEN
 from ratel.planner.forecast.cost import Prediction
-from ratel.planner.hardware import Hardware, load_hardware, with_ssds
-from ratel.planner.pipes import ssd_rates
+from ratel.planner.machine.hardware import Hardware, load_hardware, with_ssds
+from ratel.planner.machine.pipes import ssd_rates
 from ratel.planner.plan import Plan
 from ratel.planner.traffic import activation_traffic, pass_traffic
 

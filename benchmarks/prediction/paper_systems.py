@@ -6,8 +6,8 @@ from dataclasses import replace
 from benchmarks.prediction.paper_figures import SEQ_LEN, SHAPES, VOCAB
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import Prediction, predict
-from ratel.planner.hardware import Hardware
 from ratel.planner.formats import BACKWARD, BF16, EXACT, FORWARD, FP32, StateFormats
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement
 from ratel.planner.plan import Buffers, Plan, Work
 from ratel.planner.shape import UNIT_ALIGN, ModelSpec, ParamSpec, StageSpec, lay_out

@@ -24,7 +24,7 @@ import torch
 
 from ratel.hardware.probe import probe
 from ratel.planner.forecast.cost import predict
-from ratel.planner.hardware import with_cap
+from ratel.planner.machine.hardware import with_cap
 from ratel.runtime.session.session import Session
 from ratel.training.bench.step import use_quick_weights
 from ratel.units import parse_rate

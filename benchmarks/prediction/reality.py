@@ -26,7 +26,7 @@ from ratel.hardware.probe import probe
 from ratel.memory.resident import peak_bytes, reset_peak
 from ratel.planner.forecast.cost import predict
 from ratel.planner.forecast.simulate import simulate
-from ratel.planner.hardware import Hardware, with_cap
+from ratel.planner.machine.hardware import Hardware, with_cap
 from ratel.runtime.session.result import StepResult
 from ratel.runtime.session.session import Session
 from ratel.training.bench.step import random_tokens, use_quick_weights

@@ -96,7 +96,7 @@ def _max(args: argparse.Namespace) -> None:
 
 
 def _step(args: argparse.Namespace) -> None:
-    from ratel.runtime.session.determinism import same_bits
+    from ratel.hardware.determinism import same_bits
     from ratel.training.bench.step import StepBench, details, measure, table
 
     check_can_write(args.trace, "--trace")

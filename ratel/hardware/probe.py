@@ -19,7 +19,7 @@ from ratel.hardware.storage import describe_directory
 from ratel.hardware.timing import repeated_beside
 from ratel.memory.resident import resident_bytes
 from ratel.planner.formats import EXACT_TRAINED_BYTES, EXACT_UPDATE_BYTES
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.probe_cache import Key, load, store
 from ratel.reading import read_text
 from ratel.units import GIB, MIB

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ratel.hardware.probe import Probe
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.units import format_bytes
 
 

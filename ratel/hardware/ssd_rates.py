@@ -9,7 +9,7 @@ from ratel import native
 from ratel.errors import RatelError
 from ratel.hardware.storage import require_directory
 from ratel.memory.jobs import crew
-from ratel.planner.hardware import Ssd
+from ratel.planner.machine.hardware import Ssd
 from ratel.units import MIB, align_up
 
 TICKET_BYTES = 16 * MIB

@@ -11,7 +11,7 @@ from typing import Any
 from ratel.config import CommonOptions, TrainConfig, choice_reader, directories_reader, option_of, options_of, varied
 from ratel.errors import RatelError
 from ratel.planner.activation_policy import AUTO, Activations
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import Forced
 from ratel.planner.plan import Buffers
 

@@ -7,7 +7,7 @@ import torch
 
 from ratel.hardware import probe
 from ratel.hardware.host import worker_cores
-from ratel.planner.hardware import Hardware, load_hardware, with_cap, with_ssds
+from ratel.planner.machine.hardware import Hardware, load_hardware, with_cap, with_ssds
 from ratel.probe_cache import load, store
 from ratel.startup import arena_ahead
 from ratel.startup import readahead

@@ -10,7 +10,7 @@ from pathlib import Path
 from ratel import interrupt, native
 from ratel.errors import RatelError, remedy_for
 from ratel.ownership.stamps import STAMP_BYTES, Stamp, is_superseded
-from ratel.planner.stripes import Weights
+from ratel.planner.machine.stripes import Weights
 
 
 @dataclass(frozen=True, kw_only=True)

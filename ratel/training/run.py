@@ -13,13 +13,13 @@ from torch.nn import Module
 from ratel import interrupt
 from ratel.config import NEXT_TOKEN, TrainConfig
 from ratel.errors import RatelError
+from ratel.hardware.determinism import same_bits
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.interrupt import Interrupted
 from ratel.models.calls.tasks import Task
 from ratel.models.load import is_causal_lm
 from ratel.monitor.progress import ProgressDisplay
 from ratel.planner.options import SessionOptions
-from ratel.runtime.session.determinism import same_bits
 from ratel.runtime.session.session import Session
 from ratel.startup.ahead import await_kernels, begin_ahead, end_ahead, remember_arena
 from ratel.trace import phases

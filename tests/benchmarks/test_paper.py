@@ -8,7 +8,7 @@ import pytest
 from benchmarks.harness.report import RESULTS
 from benchmarks.prediction import paper
 from benchmarks.prediction import paper_systems as systems
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.traffic import pass_traffic
 
 pytestmark = pytest.mark.unit

@@ -17,9 +17,9 @@ from ratel.errors import RatelError
 from ratel.planner.forecast.cost import RESOURCES, predict
 from ratel.planner.forecast.durability import saving
 from ratel.planner.forecast.wear import parse_endurance, wear
-from ratel.planner.hardware import load_hardware
-from ratel.planner.pipes import ssd_rates
 from ratel.planner.formats import PLANES
+from ratel.planner.machine.hardware import load_hardware
+from ratel.planner.machine.pipes import ssd_rates
 from ratel.planner.report.report import summed, table
 from ratel.planner.search.largest import largest_count, with_depth
 from ratel.runtime.planning.machine import machine_for

@@ -22,7 +22,7 @@ from ratel.hardware.probe import Effort, Probe
 from ratel.hardware.probe_report import render
 from ratel.hardware.rates import AdamwRates
 from ratel.memory.resident import peak_bytes, reset_peak
-from ratel.planner.hardware import Hardware, Ssd
+from ratel.planner.machine.hardware import Hardware, Ssd
 from ratel.startup import known_hardware as known
 from ratel.startup.known_hardware import BRIEF
 from ratel.units import GIB, KIB, MIB

@@ -13,8 +13,8 @@ from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.compute import GpuSeconds
 from ratel.planner.forecast.cost import RESOURCES, predict
 from ratel.planner.forecast.simulate import simulate
-from ratel.planner.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
-from ratel.planner.pipes import Pipe, SsdRates, ssd_rates
+from ratel.planner.machine.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
+from ratel.planner.machine.pipes import Pipe, SsdRates, ssd_rates
 from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Buffers
 from ratel.planner.shape import ParamSpec, lay_out

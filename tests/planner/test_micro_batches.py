@@ -9,7 +9,7 @@ from ratel.errors import RatelError
 from ratel.planner.activation_policy import AUTO
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.checkpoints import Spill
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.search.micro_batches import best_plan

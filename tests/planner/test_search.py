@@ -11,9 +11,9 @@ from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import predict
 from ratel.planner.forecast.simulate import simulate
 from ratel.planner.formats import EXACT
-from ratel.planner.hardware import Hardware, Ssd, load_hardware
-from ratel.planner.placement import Forced
+from ratel.planner.machine.hardware import Hardware, Ssd, load_hardware
 from ratel.planner.options import SessionOptions
+from ratel.planner.placement import Forced
 from ratel.planner.plan import Buffers, Work
 from ratel.planner.search import search as search_module
 from ratel.planner.search.choose import choose

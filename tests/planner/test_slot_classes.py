@@ -10,7 +10,7 @@ from ratel.models import parts as parts_module
 from ratel.models.structure.unit_layout import Layout, make_layout
 from ratel.planner.forecast.cost import predict
 from ratel.planner.forecast.simulate import simulate
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.schedule import unit_gathers
 from ratel.planner.shape import ModelSpec, ParamSpec, SlotClass, StageSpec, lay_out, outside_blocks
 from tests.runtime.streams.test_concurrency import train

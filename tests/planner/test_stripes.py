@@ -11,9 +11,9 @@ import torch
 
 import nvme_ds
 from ratel.errors import RatelError
-from ratel.planner.hardware import Hardware, Ssd, load_hardware
-from ratel.planner.pipes import ssd_rates
-from ratel.planner.stripes import MOST_STRIPES, stripe_weights, striped
+from ratel.planner.machine.hardware import Hardware, Ssd, load_hardware
+from ratel.planner.machine.pipes import ssd_rates
+from ratel.planner.machine.stripes import MOST_STRIPES, stripe_weights, striped
 from ratel.runtime.planning import prepare
 from ratel.runtime.session.session import Session
 from ratel.units import MIB

@@ -3,8 +3,8 @@
 import random
 from dataclasses import replace
 
-from ratel.planner.hardware import Hardware, Ssd
 from ratel.planner.formats import EXACT
+from ratel.planner.machine.hardware import Hardware, Ssd
 from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Plan, Work
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out

@@ -272,7 +272,7 @@ def make_template(sandbox: Path) -> None:
 
     from ratel.cli import main as ratel
     from ratel.data.tokens.tokenizer import DEFAULT_CHAT_TEMPLATE, byte_level_tokenizer
-    from ratel.planner.hardware import load_hardware
+    from ratel.planner.machine.hardware import load_hardware
 
     sandbox.mkdir(parents=True)
     os.chdir(sandbox)

@@ -9,7 +9,7 @@ import pytest
 
 from ratel import cli
 from ratel.planner.forecast.cost import predict
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.plan import Buffers
 from ratel.planner.report.utilization import StepReport, busy_seconds, describe, report_step
 from ratel.runtime.session.session import Session

@@ -10,7 +10,7 @@ kernels, which is measured with the blocks.
 from functools import lru_cache
 
 from ratel.planner.block_profile import BlockProfile
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.plan import Plan
 from ratel.planner.shape import StageSpec, UnitSpec
 from ratel.planner.traffic import kept_inner

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ratel.errors import RatelError
 from ratel.planner.forecast.compute import GpuSeconds
 from ratel.planner.forecast.recurrence import Prices, Times, follow
-from ratel.planner.hardware import Hardware
-from ratel.planner.pipes import link, ssd_rates
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.pipes import link, ssd_rates
 from ratel.planner.plan import Plan
 from ratel.planner.traffic import Traffic, micro_rows, pass_traffic
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from ratel.planner.hardware import Hardware
-from ratel.planner.pipes import ssd_rates
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.pipes import ssd_rates
 from ratel.planner.placement import SSD
 from ratel.planner.plan import Plan
 from ratel.units import format_bytes, format_seconds

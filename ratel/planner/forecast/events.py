@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from ratel.planner.pipes import Pipe
+from ratel.planner.machine.pipes import Pipe
 from ratel.trace.timeline import Span
 
 Process = Generator["Event", None, None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ratel.planner.forecast.events import Event, Pool, Process, Queue, TwoWay
 from ratel.planner.forecast.recurrence import COPIES_BEHIND, step_schedule, update_order
 from ratel.planner.forecast.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import closed_first
 from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather

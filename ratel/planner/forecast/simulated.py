@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from ratel.planner.forecast.compute import GpuSeconds
 from ratel.planner.forecast.events import Clock, Event, Memory, TwoWay
-from ratel.planner.hardware import Hardware
-from ratel.planner.pipes import SsdRates, link, ssd_rates
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.pipes import SsdRates, link, ssd_rates
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
 

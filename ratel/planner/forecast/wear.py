@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ratel.errors import RatelError
 from ratel.planner.forecast.cost import Prediction
+from ratel.planner.machine.stripes import Weights, striped
 from ratel.planner.plan import Plan
-from ratel.planner.stripes import Weights, striped
 from ratel.units import parse_bytes
 
 DAY_S = 86400.0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.search.micro_batches import Planned
 from ratel.planner.search.request import Request
 from ratel.planner.search.search import search

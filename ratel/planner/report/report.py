@@ -7,7 +7,7 @@ from typing import Any
 from ratel.planner.forecast.cost import RESOURCES, Prediction, predict
 from ratel.planner.forecast.durability import Saving, saving
 from ratel.planner.forecast.wear import Wear
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.plan import Plan
 from ratel.planner.report.advice import Gain
 from ratel.units import format_bytes, format_seconds

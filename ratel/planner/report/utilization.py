@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ratel.planner.formats import EXACT_UPDATE_BYTES
-from ratel.planner.hardware import Hardware
-from ratel.planner.pipes import link, ssd_rates
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.pipes import link, ssd_rates
 from ratel.trace.bubbles import Bubbles, find_bubbles
 from ratel.trace.timeline import Span, Timeline
 from ratel.units import format_bytes

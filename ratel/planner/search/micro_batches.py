@@ -12,7 +12,7 @@ from typing import Protocol
 from ratel.errors import RatelError
 from ratel.planner.activation_policy import AUTO, SPILL
 from ratel.planner.forecast.cost import Prediction
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.search.choose import choose

@@ -14,7 +14,7 @@ from itertools import product
 
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import Prediction, predict, predict_below
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import DRAM, GPU, SSD, closed_first, forced_placements
 from ratel.planner.plan import Buffers, Plan
 from ratel.planner.search.choose import choose, early_counts, finished, place_checkpoints

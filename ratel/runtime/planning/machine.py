@@ -11,7 +11,7 @@ from ratel.errors import RatelError
 from ratel.hardware.device import require_device
 from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
-from ratel.planner.hardware import Hardware, load_hardware, machine_names, with_cap, with_ssds
+from ratel.planner.machine.hardware import Hardware, load_hardware, machine_names, with_cap, with_ssds
 from ratel.planner.search.request import Budgets
 from ratel.runtime.planning.prepare import DRAM_MARGIN, GPU_MARGIN_BYTES, usable_bytes
 from ratel.startup.known_hardware import AUTO, NONE, hardware_for

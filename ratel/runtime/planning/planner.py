@@ -14,7 +14,7 @@ from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.forecast.wear import parse_endurance, wear
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.report.advice import advise

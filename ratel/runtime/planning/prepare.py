@@ -15,11 +15,11 @@ from ratel.hardware.device import avoid_fragmentation, quiet_first_product
 from ratel.hardware.host import available_memory
 from ratel.memory.resident import resident_bytes
 from ratel.planner.forecast.cost import predict
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.stripes import Weights, striped
 from ratel.planner.options import SessionOptions
 from ratel.planner.search.micro_batches import Planned, best_plan
 from ratel.planner.search.request import BlockFacts, Budgets, Request, request_for
-from ratel.planner.stripes import Weights, striped
 from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.loss import positions_per_chunk
 from ratel.runtime.blocks.runs import BlockRuns

@@ -12,8 +12,8 @@ from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.ownership.stamps import belongs_to
+from ratel.planner.machine.stripes import Weights
 from ratel.planner.plan import Plan
-from ratel.planner.stripes import Weights
 from ratel.runtime.session.machinery import Machinery, can_continue
 from ratel.runtime.states.moments import import_moments
 from ratel.runtime.states.saved_state import SavedState

@@ -15,7 +15,7 @@ from ratel.memory.exchange import Exchange
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.ownership.apart import contains
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.search.micro_batches import Planned

@@ -8,9 +8,9 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.models import Parts
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.stripes import Weights
 from ratel.planner.search.micro_batches import Planned
-from ratel.planner.stripes import Weights
 from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.compiled import CompiledBlocks
 from ratel.runtime.blocks.runs import BlockRuns

@@ -16,7 +16,7 @@ import torch
 from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.planner.forecast.cost import Prediction
-from ratel.planner.hardware import Hardware
+from ratel.planner.machine.hardware import Hardware
 from ratel.planner.options import SessionOptions, learning_rate
 from ratel.planner.plan import Plan
 from ratel.planner.search.micro_batches import Planned

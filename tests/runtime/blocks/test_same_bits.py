@@ -9,8 +9,8 @@ import torch
 
 from ratel import probe_cache
 from ratel.errors import RatelError
-from ratel.planner.hardware import load_hardware
-from ratel.runtime.session.determinism import WORKSPACE, same_bits
+from ratel.hardware.determinism import WORKSPACE, same_bits
+from ratel.planner.machine.hardware import load_hardware
 from ratel.runtime.session.session import Session
 from tests.support.families import build
 from tests.support.resume import make_model, make_text, records, train

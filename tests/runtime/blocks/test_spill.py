@@ -23,7 +23,7 @@ from ratel.models.presets import preset_config
 from ratel.planner.checkpoints import Spill
 from ratel.planner.forecast.cost import predict
 from ratel.planner.forecast.simulate import simulate
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.plan import Plan
 from ratel.planner.traffic import step_traffic
 from ratel.runtime.blocks.spiller import Spiller

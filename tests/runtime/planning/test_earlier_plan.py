@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ratel import probe_cache
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.plan import Plan
 from ratel.planner.search import micro_batches
 from ratel.runtime.planning import prepare

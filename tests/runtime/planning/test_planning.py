@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ratel.planner.forecast.cost import predict
-from ratel.planner.hardware import Hardware, load_hardware
+from ratel.planner.machine.hardware import Hardware, load_hardware
 from ratel.planner.traffic import step_traffic
 from ratel.runtime.session.session import Session
 from tests.support.families import batches, build, loss_fn_of

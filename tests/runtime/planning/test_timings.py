@@ -4,7 +4,7 @@ same."""
 import pytest
 import torch
 
-from ratel.planner.hardware import load_hardware
+from ratel.planner.machine.hardware import load_hardware
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.planning import block_timing
 from ratel.runtime.session.session import Session

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
-from ratel.planner.stripes import Weights, stripe_weights
+from ratel.planner.machine.stripes import Weights, stripe_weights
 from ratel.reading import JsonError, read_json
 from ratel.schema import Check, SchemaError, anything, check, listing, number, shown, text, whole
 
-MACHINES = Path(__file__).parent / "machines"
+MACHINES = Path(__file__).parents[1] / "machines"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ratel.planner.hardware import Hardware
-from ratel.planner.stripes import striped
+from ratel.planner.machine.hardware import Hardware
+from ratel.planner.machine.stripes import striped
 
 
 @dataclass(frozen=True, kw_only=True)
