@@ -71,7 +71,7 @@ def test_one_that_is_closed_at_once_stops_touching(monkeypatch: pytest.MonkeyPat
     assert begun.wait(60)
     threading.Timer(0.1, may_go.set).start()
     made.close()
-    assert touched == [MIB] and made._bytes.numel() == 0
+    assert touched == [MIB] and made._bytes.numel() == 0 and made._made._done.is_set()
 
 
 def test_one_that_is_abandoned_stays_mapped(pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +91,12 @@ def test_memory_that_is_there_already_is_taken(pool) -> None:
     begin, num_bytes = arena_in(taken.map)
     assert (begin, num_bytes) == (made.address, MIB)
     made.close()
+
+
+def test_a_piece_is_as_large_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "MOST_PINNED_BYTES", 2)
+    assert list(arena.pinned_pieces([1, 2, 3], 3)) == [(0, 2), (2, 3)]
+    assert list(arena.pinned_pieces([1, 2], 2)) == [(0, 2)]
 
 
 @pytest.mark.parametrize("answer", [0, 1, 2])
