@@ -114,8 +114,7 @@ class Machinery:
         for unit in self.plan.spec.units:
             for name in self.plan.formats.planes:
                 if self.store.has(unit.index, name):
-                    values = self._fitted(saved, unit, name)
-                    self.transfer.write(unit, name, values)
+                    self.transfer.write(unit, name, self._fitted(saved, unit, name))  # no name: one plane in memory at a time
         self._imported()
 
     def continue_commits(self, saved: SavedState) -> None:
