@@ -11,46 +11,26 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any
 
 from nvme_ds import files, native
-from nvme_ds.errors import DirectError, IoError, StallError
-from nvme_ds.layout import file_sizes, stripe_pattern
-from nvme_ds.options import BACKENDS, caps_by_directory, check_layout, check_options, choose_backend
-from nvme_ds.volume import Volume, remove_files
+from nvme_ds.errors import StallError, canceled, checked, transfer_error
+from nvme_ds.faults import faults
+from nvme_ds.lifetime import SLICE_US, UNFINISHED, engines, is_stalled, remove_scratch, shut_down
+from nvme_ds.making import make_volume
+from nvme_ds.observation import IoSpan, counted, recorded_spans
+from nvme_ds.options import BACKENDS, caps_by_directory, check_options, choose_backend
+from nvme_ds.volume import PRIORITIES, Volume, refusal
 
-WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK, BACKGROUND = range(5)
+__all__ = ["ACTIVATION", "ALIGNMENT", "BACKGROUND", "OPTIMIZER", "WEIGHT", "WRITEBACK", "Engine", "IoSpan", "remove_scratch"]
+
+WEIGHT, ACTIVATION, OPTIMIZER, WRITEBACK, BACKGROUND = PRIORITIES
 ALIGNMENT = files.ALIGNMENT
 
-_OPS = ("read", "write", "sync")
-_FAULT_BITS = {None: 0, "read": 1, "write": 2, "sync": 4, "any": 7}
-_DIRECT = {"off": 0, "auto": 1, "on": 2}
-_TOTALLED = ("bytes_read", "bytes_written", "reads", "writes", "errors", "fixed_ops", "queued", "in_flight")
-_SLICE_US = 100_000  # how long native code keeps a waiting thread before Python may look at its signals
-_EXIT_PATIENCE_S = 5.0
-_UNFINISHED = (-errno_module.EINPROGRESS, native.STALLED)
-
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _nothing() -> None:
     """What is done while waiting, where nothing else is said."""
-
-
-class IoSpan(NamedTuple):
-    """A stretch of a transfer on one directory. Times are those of ``time.perf_counter`` on Linux
-    (CLOCK_MONOTONIC); what a bandwidth cap holds back has begun. ``volume`` is a handle; ``offset``
-    is in that volume."""
-
-    directory: str
-    op: str
-    volume: int
-    offset: int
-    num_bytes: int
-    priority: int
-    begin_s: float
-    end_s: float
 
 
 class Engine:
@@ -77,14 +57,14 @@ class Engine:
         self._caps = caps_by_directory(bandwidth_bps)
         options = native.EngineOptions(BACKENDS[self.backend], queue_depth, num_threads, request_bytes,
                                        int(stall_timeout_s * 1e9))
-        self._handle = _checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
+        self._handle = checked(self._native.engine_create(ctypes.byref(options)), "creating the engine")
         self.scratch: dict[int, list[tuple[str, files.Inode]]] = {}
         """The files of each volume that go with it, or else with the engine. Only these, not what
         took their names since."""
         self._process = os.getpid()
         self._while_waiting = while_waiting
-        self._finalizer = weakref.finalize(self, _shut_down, self._native, self._handle, self._process, self.scratch)
-        _engines.add(self)
+        self._finalizer = weakref.finalize(self, shut_down, self._native, self._handle, self._process, self.scratch)
+        engines.add(self)
         self._devices: dict[str, int] = {}
         self._volumes: dict[int, Volume] = {}
         self._buffers: dict[int, int] = {}
@@ -116,7 +96,7 @@ class Engine:
             tails = [tail(index) for index in range(len(paths))]
             return files.create_files(paths, [size + len(end) for size, end in zip(sizes, tails)], tails, may_replace, undo)
 
-        return self._make_volume(make, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+        return make_volume(self, make, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
     def open_volume(self, directories: Sequence[str | os.PathLike], name: str, num_bytes: int,
                     stripe_bytes: int = 1 << 20, weights: Sequence[float] | None = None, direct: str = "auto",
@@ -126,48 +106,18 @@ class Engine:
         def find(paths: list[str], sizes: list[int], undo: ExitStack) -> list[int]:
             return files.open_files(paths, [size + tail_bytes for size in sizes], undo)
 
-        return self._make_volume(find, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
+        return make_volume(self, find, directories, name, num_bytes, stripe_bytes, weights, direct, keep)
 
-    def _make_volume(self, make_files, directories, name, num_bytes, stripe_bytes, weights, direct, keep) -> Volume:
-        self._require_open()
-        folders = [os.path.realpath(directory) for directory in directories]
-        weights = [1] * len(folders) if weights is None else list(weights)
-        check_layout(folders, name, num_bytes, stripe_bytes, weights, direct)
-        num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        pattern = stripe_pattern(weights)
-        paths = files.volume_paths(folders, name)
-        with ExitStack() as undo:  # from the first file on: no exception comes between its making and somebody who removes it
-            fds = make_files(paths, file_sizes(num_bytes, stripe_bytes, pattern), undo)
-            inodes = [files.inode_of(os.fstat(fd)) for fd in fds]
-            is_direct = files.bypass_page_cache(fds, paths, direct, refuse=self._no_direct)
-            how = _DIRECT[direct] if is_direct else _DIRECT["off"]
-            handle = self._add_volume(folders, fds, paths, pattern, stripe_bytes, num_bytes, how)
-            undo.pop_all()
-        volume = Volume(self, handle, paths, inodes, num_bytes, is_direct, keep, pattern, stripe_bytes)
-        with self._lock:
-            self._volumes[handle] = volume
-        return volume
-
-    def _add_volume(self, folders, fds, paths, pattern, stripe_bytes, num_bytes, direct) -> int:
-        count = len(fds)
-        devices = [self._device(folder) for folder in folders]
-        spec = native.VolumeSpec(
-            num_files=count, devices=(ctypes.c_int32 * count)(*devices), fds=(ctypes.c_int32 * count)(*fds),
-            paths=(ctypes.c_char_p * count)(*map(os.fsencode, paths)), pattern_length=len(pattern),
-            pattern=(ctypes.c_uint32 * len(pattern))(*pattern), stripe_bytes=stripe_bytes, num_bytes=num_bytes,
-            direct=direct)
-        return _checked(self._native.volume_add(self._handle, ctypes.byref(spec)), "adding a volume")
-
-    def _device(self, folder: str) -> int:
+    def device(self, folder: str) -> int:
         with self._lock:
             if folder not in self._devices:
                 cap_bps = self._caps.get(folder, self._caps.get(None, 0.0))
                 index = self._native.device_add(self._handle, cap_bps)
-                self._devices[folder] = _checked(index, f"a queue for {folder}")
+                self._devices[folder] = checked(index, f"a queue for {folder}")
             return self._devices[folder]
 
     def _sync_volume(self, volume: Volume) -> None:
-        self._require_open()
+        self.require_open()
         ticket = self._native.submit_sync(self._handle, volume.handle)
         if ticket < 0:
             self._refuse(-ticket, volume, 0, 0, 0, 0)
@@ -188,11 +138,11 @@ class Engine:
         ``stats()["fixed_buffers"]`` says why. Unregister before the memory is freed: its pages stay
         in use until then.
         """
-        _checked(self._native.buffer_register(self._handle, address, num_bytes), "registering a buffer")
+        checked(self._native.buffer_register(self._handle, address, num_bytes), "registering a buffer")
         self._buffers[address] = num_bytes
 
     def unregister_buffer(self, address: int) -> None:
-        _checked(self._native.buffer_unregister(self._handle, address), "unregistering a buffer")
+        checked(self._native.buffer_unregister(self._handle, address), "unregistering a buffer")
         del self._buffers[address]
 
     # Transfers
@@ -202,7 +152,7 @@ class Engine:
         memory must stay valid until the ticket is done. Offset, address and size are multiples of
         4096."""
         if self._closed:
-            self._require_open()
+            self.require_open()
         ticket = self._native.submit(self._handle, volume.handle, 0, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
@@ -211,14 +161,14 @@ class Engine:
         ``submit_read``. Transfers in flight together are not ordered: wait for one before
         submitting another that overlaps it."""
         if self._closed:
-            self._require_open()
+            self.require_open()
         ticket = self._native.submit(self._handle, volume.handle, 1, offset, address, num_bytes, priority)
         return ticket if ticket > 0 else self._refuse(-ticket, volume, offset, address, num_bytes, priority)
 
     def done(self, ticket: int) -> bool:
         """Whether ``wait`` would return (or raise) at once."""
         if self._closed:
-            self._require_open()
+            self.require_open()
         status = self._native.done(self._handle, ticket)
         if status < 0:
             self._raise_for(status, None)
@@ -233,13 +183,15 @@ class Engine:
         gets through.
         """
         if self._closed:
-            self._require_open()
+            self.require_open()
         failure = self._failure()
         status = self._native.poll(self._handle, ticket, 0, failure)
         if status == -errno_module.EINPROGRESS:
             status = self._wait_in_slices(ticket, timeout_s, failure)
         if status == native.FELL_BACK:
-            self._fell_back(os.fsdecode(failure.path), os.strerror(failure.error))
+            files.say_buffered(os.fsdecode(failure.path), os.strerror(failure.error))
+            for volume in self._volumes_with(os.fsdecode(failure.path)):
+                volume.direct = False
         elif status:
             self._raise_for(status, failure)
 
@@ -262,14 +214,14 @@ class Engine:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         status = -errno_module.EINPROGRESS
         while not self._abandoned:
-            left_us = _SLICE_US if deadline_s is None else int((deadline_s - time.monotonic()) * 1e6)
+            left_us = SLICE_US if deadline_s is None else int((deadline_s - time.monotonic()) * 1e6)
             if left_us <= 0:
                 raise TimeoutError(f"ticket {ticket} is not done after {timeout_s} s")
             self._while_waiting()
-            before, status = status, self._native.wait(self._handle, ticket, min(left_us, _SLICE_US), failure)
-            if status not in _UNFINISHED or _is_stalled(before, status):
+            before, status = status, self._native.wait(self._handle, ticket, min(left_us, SLICE_US), failure)
+            if status not in UNFINISHED or is_stalled(before, status):
                 return status
-        raise _canceled()
+        raise canceled()
 
     # Observation and faults
 
@@ -281,30 +233,14 @@ class Engine:
         """
         with self._lock:
             devices = dict(self._devices)
-        directories = {folder: self._device_stats(index) for folder, index in devices.items()}
-        totals = {key: sum(entry[key] for entry in directories.values()) for key in _TOTALLED}
-        totals["busy_s"] = max(0, self._native.busy_ns(self._handle)) / 1e9
-        totals["tickets"] = max(0, self._native.num_tickets(self._handle))
-        return {"backend": self.backend, "fixed_buffers": self._fixed_buffers_state(), **totals,
-                "directories": directories}
-
-    def _device_stats(self, index: int) -> dict:
-        counters = native.Counters()
-        self._native.device_counters(self._handle, index, ctypes.byref(counters))
-        entry = {name: getattr(counters, name) for name, _ in counters._fields_}
-        entry["busy_s"] = entry.pop("busy_ns") / 1e9
-        return entry
-
-    def _fixed_buffers_state(self) -> str:
-        if not self._buffers:
-            return "none registered"
-        error = -self._native.buffer_error(self._handle)
-        return "on" if error == 0 else f"off: {os.strerror(error)}"
+        error = -self._native.buffer_error(self._handle) if self._buffers else None
+        fixed = "none registered" if error is None else "off: " + os.strerror(error) if error else "on"
+        return {"backend": self.backend, "fixed_buffers": fixed, **counted(self._native, self._handle, devices)}
 
     def watch(self, capacity: int) -> None:
         """Record what each directory does from now on, ``capacity`` spans (64 bytes each) at most;
         0 ends it and forgets."""
-        _checked(self._native.watch(self._handle, capacity), "watching")
+        checked(self._native.watch(self._handle, capacity), "watching")
         self._watching = capacity
 
     def spans(self) -> tuple[list[IoSpan], int]:
@@ -313,46 +249,18 @@ class Engine:
         Requests of one transfer that a directory worked on together are one span. Only what is over
         is in it.
         """
-        found, lost, count = [], 0, ctypes.c_uint64()
-        buffer = (native.Span * max(self._watching, 1))()
         with self._lock:
             devices = dict(self._devices)
-        for folder, index in devices.items():
-            number = self._native.spans(self._handle, index, buffer, self._watching, ctypes.byref(count))
-            lost += count.value
-            found += [IoSpan(folder, _OPS[s.op], s.volume, s.offset, s.num_bytes, s.priority, s.begin_ns / 1e9, s.end_ns / 1e9)
-                      for s in buffer[:min(_checked(number, "reading spans"), self._watching)]]
-        return found, lost
+        return recorded_spans(self._native, self._handle, devices, self._watching)
 
     def reset_stats(self) -> None:
         self._native.counters_reset(self._handle)
 
-    def inject(self, *, max_delay_us: int = 0, seed: int = 0, fail_op: str | None = None, fail_after_n: int = 0,
-               fail_count: int = 1, errno: int = errno_module.EIO, short_transfers: bool = False,
-               no_direct: bool = False, flip_op: str | None = None, flip_after_n: int = 0, flip_count: int = 1,
-               torn_after_n: int = 0, torn_count: int = 0, stall_op: str | None = None, stall_after_n: int = 0,
-               direct_errno: int = 0) -> None:
+    def inject(self, *, no_direct: bool = False, **given: Any) -> None:
         """Test hook; each call replaces the last, so a call without arguments turns everything off.
-
-        What is random follows ``seed``. Operations are counted as they are handed to the kernel:
-        ``request_bytes`` of a transfer at most, each continuation of a short one anew, a sync once
-        per file. *op* is ``read``, ``write``, ``sync`` or ``any``; after *after_n* of them the next
-        *count* are hit.
-
-        max_delay_us: finished requests are held back at random. fail: they fail with ``errno``.
-        short_transfers: about half of the requests are cut short. no_direct: volumes made from now
-        on find no O_DIRECT. flip: one bit is inverted without a word, of a read in the memory, of a
-        write in the file. torn: a write reports success, and only a prefix of it (a multiple of 512
-        bytes, or nothing) is in the file. stall: from then on they get no answer at all, until the
-        next call of this function. direct_errno: what transfers with O_DIRECT fail with.
-        """
-        faults = native.Faults(
-            seed=seed, max_delay_us=max_delay_us, short_transfers=short_transfers, fail_errno=errno,
-            fail_op=_FAULT_BITS[fail_op], fail_after_n=fail_after_n, fail_count=fail_count if fail_op else 0,
-            flip_op=_FAULT_BITS[flip_op], flip_after_n=flip_after_n, flip_count=flip_count if flip_op else 0,
-            torn_after_n=torn_after_n, torn_count=torn_count, stall_op=_FAULT_BITS[stall_op],
-            stall_after_n=stall_after_n, direct_errno=direct_errno)
-        self._native.inject(self._handle, ctypes.byref(faults))
+        ``given``: as `nvme_ds.faults.faults` takes it. no_direct: volumes made from now on find no
+        O_DIRECT."""
+        self._native.inject(self._handle, ctypes.byref(faults(**given)))
         self._no_direct = no_direct
 
     # The end
@@ -368,10 +276,10 @@ class Engine:
             return
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         before = -errno_module.EINPROGRESS
-        while (status := self._native.engine_close(self._handle, _SLICE_US)) in _UNFINISHED:
+        while (status := self._native.engine_close(self._handle, SLICE_US)) in UNFINISHED:
             if deadline_s is not None and time.monotonic() >= deadline_s:
                 raise TimeoutError(f"requests are still in flight after {timeout_s} s")
-            if _is_stalled(before, status):
+            if is_stalled(before, status):
                 raise TimeoutError(f"requests are in flight and none was answered for {self.stall_timeout_s} s")
             before = status
         self._finalizer.detach()
@@ -413,94 +321,29 @@ class Engine:
         """Whether this process is a child that was forked from the one whose engine it is."""
         return os.getpid() != self._process
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
         if self.is_foreign:
             raise RuntimeError("an Engine does not survive fork, its threads stay in the parent: make one per process")
         if self._closed:
-            raise _canceled()
+            raise canceled()
 
     def _raise_for(self, status: int, failure) -> None:
         if status == 0:
             return
         if failure is not None and failure.error:
-            kind = StallError if status == native.STALLED else IoError
-            if failure.error in (errno_module.EINVAL, errno_module.EOPNOTSUPP) and any(
-                    volume.direct for volume in self._volumes_with(os.fsdecode(failure.path))):
-                kind = DirectError
-            raise kind(failure.error, os.fsdecode(failure.path), op=_OPS[failure.op], offset=failure.offset,
-                       num_bytes=failure.num_bytes)
+            is_direct = any(volume.direct for volume in self._volumes_with(os.fsdecode(failure.path)))
+            raise transfer_error(failure, is_stalled=status == native.STALLED, is_direct=is_direct)
         if self._closed:
-            raise _canceled()
+            raise canceled()
         if status == -errno_module.ESRCH:
             raise ValueError("no such ticket: it was never given out, or was waited for before")
         raise OSError(-status, os.strerror(-status))
-
-    def _fell_back(self, path: str, reason: str) -> None:
-        files.say_buffered(path, reason)
-        for volume in self._volumes_with(path):
-            volume.direct = False
 
     def _volumes_with(self, path: str) -> list[Volume]:
         with self._lock:
             return [volume for volume in self._volumes.values() if path in volume.paths]
 
-    def _refuse(self, error: int, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> int:
+    def _refuse(self, error: int, *what: Any) -> int:
         if self._closed:
-            raise _canceled()
-        if error == errno_module.EBADF:
-            raise ValueError(f"the volume {volume.paths[0]} is closed or belongs to another engine")
-        if error == errno_module.ERANGE:
-            raise ValueError(f"{num_bytes} bytes at offset {offset} reach past the end, {volume.num_bytes}")
-        if error == errno_module.EINVAL:
-            raise ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of "
-                             f"{ALIGNMENT} and the priority {priority} one of 0..{BACKGROUND}")
-        raise OSError(error, os.strerror(error))
-
-
-def _is_stalled(before: int, status: int) -> bool:
-    """Silence must show twice in a row: a process that was stopped for minutes finds the answers of
-    that time still unread, and its engine's threads need a moment."""
-    return before == status == native.STALLED
-
-
-def _canceled() -> IoError:
-    return IoError(errno_module.ECANCELED, "", op="wait", offset=0, num_bytes=0)
-
-
-def _checked(status: int, what: str) -> int:
-    if status < 0:
-        raise OSError(-status, f"{what}: {os.strerror(-status)}")
-    return status
-
-
-def _give_to_parent() -> None:
-    """Give the engines to the parent, in a forked child, which has none of the threads that would
-    answer."""
-    for engine in list(_engines):
-        engine._closed = True
-
-
-os.register_at_fork(after_in_child=_give_to_parent)
-
-
-def remove_scratch() -> None:
-    """Remove scratch files for a process that is going to end without closing anything: nobody
-    would look for these files."""
-    for engine in list(_engines):
-        for made in list(engine.scratch.values()) if not engine.is_foreign else []:
-            remove_files(made)
-
-
-def _shut_down(functions, handle: int, process: int, scratch: Mapping[int, list[tuple[str, files.Inode]]]) -> None:
-    """End an engine that was dropped without close(), also at interpreter exit; a dead device must
-    not keep the process. In a forked child nothing is: threads and files are the parent's."""
-    if os.getpid() != process:
-        return
-    deadline_s = time.monotonic() + _EXIT_PATIENCE_S
-    while (status := functions.engine_close(handle, _SLICE_US)) in _UNFINISHED:
-        if status == native.STALLED or time.monotonic() >= deadline_s:
-            functions.engine_abandon(handle)
-            return
-    for made in scratch.values():  # while they are locked: their names are free for others then
-        remove_files(made)
-    functions.engine_destroy(handle)
+            raise canceled()
+        raise refusal(error, *what)

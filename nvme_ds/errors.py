@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import errno as errno_module
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nvme_ds.native import Failure
+
+OPS = ("read", "write", "sync")
 
 
 class BuildError(RuntimeError):
@@ -50,3 +56,21 @@ class NoSpaceError(OSError):
             text = f"{needed_bytes} bytes are needed and {free_bytes} are free. Free some space or give another directory"
         super().__init__(errno, text, directory)
         self.directory, self.needed_bytes, self.free_bytes = directory, needed_bytes, free_bytes
+
+
+def transfer_error(failure: Failure, *, is_stalled: bool, is_direct: bool) -> IoError:
+    """What native code reports of a transfer; ``is_direct``: of a file that bypasses the page
+    cache."""
+    refused = is_direct and failure.error in (errno_module.EINVAL, errno_module.EOPNOTSUPP)
+    kind = DirectError if refused else StallError if is_stalled else IoError
+    return kind(failure.error, os.fsdecode(failure.path), op=OPS[failure.op], offset=failure.offset, num_bytes=failure.num_bytes)
+
+
+def canceled() -> IoError:
+    return IoError(errno_module.ECANCELED, "", op="wait", offset=0, num_bytes=0)
+
+
+def checked(status: int, what: str) -> int:
+    if status < 0:
+        raise OSError(-status, f"{what}: {os.strerror(-status)}")
+    return status

@@ -7,10 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nvme_ds.files import Inode, inode_of
+from nvme_ds.files import ALIGNMENT, Inode, inode_of
 
 if TYPE_CHECKING:
     from nvme_ds.engine import Engine
+
+PRIORITIES = range(5)
+"""The priorities of transfers, the most urgent first."""
 
 
 class Volume:
@@ -98,3 +101,15 @@ def _inode_at(path: str) -> Inode | None:
         return inode_of(os.lstat(path))
     except OSError:
         return None
+
+
+def refusal(error: int, volume: Volume, offset: int, address: int, num_bytes: int, priority: int) -> Exception:
+    """Why native code did not take a transfer."""
+    if error == errno.EBADF:
+        return ValueError(f"the volume {volume.paths[0]} is closed or belongs to another engine")
+    if error == errno.ERANGE:
+        return ValueError(f"{num_bytes} bytes at offset {offset} reach past the end, {volume.num_bytes}")
+    if error == errno.EINVAL:
+        return ValueError(f"offset {offset}, address {address:#x} and size {num_bytes} must be multiples of {ALIGNMENT} and the "
+                          f"priority {priority} one of 0..{PRIORITIES[-1]}")
+    return OSError(error, os.strerror(error))
