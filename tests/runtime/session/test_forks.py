@@ -78,7 +78,7 @@ def test_a_forked_child_is_refused_and_harms_nothing(ssd_dir: Path, tmp_path: Pa
                 session._machinery.engine.wait(1)
             session.close()
             with pytest.raises(RatelError, match="closed"):
-                session._check_usable()
+                session._core.check_usable()
 
         assert in_child(use) == 0
         assert in_child(lambda: session.__exit__(None, None, None)) == 0
