@@ -188,8 +188,8 @@ def test_kernels_are_called_ahead_where_the_session_may_call_them(options: dict,
 def test_kernels_called_ahead_on_a_gpu_hold_no_memory() -> None:
     code = """if True:
         import torch
-        from ratel import startup
-        from ratel.hardware import early_kernels
+        from ratel.startup import kernels_ahead
+        from ratel.trace import phases
         kernels_ahead.begin("cuda:0")
         kernels_ahead.wait()
         print(torch.cuda.memory_reserved(), [phase["name"] for phase in phases.phases()])
