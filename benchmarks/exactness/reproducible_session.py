@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.exactness.bitwise import Repetitions, difference
-from ratel.runtime.session.session import Session
 from ratel.runtime.session.result import StepResult
+from ratel.runtime.session.session import Session
 from ratel.training.bench.step import use_quick_weights
 from benchmarks.exactness.session_watch import Digest, Noted, Watch, gradient_name, planes_in_memory, trained
 from benchmarks.harness.systems import NEVER

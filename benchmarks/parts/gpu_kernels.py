@@ -13,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ratel.planner.report.plan_text import describe_plan
 from ratel.planner.report.utilization import busy_seconds
 from ratel.runtime.session.session import Session
 from ratel.trace.timeline import Span
@@ -55,7 +56,7 @@ def main() -> None:
     with Session(args.model, gpu_memory=args.gpu_memory, dram=args.dram, max_grad_norm=1e9, compile=args.compile,
                  micro_batch=args.micro_batch) as session:
         use_quick_weights(session)
-        print(session.prepare(args.batch, args.seq_len).describe())
+        print(describe_plan(session.prepare(args.batch, args.seq_len)))
         batch = {"input_ids": random_tokens(0, args.batch, args.seq_len, session.parts.spec.vocab_size)}
         for _ in range(3):
             seconds = session.step(batch).seconds

@@ -9,9 +9,10 @@ from ratel.planner.forecast.cost import Prediction, predict
 from ratel.planner.formats import BACKWARD, BF16, EXACT, FORWARD, FP32, StateFormats
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement
-from ratel.planner.plan import Buffers, Plan, Work
+from ratel.planner.plan import Plan
 from ratel.planner.shape import UNIT_ALIGN, ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.planner.traffic import activation_traffic
+from ratel.planner.work import Buffers, Work
 from ratel.units import align_up
 
 WORKSPACE_BYTES = 20

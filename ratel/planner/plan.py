@@ -1,70 +1,22 @@
 """The frozen result of planning: placement of every plane, checkpoints, buffer counts, and the
 bytes they take."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 
-from ratel.errors import RatelError
+from ratel.planner import memory
 from ratel.planner.block_profile import BlockProfile
-from ratel.planner.kept_activations import Keeping, keeping
-from ratel.planner.slot_layout import PAGE_BYTES, PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
-from ratel.planner.formats import FROZEN, StateFormats
-from ratel.planner.placement import DRAM, GPU, SSD, UnitPlacement, closed_first
 from ratel.planner.checkpoints import Group, Saved, Spill
-from ratel.planner.shape import UNIT_ALIGN, ModelSpec, StageSpec, UnitSpec
-from ratel.units import align_up, format_bytes
+from ratel.planner.formats import FROZEN, StateFormats
+from ratel.planner.kept_activations import Keeping
+from ratel.planner.kept_activations import keeping as keeping_of
+from ratel.planner.placement import DRAM, SSD, UnitPlacement, closed_first
+from ratel.planner.shape import ModelSpec, UnitSpec
+from ratel.planner.slot_layout import PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
+from ratel.planner.work import Buffers, Work
 
 FEWEST_SAVE_PIECES = 8
 """The fewest buffers that a saver has: a drive is kept busy with some while others are filled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Buffers:
-    """Counts of preallocated buffers. None of them changes a result; more of them hide more
-    latency."""
-
-    weight_slots: int = 3
-    """GPU slots for blocks: one in use, the others ahead of it."""
-    grad_slots: int = 2
-    """GPU slots for block gradients: one fills while the other leaves."""
-    host_weight_slots: int = 5
-    """DRAM slots for the weights of blocks that live on SSD."""
-    host_grad_slots: int = 3
-    """DRAM slots for block gradients that do not stay there (eager updates, or `g` on SSD)."""
-    ring_slots: int = 4
-    """Chunks of optimizer state in flight between SSD and the CPU optimizer."""
-    chunk_elements: int = 1 << 22
-    checkpoint_slots: int = 3
-    """GPU slots for checkpoints on their way back, and DRAM slots for those on their way to or from
-    SSD."""
-    inner_slots: int = 2
-    """The same for inner activations, in units of all that one block keeps of one micro-batch: one
-    in use, the others ahead of it. In forward as many may be on their way out."""
-
-    def __post_init__(self) -> None:
-        for name, count in asdict(self).items():
-            if count < 1:
-                raise RatelError("a step would wait for one for ever", field=f"buffers.{name}", value=count,
-                                 remedy="Give 1 or more")
-        if self.chunk_elements % UNIT_ALIGN:
-            raise RatelError("chunks begin at blocks of the SSD", field="buffers.chunk_elements", value=self.chunk_elements,
-                             remedy=f"Give a multiple of {UNIT_ALIGN}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one step processes."""
-
-    rows: int
-    seq_len: int
-    micro_rows: int
-    hidden_bytes: int
-    """Bytes of one micro-batch's checkpoint: rows x positions x hidden size x bytes per element."""
-
-    @property
-    def num_micro(self) -> int:
-        return -(-self.rows // self.micro_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +113,12 @@ class Plan:
     def copied_bytes(self) -> int:
         """What an update of everything waits for at a save: planes outside the SSDs, whose next
         version has no place of its own."""
-        return sum(number * self.formats.changing_bytes(u, p) for u, number in self._alike for p in self.formats.planes
+        return sum(number * self.formats.changing_bytes(u, p) for u, number in self.alike for p in self.formats.planes
                    if self.placement(u).tier(p) != SSD)
 
     @property
     def state_bytes(self) -> int:
-        return sum(number * self.formats.changing_bytes(u, p) for u, number in self._alike for p in self.formats.planes)
+        return sum(number * self.formats.changing_bytes(u, p) for u, number in self.alike for p in self.formats.planes)
 
     @property
     def saved_bytes(self) -> int:
@@ -230,7 +182,7 @@ class Plan:
         return [u for u in self.spec.units if self.class_of(u) == cls and not self.placement(u).on_gpu]
 
     @cached_property
-    def _alike(self) -> tuple[tuple[UnitSpec, int], ...]:
+    def alike(self) -> tuple[tuple[UnitSpec, int], ...]:
         """One of all units of one size that are in the same places and updated at the same time,
         and their number. A search asks thousands of plans for their bytes, and most units of a
         model are equal blocks."""
@@ -248,7 +200,7 @@ class Plan:
     @cached_property
     def _streamed_by_class(self) -> dict[str, list[tuple[UnitSpec, int]]]:
         found: dict[str, list[tuple[UnitSpec, int]]] = {}
-        for unit, number in self._alike:
+        for unit, number in self.alike:
             if not self.placement(unit).on_gpu:
                 found.setdefault(self.class_of(unit), []).append((unit, number))
         return found
@@ -297,7 +249,7 @@ class Plan:
     def max_bytes(self, cls: str, of: str) -> int:
         """Largest unit of the class: ``weights``, ``grads`` or ``acc`` (fp32 accumulator)."""
         if of == "acc":
-            return max((u.num_trainable * 4 for u, _ in self._alike if self.class_of(u) == cls), default=0)
+            return max((u.num_trainable * 4 for u, _ in self.alike if self.class_of(u) == cls), default=0)
         return max((u.num_elements * self.weight_bytes if of == "weights" else u.num_trainable * self.grad_bytes
                     for u, _ in self._streamed(cls)), default=0)
 
@@ -306,33 +258,34 @@ class Plan:
         return min(trained, self._depth_of(cls, self.buffers.grad_slots))
 
     @cached_property
-    def _keeping(self) -> Keeping:
-        return keeping(self.checkpoint_tiers, self.kept, self.profiles, self.work.hidden_bytes, self.work.micro_rows)
+    def keeping(self) -> Keeping:
+        """What forward keeps for backward, and in which groups and slots."""
+        return keeping_of(self.checkpoint_tiers, self.kept, self.profiles, self.work.hidden_bytes, self.work.micro_rows)
 
     @property
     def saved(self) -> tuple[Saved, ...]:
         """Everything that forward keeps for backward, in the order in which it makes it."""
-        return self._keeping.saved
+        return self.keeping.saved
 
     def saved_of(self, block: int) -> tuple[Saved, ...]:
-        return self._keeping.by_block.get(block, ())
+        return self.keeping.by_block.get(block, ())
 
     def groups_of(self, block: int) -> tuple[Group, ...]:
         """What leaves the GPU of what the block keeps."""
-        return self._keeping.groups_by_block.get(block, ())
+        return self.keeping.groups_by_block.get(block, ())
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return self._keeping.groups
+        return self.keeping.groups
 
     def return_slots(self, inner: bool) -> tuple[int, int]:
         """GPU slots for what comes back, checkpoints or inner activations: how many, and of how
         many bytes each."""
-        return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=False)
+        return self.keeping.slots(self._depth(inner), inner=inner, on_ssd=False)
 
     def staging_slots(self, inner: bool) -> tuple[int, int]:
         """DRAM slots for what goes to SSD; there are as many for what comes back."""
-        return self._keeping.slots(self._depth(inner), inner=inner, on_ssd=True)
+        return self.keeping.slots(self._depth(inner), inner=inner, on_ssd=True)
 
     def _depth(self, inner: bool) -> int:
         return self.buffers.inner_slots if inner else self.buffers.checkpoint_slots
@@ -340,62 +293,25 @@ class Plan:
     @cached_property
     def gpu_items(self) -> dict[str, int]:
         """Bytes on the GPU by purpose."""
-        work = self.work
-        items = {"resident planes": self._resident_bytes(GPU)}
-        for cls in (found.name for found in self.spec.slot_classes):
-            items[f"weight slots ({cls})"] = self.weight_slot_count(cls) * self.max_bytes(cls, "weights")
-            items[f"gradient slots ({cls})"] = self.grad_slot_count(cls) * self.max_bytes(cls, "grads")
-            if cls in self.accumulators:
-                items[f"fp32 accumulator ({cls})"] = self.max_bytes(cls, "acc")
-        if self.formats.merges:
-            items["merge staging"] = max((u.num_elements * 4 for u, _ in self._alike), default=0)
-        if self.formats.merges or self.spec.has_fp32_units:
-            items["merged resident weights"] = max((self._merged_bytes(stage) for stage in self.spec.stages), default=0)
-        items["checkpoints kept"] = self._saved_bytes(GPU, inner=False)
-        items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
-        items["checkpoint slots"] = prod(self.return_slots(inner=False))
-        items["inner activations kept"] = self._saved_bytes(GPU, inner=True)
-        items["inner activation slots"] = prod(self.return_slots(inner=True))
-        items["inner activations on their way out"] = self.buffers.inner_slots * self._keeping.largest_inner_of_a_block
-        items["workspace"] = self.workspace_bytes
-        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+        return memory.gpu_items(self)
 
     @cached_property
     def dram_items(self) -> dict[str, int]:
         """Bytes of the arena by purpose, each part rounded to pages as the arena does."""
-        items = {"resident planes": self._resident_bytes(DRAM),
-                 "second planes of early updates": sum(number * _paged(self.formats.num_bytes(u, p))
-                                                       for u, number in self._alike for p in self.second_planes(u))}
-        for cls in (found.name for found in self.spec.slot_classes):
-            items[f"weight slots ({cls})"] = self.host_weight_slot_count(cls) * _paged(self.host_weight_slot_bytes(cls))
-            items[f"gradient slots ({cls})"] = self.host_grad_slot_count(cls) * _paged(self.max_bytes(cls, "grads"))
-        items["gradient norms"] = self.norm_bytes
-        items["optimizer ring"] = self.buffers.ring_slots * _paged(self.ring_slot_bytes)
-        for name, inner in (("checkpoint", False), ("inner activation", True)):
-            items[f"{name}s"] = self._saved_bytes(DRAM, inner=inner)
-            count, num_bytes = self.staging_slots(inner)
-            items[f"{name} slots"] = 2 * count * _paged(num_bytes)
-        items["saved tensors of a block"] = _paged(self.spill.region_bytes) if self.spill else 0
-        items["buffers for saving"] = self.save_pieces * self.save_piece_bytes
-        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+        return memory.dram_items(self)
 
     @cached_property
     def ssd_items(self) -> dict[str, int]:
         """Bytes of the volumes by purpose."""
-        items = {"planes": self.num_slots * self.slot_layout.num_bytes, "frozen planes": self.frozen_layout.num_bytes,
-                 "gradients": sum(number * _paged(self.formats.num_bytes(u, "g")) for u, number in self._alike
-                                  if self.deferred and self.placement(u).g == SSD)}
-        items["checkpoints"] = self._saved_bytes(SSD, inner=False)
-        items["inner activations"] = self._saved_bytes(SSD, inner=True)
-        return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+        return memory.ssd_items(self)
 
     @cached_property
     def ring_slot_bytes(self) -> int:
-        return max((self._ring_bytes(u) for u, _ in self._alike), default=0)
+        return max((memory.ring_bytes(self, u) for u, _ in self.alike), default=0)
 
     @property
     def norm_bytes(self) -> int:
-        return _paged(4 * len(self.spec.units))
+        return memory.paged(4 * len(self.spec.units))
 
     @property
     def gpu_bytes(self) -> int:
@@ -422,66 +338,8 @@ class Plan:
     @property
     def import_bytes(self) -> int:
         """While weights and moments are imported or exported, one unit at a time."""
-        return max((u.num_elements * self.import_element_bytes for u, _ in self._alike), default=0)
+        return max((u.num_elements * self.import_element_bytes for u, _ in self.alike), default=0)
 
     @property
     def ssd_bytes(self) -> int:
         return sum(self.ssd_items.values())
-
-    def _ring_bytes(self, unit: UnitSpec) -> int:
-        planes = self.ring_planes(unit)
-        chunk = self.chunk_of(unit) if planes else 0
-        return sum(_paged(self.formats.of(unit).encoding(p).num_bytes(chunk)) for p in planes)
-
-    def _merged_bytes(self, stage: StageSpec) -> int:
-        """The fp32 compute copies, made while the stage runs, of units whose halves are on the
-        GPU."""
-        units = [self.spec.units[index] for index in stage.units]
-        return sum(u.num_elements * 4 for u in units if self.placement(u).on_gpu and self.formats.of(u).merges)
-
-    def _resident_bytes(self, tier: str) -> int:
-        planes = (*self.formats.planes, "g") if self.deferred or tier == GPU else self.formats.planes
-        return sum(number * _paged(self.formats.num_bytes(u, p)) for u, number in self._alike for p in planes
-                   if self.placement(u).tier(p) == tier)
-
-    def _saved_bytes(self, tier: str, *, inner: bool) -> int:
-        """Bytes that all micro-batches keep in a tier; in DRAM and on SSD in whole pages."""
-        return self.work.num_micro * self._keeping.num_bytes(tier, inner=inner)
-
-    def to_json(self) -> dict:
-        from ratel.planner.traffic import step_traffic  # it looks at plans, too
-
-        units = [{"name": u.name, "parameters": u.num_params, "trained": u.num_trainable_params,
-                  "planes": asdict(self.placement(u))} for u in self.spec.units]
-        return {"model": self.spec.name, "parameters": self.spec.num_params, "dtype": self.formats.compute.name,
-                "optimizer": self.optimizer,
-                "early_updates": [self.spec.units[unit].name for unit in sorted(self.early)],
-                "work": {**asdict(self.work), "micro_batches": self.work.num_micro},
-                "buffers": asdict(self.buffers), "checkpoints": list(self.checkpoint_tiers),
-                "activations": [dict(kept) for kept in self.kept],
-                "spill": asdict(self.spill) if self.spill else None, "units": units,
-                "gpu_bytes": self.gpu_items, "dram_bytes": self.host_items, "ssd_bytes": self.ssd_items,
-                "step_traffic_bytes": asdict(step_traffic(self)),
-                "gpu_budget": self.gpu_budget, "dram_budget": self.dram_budget}
-
-    def describe_optimizer(self) -> str:
-        early = f", {len(self.early)} units early" if self.early else ""
-        return f"{self.optimizer} optimizer{early}"
-
-    def describe(self) -> str:
-        """A few lines a person understands."""
-        by_tier = {GPU: 0, DRAM: 0, SSD: 0}
-        for unit in self.spec.units:
-            for plane in self.formats.planes:
-                by_tier[self.placement(unit).tier(plane)] += self.formats.num_bytes(unit, plane)
-        states = ", ".join(f"{format_bytes(b)} on {t.upper()}" for t, b in by_tier.items() if b)
-        work = self.work
-        return (f"{self.spec.name}: {self.spec.num_params / 1e6:,.1f} M parameters; states {states}\n"
-                f"{work.rows} x {work.seq_len} tokens a step in {work.num_micro} micro-batch"
-                f"{'es' if work.num_micro > 1 else ''}; {self.describe_optimizer()}; "
-                f"GPU {format_bytes(self.gpu_bytes)}, DRAM {format_bytes(self.dram_bytes)}, "
-                f"SSD {format_bytes(self.ssd_bytes)}")
-
-
-def _paged(num_bytes: int) -> int:
-    return align_up(num_bytes, PAGE_BYTES)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from ratel.planner.block_profile import Inner
 from ratel.planner.placement import SSD, closed_first
-from ratel.planner.plan import PAGE_BYTES, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.schedule import unit_gathers
 from ratel.planner.shape import UnitSpec
+from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.units import align_up
 
 NORM_BYTES = 4

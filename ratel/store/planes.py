@@ -8,7 +8,8 @@ import torch
 from ratel import native
 from ratel.memory.arena import Arena
 from ratel.planner.placement import DRAM, GPU, SSD
-from ratel.planner.plan import PAGE_BYTES, Plan
+from ratel.planner.plan import Plan
+from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.store.checksums import Checksums
 from ratel.store.versions import Versions
 from ratel.units import align_up

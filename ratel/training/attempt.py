@@ -17,6 +17,7 @@ from ratel.models.checkpoints.settings import settings_of
 from ratel.monitor.metrics import MetricsWriter, MissingMetricsError
 from ratel.monitor.progress import ProgressDisplay
 from ratel.planner.forecast.durability import saving
+from ratel.planner.report.plan_text import describe_plan, plan_to_json
 from ratel.runtime.session.opening import DTYPES
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.export import check_room
@@ -61,7 +62,7 @@ class Attempt:
         with naming_an_older(self.out, self.earlier.state) if self.earlier else nullcontext():
             self._prepare_session()
         if self.is_planned:
-            self.display.note(self.session.plan.describe())
+            self.display.note(describe_plan(self.session.plan))
             if self.config.save_every:
                 self.display.note(saving(self.session.plan, self.session.machine, save_every=self.config.save_every).describe())
             if self.session.device.type == "cpu":
@@ -228,7 +229,7 @@ class Attempt:
             self.display.note(f"startup.json cannot be written: {error.strerror}")
 
     def _write_plan(self) -> None:
-        self.out.write_json("plan", self.session.plan.to_json())
+        self.out.write_json("plan", plan_to_json(self.session.plan))
         self.out.write_json("hardware", {"host": describe_host(), "cuda": describe_cuda(), **self.session.hardware})
 
     def _finish(self, progress: Progress) -> None:

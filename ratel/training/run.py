@@ -19,7 +19,7 @@ from ratel.interrupt import Interrupted
 from ratel.models.calls.tasks import Task
 from ratel.models.load import is_causal_lm
 from ratel.monitor.progress import ProgressDisplay
-from ratel.planner.options import SessionOptions
+from ratel.planner.search.options import SessionOptions
 from ratel.runtime.session.session import Session
 from ratel.startup.ahead import await_kernels, begin_ahead, end_ahead, remember_arena
 from ratel.trace import phases

@@ -17,11 +17,12 @@ from benchmarks.harness.machine_memory import Cgroup, Machine, remove_group
 from ratel.errors import RatelError
 from ratel.hardware.host import available_memory
 from ratel.planner.formats import EXACT
-from ratel.planner.options import SessionOptions
-from ratel.planner.plan import Plan, Work
+from ratel.planner.plan import Plan
 from ratel.planner.search.choose import choose, minimum_state_bytes
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.search.request import Request
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.planner.work import Work
 from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.planning.prepare import Situation, make_plan

@@ -19,7 +19,7 @@ from ratel.runtime.states import export
 from ratel.runtime.states import moments
 from ratel.runtime.states.saved_state import SavedState
 from tests.support.families import ROWS, batches, build
-from tests.support.optimizer_states import DECAY, HALF, LR, Plain, everything, freeze, open_decaying
+from tests.optimizer_state.states import DECAY, HALF, LR, Plain, everything, freeze, open_decaying
 from tests.support.resume import make_model, make_text, model_files, train
 
 pytestmark = pytest.mark.e2e

@@ -16,7 +16,7 @@ from ratel.errors import RatelError
 from ratel.models.safetensors import writer as shards
 from ratel.optimizer_state import adamw, load_adamw_state, save_adamw_state, writing
 from tests.support.families import ROWS, batches, build
-from tests.support.optimizer_states import HALF, LR, Plain, everything, freeze, open_decaying
+from tests.optimizer_state.states import HALF, LR, Plain, everything, freeze, open_decaying
 
 pytestmark = pytest.mark.e2e
 

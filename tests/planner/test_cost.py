@@ -16,9 +16,9 @@ from ratel.planner.forecast.simulate import simulate
 from ratel.planner.machine.hardware import Hardware, Ssd, load_hardware, machine_names, with_ssds
 from ratel.planner.machine.pipes import Pipe, SsdRates, ssd_rates
 from ratel.planner.placement import forced_placements
-from ratel.planner.plan import Buffers
 from ratel.planner.shape import ParamSpec, lay_out
 from ratel.planner.traffic import activation_traffic, pass_traffic, step_traffic
+from ratel.planner.work import Buffers
 from ratel.trace.timeline import Span, write_trace
 from tests.support.patience import counted_calls
 from tests.support.plans import (HI_IN_DRAM, STATES_ON_SSD, faster, gpt_spec, make_plan, random_hardware, random_plan,

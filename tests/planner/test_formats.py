@@ -9,9 +9,9 @@ import pytest
 
 from ratel.errors import RatelError
 from ratel.planner.formats import BF16, EXACT, FORMATS, FROZEN, PLANES, TRAINED, Encoding, StateFormats
-from ratel.planner.plan import Buffers
 from ratel.planner.shape import ParamSpec, lay_out
 from ratel.planner.traffic import step_traffic
+from ratel.planner.work import Buffers
 from ratel.runtime.states.format import MANIFEST, formats_of
 from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.store.planes import DTYPES

@@ -10,9 +10,9 @@ from ratel.planner.activation_policy import AUTO
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.checkpoints import Spill
 from ratel.planner.machine.hardware import load_hardware
-from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.search.micro_batches import best_plan
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.search.request import BlockFacts, Budgets, Request, request_for
 from ratel.runtime.planning import planner as planner_module
 from ratel.runtime.planning import prepare

@@ -12,14 +12,14 @@ from ratel.planner.forecast.cost import predict
 from ratel.planner.forecast.simulate import simulate
 from ratel.planner.formats import EXACT
 from ratel.planner.machine.hardware import Hardware, Ssd, load_hardware
-from ratel.planner.options import SessionOptions
 from ratel.planner.placement import Forced
-from ratel.planner.plan import Buffers, Work
 from ratel.planner.search import search as search_module
 from ratel.planner.search.choose import choose
 from ratel.planner.search.micro_batches import micro_sizes
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.search.request import Request
 from ratel.planner.search.search import Choice, candidates, search
+from ratel.planner.work import Buffers, Work
 from ratel.units import GIB, MIB
 from tests.support.patience import counted_calls
 from tests.support.plans import faster, gpt_spec, random_hardware

@@ -15,9 +15,10 @@ from ratel.hardware.storage import supports_direct
 from ratel.memory import jitter
 from ratel.planner.formats import EXACT
 from ratel.planner.placement import forced_placements
-from ratel.planner.plan import Buffers, Plan, Work
+from ratel.planner.plan import Plan
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.planner.traffic import Traffic, step_traffic
+from ratel.planner.work import Buffers, Work
 from ratel.runtime.session.preparing import ready_for
 from ratel.runtime.session.session import Session
 from ratel.runtime.streams.activations import Activations

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ratel import native
 from ratel.errors import WorkerError
 from ratel.memory.exchange import Exchange
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.saved_state import SavedState
 from ratel.runtime.states.saver import Saver

@@ -28,7 +28,7 @@ from ratel.startup import readahead
 from ratel.trace import phases
 from ratel.units import GIB, MIB
 from tests.support.patience import patience, wait_until
-from tests.support.startup import save_checkpoint
+from tests.startup.starts import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from ratel.runtime.states import imports as weight_import
 from ratel.startup import readahead
 from ratel.trace import phases
 from tests.support.patience import patience, wait_until
-from tests.support.startup import save_checkpoint
+from tests.startup.starts import save_checkpoint
 
 STATES = ("hi", "lo", "m", "v")
 

@@ -8,7 +8,7 @@ import torch
 
 from ratel.errors import DamagedError, WorkerError
 from ratel.memory.jobs import in_thread
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from tests.support.patience import patience, wait_until
 from tests.support.stores import GRAIN, PLAIN, Parts, parts, random_plane, small_spec
 

@@ -135,7 +135,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from tests.support.forks import import_everything
+    from tests.tools.forks import import_everything
 
     with tempfile.TemporaryDirectory() as path:
         import_everything(Path(path) / "model")

@@ -6,8 +6,9 @@ from dataclasses import replace
 from ratel.planner.formats import EXACT
 from ratel.planner.machine.hardware import Hardware, Ssd
 from ratel.planner.placement import forced_placements
-from ratel.planner.plan import Plan, Work
+from ratel.planner.plan import Plan
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
+from ratel.planner.work import Work
 
 PLANES = ("hi", "lo", "m", "v", "g")
 HI_IN_DRAM = {"*": {"hi": "dram", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "dram"}}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.saved_state import SavedState
 from tests.support.families import build, loss_fn_of

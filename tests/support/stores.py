@@ -12,9 +12,10 @@ from ratel import native
 from ratel.memory.anonymous import anonymous_map
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Exchange
-from ratel.planner.plan import Buffers, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
 from ratel.planner.slot_layout import PAGE_BYTES
+from ratel.planner.work import Buffers
 from ratel.store.host_cache import HostCache
 from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.support.forks import PLACES, Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
+from tests.tools.forks import PLACES, Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
 from tests.support.patience import patience
 from tests.tools.kill_run import expect
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.forks import Site
+from tests.tools.forks import Site
 from tests.tools.interrupting import COMMAND, LIBRARY, Interrupting, Moment, as_json
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel import process
-from tests.support.forks import Ended, Site, Tell, in_fork, newest_step
+from tests.tools.forks import Ended, Site, Tell, in_fork, newest_step
 from tests.support.patience import patience
 from tests.support.resume import OPTIONS, assert_same_run
 

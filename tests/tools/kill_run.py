@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.forks import Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
+from tests.tools.forks import Ended, Setting, Site, Tell, check_clean, check_same, in_fork, newest_step
 
 KILLS_OF_A_RUN = 5
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir")

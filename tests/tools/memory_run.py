@@ -11,8 +11,9 @@ import torch
 from ratel.errors import RatelError
 from ratel.memory.resident import peak_bytes
 from ratel.planner.formats import PLANES
-from ratel.planner.plan import Buffers, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.search.choose import minimum_state_bytes
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 
 ROWS, POSITIONS, VOCAB, WIDTH = 2, 16, 512, 768

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.forks import STEPS, Ended, Setting, Site, check_clean, check_same, in_fork, newest_step
+from tests.tools.forks import STEPS, Ended, Setting, Site, check_clean, check_same, in_fork, newest_step
 from tests.tools.kill_run import Killing, expect, started
 
 DISPLACEMENTS = ("none", "rename", "rename the drives", "rename all", "copy", "go on in a copy", "a stale copy")

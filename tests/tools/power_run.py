@@ -22,7 +22,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from tests.support.forks import PLACES, Ended, Setting, Site, Tell, after, before, in_fork, newest_step
+from tests.tools.forks import PLACES, Ended, Setting, Site, Tell, after, before, in_fork, newest_step
 from tests.tools.kill_run import expect
 
 PAGE_BYTES = 4096

@@ -10,8 +10,8 @@ import pytest
 from ratel import cli
 from ratel.planner.forecast.cost import predict
 from ratel.planner.machine.hardware import load_hardware
-from ratel.planner.plan import Buffers
 from ratel.planner.report.utilization import StepReport, busy_seconds, describe, report_step
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 from ratel.trace.bubbles import find_bubbles
 from ratel.trace.timeline import Span, Timeline

@@ -5,7 +5,7 @@
     data           the tensors' bytes, without gap or overlap, to the end of the file
 
 What is accepted here the safetensors library accepts too, with the same tensors
-(tests/models/test_safetensors_header.py). The reverse has one exception: a key that stands twice,
+(tests/models/safetensors/test_header.py). The reverse has one exception: a key that stands twice,
 of which the library takes the last, is refused.
 """
 

@@ -10,6 +10,7 @@ from ratel.planner.forecast.wear import Wear
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.plan import Plan
 from ratel.planner.report.advice import Gain
+from ratel.planner.report.plan_text import describe_optimizer, describe_plan, plan_to_json
 from ratel.units import format_bytes, format_seconds
 
 SHOWN_SHARE = 0.03
@@ -55,9 +56,9 @@ class Report:
     def _heading(self) -> Iterator[str]:
         plan, prediction = self.plan, self.prediction
         yield f"{plan.spec.name} fits on {self.hardware.name}"
-        yield "\n".join(plan.describe().splitlines()[:1])
+        yield "\n".join(describe_plan(plan).splitlines()[:1])
         yield (f"{plan.work.rows} x {plan.work.seq_len} tokens a step, micro-batches of {plan.work.micro_rows}, "
-               f"{plan.describe_optimizer()}, {plan.formats.compute.name}")
+               f"{describe_optimizer(plan)}, {plan.formats.compute.name}")
         flops = 6.0 * plan.spec.num_params * prediction.tokens_per_s
         yield (f"step {format_seconds(prediction.step_s)}: {prediction.tokens_per_s:,.0f} tokens/s, "
                f"{flops / 1e12:,.1f} TFLOP/s counted as 6 per parameter and token")
@@ -128,7 +129,7 @@ class Report:
             "ssd_stripes": list(self.hardware.stripe_weights), "durable": self.plan.durable, "saving": asdict(self.saving),
             "wear": None if self.wear is None else asdict(self.wear),
             "gains": None if self.gains is None else [asdict(gain) for gain in self.gains],
-            "notes": list(self.notes), "plan": self.plan.to_json(),
+            "notes": list(self.notes), "plan": plan_to_json(self.plan),
         }
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ratel.planner.plan import Buffers
 from ratel.planner.search.request import Request
 from ratel.planner.search.search import FEWEST, candidates
 from ratel.planner.shape import FP32_SUFFIX, ModelSpec, StageSpec
+from ratel.planner.work import Buffers
 
 MOST = 1 << 24
 """Beyond it nothing is asked: tokens, rows or layers that no machine holds."""

@@ -13,9 +13,9 @@ from ratel.errors import RatelError
 from ratel.planner.activation_policy import AUTO, SPILL
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.machine.hardware import Hardware
-from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.search.choose import choose
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.search.request import Budgets, Request
 from ratel.planner.search.search import search
 from ratel.trace import phases

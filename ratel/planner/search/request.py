@@ -7,10 +7,10 @@ from ratel.planner.activation_policy import AUTO, Kept, forced_kept
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
 from ratel.planner.formats import EXACT, StateFormats
-from ratel.planner.options import SessionOptions
 from ratel.planner.placement import Forced
-from ratel.planner.plan import Buffers, Work
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.shape import ModelSpec, outside_blocks
+from ratel.planner.work import Buffers, Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.forecast.cost import Prediction, predict, predict_below
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import DRAM, GPU, SSD, closed_first, forced_placements
-from ratel.planner.plan import Buffers, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.search.choose import choose, early_counts, finished, place_checkpoints
 from ratel.planner.search.filling import as_far_as_fits, fill_dram, fill_gpu, fits_gpu, largest, off_gpu, placed_on_gpu, with_placements
 from ratel.planner.search.request import Request
 from ratel.planner.shape import forward_order
+from ratel.planner.work import Buffers
 
 LEAN = Buffers(weight_slots=2, grad_slots=1, host_weight_slots=2, host_grad_slots=2, ring_slots=2, chunk_elements=1 << 20,
                checkpoint_slots=2)

@@ -15,12 +15,12 @@ from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.forecast.wear import parse_endurance, wear
 from ratel.planner.machine.hardware import Hardware
-from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.report.advice import advise
 from ratel.planner.report.report import Report
 from ratel.planner.search.largest import fits_somewhere, largest_count, with_depth
 from ratel.planner.search.micro_batches import SATURATING_TOKENS, best_plan, may_spill
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.search.request import BlockFacts, Budgets, Request, request_for
 from ratel.planner.shape import ModelSpec
 from ratel.runtime.planning.machine import Machine, machine_for

@@ -17,8 +17,8 @@ from ratel.memory.resident import resident_bytes
 from ratel.planner.forecast.cost import predict
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.machine.stripes import Weights, striped
-from ratel.planner.options import SessionOptions
 from ratel.planner.search.micro_batches import Planned, best_plan
+from ratel.planner.search.options import SessionOptions
 from ratel.planner.search.request import BlockFacts, Budgets, Request, request_for
 from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.blocks.loss import positions_per_chunk

@@ -19,11 +19,12 @@ import ratel.planner
 from ratel import probe_cache
 from ratel.hardware.probe import processors_key
 from ratel.planner.placement import TIERS, UnitPlacement
-from ratel.planner.plan import Buffers, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.search.choose import finished
 from ratel.planner.search.filling import with_placements
 from ratel.planner.search.request import Request
 from ratel.planner.search.search import fits
+from ratel.planner.work import Buffers
 from ratel.schema import LARGEST, boolean, check, listing, nullable, one_of, record, text, whole
 
 GAIN = 1 / 64

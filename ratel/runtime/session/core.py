@@ -16,9 +16,9 @@ from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.ownership.apart import contains
 from ratel.planner.machine.hardware import Hardware
-from ratel.planner.options import SessionOptions
 from ratel.planner.plan import Plan
 from ratel.planner.search.micro_batches import Planned
+from ratel.planner.search.options import SessionOptions
 from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.session.machinery import Machinery
 from ratel.runtime.session.meter import Meter

@@ -15,7 +15,7 @@ from ratel.hardware.device import require_device
 from ratel.models import Parts
 from ratel.models.calls.tasks import Task
 from ratel.models.checkpoints.other_state import refuse_unreadable
-from ratel.planner.options import SessionOptions, compute_dtype
+from ratel.planner.search.options import SessionOptions, compute_dtype
 from ratel.runtime.session.core import Core
 from ratel.runtime.states.durable_files import check_state_target, make_directory
 from ratel.runtime.states.moments import check_moments, open_moments

@@ -17,9 +17,9 @@ from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.machine.hardware import Hardware
-from ratel.planner.options import SessionOptions, learning_rate
 from ratel.planner.plan import Plan
 from ratel.planner.search.micro_batches import Planned
+from ratel.planner.search.options import SessionOptions, learning_rate
 from ratel.planner.shape import UnitSpec
 from ratel.runtime.blocks.batch import Batch
 from ratel.runtime.session import ending, keeping, preparing, stepping

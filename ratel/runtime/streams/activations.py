@@ -16,8 +16,9 @@ from ratel.memory.retire import Retirer
 from ratel.memory.slots import Slot, SlotPool
 from ratel.planner.checkpoints import INPUT, PART_ALIGN, Group
 from ratel.planner.placement import DRAM, GPU, SSD
-from ratel.planner.plan import PAGE_BYTES, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
+from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.runtime.blocks.packing import Part, flat, lay_out_parts, part_of
 from ratel.runtime.streams.slot_sums import SlotSums
 from ratel.units import align_up

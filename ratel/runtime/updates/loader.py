@@ -6,8 +6,9 @@ from ratel import native
 from ratel.memory import jitter
 from ratel.memory.arena import Arena
 from ratel.memory.exchange import Mailbox, Worker
-from ratel.planner.plan import PAGE_BYTES, Plan
+from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
+from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.runtime.updates.jobs import Chunk, Job
 from ratel.runtime.updates.ledger import Ledger
 from ratel.store.host_cache import HostCache

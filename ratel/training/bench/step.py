@@ -13,6 +13,7 @@ import torch
 
 from ratel.memory.resident import resident_bytes
 from ratel.models.checkpoints.weights import view
+from ratel.planner.report.plan_text import describe_plan, plan_to_json
 from ratel.planner.report.utilization import describe, report_step
 from ratel.runtime.session.result import StepResult
 from ratel.runtime.session.session import Session
@@ -40,7 +41,7 @@ def measure(bench: StepBench, progress: Progress = lambda text: None) -> dict[st
     with Session(bench.model, **bench.options) as session:
         use_quick_weights(session)
         session.prepare(bench.batch_size, bench.seq_len)
-        progress(session.plan.describe())
+        progress(describe_plan(session.plan))
         start_s = time.perf_counter() - begun
         outs, memory = [], []
         for index in range(bench.warmup + bench.steps):
@@ -121,7 +122,7 @@ def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start
         "early_units": [out.early_units for out in outs], "redone_units": [out.redone_units for out in outs],
         "losses": [out.loss for out in outs], "grad_norms": [out.grad_norm for out in outs],
         "units_on_gpu": sum(place.on_gpu for place in session.plan.placements), "units": len(spec.units),
-        "plan": {key: value for key, value in session.plan.to_json().items() if key != "units"},
+        "plan": {key: value for key, value in plan_to_json(session.plan).items() if key != "units"},
         "hardware": {**session.hardware, **_versions(),  # without the names of directories
                      "ssd_stripes": [*session.hardware.get("ssd_stripes", {}).values()]},
     }

@@ -12,7 +12,7 @@ from ratel.errors import RatelError
 from ratel.runtime.blocks.compiled import CompiledBlocks
 from ratel.runtime.session import session as session_module
 from ratel.runtime.session.session import Session
-from tests.support.inner import make, train
+from tests.runtime.blocks.inner import make, train
 from tests.support.sessions import assert_same
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ratel.errors import RatelError
 from ratel.planner.activation_policy import forced_kept
 from ratel.planner.block_profile import BlockProfile, Inner
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.blocks import runs as block_runs
 from ratel.runtime.blocks.op_trace import trace
 from ratel.runtime.blocks.profile import inner_numbers, profile_of
@@ -27,7 +27,7 @@ from ratel.runtime.session.session import Session
 from ratel.units import GIB
 from tests.memory.test_memory_contract import measures
 from tests.support.families import CAUSAL, batches, build, llama, loss_fn_of
-from tests.support.inner import OWN, WIDTH, Body, data_of, make, patches_loss, train
+from tests.runtime.blocks.inner import OWN, WIDTH, Body, data_of, make, patches_loss, train
 from tests.support.sessions import assert_same
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]

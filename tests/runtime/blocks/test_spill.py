@@ -32,7 +32,7 @@ from ratel.runtime.planning.planner import Planner
 from ratel.runtime.session.session import Session
 from ratel.units import GIB, MIB
 from tests.support.families import batches, build, patches_loss
-from tests.support.inner import OWN, WIDTH, Body, train
+from tests.runtime.blocks.inner import OWN, WIDTH, Body, train
 from tests.support.plans import gpt_spec, make_plan
 from tests.support.sessions import assert_same
 

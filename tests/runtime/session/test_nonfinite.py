@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import NonFiniteError, RatelError
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 from tests.support.families import batches, build, patches_loss
 

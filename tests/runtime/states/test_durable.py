@@ -19,7 +19,7 @@ import torch
 from ratel.errors import RatelError
 from ratel.memory import jitter
 from ratel.ownership.stamps import STAMP_BYTES, Stamp, new_volume_name, read_stamp
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.planning.prepare import usable_bytes
 from ratel.runtime.session.session import Session
 from ratel.runtime.states.commits import committed_files, remove_leftovers

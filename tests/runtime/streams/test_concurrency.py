@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ratel.errors import RatelError
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 from tests.support.families import batches
 from tests.support.patience import interrupted_after, within

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ratel.memory import jitter
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 from ratel.runtime.session.session import Session
 from tests.support.families import CAUSAL, batches, build, loss_fn_of
 from tests.support.sessions import MANY, MIXED, SMALL, assert_same

@@ -20,8 +20,8 @@ import ratel.planner.search.choose
 import ratel.runtime.session.training_step
 from ratel.errors import RatelError
 from ratel.memory import jitter
-from ratel.planner.plan import Buffers
 from ratel.planner.schedule import Gather
+from ratel.planner.work import Buffers
 from ratel.runtime.planning import prepare
 from ratel.runtime.session.result import StepResult
 from ratel.runtime.session.session import Session

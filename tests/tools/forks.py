@@ -80,7 +80,7 @@ class Site:
 
     def train(self, out: Path, setting: Setting, tell: Tell, *, steps: int = STEPS) -> None:
         """Start the run, or take it up."""
-        from ratel.planner.plan import Buffers
+        from ratel.planner.work import Buffers
         from ratel.runtime.session import training_step as training
         from ratel.training import run
         from ratel.training.states import StateDirectory

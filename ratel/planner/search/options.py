@@ -13,7 +13,7 @@ from ratel.errors import RatelError
 from ratel.planner.activation_policy import AUTO, Activations
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import Forced
-from ratel.planner.plan import Buffers
+from ratel.planner.work import Buffers
 
 _read_common = {spec.name: option_of(spec).read for spec in options_of(CommonOptions)}
 
