@@ -111,10 +111,11 @@ class Machinery:
     def import_state(self, saved: SavedState) -> None:
         """Bring every plane of a saved state to its tier, one at a time, each chunk verified."""
         self._import_base(saved)
-        for unit in self.plan.spec.units:
-            for name in self.plan.formats.planes:
-                if self.store.has(unit.index, name):
-                    self.transfer.write(unit, name, self._fitted(saved, unit, name))  # no name: one plane in memory at a time
+        planes = [(unit, name) for unit in self.plan.spec.units for name in self.plan.formats.planes if self.store.has(unit.index, name)]
+        # One for all: what one import has let go of need not be free when the next one begins.
+        buffer = aligned_empty(max((self._fitted_bytes(saved, *plane) for plane in planes), default=0), torch.uint8)
+        for unit, name in planes:
+            self.transfer.write(unit, name, self._fitted(saved, unit, name, buffer))
         self._imported()
 
     def continue_commits(self, saved: SavedState) -> None:
@@ -143,12 +144,21 @@ class Machinery:
         self.store.complete_seconds()
         self.lanes.synchronize()
 
-    def _fitted(self, saved: SavedState, unit: UnitSpec, name: str) -> torch.Tensor:
-        """What a state has of a plane; a state of an older version has its frozen part, too. That
-        may be shorter or longer by the frozen parameters' `lo`, which only fp32 runs have."""
-        plane, count = self.store.plane(unit.index, name), saved.num_elements(unit.index, name)
-        wanted = plane.num_elements if saved.base is None else min(plane.num_elements, unit.num_trainable)
-        values = aligned_empty(max(wanted, count), plane.dtype)
+    def _counts(self, saved: SavedState, unit: UnitSpec, name: str) -> tuple[int, int]:
+        """Elements of a plane that come out of a state, and that it has there."""
+        num_elements = self.store.plane(unit.index, name).num_elements
+        wanted = num_elements if saved.base is None else min(num_elements, unit.num_trainable)
+        return wanted, saved.num_elements(unit.index, name)
+
+    def _fitted_bytes(self, saved: SavedState, unit: UnitSpec, name: str) -> int:
+        return max(self._counts(saved, unit, name)) * self.store.plane(unit.index, name).dtype.itemsize
+
+    def _fitted(self, saved: SavedState, unit: UnitSpec, name: str, buffer: torch.Tensor) -> torch.Tensor:
+        """What a state has of a plane, in ``buffer``; a state of an older version has its frozen
+        part, too. That may be shorter or longer by the frozen parameters' `lo`, which only fp32
+        runs have."""
+        wanted, count = self._counts(saved, unit, name)
+        values = buffer[: self._fitted_bytes(saved, unit, name)].view(self.store.plane(unit.index, name).dtype)
         saved.read(unit.index, name, values)
         values[count:] = 0
         return values[:wanted]

@@ -10,7 +10,7 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.runtime.blocks.compiled import CompiledBlocks
-from ratel.runtime.session import session as session_module
+from ratel.runtime.session import preparing
 from ratel.runtime.session.session import Session
 from tests.runtime.blocks.inner import make, train
 from tests.support.sessions import assert_same
@@ -21,7 +21,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """``aot_eager`` does all but generate code: it traces, functionalizes and splits off backward.
     Its results are those of eager operations."""
     def use(name: Any) -> None:
-        monkeypatch.setattr(session_module, "CompiledBlocks", lambda parts: CompiledBlocks(parts, name))
+        monkeypatch.setattr(preparing, "CompiledBlocks", lambda parts: CompiledBlocks(parts, name))
 
     return use
 
@@ -43,7 +43,7 @@ def test_both_runs_of_a_block_are_compiled_and_evaluations_are_not(monkeypatch: 
         runs.append((block, torch.is_grad_enabled()))
         return run(compiled, block, *args)
 
-    monkeypatch.setattr(session_module, "CompiledBlocks", lambda parts: CompiledBlocks(parts, "aot_eager"))
+    monkeypatch.setattr(preparing, "CompiledBlocks", lambda parts: CompiledBlocks(parts, "aot_eager"))
     monkeypatch.setattr(CompiledBlocks, "run", noting)
     batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
     model, _ = make("gpt2-dropout")

@@ -309,7 +309,7 @@ import os, signal, sys
 from pathlib import Path
 import ratel.runtime.states.targets as targets
 from tests.support.families import batches
-from tests.runtime.states.test_frozen import open_session
+from tests.runtime.states.test_frozen import opened
 ssd, commits, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 write = targets.write_synced
 def dying(path, content):

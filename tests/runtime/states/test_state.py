@@ -21,7 +21,8 @@ STEPS = 6
 
 
 def open_on_ssd(family: str, ssd_dir: Path, **options) -> Session:
-    return open_session(ssd_dir, family, **{"weight_decay": 0.1, "tier": "ssd", "max_grad_norm": 0.5, **options})
+    defaults = {"weight_decay": 0.1, "tier": "ssd", "max_grad_norm": 0.5}
+    return open_session(options.pop("ssd", ssd_dir), family, **{**defaults, **options})
 
 
 def everything(session: Session) -> dict[str, torch.Tensor]:
@@ -129,7 +130,7 @@ def test_refusals(ssd_dir: Path, tmp_path: Path) -> None:
     refused_with("damaged", "manifest.json", manifest[: len(manifest) // 2].encode())
     refused_with("cut short", "planes.0", (path / "planes.0").read_bytes()[:4096])
     (path / "manifest.json").unlink()
-    refused("not a complete state")
+    refused("its manifest cannot be read")
 
 
 def test_a_failed_save_leaves_the_older_state(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
