@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from select import select
 from typing import Any
@@ -87,7 +86,10 @@ class Site:
         from tests.support.resume import train
 
         tell_what_lasts(tell)
-        run.Session = partial(run.Session, placement=PLACES[setting.place], buffers=Buffers(chunk_elements=4096))
+        session_class = run.Session
+        # Not `partial`: what a run gives for these must not win.
+        run.Session = lambda model, **options: session_class(
+            model, **{**options, "placement": PLACES[setting.place], "buffers": Buffers(chunk_elements=4096)})
         optimizer = setting.optimizer
         if setting.speculates:
             optimizer, training.expects_no_scaling = "speculative", lambda before: True
