@@ -51,7 +51,7 @@ class FakeSession:
         self.hardware = {"device": "fake"}
         self.parts = SimpleNamespace(spec=SimpleNamespace(vocab_size=None), module=object(), is_causal_lm=True, probed=True, task=None)
         self.accuracy = None
-        self.plan = SimpleNamespace(to_json=lambda: {"plan": 1}, describe=lambda: "the plan")
+        self.plan = object()
 
     def step(self, batch: float, lr: float | None = None) -> FakeResult:
         assert lr is not None
@@ -224,6 +224,8 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def start(act: Any = lambda number: None, **options: Any) -> tuple[FakeSession, Any]:
         session = FakeSession(act)
         monkeypatch.setattr(module, "open_session", lambda *args, **options: session)
+        monkeypatch.setattr("ratel.training.attempt.plan_to_json", lambda plan: {"plan": 1})
+        monkeypatch.setattr("ratel.training.attempt.describe_plan", lambda plan: "the plan")
         options = {"steps": 3, "quiet": True, "out": tmp_path / "out", **options}
         return session, lambda: module.train("demo", [3.0, 2.0], **options)
 
