@@ -58,10 +58,6 @@ class AdaptedLayer:
         return (self.out_features, self.rank * self.experts)
 
     @property
-    def magnitude_shape(self) -> tuple[int] | None:
-        return (self.out_features,) if self.has_magnitude else None
-
-    @property
     def a_name(self) -> str:
         return f"{PREFIX}{self.file_name}.{'lora_embedding_A' if self.kind == EMBEDDING else 'lora_A.weight'}"
 
