@@ -18,7 +18,6 @@ from ratel.runtime.session.machinery import Machinery
 from ratel.runtime.streams.step import VerticalStep
 from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.runtime.updates.jobs import GradientInFlight, Hyper
-from ratel.runtime.updates.updater import decay_ranges
 
 
 REMEMBERED_STEPS = 8
@@ -137,9 +136,7 @@ class Training:
         count = unit.num_trainable
         formats = self._plan.formats.of(unit)
         planes = {p: self._m.store.plane(unit.index, p).tensor[:count] for p in (*formats.planes, "g")}
-        ranges = decay_ranges(unit, 0, count, hyper.weight_decay)
-        scalars = dict(lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, step=hyper.step,
-                       grad_scale=hyper.grad_scale, ranges=ranges)
+        scalars = hyper.of_elements(unit, 0, count)
         if self._m.lanes.device.type == "cuda":
             UPDATES[formats.update].on_gpu(planes, **scalars)
         else:

@@ -2,6 +2,7 @@
 updates."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -27,6 +28,11 @@ class Hyper:
     weight_decay: float
     step: int
     grad_scale: float = 1.0
+
+    def of_elements(self, unit: UnitSpec, begin: int, end: int) -> dict[str, Any]:
+        """What AdamW is told for the elements ``[begin, end)`` of a unit."""
+        return {"lr": self.lr, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "step": self.step,
+                "grad_scale": self.grad_scale, "ranges": decay_ranges(unit, begin, end, self.weight_decay)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +97,13 @@ class Chunk:
     """By plane: where the chunk's bytes from SSD go."""
     slot: torch.Tensor | None
     reads: list[Read]
+
+
+def decay_ranges(unit: UnitSpec, begin: int, end: int, weight_decay: float) -> list[tuple[int, float]]:
+    """``(end element, weight decay)`` ranges of the chunk ``[begin, end)``, relative to its
+    begin."""
+    split = min(max(unit.num_decay - begin, 0), end - begin)
+    ranges = [(split, weight_decay)] if split else []
+    if split < end - begin:
+        ranges.append((end - begin, 0.0))
+    return ranges

@@ -13,7 +13,6 @@ from ratel.memory import jitter
 from ratel.memory.exchange import Mailbox, Worker
 from ratel.memory.retire import Retirer
 from ratel.planner.plan import Plan
-from ratel.planner.shape import UnitSpec
 from ratel.runtime.updates.arithmetic import UPDATES
 from ratel.runtime.updates.jobs import Chunk, GradientInFlight, Job
 from ratel.runtime.updates.ledger import Ledger
@@ -107,9 +106,7 @@ class Updater:
         formats = self._plan.formats
         with self._exchange.tracing.working("cpu optimizer", job.unit.name, int(count * formats.update_bytes)):
             UPDATES[formats.update].in_memory(
-                self._pool, planes, targets, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,
-                step=hyper.step, grad_scale=hyper.grad_scale,
-                ranges=decay_ranges(job.unit, chunk.begin, chunk.end, hyper.weight_decay))
+                self._pool, planes, targets, **hyper.of_elements(job.unit, chunk.begin, chunk.end))
         self.busy_s += perf_counter() - begun
         self._applied, job.applied = job.number, True
 
@@ -181,13 +178,3 @@ class Updater:
 
 def at_once(unit: int, number: int) -> None:
     """No update is held back."""
-
-
-def decay_ranges(unit: UnitSpec, begin: int, end: int, weight_decay: float) -> list[tuple[int, float]]:
-    """``(end element, weight decay)`` ranges of the chunk ``[begin, end)``, relative to its
-    begin."""
-    split = min(max(unit.num_decay - begin, 0), end - begin)
-    ranges = [(split, weight_decay)] if split else []
-    if split < end - begin:
-        ranges.append((end - begin, 0.0))
-    return ranges
