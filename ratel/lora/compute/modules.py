@@ -26,13 +26,19 @@ class Draws:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.takers: list[AdaptedLinear | SharedInput] = []
+        self._takers: list[tuple[AdaptedLinear | SharedInput, str, tuple[str, ...]]] = []
+        """With the stage and the names of its linears: linears themselves do not know them, so that
+        blocks that are alike are equal."""
+
+    def add(self, taker: "AdaptedLinear | SharedInput", stage: str, names: tuple[str, ...]) -> None:
+        """``names``: of the taker's linears, in the stage."""
+        if taker.members[0].p:
+            self._takers.append((taker, stage, names))
 
     def begin(self, step: int, first_row: int = 0) -> None:
         """``first_row``: of the micro-batch, among all rows (tokens) of the step."""
-        for taker in self.takers:
-            keys = [mask_key(self.seed, step, one.stage, one.name) for one in taker.members]
-            taker.dropout = Dropout.of(taker.members[0].p, keys, first_row)
+        for taker, stage, names in self._takers:
+            taker.dropout = Dropout.of(taker.members[0].p, [mask_key(self.seed, step, stage, name) for name in names], first_row)
 
 
 class AdaptedLinear(nn.Module):
@@ -40,13 +46,13 @@ class AdaptedLinear(nn.Module):
     own names; ``lora_A`` and ``lora_B`` come beside them. Dropout, of probability ``p``, is on in
     training mode."""
 
-    def __init__(self, base: nn.Module, adapter: Adapter, *, p: float, stage: str, name: str, graph: str = "auto") -> None:
+    def __init__(self, base: nn.Module, adapter: Adapter, *, p: float, graph: str = "auto") -> None:
         super().__init__()
         self.is_transposed = not isinstance(base, nn.Linear)
         self.weight, self.bias = base.weight, base.bias
         self.out_features, self.in_features = self.weight.shape[::-1] if self.is_transposed else self.weight.shape
         self.lora_A, self.lora_B = nn.Parameter(adapter.a), nn.Parameter(adapter.b)
-        self.scale, self.p, self.stage, self.name, self.graph = adapter.scale, p, stage, name, graph
+        self.scale, self.p, self.graph = adapter.scale, p, graph
         self.dropout: Dropout | None = None
         self.shared: SharedInput | None = None
         self.train(base.training)
@@ -127,7 +133,7 @@ def adapt(root: nn.Module, adapters: Mapping[str, Adapter], *, draws: Draws, sta
     Raises RatelError for a module that is no linear, and for an adapter whose shape is another
     layer's.
     """
-    made = {name: AdaptedLinear(_checked(root, name, adapter), adapter, p=dropout, stage=stage, name=name, graph=graph)
+    made = {name: AdaptedLinear(_checked(root, name, adapter), adapter, p=dropout, graph=graph)
             for name, adapter in adapters.items()}
     for name, module in made.items():
         parent, _, child = name.rpartition(".")
@@ -137,19 +143,21 @@ def adapt(root: nn.Module, adapters: Mapping[str, Adapter], *, draws: Draws, sta
                 parameter.requires_grad_(False)
     for names in shared:
         for parent in {name.rpartition(".")[0] for name in made}:
-            members = [made[full] for child in names if (full := f"{parent}.{child}".lstrip(".")) in made]
-            draws.takers += _shared([one for one in members if one.lora_A.shape == members[0].lora_A.shape])
-    draws.takers += made.values()
+            members = {full: made[full] for child in names if (full := f"{parent}.{child}".lstrip(".")) in made}
+            first = next(iter(members.values()), None)
+            alike = {full: one for full, one in members.items() if one.lora_A.shape == first.lora_A.shape}
+            if len(alike) > 1:
+                draws.add(_shared(list(alike.values())), stage, tuple(alike))
+    for name, one in made.items():
+        draws.add(one, stage, (name,))
     return made
 
 
-def _shared(members: list[AdaptedLinear]) -> list[SharedInput]:
-    if len(members) < 2:
-        return []
+def _shared(members: list[AdaptedLinear]) -> SharedInput:
     group = SharedInput(members)
     for one in members:
         one.shared = group
-    return [group]
+    return group
 
 
 def _checked(root: nn.Module, name: str, adapter: Adapter) -> nn.Module:
