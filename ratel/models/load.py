@@ -14,6 +14,7 @@ from ratel.models.checkpoints.beside import Origin
 from ratel.models.checkpoints.directory import CheckpointSource
 from ratel.models.checkpoints.dtypes import kept_in_fp32
 from ratel.models.structure import blocks as finder
+from ratel.models.structure.additions import Additions
 from ratel.models.checkpoints.refusals import (refuse_adapted, refuse_fetched_kernels, refuse_file, refuse_other_heads,
                                                refuse_other_weights)
 from ratel.models.calls.running import LossFn
@@ -32,7 +33,7 @@ ATTENTIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flash": "flash_at
 
 def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0, loss_fn: LossFn | None = None,
          attention: str = "auto", max_seq_len: int | None = None, needs_weights: bool = True, task: Task | None = None,
-         frozen: Collection[str] = ()) -> Parts:
+         frozen: Collection[str] = (), additions: Additions | None = None) -> Parts:
     """Take a model apart. Allocates no parameter and reads no weight. Raises RatelError for what
     cannot be trained.
 
@@ -42,7 +43,8 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
     follows the blocks is then initialised from the seed. ``dtype``: of the computation, bf16 or
     fp32. ``max_seq_len``: the longest sequence that will come. ``needs_weights`` False: for shapes
     alone; of a directory only config.json is read. ``frozen``: names of parameters of a directory
-    or preset that are not trained.
+    or preset that are not trained. ``additions``: what is put into the model and trained beside, or
+    instead of, its own parameters.
     """
     assert dtype in (torch.bfloat16, torch.float32)
     if attention not in ATTENTIONS:
@@ -53,10 +55,10 @@ def load(source: Any, *, dtype: torch.dtype, device: torch.device, seed: int = 0
                          remedy="Use --attention sdpa")
     if isinstance(source, nn.Module):
         source = getattr(source, "_orig_mod", source)  # what torch.compile wraps
-        return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len, task)
+        return _from_module(source, dtype, device, seed, loss_fn, attention, max_seq_len, task, additions)
     config, directory, name = _resolve(source)
     return _from_config(config, directory if needs_weights else None, name, dtype, device, seed, loss_fn, attention, max_seq_len,
-                        task, frozen)
+                        task, frozen, additions)
 
 
 def _resolve(source: Any) -> tuple[Any, Path | None, str]:
@@ -78,7 +80,7 @@ def _resolve(source: Any) -> tuple[Any, Path | None, str]:
 
 def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dtype, device: torch.device, seed: int,
                  loss_fn: LossFn | None, attention: str, max_seq_len: int | None, task: Task | None,
-                 frozen: Collection[str]) -> Parts:
+                 frozen: Collection[str], additions: Additions | None) -> Parts:
     given, config, architectures = config, copy.deepcopy(config), config.architectures
     refuse_config(config, name)
     if directory is not None:
@@ -106,7 +108,8 @@ def _from_config(config: Any, directory: Path | None, name: str, dtype: torch.dt
     try:
         kept = kept_in_fp32(module, dtype)
         buffer_dtypes = dict.fromkeys(kept & dict(module.named_buffers()).keys(), torch.float32)
-        return _assemble(module, name, source, kept, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len, task, origin)
+        return _assemble(module, name, source, kept, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len, task, origin,
+                         additions)
     except torch.OutOfMemoryError:
         raise
     except RatelError:
@@ -141,7 +144,7 @@ def _class_of(config: Any) -> type | None:
 
 
 def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
-                 attention: str, max_seq_len: int | None, task: Task | None) -> Parts:
+                 attention: str, max_seq_len: int | None, task: Task | None, additions: Additions | None) -> Parts:
     refuse_adapted(module)
     if task is not None:
         task.check_module(module)
@@ -162,31 +165,36 @@ def _from_module(module: nn.Module, dtype: torch.dtype, device: torch.device, se
             layer.gradient_checkpointing = False  # blocks are recomputed already
     kept, buffer_dtypes = _precision(module, dtype)
     return _assemble(module, type(module).__name__, None, kept, buffer_dtypes, dtype, device, seed, loss_fn, max_seq_len,
-                     task, origin)
+                     task, origin, additions)
 
 
 def _assemble(module: nn.Module, name: str, source: WeightSource | None, kept: set[str], buffer_dtypes: dict[str, torch.dtype],
               dtype: torch.dtype, device: torch.device, seed: int, loss_fn: LossFn | None,
-              max_seq_len: int | None, task: Task | None, origin: Origin) -> Parts:
+              max_seq_len: int | None, task: Task | None, origin: Origin, additions: Additions | None) -> Parts:
     finder.refuse_unsupported(module)
     _refuse_long(module, max_seq_len)
-    finder.find_blocks(module)  # refuses before the parameters are taken out
+    blocks = finder.find_blocks(module)  # refuses before the parameters are taken out
     originals = Originals(module)
     if source is None:
         source = TensorSource(originals.tensors) if originals.has_weights else FreshSource(module, seed)
     try:
         strip_parameters(module, dtype, device, kept)
         move_buffers(module, device, buffer_dtypes)
-        return _take_apart(module, name, dtype, device, source, originals, loss_fn, task, origin)
+        if additions is not None:
+            additions.put_on(module, blocks, device)
+        return _take_apart(module, name, dtype, device, source, originals, loss_fn, task, origin, additions)
     except BaseException:
+        if additions is not None:
+            additions.take_off()
         originals.put_back()
         raise
 
 
 def _take_apart(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                originals: Originals, loss_fn: LossFn | None, task: Task | None, origin: Origin) -> Parts:
+                originals: Originals, loss_fn: LossFn | None, task: Task | None, origin: Origin,
+                additions: Additions | None) -> Parts:
     parts = Parts(module, name=name, dtype=dtype, device=device, source=source, originals=originals, loss_fn=loss_fn, task=task,
-                  origin=origin)
+                  origin=origin, additions=additions)
     if isinstance(source, WithFreshHead):
         source.complete([*(u for u in parts.spec.units if u.kind == "post"), *([parts.unused] if parts.unused else [])])
     return parts

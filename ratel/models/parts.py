@@ -21,6 +21,7 @@ from ratel.models.checkpoints.weights import WeightSource, view
 from ratel.models.checks.family import family_of
 from ratel.models.safetensors.stored_bits import StoredBits
 from ratel.models.structure import blocks as finder
+from ratel.models.structure.additions import Additions
 from ratel.models.structure.gates import Gates, Head, RngState, StopForward, Tail
 from ratel.models.structure.given import outline_of, refuse_changing, state_of
 from ratel.models.structure.guard import Guard
@@ -30,7 +31,7 @@ from ratel.models.structure.shadow import Shadow, assignments_undone
 from ratel.models.structure.skeleton import Originals, owners
 from ratel.models.structure.trace import Trace, trace
 from ratel.models.structure.unit_layout import Layout, make_layout
-from ratel.planner.shape import ModelSpec, ParamSpec, UnitSpec
+from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, UnitSpec
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,13 @@ class Parts:
     """
 
     def __init__(self, module: nn.Module, *, name: str, dtype: torch.dtype, device: torch.device, source: WeightSource,
-                 originals: Originals, loss_fn: LossFn | None, task: Task | None = None, origin: Origin | None = None) -> None:
+                 originals: Originals, loss_fn: LossFn | None, task: Task | None = None, origin: Origin | None = None,
+                 additions: Additions | None = None) -> None:
         self.module, self.name, self.dtype, self.device = module, name, dtype, device
         self.is_causal_lm = loss_fn is None and task is None
         self.task = task
-        self._source, self._originals = source, originals
+        self._source = source if additions is None else additions.source(source)
+        self._originals, self._additions = originals, additions
         self._origin = origin if origin is not None else Origin.of_module(module)
         module.train()
         self._gates = Gates(finder.find_blocks(module))
@@ -140,10 +143,12 @@ class Parts:
             try:
                 with self._guard.lifted(), assignments_undone(self.module):
                     found = trace(self.module, self._gates, lambda: self._runner.run(batch))
-                layout = make_layout(self.module, found, self.name)
+                layout = make_layout(self.module, found, self.name, self._additions.names if self._additions is not None else ())
                 if not layout.spec.num_trainable_params:
                     raise RatelError("there is nothing to train: no parameter that the loss depends on requires grad",
                                      field="model", value=self.name, remedy="Set requires_grad on some of them")
+                if self._additions is not None:
+                    self._additions.laid_out(layout.spec.units)
                 self._layout = layout
                 self._trace = found
                 with torch.no_grad(), assignments_undone(self.module), Shadow([]):
@@ -258,6 +263,12 @@ class Parts:
         """Before the rows of a batch of a causal language model, in however many pieces: what
         depends on all of them."""
         self._longrope.begin(batch)
+
+    def begin_run(self, stage: StageSpec, step: int, first_row: int) -> None:
+        """Before a micro-batch runs through a stage, in whichever direction: what depends on where
+        in a run that is. ``first_row``: see `Additions.begin`."""
+        if self._additions is not None:
+            self._additions.begin(self.blocks[stage.index - 1] if stage.kind == "block" else None, step, first_row)
 
     def head(self, batch: Any) -> tuple[Tensor, BlockInputs]:
         """Run up to the blocks: what the first takes as hidden states, and every block's other
@@ -381,9 +392,9 @@ class Parts:
     def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
         """Give the module the user gave its own parameters again, with the weights ``get_unit``
         returns (fp32, unit layout), at `close`. They keep their dtype and device. One that came
-        without weights stays a skeleton.
+        without weights stays a skeleton, and one that has had additions is as it came.
         """
-        if not self._originals.has_weights:
+        if not self._originals.has_weights or self._additions is not None:
             return
         with torch.no_grad():
             for unit in self.spec.units:
@@ -457,6 +468,8 @@ class Parts:
         self._longrope.close()
         self._runner.close()
         self._caches.put_back()
+        if self._additions is not None:
+            self._additions.take_off()
         self._originals.put_back()
 
 

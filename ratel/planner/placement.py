@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ratel.errors import RatelError
-from ratel.planner.formats import PLANES, StateFormats
+from ratel.planner.formats import PLANES
 from ratel.planner.shape import ModelSpec, UnitSpec
 
 GPU, DRAM, SSD = "gpu", "dram", "ssd"
@@ -46,10 +46,10 @@ def with_planes(place: UnitPlacement, planes: tuple[str, ...], tier: str) -> Uni
 _ON_GPU = UnitPlacement.all_on(GPU)
 
 
-def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...], formats: StateFormats) -> tuple[UnitPlacement, ...]:
-    """Units that compute in fp32 among others in bf16 do not travel: routers of experts and the
-    like, thousandths of a model."""
-    if formats.merges or not spec.has_fp32_units:
+def with_fp32_on_gpu(spec: ModelSpec, placements: tuple[UnitPlacement, ...]) -> tuple[UnitPlacement, ...]:
+    """Units that compute in fp32 among others, and adapters, do not travel: they are thousandths of
+    a model."""
+    if not spec.has_fp32_units:
         return placements
     return tuple(_ON_GPU if unit.fp32 else place for unit, place in zip(spec.units, placements, strict=True))
 

@@ -23,6 +23,10 @@ UNIT_ALIGN = 2048
 FP32_SUFFIX = ".fp32"
 """How the name of a unit ends that holds what a stage computes in fp32 among others in bf16."""
 
+ADDED_SUFFIX = ".adapters"
+"""How the name of a unit ends that holds what a session has put into a stage beside the model's own
+parameters. It computes in fp32, too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
@@ -64,8 +68,8 @@ class UnitSpec:
     num_elements: int
     fp32: bool = False
     """Whether the unit's compute copy and its gradient are fp32, whatever the others' are: both
-    halves of the master are needed where it computes. In a bf16 run such units are small, and their
-    states are on the GPU."""
+    halves of the master are needed where it computes. Such units are small, and their states are on
+    the GPU."""
 
     @property
     def num_params(self) -> int:

@@ -3,6 +3,7 @@ does it decay."""
 
 import logging
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ratel.models.structure.skeleton import owners
 from ratel.models.structure.trace import Trace
-from ratel.planner.shape import FP32_SUFFIX, ModelSpec, ParamSpec, StageSpec, UnitSpec, lay_out
+from ratel.planner.shape import ADDED_SUFFIX, FP32_SUFFIX, ModelSpec, ParamSpec, StageSpec, UnitSpec, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +24,22 @@ class Layout:
     given."""
 
 
-def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
+def make_layout(root: nn.Module, trace: Trace, name: str, added: Collection[str] = ()) -> Layout:
     """Units in forward order: ``pre``, ``block.i``, ``post``, then ``shared``. Empty ones are left
-    out."""
+    out. ``added``: parameters that are no part of the model as it is stored; they have units of
+    their own."""
     stage_names = ["pre", *(f"block.{i}" for i in range(len(trace.stages))), "post"]
     users = _stages_of(list(root.parameters()), trace)
-    groups = _group(root, trace, users, stage_names)
+    groups = _group(root, trace, users, stage_names, added)
     units: dict[str, UnitSpec] = {}
     for key in (*stage_names, "shared"):
-        for full in (key, key + FP32_SUFFIX):
+        for full in _parts_of(key):
             if groups[full]:
                 units[full] = lay_out(len(units), full, key.split(".")[0], groups[full], fp32=full != key)
     sharing = {stage for stages in users if len(stages) > 1 for stage in stages}
     stages = []
     for number, key in enumerate(stage_names):
-        used = [units[full].index for u in (key, "shared") for full in (u, u + FP32_SUFFIX)
+        used = [units[full].index for u in (key, "shared") for full in _parts_of(u)
                 if full in units and (u == key or number in sharing)]
         stages.append(StageSpec(index=number, name=key, kind=key.split(".")[0], units=tuple(used)))
     config = getattr(root, "config", None)
@@ -47,6 +49,11 @@ def make_layout(root: nn.Module, trace: Trace, name: str) -> Layout:
                      max_seq_len=longest_sequence(root))
     return Layout(spec=spec,
                   unused=lay_out(-1, "unused", "unused", groups["unused"]) if groups["unused"] else None)
+
+
+def _parts_of(key: str) -> tuple[str, str, str]:
+    """The units that the parameters of a stage may be divided among."""
+    return key, key + FP32_SUFFIX, key + ADDED_SUFFIX
 
 
 def longest_sequence(root: nn.Module) -> int | None:
@@ -60,11 +67,12 @@ def longest_sequence(root: nn.Module) -> int | None:
     return None if limit is None or limit <= 0 else limit - skipped
 
 
-def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: list[str]) -> dict[str, list[ParamSpec]]:
+def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: list[str],
+           added: Collection[str]) -> dict[str, list[ParamSpec]]:
     """Parameters by the unit they go to."""
     places = owners(root)
     groups: dict[str, list[ParamSpec]] = defaultdict(list)
-    is_mixed = {param.dtype for param in root.parameters()} > {torch.float32}
+    is_mixed = {param.dtype for name, param in root.named_parameters() if name not in added} > {torch.float32}
     cut_off = []
     for index, (param, stages) in enumerate(zip(root.parameters(), users)):
         key = "unused" if not stages else stage_names[stages[0]] if len(stages) == 1 else "shared"
@@ -72,7 +80,8 @@ def _group(root: nn.Module, trace: Trace, users: list[list[int]], stage_names: l
         trained = param.requires_grad and bool(stages) and (in_block or index in trace.reached)
         spec = _param_spec(param, places[id(param)], trained)
         is_kept = is_mixed and key != "unused" and param.dtype is torch.float32
-        groups[key + FP32_SUFFIX * is_kept].append(spec)
+        is_added = spec.name in added and key != "unused"
+        groups[key + (ADDED_SUFFIX if is_added else FP32_SUFFIX * is_kept)].append(spec)
         if stages and param.requires_grad and not trained:
             cut_off.append(spec)
     if groups["unused"]:

@@ -21,7 +21,7 @@ fit: `as_far_as_fits`, or `whatever_fits`."""
 
 
 def with_placements(request: Request, placements: Placements, checkpoints: tuple[str, ...]) -> Plan:
-    placements = with_fp32_on_gpu(request.spec, placements, request.formats)
+    placements = with_fp32_on_gpu(request.spec, placements)
     return Plan(spec=request.spec, formats=request.formats, optimizer=request.optimizer, placements=placements,
                 early_units=request.early_units, checkpoint_tiers=checkpoints, work=request.work, buffers=request.buffers,
                 workspace_bytes=request.workspace_bytes, accumulators=request.accumulators,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ratel.planner.search.request import Request
 from ratel.planner.search.search import FEWEST, candidates
-from ratel.planner.shape import FP32_SUFFIX, ModelSpec, StageSpec
+from ratel.planner.shape import ModelSpec, StageSpec
 from ratel.planner.work import Buffers
 
 MOST = 1 << 24
@@ -59,8 +59,8 @@ def with_depth(spec: ModelSpec, depth: int) -> ModelSpec:
 
     def add(stage: StageSpec, name: str) -> None:
         # A shared unit is one; a block's own unit is a new one in every copy.
-        used = tuple(unit_index(name + FP32_SUFFIX * spec.units[u].fp32 if spec.units[u].kind == "block" else spec.units[u].name, u)
-                     for u in stage.units)
+        used = tuple(unit_index(name + spec.units[u].name.removeprefix(stage.name) if spec.units[u].kind == "block"
+                                else spec.units[u].name, u) for u in stage.units)
         stages.append(StageSpec(index=len(stages), name=name, kind=stage.kind, units=used))
 
     for stage in spec.stages:

@@ -23,6 +23,9 @@ class Micro:
     batch: dict
     share: float
     """What its loss weighs in the step's for a model with its own loss or a task."""
+    before: int = 0
+    """How many numbers of the longest tensor, tokens of a text, are in the micro-batches before
+    it."""
     hidden: Tensor | None = None
     grad: Tensor | None = None
     inputs: object | None = None
@@ -124,7 +127,7 @@ class Batch:
         """Micro-batches of at most ``micro_rows`` rows, on the device. A task's loss is a sum over
         targets, a user's a mean over rows."""
         return [Micro(index, map_tensors(lambda t: t.to(device), part.content),
-                      share=1 / self.targets if self.parts.task else part.rows / self.rows)
+                      share=1 / self.targets if self.parts.task else part.rows / self.rows, before=index * micro_rows * self.positions)
                 for index, part in enumerate(self.cut(micro_rows))]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch.utils.flop_counter import flop_registry
 
 _GROUPED = "aten::_grouped_mm"
-_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", _GROUPED}
+_ADAPTED = "ratel_lora::linear"
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", _GROUPED, _ADAPTED}
 
 
 def is_attention(func: Any) -> bool:
@@ -35,5 +36,8 @@ def flops_of(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> flo
         return 2.0 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     if func._schema.name == _GROUPED:  # rows of the left one in groups, each against one matrix
         return 2.0 * args[0].shape.numel() * args[1].shape[-1]
+    if func._schema.name == _ADAPTED:  # x w' + s b'; its adapter's first product is not worth keeping
+        x, w, _, s, b = args[:5]
+        return 2.0 * x.shape[0] * (w.numel() + b.numel())
     return float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
 

@@ -31,6 +31,10 @@ _SHAPES_ONLY = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like
                 aten.new_empty_strided.default}
 """Operations that look at the shape of their argument, never at its values."""
 
+PURE_NAMESPACES = ("aten", "ratel_lora")
+"""The libraries whose operations do nothing but what their schemas say: PyTorch's own, and the
+adapters' (`ratel.lora.compute.ops`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outline:
@@ -252,7 +256,7 @@ class _Tracer(TorchDispatchMode):
         if is_attention(func):
             self._notes.update(self._storage(x) for x in leaves[1:] if isinstance(x, Tensor))
         plain = all(isinstance(x, Tensor) for x in leaves) and isinstance(result, (Tensor, tuple))
-        must_run = (bool(written) or not outputs or not outputs <= makes or func.namespace != "aten"
+        must_run = (bool(written) or not outputs or not outputs <= makes or func.namespace not in PURE_NAMESPACES
                     or not (plain or is_attention(func)) or _draws(func, args, kwargs))
         return Op(func, outline_arguments(args, kwargs),
                   tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),

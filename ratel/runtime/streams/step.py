@@ -8,6 +8,7 @@ attached to the module only while their stage runs; each unit's gradient leaves 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class VerticalStep:
     def _loss(self, stage: StageSpec, micro: Micro, targets: int, step: int, *, backward: bool) -> Tensor:
         with self._computing(stage, micro, step, "loss"):
             if self._parts.is_causal_lm:
-                loss, micro.grad = self._causal_loss(stage, micro, targets, backward)
+                loss, micro.grad = self._causal_loss(stage, micro, targets, step, backward)
             else:
                 loss, micro.grad = self._own_loss(stage, micro, backward)
         micro.hidden = None
@@ -135,10 +136,16 @@ class VerticalStep:
             micro.inputs = micro.inputs.with_leaves()
         return loss
 
-    def _causal_loss(self, stage: StageSpec, micro: Micro, targets: int, backward: bool) -> tuple[Tensor, Tensor | None]:
+    def _causal_loss(self, stage: StageSpec, micro: Micro, targets: int, step: int, backward: bool) -> tuple[Tensor, Tensor | None]:
         chunk = positions_per_chunk(micro.hidden.shape[0], self._plan.spec.vocab_size)
-        return chunked_loss(self._parts.tail_logits, micro.hidden, shifted_targets(micro.batch["labels"]),
-                            normalizer=targets, chunk=chunk, backward=backward, after_chunk=lambda: self._collect(stage))
+        rows = count(micro.before, micro.hidden.shape[0] * chunk)
+
+        def tail(hidden: Tensor) -> Tensor:
+            self._parts.begin_run(stage, step, next(rows))
+            return self._parts.tail_logits(hidden)
+
+        return chunked_loss(tail, micro.hidden, shifted_targets(micro.batch["labels"]), normalizer=targets, chunk=chunk,
+                            backward=backward, after_chunk=lambda: self._collect(stage))
 
     def _own_loss(self, stage: StageSpec, micro: Micro, backward: bool) -> tuple[Tensor, Tensor | None]:
         hidden = micro.hidden.detach().requires_grad_(backward)
@@ -252,6 +259,7 @@ class VerticalStep:
 
     def _seed_for(self, stage: StageSpec, micro: Micro, step: int) -> None:
         seed_generators(self._lanes.device, mix(self._seed, step, stage.index, micro.index))
+        self._parts.begin_run(stage, step, micro.before)
 
     def _own_random_numbers(self) -> AbstractContextManager:
         """The caller's generators are as they were afterwards."""
