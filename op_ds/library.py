@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "_lib" / "libop_ds.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class LibraryError(ImportError):
@@ -15,13 +15,15 @@ class LibraryError(ImportError):
 
 class AdamPlanes(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in ("hi", "lo", "m", "v", "to_hi", "to_lo", "to_m", "to_v", "grad")),
-                ("grad_type", ctypes.c_int32), ("streams", ctypes.c_int32)]
+                ("grad_type", ctypes.c_int32), ("moment_type", ctypes.c_int32), ("streams", ctypes.c_int32),
+                ("first", ctypes.c_uint32)]
 
 
 class AdamScalars(ctypes.Structure):
     _fields_ = [("grad_scale", ctypes.c_float), ("lerp_weight", ctypes.c_float), ("beta2", ctypes.c_float),
                 ("one_minus_beta2", ctypes.c_float), ("bias_correction2_sqrt", ctypes.c_float), ("eps", ctypes.c_float),
-                ("neg_step_size", ctypes.c_float), ("coupled", ctypes.c_int32)]
+                ("neg_step_size", ctypes.c_float), ("coupled", ctypes.c_int32),
+                ("keys", ctypes.c_uint32 * 2)]
 
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float

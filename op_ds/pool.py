@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from op_ds.coefficients import adam_coefficients, check_ranges, decay_factor, to_fp32
 from op_ds.library import AdamPlanes, AdamScalars, load
+from op_ds.rounding import Rounding
 
 if TYPE_CHECKING:
     import numpy
 
 _ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 _DTYPES = {"bf16": 0, "fp32": 1}
+_FP32_MOMENTS, _BF16_MOMENTS = 0, 1
 ISA_VARIABLE = "RATEL_ISA"
 
 Ranges = list[tuple[int, float]]
@@ -47,8 +49,8 @@ def _check_count(n: int, name: str = "n") -> None:
         raise ValueError(f"{name} must not be negative (given: {n})")
 
 
-def _check_targets(planes: Planes, to: Planes, n: int) -> None:
-    for source, target, item in zip(planes, to, (2, 2, 4, 4), strict=True):
+def _check_targets(planes: Planes, to: Planes, n: int, moment_bytes: int) -> None:
+    for source, target, item in zip(planes, to, (2, 2, moment_bytes, moment_bytes), strict=True):
         if source != target and abs(source - target) < n * item:
             raise ValueError("an update's planes and where they go must be the same or not overlap")
 
@@ -84,9 +86,10 @@ class Pool:
 
     def adamw(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
               beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
-              to: Planes | None = None) -> None:
-        """One AdamW step on ``n`` parameters: fp32 master in ``hi``/``lo``, fp32 ``m`` and ``v``,
-        all updated in place.
+              to: Planes | None = None, rounding: Rounding | None = None) -> None:
+        """One AdamW step on ``n`` parameters: fp32 master in ``hi``/``lo``, ``m`` and ``v``, all
+        updated in place. Moments are fp32; with ``rounding`` they are bf16, rounded
+        stochastically.
 
         ``ranges`` are (end element, weight decay) with increasing ends, the last one ``n``;
         default: no decay. ``grad_scale`` multiplies every gradient first (clipping, unscaling);
@@ -95,27 +98,28 @@ class Pool:
         """
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([decay_factor(lr, decay) for _, decay in ranges], False, (hi, lo, m, v), to, grad, n,
-                   grad_dtype, ranges, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
+                   grad_dtype, ranges, rounding, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
 
     def adam(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
              beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
-             to: Planes | None = None) -> None:
+             to: Planes | None = None, rounding: Rounding | None = None) -> None:
         """The same as ``adamw``, but with the decay added to the scaled gradient (L2), as
         ``torch.optim.Adam`` does."""
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([to_fp32(decay) for _, decay in ranges], True, (hi, lo, m, v), to, grad, n,
-                   grad_dtype, ranges, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
+                   grad_dtype, ranges, rounding, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
 
     def _adam(self, decays: list[float], coupled: bool, planes: Planes, to: Planes | None, grad: int, n: int,
-              grad_dtype: str, ranges: Ranges, **hyperparameters: float) -> None:
+              grad_dtype: str, ranges: Ranges, rounding: Rounding | None, **hyperparameters: float) -> None:
         _check_count(n)
         check_ranges(ranges, n)
         to = planes if to is None else to
-        _check_targets(planes, to, n)
+        _check_targets(planes, to, n, 4 if rounding is None else 2)
+        keys, first = ((0, 0), 0) if rounding is None else (rounding.keys, rounding.counter)
         k = adam_coefficients(**hyperparameters)
         scalars = AdamScalars(k.grad_scale, k.lerp_weight, k.beta2, k.one_minus_beta2, k.bias_correction2_sqrt, k.eps,
-                              k.neg_step_size, coupled)
-        given = AdamPlanes(*planes, *to, grad, _dtype_code(grad_dtype))
+                              k.neg_step_size, coupled, keys)
+        given = AdamPlanes(*planes, *to, grad, _dtype_code(grad_dtype), _FP32_MOMENTS if rounding is None else _BF16_MOMENTS, 0, first)
         ends = (ctypes.c_int64 * len(ranges))(*(end for end, _ in ranges))
         factors = (ctypes.c_float * len(ranges))(*decays)
         self._call("adam", ctypes.byref(given), ctypes.byref(scalars), n, ends, factors, len(ranges))

@@ -25,7 +25,7 @@ struct Pool {
 
 namespace {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 constexpr int64_t kGroupsPerBlock = 64;  // 64 Ki elements of a sum: reading only, so a block may be larger
 
 // 256 KiB are some 10 us of a sum: large enough that the claim costs nothing.
@@ -57,7 +57,7 @@ int32_t for_blocks(Pool* pool, int64_t n, int64_t size, Body body) noexcept {
   });
 }
 
-// Streaming stores spare the reads of what they overwrite, 12 bytes a parameter. They need places that the update does not
+// Streaming stores spare the reads of what they overwrite, 8 to 12 bytes a parameter. They need places that the update does not
 // read and that begin at a cache line.
 bool can_stream(const MasterPlanes& from, const MasterPlanes& to) {
   const auto fits = [](const void* source, const void* target) {

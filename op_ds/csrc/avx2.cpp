@@ -24,6 +24,9 @@ struct Avx2 {
   struct Floats {
     __m256 a, b;
   };
+  struct Ints {
+    __m256i a, b;
+  };
   struct Lanes {
     __m256d sum[kSumLanes / 4];
   };
@@ -64,6 +67,26 @@ struct Avx2 {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
   }
 
+  static Ints count_from(uint32_t first) {
+    const __m256i begin = _mm256_set1_epi32(static_cast<int>(first)), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i a = _mm256_add_epi32(begin, lanes);
+    return {a, _mm256_add_epi32(a, _mm256_set1_epi32(8))};
+  }
+  static Ints set1_int(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x)), _mm256_set1_epi32(static_cast<int>(x))}; }
+  static Ints bits(Floats x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+  static Ints xor_int(Ints x, Ints y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+  static Ints add_int(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static Ints mul_int(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+  static Ints and_int(Ints x, Ints y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+  template <int kBits>
+  static Ints shift_right(Ints x) { return {_mm256_srli_epi32(x.a, kBits), _mm256_srli_epi32(x.b, kBits)}; }
+  static Ints keep_below(Ints x, Ints value, Ints limit) {
+    return {_mm256_and_si256(x.a, _mm256_cmpgt_epi32(limit.a, value.a)),
+            _mm256_and_si256(x.b, _mm256_cmpgt_epi32(limit.b, value.b))};
+  }
+  static void store_upper(uint16_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
+  static void stream_upper(uint16_t* p, Ints x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
+
   static Lanes zero_lanes() {
     Lanes lanes;
     for (__m256d& sum : lanes.sum) sum = _mm256_setzero_pd();
@@ -98,6 +121,7 @@ struct Avx2 {
     return {pack(_mm256_srli_epi32(rounded_a, 16), _mm256_srli_epi32(rounded_b, 16)),
             pack(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask))};
   }
+  static __m256i upper_halves(Ints x) { return pack(_mm256_srli_epi32(x.a, 16), _mm256_srli_epi32(x.b, 16)); }
   static __m256i pack(__m256i a, __m256i b) {
     // packus interleaves the two registers by 128-bit halves; the permutation puts the quarters back in order.
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));

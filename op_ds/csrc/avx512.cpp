@@ -22,6 +22,7 @@ namespace {
 
 struct Avx512 {
   using Floats = __m512;
+  using Ints = __m512i;
   struct Lanes {
     __m512d sum[kSumLanes / 8];
   };
@@ -51,6 +52,24 @@ struct Avx512 {
   static __m512 sqrt(__m512 x) { return _mm512_sqrt_ps(x); }
   static __m512 fma(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
 
+  static __m512i count_from(uint32_t first) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), lanes);
+  }
+  static __m512i set1_int(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static __m512i bits(__m512 x) { return _mm512_castps_si512(x); }
+  static __m512i xor_int(__m512i x, __m512i y) { return _mm512_xor_si512(x, y); }
+  static __m512i add_int(__m512i x, __m512i y) { return _mm512_add_epi32(x, y); }
+  static __m512i mul_int(__m512i x, __m512i y) { return _mm512_mullo_epi32(x, y); }
+  static __m512i and_int(__m512i x, __m512i y) { return _mm512_and_si512(x, y); }
+  template <int kBits>
+  static __m512i shift_right(__m512i x) { return _mm512_srli_epi32(x, kBits); }
+  static __m512i keep_below(__m512i x, __m512i value, __m512i limit) {
+    return _mm512_maskz_mov_epi32(_mm512_cmplt_epi32_mask(value, limit), x);
+  }
+  static void store_upper(uint16_t* p, __m512i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
+  static void stream_upper(uint16_t* p, __m512i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
+
   static Lanes zero_lanes() {
     Lanes lanes;
     for (__m512d& sum : lanes.sum) sum = _mm512_setzero_pd();
@@ -73,9 +92,9 @@ struct Avx512 {
   static __m512i upper(const uint16_t* p) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(p)), 16); }
   // Of each element's bits, rounded half up.
   static __m256i rounded_bits(__m512 x) {
-    const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    return upper_halves(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
   }
+  static __m256i upper_halves(__m512i x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)); }
   static __m256 upper_half(__m512 x) {
     return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
   }

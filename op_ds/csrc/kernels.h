@@ -17,11 +17,14 @@ constexpr int64_t kPrefetchElements = 128;
 constexpr int kSumLanes = 32;
 constexpr int64_t kSumElements = 1024;
 
-// Elements of hi and lo that fill a cache line, and of m and v that fill two. From a multiple of it on, streaming stores
-// write whole lines.
+// Elements of hi, lo and bf16 moments that fill a cache line, and of fp32 moments that fill two. From a multiple of it on,
+// streaming stores write whole lines.
 constexpr int64_t kLineElements = 32;
 
 enum class GradType : int32_t { kBf16 = 0, kFp32 = 1 };
+
+// How m and v are stored. bf16 ones are rounded stochastically, with the draws that AdamScalars and AdamPlanes speak of.
+enum class MomentType : int32_t { kFp32 = 0, kBf16 = 1 };
 
 // Scalars of one Adam step, rounded to fp32 on the caller's side from doubles, as torch does. C ABI: ctypes mirrors it.
 struct AdamScalars {
@@ -33,13 +36,14 @@ struct AdamScalars {
   float eps;
   float neg_step_size;  // -lr / bias_correction1
   int32_t coupled;      // 1: L2 decay added to the gradient (Adam); 0: decoupled (AdamW)
+  uint32_t keys[2];     // of the draws by which bf16 moments are rounded
 };
 
 struct MasterPlanes {
   uint16_t* hi;
   int16_t* lo;
-  float* m;
-  float* v;
+  void* m;
+  void* v;
 };
 
 // What is read, and where what becomes of it is written: the same address plane by plane, or one that overlaps none.
@@ -48,7 +52,9 @@ struct AdamPlanes {
   MasterPlanes to;
   const void* grad;
   GradType grad_type;
+  MomentType moment_type;
   int32_t streams;  // set by op_ds_adam: past the caches, into planes that nothing reads soon
+  uint32_t first;   // the number of element 0 among those of its vector: an element has one draw, however it is cut
 };
 
 // `decay` is what multiplies the master (AdamW: 1 - lr * weight_decay) or weighs it into the gradient (Adam).

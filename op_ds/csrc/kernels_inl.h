@@ -3,6 +3,8 @@
 //
 // V supplies: Floats, kWidth, set1, load, load_bf16, load_master, store, store_master, stream, stream_master (stores past
 // the caches, to whole vectors), fence (after these), add, sub, mul, div, sqrt, fma;
+// Ints (as many of 32 bits as there are Floats), count_from, set1_int, bits, xor_int, add_int, mul_int, and_int,
+// shift_right, keep_below (x where another is less, signed, else 0), store_upper, stream_upper (of each its upper 16 bits);
 // Lanes, zero_lanes, add_squares, store_lanes. Each arithmetic function rounds once, to nearest, and the compiler
 // contracts nothing (-ffp-contract=off).
 
@@ -22,6 +24,51 @@ AdamConstants<V> broadcast(const AdamScalars& s, float decay) {
           V::set1(s.bias_correction2_sqrt), V::set1(s.eps), V::set1(s.neg_step_size), V::set1(decay)};
 }
 
+// 32 random bits for each element from `number` on: MurmurHash3's last steps (Appleby, 2011), with a key before and one
+// between its multiplications. Elements 2^32 apart share a draw.
+template <class V>
+inline typename V::Ints draw(const uint32_t* keys, uint32_t number) {
+  auto x = V::xor_int(V::count_from(number), V::set1_int(keys[0]));
+  x = V::mul_int(V::xor_int(x, V::template shift_right<16>(x)), V::set1_int(0x85ebca6bu));
+  x = V::add_int(x, V::set1_int(keys[1]));
+  x = V::mul_int(V::xor_int(x, V::template shift_right<13>(x)), V::set1_int(0xc2b2ae35u));
+  return V::xor_int(x, V::template shift_right<16>(x));
+}
+
+// What the moments of a vector of elements are in memory. Draws: what they are rounded by.
+template <class V>
+struct Fp32Moments {
+  using Stored = float;
+  struct Draws {};
+  static Draws draws(const AdamScalars&, uint32_t) { return {}; }
+  static typename V::Floats load(const void* p, int64_t i) { return V::load(static_cast<const float*>(p) + i); }
+  template <bool kStream, bool kSecond>
+  static void store(void* p, int64_t i, typename V::Floats x, Draws) {
+    float* to = static_cast<float*>(p) + i;
+    kStream ? V::stream(to, x) : V::store(to, x);
+  }
+};
+
+// m takes the lower half of an element's draw, v (kSecond) the upper one. Adding 16 random bits to what is cut off carries
+// into what stays with the probability that makes the mean right. A carry must not make an infinity of a finite number, nor
+// something else of a NaN: from bf16's largest on, bits are cut off.
+template <class V>
+struct Bf16Moments {
+  using Stored = uint16_t;
+  using Draws = typename V::Ints;
+  static Draws draws(const AdamScalars& s, uint32_t number) { return draw<V>(s.keys, number); }
+  static typename V::Floats load(const void* p, int64_t i) { return V::load_bf16(static_cast<const uint16_t*>(p) + i); }
+  template <bool kStream, bool kSecond>
+  static void store(void* p, int64_t i, typename V::Floats x, Draws draws) {
+    const auto noise = kSecond ? V::template shift_right<16>(draws) : V::and_int(draws, V::set1_int(0xffffu));
+    const auto bits = V::bits(x);
+    const auto magnitude = V::and_int(bits, V::set1_int(0x7fffffffu));
+    const auto sum = V::add_int(bits, V::keep_below(noise, magnitude, V::set1_int(0x7f7f0000u)));
+    uint16_t* to = static_cast<uint16_t*>(p) + i;
+    kStream ? V::stream_upper(to, sum) : V::store_upper(to, sum);
+  }
+};
+
 template <class V, bool kBf16>
 inline typename V::Floats load_grad(const void* grad, int64_t i) {
   if constexpr (kBf16) {
@@ -32,7 +79,7 @@ inline typename V::Floats load_grad(const void* grad, int64_t i) {
 }
 
 // Runs past the end of the planes, where a prefetch does nothing; hence integers and not pointers.
-template <bool kBf16>
+template <bool kBf16, int64_t kMomentBytes>
 inline void prefetch_planes(const AdamPlanes& p, int64_t i) {
   const auto ask = [i](const void* plane, int64_t element_bytes) {
     const auto distance = static_cast<uintptr_t>((i + kPrefetchElements) * element_bytes);
@@ -40,14 +87,14 @@ inline void prefetch_planes(const AdamPlanes& p, int64_t i) {
   };
   ask(p.from.hi, 2);
   ask(p.from.lo, 2);
-  ask(p.from.m, 4);
-  ask(p.from.v, 4);
+  ask(p.from.m, kMomentBytes);
+  ask(p.from.v, kMomentBytes);
   ask(p.grad, kBf16 ? 2 : 4);
 }
 
 // One vector of elements: the operations of torch's single-tensor Adam in its order, each rounded where torch rounds.
-template <class V, bool kBf16, bool kCoupled, bool kHighWeight, bool kStream>
-inline void adam_vector(const AdamPlanes& p, const AdamConstants<V>& k, int64_t i) {
+template <class V, class M, bool kBf16, bool kCoupled, bool kHighWeight, bool kStream>
+inline void adam_vector(const AdamPlanes& p, const AdamConstants<V>& k, typename M::Draws draws, int64_t i) {
   auto master = V::load_master(p.from.hi + i, p.from.lo + i);
   auto grad = V::mul(load_grad<V, kBf16>(p.grad, i), k.grad_scale);
   if constexpr (kCoupled) {
@@ -55,89 +102,92 @@ inline void adam_vector(const AdamPlanes& p, const AdamConstants<V>& k, int64_t 
   } else {
     master = V::mul(master, k.decay);
   }
-  const auto old_m = V::load(p.from.m + i);
+  const auto old_m = M::load(p.from.m, i);
   const auto m = V::fma(k.coefficient, V::sub(grad, old_m), kHighWeight ? grad : old_m);
-  const auto decayed_v = V::mul(V::load(p.from.v + i), k.beta2);
+  const auto decayed_v = V::mul(M::load(p.from.v, i), k.beta2);
   const auto v = V::fma(V::mul(k.one_minus_beta2, grad), grad, decayed_v);
   const auto denominator = V::add(V::div(V::sqrt(v), k.bias_correction2_sqrt), k.eps);
   master = V::add(master, V::div(V::mul(k.neg_step_size, m), denominator));
-  if constexpr (kStream) {
-    V::stream(p.to.m + i, m);
-    V::stream(p.to.v + i, v);
-    V::stream_master(p.to.hi + i, p.to.lo + i, master);
-  } else {
-    V::store(p.to.m + i, m);
-    V::store(p.to.v + i, v);
-    V::store_master(p.to.hi + i, p.to.lo + i, master);
-  }
+  M::template store<kStream, false>(p.to.m, i, m, draws);
+  M::template store<kStream, true>(p.to.v, i, v, draws);
+  kStream ? V::stream_master(p.to.hi + i, p.to.lo + i, master) : V::store_master(p.to.hi + i, p.to.lo + i, master);
 }
 
 // At most a vector of elements: the same vector code on a padded copy, so that tails round exactly like the rest.
-template <class V, bool kBf16, bool kCoupled, bool kHighWeight>
-void adam_tail(const AdamPlanes& p, const AdamConstants<V>& k, int64_t begin, int64_t count) {
+template <class V, class M, bool kBf16, bool kCoupled, bool kHighWeight>
+void adam_tail(const AdamPlanes& p, const AdamConstants<V>& k, typename M::Draws draws, int64_t begin, int64_t count) {
+  using Moment = typename M::Stored;
   uint16_t hi[V::kWidth] = {};
   int16_t lo[V::kWidth] = {};
-  float m[V::kWidth] = {}, v[V::kWidth] = {}, grad[V::kWidth] = {};
+  Moment m[V::kWidth] = {}, v[V::kWidth] = {};
+  float grad[V::kWidth] = {};
   const size_t grad_bytes = kBf16 ? sizeof(uint16_t) : sizeof(float);
   std::memcpy(hi, p.from.hi + begin, count * sizeof(uint16_t));
   std::memcpy(lo, p.from.lo + begin, count * sizeof(int16_t));
-  std::memcpy(m, p.from.m + begin, count * sizeof(float));
-  std::memcpy(v, p.from.v + begin, count * sizeof(float));
+  std::memcpy(m, static_cast<const Moment*>(p.from.m) + begin, count * sizeof(Moment));
+  std::memcpy(v, static_cast<const Moment*>(p.from.v) + begin, count * sizeof(Moment));
   std::memcpy(grad, static_cast<const char*>(p.grad) + begin * grad_bytes, count * grad_bytes);
   const MasterPlanes copy{hi, lo, m, v};
-  adam_vector<V, kBf16, kCoupled, kHighWeight, false>({copy, copy, grad, p.grad_type, 0}, k, 0);
+  adam_vector<V, M, kBf16, kCoupled, kHighWeight, false>({copy, copy, grad, p.grad_type, p.moment_type, 0, 0}, k, draws, 0);
   std::memcpy(p.to.hi + begin, hi, count * sizeof(uint16_t));
   std::memcpy(p.to.lo + begin, lo, count * sizeof(int16_t));
-  std::memcpy(p.to.m + begin, m, count * sizeof(float));
-  std::memcpy(p.to.v + begin, v, count * sizeof(float));
+  std::memcpy(static_cast<Moment*>(p.to.m) + begin, m, count * sizeof(Moment));
+  std::memcpy(static_cast<Moment*>(p.to.v) + begin, v, count * sizeof(Moment));
 }
 
-template <class V, bool kBf16, bool kCoupled, bool kHighWeight, bool kStream>
+template <class V, class M, bool kBf16, bool kCoupled, bool kHighWeight, bool kStream>
 void adam_stored(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
   const AdamConstants<V> k = broadcast<V>(s, decay);
+  const auto draws = [&](int64_t element) { return M::draws(s, p.first + static_cast<uint32_t>(element)); };
   int64_t i = begin;
   if constexpr (kStream) {
     const int64_t line = (begin + kLineElements - 1) / kLineElements * kLineElements;
     while (i < line && i < end) {
       const int64_t past = i + V::kWidth < line ? i + V::kWidth : line;
       const int64_t stop = past < end ? past : end;
-      adam_tail<V, kBf16, kCoupled, kHighWeight>(p, k, i, stop - i);
+      adam_tail<V, M, kBf16, kCoupled, kHighWeight>(p, k, draws(i), i, stop - i);
       i = stop;
     }
   }
   for (; i + V::kWidth <= end; i += V::kWidth) {
-    if constexpr (V::kWidth > 1) prefetch_planes<kBf16>(p, i);
-    adam_vector<V, kBf16, kCoupled, kHighWeight, kStream>(p, k, i);
+    if constexpr (V::kWidth > 1) prefetch_planes<kBf16, sizeof(typename M::Stored)>(p, i);
+    adam_vector<V, M, kBf16, kCoupled, kHighWeight, kStream>(p, k, draws(i), i);
   }
   if constexpr (kStream) V::fence();  // weakly ordered: they must be visible before the range counts as done
   if (i < end) {
-    adam_tail<V, kBf16, kCoupled, kHighWeight>(p, k, i, end - i);
+    adam_tail<V, M, kBf16, kCoupled, kHighWeight>(p, k, draws(i), i, end - i);
   }
 }
 
-template <class V, bool kBf16, bool kCoupled, bool kHighWeight>
+template <class V, class M, bool kBf16, bool kCoupled, bool kHighWeight>
 void adam_range(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
-  const AdamFn plain = adam_stored<V, kBf16, kCoupled, kHighWeight, false>;
-  const AdamFn streaming = adam_stored<V, kBf16, kCoupled, kHighWeight, true>;
+  const AdamFn plain = adam_stored<V, M, kBf16, kCoupled, kHighWeight, false>;
+  const AdamFn streaming = adam_stored<V, M, kBf16, kCoupled, kHighWeight, true>;
   (p.streams ? streaming : plain)(p, s, begin, end, decay);
 }
 
-template <class V, bool kBf16, bool kCoupled>
+template <class V, class M, bool kBf16, bool kCoupled>
 void adam_weight(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
-  const AdamFn low = adam_range<V, kBf16, kCoupled, false>, high = adam_range<V, kBf16, kCoupled, true>;
+  const AdamFn low = adam_range<V, M, kBf16, kCoupled, false>, high = adam_range<V, M, kBf16, kCoupled, true>;
   (s.lerp_weight < 0.5f ? low : high)(p, s, begin, end, decay);
 }
 
-template <class V>
-void adam(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
+template <class V, class M>
+void adam_moments(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
   // torch leaves out the L2 term where the decay is zero; 0 * master would be NaN for an infinite master.
   const bool coupled = s.coupled && decay != 0.0f;
   const float factor = s.coupled && !coupled ? 1.0f : decay;
   if (p.grad_type == GradType::kBf16) {
-    (coupled ? adam_weight<V, true, true> : adam_weight<V, true, false>)(p, s, begin, end, factor);
+    (coupled ? adam_weight<V, M, true, true> : adam_weight<V, M, true, false>)(p, s, begin, end, factor);
   } else {
-    (coupled ? adam_weight<V, false, true> : adam_weight<V, false, false>)(p, s, begin, end, factor);
+    (coupled ? adam_weight<V, M, false, true> : adam_weight<V, M, false, false>)(p, s, begin, end, factor);
   }
+}
+
+template <class V>
+void adam(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
+  const bool is_short = p.moment_type == MomentType::kBf16;
+  (is_short ? adam_moments<V, Bf16Moments<V>> : adam_moments<V, Fp32Moments<V>>)(p, s, begin, end, decay);
 }
 
 template <class V>

@@ -12,6 +12,7 @@ namespace {
 
 struct Scalar {
   using Floats = float;
+  using Ints = uint32_t;
   struct Lanes {
     double sum[kSumLanes];
   };
@@ -25,10 +26,8 @@ struct Scalar {
   }
   static void store(float* p, float x) { *p = x; }
   static void store_master(uint16_t* hi, int16_t* lo, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
-    *lo = static_cast<int16_t>(bits);
+    *hi = static_cast<uint16_t>((bits(x) + 0x8000u) >> 16);
+    *lo = static_cast<int16_t>(bits(x));
   }
   static void stream(float* p, float x) { store(p, x); }
   static void stream_master(uint16_t* hi, int16_t* lo, float x) { store_master(hi, lo, x); }
@@ -39,6 +38,25 @@ struct Scalar {
   static float div(float a, float b) { return a / b; }
   static float sqrt(float a) { return std::sqrt(a); }
   static float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+  static uint32_t count_from(uint32_t first) { return first; }
+  static uint32_t set1_int(uint32_t x) { return x; }
+  static uint32_t bits(float x) {
+    uint32_t found;
+    std::memcpy(&found, &x, sizeof found);
+    return found;
+  }
+  static uint32_t xor_int(uint32_t x, uint32_t y) { return x ^ y; }
+  static uint32_t add_int(uint32_t x, uint32_t y) { return x + y; }
+  static uint32_t mul_int(uint32_t x, uint32_t y) { return x * y; }
+  static uint32_t and_int(uint32_t x, uint32_t y) { return x & y; }
+  template <int kBits>
+  static uint32_t shift_right(uint32_t x) { return x >> kBits; }
+  static uint32_t keep_below(uint32_t x, uint32_t value, uint32_t limit) {
+    return static_cast<int32_t>(value) < static_cast<int32_t>(limit) ? x : 0;
+  }
+  static void store_upper(uint16_t* p, uint32_t x) { *p = static_cast<uint16_t>(x >> 16); }
+  static void stream_upper(uint16_t* p, uint32_t x) { store_upper(p, x); }
 
   static Lanes zero_lanes() { return {}; }
   template <bool kBf16>

@@ -93,7 +93,7 @@ class StateFormats:
 
     def of(self, unit: UnitSpec) -> "StateFormats":
         """Units that compute in fp32 among others in bf16 have the table of an fp32 run."""
-        return EXACT[FP32.name] if unit.fp32 and not self.merges else self
+        return FORMATS[self.name][FP32.name] if unit.fp32 and not self.merges else self
 
     def num_elements(self, unit: UnitSpec, plane: str, segments: tuple[str, ...] = (TRAINED, FROZEN)) -> int:
         """Elements of the unit's plane, in all segments or in some."""
@@ -126,12 +126,18 @@ def _per_element(encoding: Encoding) -> float:
     return int(size) if size == int(size) else size
 
 
-EXACT = {compute.name: StateFormats(name="exact", compute=compute, update="adamw",
-                                    rows=_rows(compute is FP32, compute, FP32)) for compute in (BF16, FP32)}
+def _tables(name: str, moments: Encoding, update: str) -> dict[str, StateFormats]:
+    """By what blocks compute in."""
+    return {compute.name: StateFormats(name=name, compute=compute, rows=_rows(compute is FP32, compute, moments), update=update)
+            for compute in (BF16, FP32)}
+
+
+EXACT_NAME = "exact"
+EXACT = _tables(EXACT_NAME, FP32, "adamw")
 """By what blocks compute in: the fp32 master in halves, and moments in fp32."""
 
-FORMATS = {"exact": EXACT}
-"""By the name that states have them under."""
+FORMATS = {EXACT_NAME: EXACT, "bf16": _tables("bf16", BF16, "adamw with bf16 moments")}
+"""By the name that states have them under, and that ``--states`` takes."""
 
 PLANES = EXACT["bf16"].planes
 """Kinds of planes that a unit may have, in the order in which slots and saved states hold them."""

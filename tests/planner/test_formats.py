@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ratel.errors import RatelError
-from ratel.planner.formats import BF16, EXACT, FORMATS, FROZEN, PLANES, TRAINED, Encoding, StateFormats
+from ratel.config.table import STATES
+from ratel.planner.formats import EXACT, FORMATS, FROZEN, PLANES, TRAINED, Encoding
 from ratel.planner.shape import ParamSpec, lay_out
 from ratel.planner.traffic import step_traffic
 from ratel.planner.work import Buffers
@@ -21,12 +22,12 @@ from tests.support.plans import make_plan, tied_spec
 
 pytestmark = pytest.mark.unit
 HALVES = {"*": {"hi": "ssd", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "dram"}}
-SHORT_MOMENTS = StateFormats(name="short moments", compute=BF16, update="none", rows=tuple(
-    replace(row, encoding=BF16) if row.plane in "mv" else row for row in EXACT["bf16"].rows))
+SHORT = FORMATS["bf16"]
 
 
-def test_exact_states_take_what_the_documents_say() -> None:
+def test_states_take_what_the_documents_say() -> None:
     assert [(f.trained_bytes, f.update_bytes) for f in EXACT.values()] == [(14, 26), (16, 28)]
+    assert [(f.trained_bytes, f.update_bytes) for f in SHORT.values()] == [(10, 18), (12, 20)]
     assert [f.gathered for f in EXACT.values()] == [("hi",), ("hi", "lo")]
     assert PLANES == ("hi", "lo", "m", "v") == EXACT["fp32"].planes
 
@@ -40,14 +41,17 @@ def test_frozen_elements_have_the_planes_that_are_computed_with() -> None:
 
 
 def test_every_name_in_the_table_has_its_code() -> None:
-    for table in EXACT.values():
-        assert table.update in UPDATES
+    assert STATES == tuple(FORMATS)
+    for name, table in ((name, table) for name, tables in FORMATS.items() for table in tables.values()):
+        assert table.update in UPDATES and table.name == name and table.planes == PLANES
         for row in table.rows:
             assert DTYPES[row.encoding.name].itemsize * 8 == row.encoding.bits and set(row.segments) <= {TRAINED, FROZEN}
     assert formats_of({}) == EXACT["bf16"] and formats_of({"formats": "exact"}) == EXACT["bf16"]
+    unit = replace(lay_out(0, "u", "block", [ParamSpec(name="a", shape=(4096,))]), fp32=True)
+    assert SHORT["bf16"].of(unit) is SHORT["fp32"]
 
 
-def test_a_state_in_other_formats_is_refused(ssd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_in_formats_of_tomorrow_is_refused(ssd_dir: Path, tmp_path: Path) -> None:
     """Its manifest says which, and its bytes would be read as other numbers."""
     with open_session(ssd_dir) as session:
         session.step(batches("llama", 1)[0])
@@ -57,12 +61,6 @@ def test_a_state_in_other_formats_is_refused(ssd_dir: Path, tmp_path: Path, monk
     name_formats(tmp_path / "state", "of tomorrow")
     with open_session(ssd_dir) as session, pytest.raises(RatelError, match="does not know: 'of tomorrow'"):
         session.load(tmp_path / "state")
-    monkeypatch.setitem(FORMATS, "short moments", dict.fromkeys(EXACT, SHORT_MOMENTS))
-    name_formats(tmp_path / "state", "short moments")
-    with open_session(ssd_dir) as session:
-        session.load(tmp_path / "state")
-        with pytest.raises(RatelError, match="its planes are in short moments formats, those of this session would be exact"):
-            session.step(batches("llama", 1)[0])
 
 
 def name_formats(state: Path, name: str) -> None:
@@ -81,7 +79,7 @@ def test_other_formats_are_counted_by_all() -> None:
     """Moments of half the size: 8 bytes a parameter instead of 12, and 18 moved in a step instead
     of 26."""
     plan = make_plan(tied_spec(40, 1024), HALVES, optimizer="deferred", buffers=Buffers(chunk_elements=1 << 18))
-    short = replace(plan, formats=SHORT_MOMENTS)
+    short = replace(plan, formats=SHORT["bf16"])
 
     def spared(of: str) -> float:
         return (getattr(plan, of) - getattr(short, of)) / plan.spec.num_params

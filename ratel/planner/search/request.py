@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ratel.planner.activation_policy import AUTO, Kept, forced_kept
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
-from ratel.planner.formats import EXACT, StateFormats
+from ratel.planner.formats import FORMATS, StateFormats
 from ratel.planner.placement import Forced
 from ratel.planner.search.options import SessionOptions
 from ratel.planner.shape import ModelSpec, outside_blocks
@@ -99,7 +99,8 @@ def request_for(spec: ModelSpec, options: SessionOptions, budgets: Budgets, fact
                 micro_rows: int, on_host: bool = False, has_rates: bool = True) -> Request:
     """``has_rates``: of the machine, by which a search finds out what is worth keeping of the
     inside of blocks."""
-    formats, work = EXACT[options.dtype], Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=facts.hidden_bytes)
+    formats = FORMATS[options.states][options.dtype]
+    work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows, hidden_bytes=facts.hidden_bytes)
     is_searched = options.activations == AUTO and has_rates and facts.spill is None
     return Request(spec=spec, formats=formats, options=options, work=work, gpu_budget=budgets.gpu, dram_budget=budgets.dram,
                    ssd_budget=budgets.ssd, process_bytes=budgets.process_bytes, import_element_bytes=facts.import_element_bytes,

@@ -1,6 +1,7 @@
 """The machinery of a session with the states in it, from whichever source: the model's own weights,
 or a saved state."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from ratel.startup import readahead
 from ratel.store.volumes import IoOptions
 from ratel.trace import phases
 
+log = logging.getLogger(__name__)
+
 
 def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: IoOptions, commits: Path | None,
           saved: SavedState | None, moments: MomentFiles | None) -> Machinery:
@@ -30,7 +33,7 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
     try:
         if saved is not None:
             saved.check_model(parts.spec)
-            saved.check_formats(plan.formats)
+            _tell_conversion(saved, plan)
         goes_on = saved is not None and are_own(saved, commits) and can_continue(saved, plan, io)
         with phases.phase("files and address space"):
             machinery = Machinery(parts, plan, device, pool=pool, io=io, commits=commits,
@@ -48,6 +51,12 @@ def build(parts: Parts, plan: Plan, device: torch.device, *, threads: int, io: I
     finally:
         readahead.end()
     return machinery
+
+
+def _tell_conversion(saved: SavedState, plan: Plan) -> None:
+    conversion = saved.conversion(plan.formats)
+    if conversion is not None:
+        log.warning(conversion)
 
 
 def _threads(count: int) -> "native.op_ds.Pool":

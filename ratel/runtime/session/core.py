@@ -87,7 +87,7 @@ class Core:
 
     def hyper(self, lr: float) -> Hyper:
         """What the next update uses."""
-        return Hyper(lr=lr, step=self.updates_made + 1, **self.constants)
+        return Hyper(lr=lr, step=self.updates_made + 1, seed=self.options.seed, **self.constants)
 
     @property
     def constants(self) -> dict[str, float]:

@@ -193,6 +193,7 @@ def can_continue(saved: SavedState, plan: Plan, io: IoOptions) -> bool:
     manifest = saved.manifest
     return ([str(path.parent) for path in saved.files] == folders and manifest["pattern"] == pattern_of(io)
             and manifest["stripe_bytes"] == io.stripe_bytes and manifest["grain"] == plan.grain
+            and saved.conversion(plan.formats) is None
             and manifest["planes"] == describe_planes(plan.spec, plan.slot_layout)
             and sum(path.stat().st_size for path in saved.files)
             == align_up(plan.ssd_items["planes"], PAGE_BYTES) + STAMP_BYTES * len(saved.files))

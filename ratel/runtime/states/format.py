@@ -15,18 +15,16 @@ import numpy as np
 from ratel.config import MOST_SEED, TASKS
 from ratel.errors import RatelError
 from ratel.ownership.regular import begins_with
-from ratel.planner.formats import FORMATS, FROZEN, PLANES, StateFormats
+from ratel.planner.formats import EXACT_NAME, FORMATS, FROZEN, PLANES, StateFormats
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import GRAIN_ELEMENTS, SlotLayout
 from ratel.reading import SMALL_FILE_BYTES, parse_json, read_regular
 from ratel.schema import SchemaError, anything, check, listing, mapping, one_of, record, shown, text, whole
 from ratel.synced import partial_name
 
-FORMAT, VERSION, WITHOUT_FROZEN = "ratel-state", 3, 4
-EXACT_NAME = "exact"
-"""Formats that a manifest does not name."""
-READ_VERSIONS = (2, 3, 4)
-"""4 names what is frozen and does not hold it; where all is trained it would be 3. 2 has no
+FORMAT, VERSION, WITHOUT_FROZEN, IN_OTHER_FORMATS = "ratel-state", 3, 4, 5
+READ_VERSIONS = (2, 3, 4, 5)
+"""5 is 4 with planes that are not exact, and names their formats. 4 names what is frozen and does not hold it; where all is trained it would be 3. 2 has no
 buffers, and is read by who takes them from the model."""
 MANIFEST = "manifest.json"
 COMMITS = ("commit-0", "commit-1")
@@ -108,14 +106,16 @@ def make_manifest(spec: ModelSpec, layout: SlotLayout, formats: StateFormats, *,
                   pattern: list[int], stripe_bytes: int) -> bytes:
     """``files``: relative to the state's directory, or absolute; ``pattern``: the file of each
     stripe of one round."""
-    content = {"format": FORMAT, "version": _version_of(spec), "checksum": "crc32", "grain": grain, "num_slots": num_slots,
+    content = {"format": FORMAT, "version": _version_of(spec, formats), "checksum": "crc32", "grain": grain, "num_slots": num_slots,
                "slot_bytes": layout.num_bytes, "files": files, "pattern": pattern, "stripe_bytes": stripe_bytes,
                "planes": describe_planes(spec, layout), "model": describe_model(spec),
                **({} if formats.name == EXACT_NAME else {"formats": formats.name})}
     return _sealed(content)
 
 
-def _version_of(spec: ModelSpec) -> int:
+def _version_of(spec: ModelSpec, formats: StateFormats) -> int:
+    if formats.name != EXACT_NAME:
+        return IN_OTHER_FORMATS
     return WITHOUT_FROZEN if any(unit.num_elements > unit.num_trainable for unit in spec.units) else VERSION
 
 

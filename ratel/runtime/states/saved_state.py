@@ -133,31 +133,41 @@ class SavedState:
                                  remedy=f"It was saved from {self.manifest['model']['name']}; give that model, with the "
                                         "same parameters frozen")
 
-    def check_formats(self, formats: StateFormats) -> None:
-        """Refuse planes that are stored otherwise than the session's."""
-        if self._formats.name != formats.name:
-            raise RatelError(f"its planes are in {self._formats.name} formats, those of this session would be "
-                             f"{formats.name}", field="state", value=self.path, remedy="Train on with the formats that it has")
+    def conversion(self, formats: StateFormats) -> str | None:
+        """What becomes of its planes in a session that stores them so, and what is lost by it; None
+        where they stay as they are."""
+        changed = [plane for plane in formats.planes if self._formats.encoding(plane) != formats.encoding(plane)]
+        if not changed:
+            return None
+        before, after = (f"{table.name} ({table.encoding(changed[0]).name})" for table in (self._formats, formats))
+        narrower = formats.encoding(changed[0]).bits < self._formats.encoding(changed[0]).bits
+        lost = ("they are rounded, and what is rounded off is lost" if narrower else
+                "no bit is lost, and what rounding took from them before does not come back")
+        return f"the moments in {self.path} go on from {before} as {after}: {lost}; weights stay exact"
 
     def num_elements(self, unit: int, plane: str) -> int:
         """0 where the unit has no such plane."""
         return self.manifest["planes"][unit].get(plane, {"num_elements": 0})["num_elements"]
 
     def read(self, unit: int, plane: str, out: Tensor | None = None) -> Tensor | None:
-        """A plane of a unit (CPU), or None where the unit has none. ``out``: of its dtype,
-        contiguous, where the plane is put from the first element on. Raises RatelError for a grain
-        that is damaged."""
+        """A plane of a unit (CPU), or None where the unit has none. ``out``: contiguous, where the
+        plane is put from the first element on, its numbers rounded to nearest where that is of
+        another dtype. Raises RatelError for a grain that is damaged."""
         if plane not in self.manifest["planes"][unit]:
             return None
-        num_bytes = self._num_bytes(unit, plane)
-        values = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out.view(torch.uint8)[:num_bytes]
-        data = memoryview(values.numpy())
-        encoding = self._formats.encoding(plane)
+        count, dtype = self.num_elements(unit, plane), DTYPES[self._formats.encoding(plane).name]
+        values = torch.empty(count, dtype=dtype) if out is None else out[:count]
+
+        def fill(piece: tuple[int, int]) -> None:
+            part = values[piece[0] : piece[1]]
+            stored = part if part.dtype is dtype else torch.empty(part.numel(), dtype=dtype)
+            self._read_piece(descriptors, unit, plane, piece, memoryview(stored.view(torch.uint8).numpy()))
+            if stored is not part:
+                part.copy_(stored)
+
         with self._readers() as (pool, descriptors):
-            list(pool.map(lambda piece: self._read_piece(descriptors, unit, plane, piece,
-                                                         data[encoding.num_bytes(piece[0]) : encoding.num_bytes(piece[1])]),
-                          self._pieces(unit, plane)))
-        return values.view(DTYPES[encoding.name])
+            list(pool.map(fill, self._pieces(unit, plane)))
+        return values
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> int:
         """Read everything; returns the bytes read. Raises RatelError at the first damaged grain."""

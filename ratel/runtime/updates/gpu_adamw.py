@@ -9,6 +9,7 @@ docs/optimizer.md, operation by operation.
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,29 +22,30 @@ REFERENCE_CHUNK = 1 << 20
 """Elements. The reference makes some ten fp64 temporaries of this length."""
 
 Planes = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Update = Callable[[Planes, op_ds.AdamCoefficients, float], None]
+Update = Callable[[Planes, op_ds.AdamCoefficients, float, op_ds.Rounding | None], None]
 _log = logging.getLogger(__name__)
 
 
 def adamw_(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor, *, lr: float, beta1: float, beta2: float,
            eps: float, step: int, grad_scale: float = 1.0, ranges: list[tuple[int, float]] | None = None,
-           path: str = "auto") -> None:
+           rounding: op_ds.Rounding | None = None, path: str = "auto") -> None:
     """One AdamW step in place. All tensors 1-D, contiguous, of one length and device.
 
-    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` fp32, ``grad`` bf16 or
-    fp32. ``ranges`` are (end element, weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"``
+    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` fp32, or bf16 with
+    ``rounding``, ``grad`` bf16 or fp32. ``ranges`` are (end element, weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"``
     takes Triton on an NVIDIA GPU where it can be imported; a forced path that is impossible raises
     RatelError.
     """
     planes = (hi, lo, m, v, grad)
-    _check_planes(planes)
+    _check_planes(planes, torch.float32 if rounding is None else torch.bfloat16)
     ranges = [(hi.numel(), 0.0)] if ranges is None else ranges
     op_ds.check_ranges(ranges, hi.numel())
     coefficients = op_ds.adam_coefficients(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step,
                                            grad_scale=grad_scale)
     update = choose_update(hi.device, path)
     for begin, end, weight_decay in _spans(ranges):
-        update(tuple(plane[begin:end] for plane in planes), coefficients, op_ds.decay_factor(lr, weight_decay))
+        update(tuple(plane[begin:end] for plane in planes), coefficients, op_ds.decay_factor(lr, weight_decay),
+               _from(rounding, begin))
 
 
 def choose_update(device: torch.device, path: str = "auto") -> Update:
@@ -75,10 +77,10 @@ def _triton_serves(device_type: str) -> bool:
     return True
 
 
-def _check_planes(planes: Planes) -> None:
+def _check_planes(planes: Planes, moments: torch.dtype) -> None:
     hi, lo, m, v, grad = planes
     assert hi.dtype == torch.bfloat16 and lo.dtype == torch.int16, (hi.dtype, lo.dtype)
-    assert m.dtype == v.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float32), (m.dtype, grad.dtype)
+    assert m.dtype == v.dtype == moments and grad.dtype in (torch.bfloat16, torch.float32), (m.dtype, grad.dtype)
     assert all(p.dim() == 1 and p.is_contiguous() and p.numel() == hi.numel() and p.device == hi.device for p in planes)
 
 
@@ -90,9 +92,40 @@ def _spans(ranges: list[tuple[int, float]]) -> Iterator[tuple[int, int, float]]:
         begin = end
 
 
-def _reference_update(planes: Planes, k: op_ds.AdamCoefficients, decay: float) -> None:
+def _from(rounding: op_ds.Rounding | None, begin: int) -> op_ds.Rounding | None:
+    """The draws of what begins ``begin`` elements later."""
+    return rounding and replace(rounding, first=rounding.first + begin)
+
+
+def _reference_update(planes: Planes, k: op_ds.AdamCoefficients, decay: float, rounding: op_ds.Rounding | None) -> None:
     for begin in range(0, planes[0].numel(), REFERENCE_CHUNK):
-        _reference_chunk(*(plane[begin:begin + REFERENCE_CHUNK] for plane in planes), k, decay)
+        hi, lo, m, v, grad = (plane[begin:begin + REFERENCE_CHUNK] for plane in planes)
+        if rounding is None:
+            _reference_chunk(hi, lo, m, v, grad, k, decay)
+            continue
+        exact = m.float(), v.float()
+        _reference_chunk(hi, lo, *exact, grad, k, decay)
+        noise = draws(_from(rounding, begin), m.numel(), m.device)
+        round_stochastically(exact[0], noise & 0xffff, m)
+        round_stochastically(exact[1], noise >> 16, v)
+
+
+def draws(rounding: op_ds.Rounding, count: int, device: torch.device) -> Tensor:
+    """32 random bits for each of so many elements, as int64: MurmurHash3's last steps with a key
+    before and one between its multiplications (docs/optimizer.md)."""
+    low, high = rounding.keys
+    x = (torch.arange(count, device=device) + rounding.counter & 0xffffffff) ^ low
+    x = (x ^ x >> 16) * 0x85ebca6b + high & 0xffffffff
+    x = (x ^ x >> 13) * 0xc2b2ae35 & 0xffffffff
+    return x ^ x >> 16
+
+
+def round_stochastically(values: Tensor, noise: Tensor, out: Tensor) -> None:
+    """fp32 to bf16, away from zero where 16 random bits carry. From bf16's largest number on, and
+    for what is not finite, bits are cut off."""
+    bits = values.view(torch.int32)
+    carries = (bits & 0x7fffffff) < 0x7f7f0000
+    out.view(torch.int16).copy_(bits + torch.where(carries, noise, 0).int() >> 16)
 
 
 def _reference_chunk(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor,

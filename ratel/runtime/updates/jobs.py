@@ -8,6 +8,7 @@ import torch
 
 from ratel.memory.lanes import Event
 from ratel.memory.slots import Slot
+from ratel.native import op_ds
 from ratel.planner.shape import UnitSpec
 from ratel.store.host_cache import HostSlot
 from ratel.store.plane_io import Read
@@ -19,7 +20,8 @@ another scale; or the step is skipped."""
 
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """What one update of all parameters uses. ``step`` counts updates from 1."""
+    """What one update of all parameters uses. ``step`` counts updates from 1; ``seed`` is the
+    session's."""
 
     lr: float
     beta1: float
@@ -27,12 +29,14 @@ class Hyper:
     eps: float
     weight_decay: float
     step: int
+    seed: int
     grad_scale: float = 1.0
 
     def of_elements(self, unit: UnitSpec, begin: int, end: int) -> dict[str, Any]:
         """What AdamW is told for the elements ``[begin, end)`` of a unit."""
         return {"lr": self.lr, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "step": self.step,
-                "grad_scale": self.grad_scale, "ranges": decay_ranges(unit, begin, end, self.weight_decay)}
+                "grad_scale": self.grad_scale, "ranges": decay_ranges(unit, begin, end, self.weight_decay),
+                "rounding": op_ds.Rounding(key=op_ds.rounding_key(self.seed, self.step, unit.index), first=begin)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ratel.runtime.updates import gpu_adamw
 
 ADAM = dict(lr=1e-3, beta2=0.999, eps=1e-8)
 EDGE_VALUES = (0.0, -0.0, 1e-45, -1e-39, 1e-30, 1.1754944e-38, 1.0, -3e38, 2e19)
+MOMENTS = (torch.float32, torch.bfloat16)
 
 Planes = list[torch.Tensor]
 
@@ -25,7 +26,7 @@ def pool() -> Iterator[op_ds.Pool]:
         yield made
 
 
-def make_planes(n: int, seed: int) -> Planes:
+def make_planes(n: int, seed: int, moments: torch.dtype = torch.float32) -> Planes:
     """hi, lo, m, v of parameters some of which are zero, denormal or about to overflow bf16."""
     rng = torch.Generator().manual_seed(seed)
     weights = torch.randn(n, generator=rng)
@@ -33,7 +34,12 @@ def make_planes(n: int, seed: int) -> Planes:
         weights[i::101] = value
     hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
     gpu_adamw.split_master(weights, hi, lo)
-    return [hi, lo, torch.zeros(n), torch.zeros(n)]
+    return [hi, lo, torch.zeros(n, dtype=moments), torch.zeros(n, dtype=moments)]
+
+
+def draws(step: int, moments: torch.dtype) -> op_ds.Rounding | None:
+    """A vector that begins just before the counter comes to its end."""
+    return None if moments is torch.float32 else op_ds.Rounding(key=op_ds.rounding_key(5, step, 1), first=2**32 - 5000)
 
 
 def make_grad(n: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,16 +63,18 @@ def assert_same_bits(got: Planes, wanted: Planes) -> None:
 
 
 @pytest.mark.numerics
+@pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("beta1", [0.9, 0.5, 0.3])
 def test_reference_equals_op_ds(pool: op_ds.Pool, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
-                                beta1: float) -> None:
+                                beta1: float, moments: torch.dtype) -> None:
     n = 20_011
     monkeypatch.setattr(gpu_adamw, "REFERENCE_CHUNK", 3000)
-    planes, wanted = make_planes(n, 0), make_planes(n, 0)
+    planes, wanted = make_planes(n, 0, moments), make_planes(n, 0, moments)
     for step in range(1, 13):
         grad = make_grad(n, step, dtype)
-        options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(7001, 0.1), (7001, 0.5), (n, 0.0)])
+        options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(7001, 0.1), (7001, 0.5), (n, 0.0)],
+                       rounding=draws(step, moments))
         gpu_adamw.adamw_(*planes, grad, **options)
         native_update(pool, wanted, grad, **options)
         assert_same_bits(planes, wanted)
@@ -145,14 +153,16 @@ def test_paths_are_chosen_or_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("beta1", [0.9, 0.3])
-def test_gpu_equals_op_ds(pool: op_ds.Pool, path: str, dtype: torch.dtype, beta1: float) -> None:
+def test_gpu_equals_op_ds(pool: op_ds.Pool, path: str, dtype: torch.dtype, beta1: float, moments: torch.dtype) -> None:
     for n in (1, 127, 100_003):
-        planes, wanted = [p.cuda() for p in make_planes(n, 0)], make_planes(n, 0)
+        planes, wanted = [p.cuda() for p in make_planes(n, 0, moments)], make_planes(n, 0, moments)
         for step in range(1, 13):
             grad = make_grad(n, step, dtype)
-            options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(n // 3, 0.1), (n, 0.0)])
+            options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(n // 3, 0.1), (n, 0.0)],
+                           rounding=draws(step, moments))
             gpu_adamw.adamw_(*planes, grad.cuda(), **options, path=path)
             native_update(pool, wanted, grad, **options)
             assert_same_bits(planes, wanted)
