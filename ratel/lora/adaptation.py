@@ -1,7 +1,7 @@
 """An adapter on the model of a session: put on before the model is taken apart, given its values as
 weights are brought in, taken off when the session ends."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ratel.errors import RatelError
-from ratel.lora.compute import Adapter, Draws, adapt
+from ratel.lora.compute import Draws, adapt_layers
 from ratel.lora.describe.config import LoraConfig
 from ratel.lora.describe.layers import PREFIX, AdaptedLayer
 from ratel.lora.describe.mistakes import refuse_mistakes
-from ratel.lora.describe.outline import outline_of
+from ratel.lora.describe.outline import EMBEDDING, outline_of
 from ratel.lora.describe.targets import Targets, resolve
-from ratel.lora.files import StoredAdapter, named, read_adapter
+from ratel.lora.files import StoredAdapter, named, read_adapter, tensors_of
+from ratel.lora.values.converted import converted_targets, converted_tensors
+from ratel.lora.values.fingerprint import digest_of, fingerprint
 from ratel.lora.values.initial import LayerTensors, initial, needs_weight, residual
 from ratel.models.checkpoints.weights import WeightSource, view
 from ratel.models.safetensors.stored_bits import StoredBits
@@ -41,6 +43,7 @@ class Adaptation:
         """Parent, name, the model's own module, and what is in its place."""
         self._begun: dict[str, LayerTensors] = {}
         self._units: Sequence[UnitSpec] = ()
+        self._fingerprint: str | None = None
         self.stored: StoredAdapter | None = None
         self.base: WeightSource | None = None
         """Where the weights of the model without the adapter come from."""
@@ -81,15 +84,13 @@ class Adaptation:
 
     def _put(self, root: nn.Module, own: dict[str, nn.Module], layers: list[AdaptedLayer], draws: Draws, stage: str,
              device: torch.device) -> None:
-        for dropout in {layer.dropout for layer in layers}:
-            alike = [layer for layer in layers if layer.dropout == dropout]
-            adapters = {layer.name: Adapter(a=placeholder(layer.a_shape, torch.float32, device),
-                                            b=placeholder(layer.b_shape, torch.float32, device), scale=layer.scale) for layer in alike}
-            made = adapt(root, adapters, draws=draws, stage=stage, dropout=dropout, graph=self._graph)
-            for layer in alike:
-                parent, _, child = layer.name.rpartition(".")
-                self._replaced.append((root.get_submodule(parent), child, own[layer.name], made[layer.name]))
-                self.names |= {f"{layer.name}.lora_A": layer.a_name, f"{layer.name}.lora_B": layer.b_name}
+        tensors = {name: placeholder(layer.file_shapes[stored], torch.float32, device)
+                   for layer in layers if layer.tied_to is None for name, stored in layer.added.items()}
+        made = adapt_layers(root, layers, tensors, draws=draws, stage=stage, graph=self._graph)
+        for name, module in {layer.name: made[layer.key] for layer in layers}.items():
+            parent, _, child = name.rpartition(".")
+            self._replaced.append((root.get_submodule(parent), child, own[name], module))
+        self.names |= {name: stored for layer in layers if layer.tied_to is None for name, stored in layer.added.items()}
 
     def take_off(self) -> None:
         for parent, child, module, _ in reversed(self._replaced):
@@ -113,12 +114,27 @@ class Adaptation:
         if draws is not None:
             draws.begin(step, first_row)
 
-    def laid_out(self, units: Sequence[UnitSpec]) -> None:
+    def laid_out(self, units: Sequence[UnitSpec], used: Collection[str]) -> None:
+        """PyTorch's attention, for one, reads the weight of a linear and never calls it."""
         self._units = units
+        for layer in self.targets.layers:
+            if layer.weight in used and not any(name in used for name in layer.added) and layer.tied_to is None:
+                raise RatelError("would not be trained: its weight is read past it, by the module that it is in", field="lora_targets",
+                                 value=layer.key, remedy="Leave it out of the targets")
 
     def source(self, base: WeightSource) -> WeightSource:
         self.base = base
         return _WithAdapter(self)
+
+    def fingerprint(self) -> str:
+        """The name of the model by content, without the adapter. Every weight is read, once."""
+        if self._fingerprint is None:
+            digests: dict[str, str] = {}
+            for unit in self._units:
+                flat = torch.zeros(unit.num_elements)
+                digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in self.read_base(unit, flat).params}
+            self._fingerprint = fingerprint(digests)
+        return self._fingerprint
 
     # --- values -------------------------------------------------------------------------------------------------
 
@@ -179,6 +195,38 @@ class Adaptation:
             return self.stored.tensors[self.names[name]]
         layer = self._layer_of[self.names[name]]
         return named(layer, self.beginnings(layer))[self.names[name]]
+
+    def trained(self, units: Sequence[UnitSpec], read: Callable[[UnitSpec], Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors by their names in its file, fp32, without those of tied layers.
+        ``read`` gives the fp32 weights of a unit, 1-D in its layout."""
+        full = {name for module in self.targets.full if module.tied_to is None for name in module.parameters}
+        found = {}
+        for unit in units:
+            wanted = {param: name for param in unit.params if (name := self._name_in_file(param, full)) is not None}
+            flat = read(unit) if wanted else None
+            found |= {name: view(flat, param).clone() for param, name in wanted.items()}
+        return found
+
+    def _name_in_file(self, param: ParamSpec, full: set[str]) -> str | None:
+        if param.name in self.names:
+            return self.names[param.name]
+        return next((PREFIX + name for name in (param.name, *param.aliases) if name in full), None)
+
+    def for_base_as_stored(self, tensors: dict[str, Tensor]) -> tuple[Targets, dict[str, Tensor]]:
+        """The adapter that gives what was trained with the model as it is stored: of pissa and
+        olora another one than what was trained (`ratel.lora.values.converted`)."""
+        if self.stored is not None or not self._config.changes_base:
+            return self.targets, tensors
+        targets, made = converted_targets(self.targets), dict(tensors)
+        for before, layer in zip(self.targets.layers, targets.layers, strict=True):
+            if before.tied_to is None:
+                made |= named(layer, converted_tensors(layer, tensors_of(before, self.targets, tensors), self._first_part(before)))
+        return targets, made
+
+    def _first_part(self, layer: AdaptedLayer) -> LayerTensors:
+        """What was taken out of the layer's weight: nothing of an embedding."""
+        begun = self.beginnings(layer)
+        return begun if layer.kind != EMBEDDING else LayerTensors(a=torch.zeros_like(begun.a), b=torch.zeros_like(begun.b))
 
     def refuse_other_copies(self, param: ParamSpec, weight: Tensor) -> None:
         """An adapter of peft's may hold parameters of its base, which must be those that are

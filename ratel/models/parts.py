@@ -61,8 +61,8 @@ class Parts:
         self.is_causal_lm = loss_fn is None and task is None
         self.task = task
         self._source = source if additions is None else additions.source(source)
-        self._originals, self._additions = originals, additions
-        self._origin = origin if origin is not None else Origin.of_module(module)
+        self.originals, self._additions = originals, additions
+        self.origin = origin if origin is not None else Origin.of_module(module)
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._guard = Guard(module)
@@ -148,7 +148,8 @@ class Parts:
                     raise RatelError("there is nothing to train: no parameter that the loss depends on requires grad",
                                      field="model", value=self.name, remedy="Set requires_grad on some of them")
                 if self._additions is not None:
-                    self._additions.laid_out(layout.spec.units)
+                    names = [name for name, _ in self.module.named_parameters()]
+                    self._additions.laid_out(layout.spec.units, {names[index] for used in found.used for index in used})
                 self._layout = layout
                 self._trace = found
                 with torch.no_grad(), assignments_undone(self.module), Shadow([]):
@@ -394,17 +395,17 @@ class Parts:
         returns (fp32, unit layout), at `close`. They keep their dtype and device. One that came
         without weights stays a skeleton, and one that has had additions is as it came.
         """
-        if not self._originals.has_weights or self._additions is not None:
+        if not self.originals.has_weights or self._additions is not None:
             return
         with torch.no_grad():
             for unit in self.spec.units:
                 flat = get_unit(unit)
                 for spec in unit.params:
                     if spec.trainable:
-                        self._originals.tensors[spec.name].copy_(view(flat, spec))
+                        self.originals.tensors[spec.name].copy_(view(flat, spec))
             for name, value in self.other_state().items():
-                if isinstance(value, Tensor) and value is not self._originals.buffers.get(name):
-                    self._originals.buffers[name].copy_(value)
+                if isinstance(value, Tensor) and value is not self.originals.buffers.get(name):
+                    self.originals.buffers[name].copy_(value)
 
     @property
     def num_params(self) -> int:
@@ -427,7 +428,7 @@ class Parts:
                 for name, value in state.items() if name not in names}
 
     def _as_given(self, name: str, current: Tensor) -> Tensor:
-        first = self._originals.buffers.get(name)
+        first = self.originals.buffers.get(name)
         if first is None or first.dtype is current.dtype or not _is_equal(first.to(current.dtype), current):
             return current
         return first
@@ -454,7 +455,7 @@ class Parts:
         """Write what an export has beside its weights: config.json, and the files that lay beside
         the weights it began with."""
         found = self.task_runner.found_problem if self.task is not None else None
-        origin = self._origin if found is None else self._origin.with_change("problem_type", found)
+        origin = self.origin if found is None else self.origin.with_change("problem_type", found)
         with self._caches.as_given():
             write_beside(origin, self.module, directory, dtype)
 
@@ -470,7 +471,7 @@ class Parts:
         self._caches.put_back()
         if self._additions is not None:
             self._additions.take_off()
-        self._originals.put_back()
+        self.originals.put_back()
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

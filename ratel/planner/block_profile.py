@@ -35,6 +35,9 @@ class BlockProfile:
     """FLOPs of one row that backward makes again with nothing kept. They are less than
     ``forward_flops`` where the last operations of a block serve its output alone, which backward
     does not need."""
+    gradient_flops: float | None = None
+    """FLOPs of one row of the backward pass itself. None: twice ``forward_flops``, a product for the
+    gradient of each factor. A product with a frozen weight has one."""
     inner: tuple[Inner, ...] = ()
     """Inner activations in the order in which forward makes them. What is not listed is always
     recomputed."""
@@ -48,3 +51,7 @@ class BlockProfile:
     """Measured: seconds of the processor until the device has its work of one micro-batch, whatever
     its size, forward and backward; with nothing kept, and with all of ``inner`` kept. Empty where
     nothing was measured, or where the processor does the work."""
+
+    @property
+    def backward_flops(self) -> float:
+        return 2 * self.forward_flops if self.gradient_flops is None else self.gradient_flops

@@ -14,7 +14,8 @@ each other."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON), "qwen3": ("Qwen3Config", COMMON | {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", COMMON | {"tie_word_embeddings": True}),
-    "gpt2": ("GPT2Config", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
+    "gpt2": ("GPT2Config", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, attn_pdrop=0.0, resid_pdrop=0.0,
+                                embd_pdrop=0.0)),
     "mixtral": ("MixtralConfig", COMMON | FEW_EXPERTS | {"num_local_experts": 3}),
     "gpt_oss": ("GptOssConfig", COMMON | FEW_EXPERTS | {"num_local_experts": 3}),
     "qwen3_moe": ("Qwen3MoeConfig", COMMON | FEW_EXPERTS | {"num_experts": 3, "moe_intermediate_size": 20, "mlp_only_layers": [1]}),

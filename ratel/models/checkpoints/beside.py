@@ -44,6 +44,11 @@ class Origin:
     changes: dict[str, Any] = field(default_factory=dict)
     """What a task says otherwise (labels and the like)."""
 
+    @property
+    def name(self) -> str | None:
+        """Its directory, or what transformers' configuration says it was loaded from."""
+        return str(self.directory.resolve()) if self.directory else getattr(self.config, "_name_or_path", None) or None
+
     def with_change(self, name: str, value: Any) -> "Origin":
         """The origin with a setting that came to be known in training."""
         config = copy.deepcopy(self.config)

@@ -26,8 +26,9 @@ class Additions(Protocol):
     def take_off(self) -> None:
         """Put the model's own modules back; nothing where there are none to put back."""
 
-    def laid_out(self, units: Sequence[UnitSpec]) -> None:
-        """Once it is known which units all parameters are in."""
+    def laid_out(self, units: Sequence[UnitSpec], used: Collection[str]) -> None:
+        """Once it is known which units all parameters are in. ``used``: those that a forward of the
+        model reads. Raises RatelError for a model that does not use what was put into it."""
 
     def source(self, base: WeightSource) -> WeightSource:
         """Where all weights come from, given where the model's own do."""

@@ -33,13 +33,15 @@ def block_profile(plan: Plan, block: int) -> BlockProfile:
 
 def _derived_profile(plan: Plan, block: int) -> BlockProfile:
     stage = _blocks(plan)[block]
-    matrices = sum(p.num_elements for u in stage.units for p in plan.spec.units[u].params if len(p.shape) > 1)
+    matrices = [p for u in stage.units for p in plan.spec.units[u].params if len(p.shape) > 1]
+    elements, trained = (sum(p.num_elements for p in some) for some in (matrices, [p for p in matrices if p.trainable]))
     seq_len = plan.work.seq_len
     # QK' and PV: 4 FLOPs per position, channel and earlier position, of which there are seq_len / 2
     # on average.
     attention = 2 * seq_len * (plan.spec.hidden_size or 0)
-    flops = float(seq_len * (2 * matrices + attention))
-    return BlockProfile(forward_flops=flops, recompute_flops=flops)
+    flops = float(seq_len * (2 * elements + attention))
+    return BlockProfile(forward_flops=flops, recompute_flops=flops,
+                        gradient_flops=float(seq_len * (2 * (elements + trained) + 2 * attention)))
 
 
 def _blocks(plan: Plan) -> list[StageSpec]:
@@ -80,7 +82,7 @@ class GpuSeconds:
         again = recomputed_flops(self._plan, block)
         if not profile.seconds:
             return (self._of_flops(profile.forward_flops, rows),
-                    self._of_flops(2 * profile.forward_flops + again, rows))
+                    self._of_flops(profile.backward_flops + again, rows))
         forward, backward = self._measured(profile.seconds, rows)
         spared = profile.recompute_flops - again
         if not spared:

@@ -76,6 +76,8 @@ class SessionOptions(CommonOptions):
     placement: Forced | None = None
     """The forced places of single units or planes."""
     buffers: Buffers = Buffers()
+    lora: Any = None
+    """A rank, a description, or a directory, of an adapter to train (`ratel.lora.describe.given`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,10 +3,12 @@ of."""
 
 from typing import Any
 
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 _GROUPED = "aten::_grouped_mm"
 _ADAPTED = "ratel_lora::linear"
+_WITH_ADDEND = ("aten::addmm", "aten::baddbmm")
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", _GROUPED, _ADAPTED}
 
 
@@ -24,6 +26,17 @@ def num_stored(func: Any) -> int:
     """How many of its results hold data for backward; attention's others are seeds and limits, a
     few bytes each."""
     return 2 if is_attention(func) else 1
+
+
+def gradient_flops_of(func: Any, args: tuple, flops: float) -> float:
+    """Of its backward pass, given those of itself: as many for each factor that wants a gradient."""
+    if not flops or is_attention(func):
+        return 2 * flops
+    if func._schema.name == _ADAPTED:  # dX of both products; B's gradient. The weight is frozen, S is made beside
+        rows, b = args[0].shape[0], args[4]
+        return flops + 2.0 * rows * b.numel()
+    factors = args[1:3] if func._schema.name in _WITH_ADDEND else args[:2]
+    return flops * sum(isinstance(x, Tensor) and x.requires_grad for x in factors)
 
 
 def flops_of(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> float:

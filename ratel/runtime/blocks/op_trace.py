@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves, tree_leaves
 
-from ratel.runtime.blocks.op_flops import flops_of, is_attention
+from ratel.runtime.blocks.op_flops import flops_of, gradient_flops_of, is_attention
 
 aten = torch.ops.aten
 
@@ -82,6 +82,8 @@ class Op:
     path: str
     """The innermost submodule of the block that was running, by its name in the block."""
     flops: float
+    gradient_flops: float
+    """Those of its backward pass."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,10 +260,11 @@ class _Tracer(TorchDispatchMode):
         plain = all(isinstance(x, Tensor) for x in leaves) and isinstance(result, (Tensor, tuple))
         must_run = (bool(written) or not outputs or not outputs <= makes or func.namespace not in PURE_NAMESPACES
                     or not (plain or is_attention(func)) or _draws(func, args, kwargs))
+        flops = flops_of(func, args, kwargs, result)
         return Op(func, outline_arguments(args, kwargs),
                   tuple(outline(x) if isinstance(x, Tensor) else x for x in leaves),
                   inputs if reads_values(func) else frozenset(), makes, must_run, self._running[-1],
-                  flops_of(func, args, kwargs, result))
+                  flops, gradient_flops_of(func, args, flops))
 
     def _storage(self, tensor: Tensor) -> int:
         """A weak reference keeps the address from being given to another storage during the trace,

@@ -27,13 +27,13 @@ def profile_of(trace: OpTrace, rows: int) -> BlockProfile:
     inner = tuple(Inner(name=name, row_bytes=-(-kept_bytes(trace.ops[number]) // rows),
                         row_flops=_saved_flops(trace, number, everything) / rows) for name, number in numbers.items())
     return BlockProfile(forward_flops=forward_flops(trace, rows), recompute_flops=trace.flops_without() / rows,
-                        inner=inner)
+                        gradient_flops=gradient_flops(trace, rows), inner=inner)
 
 
 def plain_profile(trace: OpTrace, rows: int) -> BlockProfile:
     """The profile of a block that is always run again in full."""
     flops = forward_flops(trace, rows)
-    return BlockProfile(forward_flops=flops, recompute_flops=flops)
+    return BlockProfile(forward_flops=flops, recompute_flops=flops, gradient_flops=gradient_flops(trace, rows))
 
 
 def guessed_profile(num_parameters: int, positions: int) -> BlockProfile:
@@ -45,6 +45,10 @@ def guessed_profile(num_parameters: int, positions: int) -> BlockProfile:
 
 def forward_flops(trace: OpTrace, rows: int) -> float:
     return sum(op.flops for op in trace.ops) / rows
+
+
+def gradient_flops(trace: OpTrace, rows: int) -> float:
+    return sum(op.gradient_flops for op in trace.ops) / rows
 
 
 def kept_bytes(op: Op) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.hardware.host import worker_cores
+from ratel.lora.adaptation import Adaptation
 from ratel.memory.exchange import Exchange
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
@@ -54,8 +55,10 @@ class Core:
     """``used``: names of options and the paths that the session reads because of them."""
 
     def __init__(self, options: SessionOptions, device: torch.device, io: IoOptions, parts: Parts, *,
-                 used: Sequence[tuple[str, Path]], moments: MomentFiles | None, gives_back: bool) -> None:
+                 used: Sequence[tuple[str, Path]], moments: MomentFiles | None, gives_back: bool,
+                 adaptation: Adaptation | None = None) -> None:
         self.options, self.device, self.io, self.parts, self.gives_back = options, device, io, parts, gives_back
+        self.adaptation = adaptation
         self._used = [*(("ssd", Path(folder)) for folder in io.directories), *used]
         self.moments, self.saved = moments, None
         self.threads = worker_cores() if options.optimizer_threads == "auto" else options.optimizer_threads

@@ -70,6 +70,7 @@ def export(core: Core, path: Path, dtype: str, optimizer: bool, beside: Callable
     if core.machinery is None:
         raise RatelError("there is nothing to export before the first step", field="export")
     from ratel.runtime.states.export import export_model
+    from ratel.runtime.states.export_adapter import export_adapter
 
     core.flush()
     transfer = core.machinery.transfer
@@ -81,6 +82,8 @@ def export(core: Core, path: Path, dtype: str, optimizer: bool, beside: Callable
             beside(directory)
 
     target = core.apart(replaceable(path, "export"), "export")
+    if core.adaptation is not None:
+        return export_adapter(core.parts, core.adaptation, transfer.read_weights, target, dtype=dtype_of(dtype), beside=further)
     return export_model(core.parts, transfer.weight_pieces, target, dtype_of(dtype), further)
 
 

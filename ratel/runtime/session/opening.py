@@ -12,6 +12,8 @@ from ratel import models
 from ratel.config import check_name
 from ratel.errors import RatelError
 from ratel.hardware.device import require_device
+from ratel.lora.adaptation import Adaptation
+from ratel.lora.describe.given import given_adapter
 from ratel.models import Parts
 from ratel.models.calls.tasks import Task
 from ratel.models.checkpoints.other_state import refuse_unreadable
@@ -33,9 +35,10 @@ def open_core(model: Any, options: SessionOptions, loss_fn: Callable[[Any, Any],
     io = IoOptions(directories=_made(options.ssd), backend=options.io_backend, direct=options.direct,
                    bandwidth_bps=options.ssd_bandwidth, checksums=options.checksums == "on")
     _check_durability(options)
+    adaptation = _adaptation(options)
     with phases.phase("model in outline"):
         parts = models.load(model, dtype=DTYPES[options.dtype], device=device, seed=options.seed, loss_fn=loss_fn,
-                            attention=options.attention, task=task)
+                            attention=options.attention, task=task, additions=adaptation)
     try:
         _add_router_loss(parts, options)
         parts.check_source()
@@ -44,13 +47,21 @@ def open_core(model: Any, options: SessionOptions, loss_fn: Callable[[Any, Any],
         check_moments(moments, parts)
         used = [(name, Path(path)) for name, path in (("model", model), ("optimizer_state", options.optimizer_state))
                 if isinstance(path, (str, os.PathLike)) and os.path.exists(path)]
-        core = Core(options, device, io, parts, used=used, moments=moments, gives_back=isinstance(model, torch.nn.Module))
+        core = Core(options, device, io, parts, used=used, moments=moments, gives_back=isinstance(model, torch.nn.Module),
+                    adaptation=adaptation)
         if options.may_commit:
             core.apart(options.commits, "commits")
         return core
     except BaseException:
         parts.close()
         raise
+
+
+def _adaptation(options: SessionOptions) -> Adaptation | None:
+    if options.lora is None:
+        return None
+    given = given_adapter(options.lora)
+    return Adaptation(given.config, seed=options.seed, directory=given.directory, dtype=DTYPES[options.dtype])
 
 
 def dtype_of(name: str) -> torch.dtype:
