@@ -63,7 +63,7 @@ class Pieces:
     def __init__(self, config: Any, ids: Tensor, device: torch.device) -> None:
         self._parts = models.load(config, dtype=torch.bfloat16, device=device)
         for unit in self._units:
-            self._parts.attach(unit.index, _filled(unit, device))
+            self._parts.parameters.attach(unit.index, _filled(unit, device))
         self._random = torch.Generator(device).manual_seed(0)
         self._ids = ids.to(device)
         with torch.no_grad():
@@ -140,7 +140,7 @@ class Pieces:
         found = {}
         for unit in self._units:
             names = [p.name for p in unit.params if p.trainable]
-            found |= {n: g for n, g in zip(names, self._parts.take_grads(unit.index), strict=True) if g is not None}
+            found |= {n: g for n, g in zip(names, self._parts.parameters.take_grads(unit.index), strict=True) if g is not None}
         return found
 
     def _like(self, tensor: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Pieces:
 
     def close(self) -> None:
         for unit in self._units:
-            self._parts.attach(unit.index, None)
+            self._parts.parameters.attach(unit.index, None)
         self._parts.close()
 
 

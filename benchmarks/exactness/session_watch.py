@@ -44,7 +44,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         activations, gradients = self._machinery.activations, self._machinery.gradients
-        self._after(self._session.parts, "attach", self._note_weights)
+        self._after(self._session.parts.parameters, "attach", self._note_weights)
         self._after(activations, "save_input", lambda _, block, micro, hidden:
                     self._note_saved(block, micro, {INPUT: [hidden]}, "saved"))
         self._after(activations, "save", lambda _, block, micro, name, tensors:

@@ -102,7 +102,7 @@ def _time_both(parts: Parts, batch: Any, block: int, device: torch.device, limit
             output = parts.block(block, leaf, inputs.with_leaves())
         output.backward(grad)
         for unit in _units(parts, block):
-            parts.take_grads(unit.index)
+            parts.parameters.take_grads(unit.index)
 
     return tuple(median_seconds(run, limit_s=limit_s, settle=settle) for run in (forward, backward))
 
@@ -126,13 +126,13 @@ def attached(parts: Parts, block: int, device: torch.device,
 def attached_units(parts: Parts, units: list[UnitSpec], device: torch.device,
                    make: Callable[..., torch.Tensor]) -> Iterator[list[UnitSpec]]:
     for unit in units:
-        parts.attach(unit.index, make(unit.num_elements, dtype=parts.dtype_of(unit), device=device))
+        parts.parameters.attach(unit.index, make(unit.num_elements, dtype=parts.parameters.dtype_of(unit), device=device))
     try:
         yield units
     finally:
         for unit in units:
-            parts.attach(unit.index, None)
-            parts.take_grads(unit.index)
+            parts.parameters.attach(unit.index, None)
+            parts.parameters.take_grads(unit.index)
 
 
 def _generators_restored(device: torch.device) -> Any:

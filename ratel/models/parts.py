@@ -1,9 +1,7 @@
 """A model in parts: units of parameters to be gathered, and stages to be run one at a time."""
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +12,10 @@ from ratel.models.calls.caches import Caches
 from ratel.models.calls.router import Routing, find_router_loss
 from ratel.models.calls.running import CausalLMRunner, LossFn, LossRunner
 from ratel.models.calls.tasks import Task, TaskRunner
-from ratel.models.checkpoints.beside import Origin, write_beside
-from ratel.models.checkpoints.directory import EXTRA_STATE
-from ratel.models.checkpoints.export_layout import ExportLayout
-from ratel.models.checkpoints.weights import WeightSource, view
-from ratel.models.checks.family import family_of
-from ratel.models.safetensors.stored_bits import StoredBits
+from ratel.models.checkpoints.beside import Origin
+from ratel.models.checkpoints.weights import WeightSource
+from ratel.models.checks.family import documents_of
+from ratel.models.stored import Stored
 from ratel.models.structure import blocks as finder
 from ratel.models.structure.additions import Additions
 from ratel.models.structure.gates import Gates, Head, RngState, StopForward, Tail
@@ -27,13 +23,12 @@ from ratel.models.structure.given import outline_of, refuse_changing, state_of
 from ratel.models.structure.guard import Guard
 from ratel.models.structure.inputs import BlockCall, BlockInputs
 from ratel.models.structure.longrope import LongRope
+from ratel.models.structure.parameters import UnitParameters, storage_of
 from ratel.models.structure.shadow import Shadow, assignments_undone
-from ratel.models.structure.skeleton import Originals, owners
+from ratel.models.structure.skeleton import Originals
 from ratel.models.structure.trace import Trace, trace
 from ratel.models.structure.unit_layout import Layout, make_layout
-from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, UnitSpec
-
-log = logging.getLogger(__name__)
+from ratel.planner.shape import ModelSpec, StageSpec, UnitSpec
 
 TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 """What a model's own code raises when it meets something it did not expect."""
@@ -60,9 +55,8 @@ class Parts:
         self.module, self.name, self.dtype, self.device = module, name, dtype, device
         self.is_causal_lm = loss_fn is None and task is None
         self.task = task
-        self._source = source if additions is None else additions.source(source)
-        self.originals, self._additions = originals, additions
-        self.origin = origin if origin is not None else Origin.of_module(module)
+        self._additions = additions
+        origin = origin if origin is not None else Origin.of_module(module)
         module.train()
         self._gates = Gates(finder.find_blocks(module))
         self._guard = Guard(module)
@@ -71,6 +65,8 @@ class Parts:
         self._runner: CausalLMRunner | LossRunner | TaskRunner = (
             CausalLMRunner(module, device, dtype) if self.is_causal_lm else TaskRunner(module, task, device, dtype)
             if task is not None else LossRunner(module, loss_fn, device, dtype))
+        self.stored = Stored(module, name=name, source=source, originals=originals, origin=origin, additions=additions,
+                             guard=self._guard, caches=self._caches, task_runner=self.task_runner)
         self.isolates_documents = False
         """Whether tokens of a causal language model see only their own document when
         ``position_ids`` restart."""
@@ -78,6 +74,7 @@ class Parts:
         """Where the loss of routers is added."""
         self._trace: Trace | None = None
         self._layout: Layout | None = None
+        self._parameters: UnitParameters | None = None
         if self.is_causal_lm or task is not None:
             try:
                 self._judge_family()
@@ -106,10 +103,21 @@ class Parts:
         return {"input_ids": torch.zeros(1, 1, dtype=torch.long).expand(rows, seq_len)}
 
     @property
+    def parameters(self) -> UnitParameters:
+        """What the units' weights are attached to."""
+        assert self._parameters is not None, "probe(batch) comes before parameters"
+        return self._parameters
+
+    @property
     def unused(self) -> UnitSpec | None:
-        """Parameters that no stage uses, in a layout of their own. `read_unit` accepts it."""
+        """Parameters that no stage uses, in a layout of their own. `Stored.read_unit` accepts it."""
         assert self._layout is not None, "probe(batch) comes before unused"
         return self._layout.unused
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model; those that no stage uses are exported, too."""
+        return self.spec.num_params + (self.unused.num_params if self.unused else 0)
 
     @property
     def num_blocks(self) -> int:
@@ -151,6 +159,7 @@ class Parts:
                     names = [name for name, _ in self.module.named_parameters()]
                     self._additions.laid_out(layout.spec.units, {names[index] for used in found.used for index in used})
                 self._layout = layout
+                self.stored.laid_out(layout)
                 self._trace = found
                 with torch.no_grad(), assignments_undone(self.module), Shadow([]):
                     if self.is_causal_lm:
@@ -158,7 +167,7 @@ class Parts:
                     self._rehearse(batch)
             finally:
                 rng.restore()
-            self._index_parameters()
+            self._parameters = UnitParameters(self.module, self._layout.spec.units, self.dtype)
         return self._layout.spec
 
     def add_router_loss(self, asked: float | str) -> None:
@@ -202,15 +211,8 @@ class Parts:
         """Whether the next token can be learned, and how documents in one row are kept apart."""
         if not self.is_causal_lm:
             return
-        found = family_of(self.module)
-        if found.is_causal is False:
-            raise RatelError("tokens see those that come after them, so the next token is nothing to learn", field="model",
-                             value=type(self.module).__name__, remedy="Use --task masked-lm, classify or tokens; if it is a "
-                             "decoder, set is_decoder in its configuration")
-        self._runner.documents, self.isolates_documents = found.documents, found.documents is not None
-        if found.documents is None:
-            log.warning("%s: documents in one sequence cannot be kept apart (%s), so each sequence holds one", self.name,
-                        found.reason)
+        self._runner.documents = documents_of(self.module, self.name)
+        self.isolates_documents = self._runner.documents is not None
 
     def _choose_masks(self) -> None:
         """Find out whether the tail can do without masks."""
@@ -220,43 +222,6 @@ class Parts:
             self.tail_logits(self._run_head(runner.probe_batch(), 0).hidden)
         except TRIAL_ERRORS:
             runner.skips_mask = False
-
-    # -- parameters ----------------------------------------------------------------------------------------------
-
-    def _index_parameters(self) -> None:
-        by_name = dict(self.module.named_parameters())
-        units = self.spec.units
-        self._params = [[(by_name[p.name], p, _strides(p.shape)) for p in unit.params] for unit in units]
-        self._placeholders = [[param.data for param, _, _ in entries] for entries in self._params]
-        for entries in self._params:
-            for param, spec, _ in entries:
-                param.requires_grad_(spec.trainable)
-
-    def dtype_of(self, unit: UnitSpec) -> torch.dtype:
-        """The dtype in which the unit's parameters compute."""
-        return torch.float32 if unit.fp32 else self.dtype
-
-    def attach(self, unit: int, flat: Tensor | None) -> None:
-        """Make the unit's parameters views of ``flat`` (1-D, compute dtype, on the device); None:
-        placeholders."""
-        if flat is None:
-            for (param, _, _), empty in zip(self._params[unit], self._placeholders[unit]):
-                param.data = empty
-            return
-        assert flat.dtype is self.dtype_of(self.spec.units[unit]) and flat.numel() >= self.spec.units[unit].num_elements
-        start = flat.storage_offset()
-        for param, spec, strides in self._params[unit]:
-            param.data = flat.as_strided(spec.shape, strides, start + spec.offset)
-
-    def take_grads(self, unit: int) -> list[Tensor | None]:
-        """The gradients that autograd has left on the unit's trained parameters, in its order; none
-        is left there."""
-        grads = []
-        for param, spec, _ in self._params[unit]:
-            if spec.trainable:
-                grads.append(param.grad)
-                param.grad = None
-        return grads
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -279,11 +244,11 @@ class Parts:
         over.
         """
         gate = self._run_head(batch, self.num_blocks - 1)
-        weights = {param.untyped_storage()._cdata for unit in self.spec.stages[0].units for param, _, _ in self._params[unit]}
+        weights = self.parameters.storages(self.spec.stages[0].units)
         inputs = BlockInputs(gate.calls, self._traced.differentiable)
         # The trace cannot tell: `contiguous` copies there and not here, dropout returns what it is
         # given in evaluation.
-        copies = {id(t): t.clone() for t in [gate.hidden, *inputs.tensors] if t.untyped_storage()._cdata in weights}
+        copies = {id(t): t.clone() for t in [gate.hidden, *inputs.tensors] if storage_of(t) in weights}
         return copies.get(id(gate.hidden), gate.hidden), inputs.with_others(copies)
 
     def pre(self, batch: Any) -> list[Tensor]:
@@ -359,109 +324,9 @@ class Parts:
         """Switch dropout and the like on or off."""
         self.module.train(training)
 
-    # -- weights -------------------------------------------------------------------------------------------------
-
-    def check_source(self) -> None:
-        """Refuse missing, wrongly shaped or unreadable weights before any is used. Reads headers
-        only.
-
-        Works before `probe`, too.
-        """
-        params = dict(self.module.named_parameters())
-        self._source.check([
-            ParamSpec(name=places[0][2], shape=tuple(params[places[0][2]].shape),
-                      aliases=tuple(name for _, _, name in places[1:]))
-            for places in owners(self.module).values()])
-
-    def read_unit(self, unit: int | UnitSpec, out: Tensor) -> None:
-        """Fill ``out`` (CPU, fp32, ``num_elements``) with the unit's weights in its layout, padding
-        zero."""
-        spec = self.spec.units[unit] if isinstance(unit, int) else unit
-        assert out.dtype is torch.float32 and out.device.type == "cpu" and out.numel() == spec.num_elements
-        with torch.no_grad():
-            self._source.read(spec, out.zero_())
-
-    def stored_bits(self, unit: UnitSpec) -> StoredBits | None:
-        """The same as `WeightSource.stored_bits`."""
-        return self._source.stored_bits(unit)
-
-    @property
-    def import_element_bytes(self) -> int:
-        """The same as `WeightSource.element_bytes`."""
-        return self._source.element_bytes
-
-    def restore(self, get_unit: Callable[[UnitSpec], Tensor]) -> None:
-        """Give the module the user gave its own parameters again, with the weights ``get_unit``
-        returns (fp32, unit layout), at `close`. They keep their dtype and device. One that came
-        without weights stays a skeleton, and one that has had additions is as it came.
-        """
-        if not self.originals.has_weights or self._additions is not None:
-            return
-        with torch.no_grad():
-            for unit in self.spec.units:
-                flat = get_unit(unit)
-                for spec in unit.params:
-                    if spec.trainable:
-                        self.originals.tensors[spec.name].copy_(view(flat, spec))
-            for name, value in self.other_state().items():
-                if isinstance(value, Tensor) and value is not self.originals.buffers.get(name):
-                    self.originals.buffers[name].copy_(value)
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of the model; those that no stage uses are exported, too."""
-        return self.spec.num_params + (self.unused.num_params if self.unused else 0)
-
-    def export_layout(self, dtype: torch.dtype) -> ExportLayout:
-        """What an export has, in weights of that dtype: all of the state dict, as the model's
-        checkpoint stores it."""
-        with self._guard.lifted():
-            return ExportLayout(self.module, self.spec.units, self.unused, self.other_state(), dtype)
-
-    def other_state(self) -> dict[str, Any]:
-        """What the model's state dict has besides parameters, by name: buffers and extra state, on
-        the CPU. A buffer that is as it came has the precision it came with."""
-        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        with self._guard.lifted():
-            state = self.module.state_dict()
-        return {name: self._as_given(name, value).detach().cpu() if isinstance(value, Tensor) else value
-                for name, value in state.items() if name not in names}
-
-    def _as_given(self, name: str, current: Tensor) -> Tensor:
-        first = self.originals.buffers.get(name)
-        if first is None or first.dtype is current.dtype or not _is_equal(first.to(current.dtype), current):
-            return current
-        return first
-
-    def set_other_state(self, state: dict[str, Any]) -> None:
-        """Give the model what `other_state` gave. Raises RatelError, with nothing changed, if it
-        has something else."""
-        ours = self.other_state()
-        differing = [name for name in ours.keys() ^ state.keys()] or [
-            name for name, value in state.items() if isinstance(value, Tensor) and value.shape != ours[name].shape]
-        if differing:
-            raise RatelError(f"has not the buffers that this model has: {sorted(differing)[0]}", field="state", value=self.name,
-                             remedy="Give the model that the state was saved from")
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        for name, value in state.items():
-            path, _, attribute = name.rpartition(".")
-            if attribute == EXTRA_STATE:
-                self.module.get_submodule(path).set_extra_state(value)
-            else:
-                with torch.no_grad():
-                    buffers[name].copy_(value)
-
-    def write_beside(self, directory: Path, dtype: torch.dtype) -> None:
-        """Write what an export has beside its weights: config.json, and the files that lay beside
-        the weights it began with."""
-        found = self.task_runner.found_problem if self.task is not None else None
-        origin = self.origin if found is None else self.origin.with_change("problem_type", found)
-        with self._caches.as_given():
-            write_beside(origin, self.module, directory, dtype)
-
     def close(self) -> None:
         """Take the gates off the blocks and give a module the user gave its parameters, buffers and
-        flags back: the trained ones after `restore`, else those it came with."""
+        flags back: the trained ones after `Stored.restore`, else those it came with."""
         if self.routing is not None:
             self.routing.remove()
         self._gates.remove()
@@ -471,18 +336,4 @@ class Parts:
         self._caches.put_back()
         if self._additions is not None:
             self._additions.take_off()
-        self.originals.put_back()
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, wherever they are: NaN equals itself."""
-    return torch.equal(one.cpu().contiguous().view(-1).view(torch.uint8), other.cpu().contiguous().view(-1).view(torch.uint8))
-
-
-def _strides(shape: Iterable[int]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(tuple(shape)):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
+        self.stored.originals.put_back()

@@ -90,7 +90,7 @@ def _heads_apart(parts: Parts, stored: StoredAdapter, dtype: torch.dtype, adapte
         return []
     embedding, heads = f"{outline.embedding}.weight", [f"{name}.weight" for name in outline.tied]
     unit, param = next((unit, param) for unit in parts.spec.units for param in unit.params if param.name == embedding)
-    if embedding not in {name for place in parts.export_layout(dtype).units for name in place.outlines}:
+    if embedding not in {name for place in parts.stored.export_layout(dtype).units for name in place.outlines}:
         raise RatelError("makes two of an embedding and a head that are one parameter, and the model's files have other names for them",
                          field="--adapter", value=adapter, remedy="Use it unmerged, with peft, or train with ensure_weight_tying")
     return [Piece(outlines={name: Outline(shape=param.shape, dtype=dtype)},
@@ -124,5 +124,5 @@ def _full(stored: StoredAdapter) -> Mapping[str, Tensor]:
 
 def _read_unit(parts: Parts, unit: UnitSpec) -> Tensor:
     flat = torch.empty(unit.num_elements, dtype=torch.float32)
-    parts.read_unit(unit, flat)
+    parts.stored.read_unit(unit, flat)
     return flat

@@ -57,7 +57,7 @@ def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, d
             check_base(parts, saved.base)
         other = saved.other_state()
         if other is not None:
-            parts.set_other_state(other)
+            parts.stored.set_other_state(other)
         _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
     finally:
         parts.close()
@@ -112,7 +112,7 @@ def check_base(parts: Parts, base: Digests) -> None:
 def _frozen_halves(parts: Parts, unit: UnitSpec, base: Digests) -> dict[str, Tensor]:
     """As the run had them: with a lower half where the state names one."""
     master = torch.empty(unit.num_elements, dtype=torch.float32)
-    parts.read_unit(unit.index, master)
+    parts.stored.read_unit(unit.index, master)
     bits = master[unit.num_trainable :].view(torch.int32)
     hi = (bits + 0x8000).bitwise_right_shift_(16)
     lo = (bits - (hi << 16)).to(torch.int16)

@@ -22,7 +22,7 @@ def compare_loading(directory: "str | Path", dtype: torch.dtype = torch.float32)
     """
     parts = load(directory, dtype=dtype, device=torch.device("cpu"))
     try:
-        parts.check_source()
+        parts.stored.check_source()
         theirs = type(parts.module).from_pretrained(directory, dtype=dtype, local_files_only=True)
         return [*_compare(_parameters_of(parts), dict(theirs.named_parameters(remove_duplicate=False)), "parameter"),
                 *_compare(dict(parts.module.named_buffers()), dict(theirs.named_buffers()), "buffer"),
@@ -37,7 +37,7 @@ def _parameters_of(parts: Parts) -> dict[str, Tensor]:
     current = dict(parts.module.named_parameters(remove_duplicate=False))
     for unit in (*parts.spec.units, *([parts.unused] if parts.unused else [])):
         master = torch.empty(unit.num_elements)
-        parts.read_unit(unit, master)
+        parts.stored.read_unit(unit, master)
         for param in unit.params:
             value = view(master, param)
             if current[param.name].dtype is torch.bfloat16:
@@ -60,7 +60,7 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], kind: str) -> l
 def _compare_state(parts: Parts, theirs: nn.Module) -> list[str]:
     """Names of all that is in the state dict, and the values that are neither parameters nor
     buffers."""
-    ours, other = parts.other_state(), theirs.state_dict()
+    ours, other = parts.stored.other_state(), theirs.state_dict()
     tensors = {name for name, _ in [*theirs.named_parameters(remove_duplicate=False), *theirs.named_buffers(remove_duplicate=False)]}
     extra = {name: value for name, value in other.items() if name not in tensors}
     return [f"extra state {name} differs" for name, value in extra.items() if not _same(ours.get(name), value)]

@@ -327,7 +327,7 @@ def test_a_block_is_timed_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
         (_, small_s, _), (_, large_s, backward_s) = points = block_rates.measure_block(parts, batches, CPU, limit_s=0.1)
     assert [rows for rows, *_ in points] == [1, 64] and 0 < small_s < large_s < backward_s
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(grad is None for unit in parts.spec.units for grad in parts.take_grads(unit.index))
+    assert all(grad is None for unit in parts.spec.units for grad in parts.parameters.take_grads(unit.index))
     parts.close()
 
 

@@ -99,8 +99,8 @@ def test_on_a_gpu_a_vertical_pass_equals_plain_autograd(family: str) -> None:
     grads = []
     for unit in parts.spec.units:
         flat = torch.empty(unit.num_elements)
-        parts.read_unit(unit.index, flat)
-        parts.attach(unit.index, flat.to(cuda, torch.bfloat16))
+        parts.stored.read_unit(unit.index, flat)
+        parts.parameters.attach(unit.index, flat.to(cuda, torch.bfloat16))
         grads.append(torch.zeros(unit.num_trainable, dtype=torch.bfloat16, device=cuda))
         attach_grad(parts, unit, grads[-1])
     parts.set_training(False), plain.eval()
@@ -122,7 +122,7 @@ def test_fresh_weights_do_not_depend_on_the_device() -> None:
     for unit in parts[0].spec.units:
         flats = [torch.empty(unit.num_elements) for _ in parts]
         for part, flat in zip(parts, flats):
-            part.read_unit(unit.index, flat)
+            part.stored.read_unit(unit.index, flat)
         assert torch.equal(*flats)
     assert torch.equal(torch.cuda.get_rng_state(), state)
 

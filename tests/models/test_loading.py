@@ -87,7 +87,7 @@ def test_what_lies_half_way_goes_to_even(tmp_path: Path) -> None:
     parts = load(tmp_path, dtype=torch.bfloat16, device=CPU)
     unit = next(u for u in parts.spec.units if any(p.name == "model.norm.weight" for p in u.params))
     flat = torch.empty(unit.num_elements)
-    parts.read_unit(unit, flat)
+    parts.stored.read_unit(unit, flat)
     param = next(p for p in unit.params if p.name == "model.norm.weight")
     master = flat[param.offset : param.end]
     assert (master - halves).abs().max() <= 2**-23 and torch.equal(master[1::4], halves[1::4])

@@ -23,7 +23,7 @@ load("demo", dtype=torch.bfloat16, device=cpu)  # imports, once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name, billions in (("gpt-412b", 413.2), ("qwen3-30b-a3b", 30.53)):
     parts = load(name, dtype=torch.bfloat16, device=cpu)
-    parts.check_source()
+    parts.stored.check_source()
     assert abs(parts.spec.num_params / 1e9 - billions) < 0.1, parts.spec.num_params
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
@@ -68,8 +68,8 @@ def test_placeholders_hold_one_element_each_until_attached_and_after() -> None:
     vertical_pass(parts, make_batch())
     assert all(g.any() for g in grads if g.numel())
     for unit in parts.spec.units:
-        parts.attach(unit.index, None)
-        parts.take_grads(unit.index)
+        parts.parameters.attach(unit.index, None)
+        parts.parameters.take_grads(unit.index)
     assert held() == empty and not any(p.grad is not None for p in parts.module.parameters())
 
 
@@ -78,10 +78,10 @@ def test_a_unit_may_lie_anywhere_in_a_larger_buffer() -> None:
     unit = parts.spec.units[1]
     slot = torch.zeros(3 * unit.num_elements)
     middle = slot[unit.num_elements:2 * unit.num_elements]
-    parts.read_unit(1, middle)
-    parts.attach(1, middle)
+    parts.stored.read_unit(1, middle)
+    parts.parameters.attach(1, middle)
     alone = torch.empty(unit.num_elements)
-    parts.read_unit(1, alone)
+    parts.stored.read_unit(1, alone)
     for p in unit.params:
         assert torch.equal(parts.module.get_parameter(p.name), alone[p.offset:p.end].view(p.shape))
     parts.module.get_parameter(unit.params[0].name).data.add_(1)

@@ -77,7 +77,7 @@ def make_patch_model(**settings: Any) -> PatchRegression:
 def open_parts(model: nn.Module, dtype: torch.dtype = torch.float32, batch: Any = None,
                loss: Callable[..., Tensor] = loss_fn) -> Parts:
     parts = load(model, dtype=dtype, device=CPU, loss_fn=loss)
-    parts.check_source()
+    parts.stored.check_source()
     parts.probe(make_patches() if batch is None else batch)
     return parts
 
@@ -291,10 +291,10 @@ def test_parameters_the_loss_does_not_use_stay_as_they_are(caplog: pytest.LogCap
                                                                                    "never_called.bias"}
     assert not any(p.trainable for u in parts.spec.units for p in u.params if p.name.startswith("ignored"))
     assert "never_called" in caplog.text and "ignored" in caplog.text
-    layout = parts.export_layout(torch.float32)
+    layout = parts.stored.export_layout(torch.float32)
     assert {name for unit in (*layout.units, *layout.unused) for name in unit.stored_names} == {n for n, _ in before.named_parameters()}
 
-    parts.restore(lambda unit: torch.ones(unit.num_elements))
+    parts.stored.restore(lambda unit: torch.ones(unit.num_elements))
     parts.close()
     assert torch.equal(model.never_called.weight, before.never_called.weight)
     assert torch.equal(model.ignored.weight, before.ignored.weight)

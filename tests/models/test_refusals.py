@@ -23,7 +23,7 @@ def refused(message: str, source: Any, **settings: Any) -> RatelError:
     settings = {"dtype": torch.float32, "device": CPU} | settings
     with pytest.raises(RatelError, match=message) as caught:
         parts = load(source, **settings)
-        parts.check_source()
+        parts.stored.check_source()
         parts.probe(make_patches())
     assert caught.value.field
     return caught.value

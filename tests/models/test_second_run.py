@@ -92,7 +92,7 @@ def test_every_configuration_says_so_until_the_session_is_closed(tmp_path: Path)
     configs = (model.config, model.config.extra_config, model.model.config)
     parts = load(model, dtype=torch.float32, device=CPU, loss_fn=token_loss)
     assert [config.use_cache for config in configs] == [False] * 3
-    parts.write_beside(tmp_path, torch.float32)
+    parts.stored.write_beside(tmp_path, torch.float32)
     assert '"use_cache": true' in (tmp_path / "config.json").read_text() and not model.config.use_cache
     parts.close()
     assert [config.use_cache for config in configs] == [True] * 3

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.numerics
 
 def read_all(parts: Parts) -> dict[str, torch.Tensor]:
     """Every parameter of every unit, unused ones included; checks that padding is zero."""
-    parts.check_source()
+    parts.stored.check_source()
     found: dict[str, torch.Tensor] = {}
     for unit in (*parts.spec.units, *([parts.unused] if parts.unused else [])):
         flat = torch.full((unit.num_elements,), 7.0)
-        parts.read_unit(unit, flat)
+        parts.stored.read_unit(unit, flat)
         rest = flat.clone()
         for p in unit.params:
             found[p.name] = flat[p.offset:p.end].view(p.shape)
@@ -77,7 +77,7 @@ def test_the_export_is_what_transformers_loads_and_writes(family: str, tmp_path:
 
     def weights(unit: UnitSpec) -> list[tuple[int, torch.Tensor]]:
         flat = torch.empty(unit.num_elements)
-        parts.read_unit(unit, flat)
+        parts.stored.read_unit(unit, flat)
         return [(begin, flat[begin : begin + 1000]) for begin in range(0, unit.num_elements, 1000)]
 
     export_model(parts, weights, tmp_path / "out", torch.float32)
@@ -124,10 +124,10 @@ def test_a_module_gives_its_weights_and_gets_trained_ones_back(family: str) -> N
 
     def trained(unit: UnitSpec) -> torch.Tensor:
         flat = torch.empty(unit.num_elements)
-        parts.read_unit(unit.index, flat)
+        parts.stored.read_unit(unit.index, flat)
         return flat + 1
 
-    parts.restore(trained)
+    parts.stored.restore(trained)
     parts.close()
     assert not model.training and {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in held.items()}
     for (name, param), old in zip(model.named_parameters(), before.parameters()):
@@ -167,7 +167,7 @@ def test_fresh_weights_follow_the_model_and_the_seed(family: str) -> None:
     parts, first = fresh(3)
     unit = parts.spec.units[1]
     alone = torch.empty(unit.num_elements)
-    load(configs()[family](), dtype=torch.float32, device=CPU, seed=3).read_unit(1, alone)
+    load(configs()[family](), dtype=torch.float32, device=CPU, seed=3).stored.read_unit(1, alone)
     assert torch.equal(named(parts, [alone] * len(parts.spec.units))[unit.params[0].name], first[unit.params[0].name])
     other = fresh(4)[1]
     plain = transformers.AutoModelForCausalLM.from_config(configs()[family]())

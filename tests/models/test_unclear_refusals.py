@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 
 def refused(source: object, *words: str, **options: object) -> str:
     with pytest.raises(RatelError) as caught:
-        load(source, dtype=torch.float32, device=CPU, **options).check_source()
+        load(source, dtype=torch.float32, device=CPU, **options).stored.check_source()
     text = str(caught.value)
     assert len(text) < 330 and "\n" not in text and caught.value.field == "model", text
     assert all(word in text for word in words), text

@@ -21,6 +21,7 @@ from ratel.cli import train as train_command
 from ratel.errors import RatelError
 from ratel.models.safetensors import files as safetensors_files
 from ratel.models.safetensors.stored_bits import Run, StoredBits
+from ratel.models.stored import Stored
 from ratel.runtime.session.session import Session
 from ratel.runtime.states import imports as weight_import
 from ratel.startup import readahead
@@ -49,7 +50,7 @@ def test_weights_from_files_are_those_that_were_converted_in_memory(checkpoint: 
     more = {"gpu_memory": "2GiB"} if tier == "gpu" else {}
     monkeypatch.setattr(weight_import, "PIECE_ELEMENTS", 1 << 18)  # two pieces of the embedding
     straight = states(checkpoint, tier, ssd_dir, **more)
-    monkeypatch.setattr(models.Parts, "stored_bits", lambda self, unit: None)
+    monkeypatch.setattr(Stored, "bits", lambda self, unit: None)
     converted = states(checkpoint, tier, ssd_dir, **more)
     assert straight.keys() == converted.keys()
     for key, values in straight.items():
@@ -64,7 +65,7 @@ def test_fp32_weights_are_converted(tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     parts = models.load(str(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert all(parts.stored_bits(unit) is None for unit in parts.spec.units)
+    assert all(parts.stored.bits(unit) is None for unit in parts.spec.units)
     parts.close()
 
 

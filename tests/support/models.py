@@ -68,10 +68,10 @@ def attach_all(parts: Parts) -> tuple[list[Tensor], list[Tensor]]:
     weights, grads = [], []
     for unit in parts.spec.units:
         flat = torch.empty(unit.num_elements)
-        parts.read_unit(unit.index, flat)
+        parts.stored.read_unit(unit.index, flat)
         weights.append(flat.to(parts.dtype))
         grads.append(torch.zeros(unit.num_trainable, dtype=parts.dtype))
-        parts.attach(unit.index, weights[-1])
+        parts.parameters.attach(unit.index, weights[-1])
         attach_grad(parts, unit, grads[-1])
     return weights, grads
 

@@ -46,6 +46,6 @@ def base_fingerprint(parts: Parts) -> str:
     digests = {}
     for unit in [*parts.spec.units, *([parts.unused] if parts.unused is not None else [])]:
         flat = torch.empty(unit.num_elements, dtype=torch.float32)
-        parts.read_unit(unit, flat)
+        parts.stored.read_unit(unit, flat)
         digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in unit.params}
     return fingerprint(digests)

@@ -8,6 +8,7 @@ it is known.
 import copy
 import hashlib
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from ratel import probe_cache
+from ratel.errors import RatelError
 from ratel.models.calls.caches import Caches
 from ratel.models.calls.documents import MADE, OWN
 from ratel.models.calls.running import CausalLMRunner
 from ratel.models.checks.shrink import FIRST_SPECIAL, random_parameters, shrunken
 from ratel.models.structure.blocks import count_elements
+
+log = logging.getLogger(__name__)
 
 LENGTHS = (21, 13, 17)
 """Tokens of each of the documents in one row: longer than the windows of a shrunken copy, shorter
@@ -70,6 +74,19 @@ def family_of(module: nn.Module) -> Family:
         return known
     except Exception as error:  # whatever configurations of others do
         return _untried(error)
+
+
+def documents_of(module: nn.Module, name: str) -> str | None:
+    """How documents in one row are kept apart (`Family.documents`); a warning says where they are
+    not. Raises RatelError for a model in which the next token is nothing to learn."""
+    found = family_of(module)
+    if found.is_causal is False:
+        raise RatelError("tokens see those that come after them, so the next token is nothing to learn", field="model",
+                         value=type(module).__name__, remedy="Use --task masked-lm, classify or tokens; if it is a "
+                         "decoder, set is_decoder in its configuration")
+    if found.documents is None:
+        log.warning("%s: documents in one sequence cannot be kept apart (%s), so each sequence holds one", name, found.reason)
+    return found.documents
 
 
 _KNOWN: dict[str, Family] = {}

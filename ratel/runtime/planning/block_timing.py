@@ -135,7 +135,7 @@ def _backward(blocks: BlockRuns, block: int, leaf: Tensor, inputs: BlockInputs, 
 def _take_over(parts: Parts, units: list[UnitSpec]) -> None:
     """Gradients, which a step reads and writes once more."""
     for unit in units:
-        for grad in parts.take_grads(unit.index):
+        for grad in parts.parameters.take_grads(unit.index):
             if grad is not None:
                 grad.clone()
 

@@ -86,7 +86,7 @@ class Outline:
     def facts(self, rows: int, seq_len: int, *, spills: bool = False) -> BlockFacts:
         """What a plan is made from, for micro-batches of ``rows`` rows of ``seq_len`` tokens on a
         GPU."""
-        return self.micro(rows, seq_len, spills=spills).facts(self._parts.import_element_bytes)
+        return self.micro(rows, seq_len, spills=spills).facts(self._parts.stored.import_element_bytes)
 
     def close(self) -> None:
         """A module that was given gets its parameters back."""

@@ -127,7 +127,7 @@ class Trials:
         chunked = parts.is_causal_lm and positions_per_chunk(micro_rows, parts.spec.vocab_size) < self.positions
         return BlockFacts(hidden_bytes=hidden.nbytes * micro_rows, workspace_bytes=trial.workspace_bytes,
                           profiles=trial.profiles, has_chunked_loss=chunked, spill=trial.spill, loss_s=trial.loss_s,
-                          import_element_bytes=parts.import_element_bytes)
+                          import_element_bytes=parts.stored.import_element_bytes)
 
     def _budgets_now(self) -> Budgets:
         """A compiler's own memory is there to stay; on a CPU device activations, which are not, are

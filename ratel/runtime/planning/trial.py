@@ -264,12 +264,12 @@ def _units(parts: Parts, stage: StageSpec) -> list[UnitSpec]:
 
 def _detach(parts: Parts, units: list[UnitSpec]) -> None:
     for unit in units:
-        parts.attach(unit.index, None)
-        parts.take_grads(unit.index)
+        parts.parameters.attach(unit.index, None)
+        parts.parameters.take_grads(unit.index)
 
 
 def _attach(parts: Parts, unit: UnitSpec, device: torch.device) -> int:
     """Zeros in place of the real weights; returns their bytes."""
-    flat = torch.zeros(unit.num_elements, dtype=parts.dtype_of(unit), device=device)
-    parts.attach(unit.index, flat)
+    flat = torch.zeros(unit.num_elements, dtype=parts.parameters.dtype_of(unit), device=device)
+    parts.parameters.attach(unit.index, flat)
     return flat.numel() * flat.element_size()

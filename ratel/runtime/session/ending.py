@@ -28,6 +28,6 @@ def close(core: Core) -> None:
 
 def _give_back(core: Core) -> None:
     try:
-        core.parts.restore(core.machinery.transfer.read_weights)
+        core.parts.stored.restore(core.machinery.transfer.read_weights)
     except (OSError, DamagedError) as error:
         raise WorkerError(f"the model has only a part of its trained weights, the rest as they were: {error}") from error

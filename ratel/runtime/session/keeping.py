@@ -60,7 +60,7 @@ def load(core: Core, path: Path) -> dict[str, Any]:
                          remedy=f"Give seed {saved.training['seed']}: dropout depends on it")
     other = saved.other_state()
     if other is not None:
-        core.parts.set_other_state(other)
+        core.parts.stored.set_other_state(other)
     core.saved, core.moments = saved, None  # the state has moments of its own
     core.attempts, core.updates_made = saved.training["steps"], saved.training["updates"]
     return saved.training["extra"]
@@ -88,7 +88,7 @@ def export(core: Core, path: Path, dtype: str, optimizer: bool, beside: Callable
 
 
 def _other_state(core: Core) -> OtherState | None:
-    state = core.parts.other_state()
+    state = core.parts.stored.other_state()
     return OtherState(content=pack(state)) if state else None
 
 

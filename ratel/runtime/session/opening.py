@@ -41,8 +41,8 @@ def open_core(model: Any, options: SessionOptions, loss_fn: Callable[[Any, Any],
                             attention=options.attention, task=task, additions=adaptation)
     try:
         _add_router_loss(parts, options)
-        parts.check_source()
-        refuse_unreadable(parts.other_state())
+        parts.stored.check_source()
+        refuse_unreadable(parts.stored.other_state())
         moments = open_moments(options.optimizer_state)
         check_moments(moments, parts)
         used = [(name, Path(path)) for name, path in (("model", model), ("optimizer_state", options.optimizer_state))

@@ -191,7 +191,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """All master weights by parameter name, fp32 on the CPU, and what else the model's state
         dict has. Whole in memory: for models that fit there."""
-        result: dict[str, Any] = self.parts.other_state()
+        result: dict[str, Any] = self.parts.stored.other_state()
         for unit in self.plan.spec.units:
             flat = self.read_master(unit)
             result.update({p.name: flat[p.offset : p.end].view(p.shape).clone() for p in unit.params})

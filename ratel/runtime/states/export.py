@@ -39,7 +39,7 @@ def export_model(parts: Parts, weights: Weights, path: Path, dtype: torch.dtype,
     given, before that has its name; ``more``: tensors that the model has not.
     """
     def write(unfinished: Path) -> None:
-        parts.write_beside(unfinished, dtype)
+        parts.stored.write_beside(unfinished, dtype)
         if beside is not None:
             beside(unfinished)
         _write_shards(parts, weights, unfinished, dtype, more)  # last: they say which files were written with them
@@ -127,17 +127,17 @@ def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
 def _write_shards(parts: Parts, weights: Weights, directory: Path, dtype: torch.dtype, more: Sequence[Piece]) -> None:
     """What is in memory at a time is the parameters that one tensor of the checkpoint, or one group
     of them, is made from."""
-    layout = parts.export_layout(dtype)
+    layout = parts.stored.export_layout(dtype)
     pieces = [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, weights)) for unit in layout.units]
     pieces += [Piece(outlines=unit.outlines, make=partial(_tensors_of, layout, unit, partial(_unused, parts))) for unit in layout.unused]
-    pieces.append(Piece(outlines=layout.other.outlines, make=partial(layout.convert_other, parts.other_state())))
+    pieces.append(Piece(outlines=layout.other.outlines, make=partial(layout.convert_other, parts.stored.other_state())))
     pieces += more
     write_shards(directory, "model", pieces, metadata=exports.metadata_for(directory), shard_bytes=SHARD_BYTES)
 
 
 def _unused(parts: Parts, unit: UnitSpec) -> Iterable[tuple[int, Tensor]]:
     flat = torch.empty(unit.num_elements, dtype=torch.float32)
-    parts.read_unit(unit, flat)
+    parts.stored.read_unit(unit, flat)
     return [(0, flat)]
 
 

@@ -23,7 +23,7 @@ def export_adapter(parts: Parts, adaptation: Adaptation, read: Callable[[UnitSpe
     def write(unfinished: Path) -> None:
         if beside is not None:
             beside(unfinished)
-        write_adapter(unfinished, targets, tensors, base_name=parts.origin.name, base=adaptation.fingerprint(),
+        write_adapter(unfinished, targets, tensors, base_name=parts.stored.origin.name, base=adaptation.fingerprint(),
                       task="CAUSAL_LM" if parts.is_causal_lm else None, dtype=dtype)
 
     return export_directory(path, "the adapter", write)

@@ -22,7 +22,7 @@ Stream = tuple[UnitSpec, StoredBits]
 def import_weights(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTransfer) -> None:
     """All planes of new storage. What is bf16 in files goes straight to its tier, in the order of
     the files; any other unit is made in memory, one at a time."""
-    streams = [(unit, bits) for unit in spec.units if (bits := parts.stored_bits(unit)) is not None]
+    streams = [(unit, bits) for unit in spec.units if (bits := parts.stored.bits(unit)) is not None]
     streamed = {unit.index for unit, _ in streams}
     _stream(streams, transfer)
     _convert(parts, [unit for unit in spec.units if unit.index not in streamed], transfer)
@@ -35,7 +35,7 @@ def import_weights(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTr
 def import_frozen(parts: Parts, spec: ModelSpec, store: Store, transfer: UnitTransfer) -> None:
     """What is frozen alone: the rest comes out of a state."""
     units = [unit for unit in spec.units if unit.num_elements > unit.num_trainable]
-    streams = [(unit, bits) for unit in units if (bits := parts.stored_bits(unit)) is not None]
+    streams = [(unit, bits) for unit in units if (bits := parts.stored.bits(unit)) is not None]
     for unit, _ in streams:
         if store.has(unit.index, "lo"):
             transfer.start_at_zero(unit, "lo")
@@ -70,5 +70,5 @@ def _convert(parts: Parts, units: list[UnitSpec], transfer: UnitTransfer, *, fro
     for unit in units:
         interrupt.check()
         part = master[: unit.num_elements]
-        parts.read_unit(unit.index, part)
+        parts.stored.read_unit(unit.index, part)
         transfer.write_weights(unit, part, _first(unit, frozen))

@@ -215,11 +215,11 @@ class VerticalStep:
         units = [self._plan.spec.units[index] for index in stage.units]
         for unit in units:
             on_gpu = self._plan.placement(unit).on_gpu
-            self._parts.attach(unit.index, self._weights.resident(unit.index) if on_gpu
-                               else self._streamer.get(("unit", unit.index), unit.name))
+            flat = self._weights.resident(unit.index) if on_gpu else self._streamer.get(("unit", unit.index), unit.name)
+            self._parts.parameters.attach(unit.index, flat)
         yield
         for unit in units:
-            self._parts.attach(unit.index, None)
+            self._parts.parameters.attach(unit.index, None)
             if not self._plan.placement(unit).on_gpu:
                 self._streamer.release(("unit", unit.index))
 
@@ -269,7 +269,7 @@ class VerticalStep:
     def _collect(self, stage: StageSpec) -> None:
         for index in stage.units:
             if index in self._open:
-                grads = self._parts.take_grads(index)
+                grads = self._parts.parameters.take_grads(index)
                 self._gradients.collect(self._plan.spec.units[index], self._open[index], grads)
 
 

@@ -62,7 +62,7 @@ def use_quick_weights(session: Session) -> None:
         for param in session.parts.spec.units[unit].params:
             fill_quickly(view(out, param))
 
-    session.parts.read_unit = read_unit
+    session.parts.stored.read_unit = read_unit
 
 
 def fill_quickly(param: torch.Tensor) -> None:

@@ -60,8 +60,8 @@ def allocated_peak(parts: models.Parts) -> int:
             peak = max(peak, held)
         peaks.append(peak)
         for unit in units:
-            parts.attach(unit.index, None)
-            parts.take_grads(unit.index)
+            parts.parameters.attach(unit.index, None)
+            parts.parameters.take_grads(unit.index)
     return max(peaks) + hidden.nbytes + inputs.num_bytes
 
 

@@ -81,9 +81,9 @@ def test_fp32_weights_are_read_without_their_file_being_mapped(checkpoints: dict
 
     def read() -> None:
         out = torch.empty(largest.num_elements)
-        parts.read_unit(largest, out)
+        parts.stored.read_unit(largest, out)
 
-    assert 3.9 * ELEMENTS < rise(read) < ROOM_BYTES and parts.import_element_bytes == 4
+    assert 3.9 * ELEMENTS < rise(read) < ROOM_BYTES and parts.stored.import_element_bytes == 4
     parts.close()
 
 

@@ -232,13 +232,13 @@ def test_merged_copies_of_fp32_units_on_the_gpu_are_in_the_plan(ssd_dir: Path, m
     with open_session(ssd_dir, "llama-tied", dtype="fp32", placement={"*": "gpu", "block.1": "dram"}) as session:
         session.prepare(4, 16)
         streamed = [u.index for u in session.plan.spec.units if not session.plan.placement(u).on_gpu]
-        merged, most, attach = {}, [0], session.parts.attach
+        merged, most, attach = {}, [0], session.parts.parameters.attach
 
         def counting(unit: int, flat: torch.Tensor | None) -> None:
             merged[unit] = 0 if flat is None or unit in streamed else flat.nbytes
             most.append(sum(merged.values()))
             attach(unit, flat)
 
-        monkeypatch.setattr(session.parts, "attach", counting)
+        monkeypatch.setattr(session.parts.parameters, "attach", counting)
         train(session, batches("llama-tied", 1))
         assert max(most) == session.plan.gpu_items["merged resident weights"]
