@@ -7,20 +7,18 @@ does, with transfers and computation that only take time. The result checks the 
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from ratel.planner.forecast.events import Event, Pool, Process, Queue, TwoWay
 from ratel.planner.forecast.recurrence import COPIES_BEHIND, step_schedule, update_order
-from ratel.planner.forecast.simulated import ACTIVATION, OPTIMIZER, WEIGHT, WRITE_BACK, Chunk, HostSlot, Machine, Update
+from ratel.planner.forecast.simulated import ACTIVATION, OPTIMIZER, WRITE_BACK, Chunk, CopiesInDram, Machine, Update, pools
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import closed_first
 from ratel.planner.plan import Plan
-from ratel.planner.schedule import Gather
 from ratel.planner.shape import StageSpec, UnitSpec, closing_units
-from ratel.trace.timeline import Span
 from ratel.planner.traffic import (Traffic, activation_traffic, gather_traffic, gradient_traffic, micro_rows,
                                    spill_traffic, update_traffic)
+from ratel.trace.timeline import Span
 
 MOST_CHUNKS = 24
 """Pieces of one unit's update at most: a unit of 3 B parameters has 770 chunks, which would
@@ -58,12 +56,11 @@ class _Engine:
     def __init__(self, plan: Plan, machine: Machine) -> None:
         self._plan, self._m, self._clock = plan, machine, machine.clock
         self._rows, self._closing, self._schedule = micro_rows(plan), closing_units(plan.spec), step_schedule(plan)
-        self._weight_slots, self._host_slots = _pools(plan, plan.weight_slot_count), _pools(plan, plan.host_weight_slot_count)
-        self._grad_slots, self._host_grads = _pools(plan, plan.grad_slot_count), _pools(plan, plan.host_grad_slot_count)
+        self._copies_in_dram, self._weight_slots = CopiesInDram(plan, machine), pools(plan, plan.weight_slot_count)
+        self._grad_slots, self._host_grads = pools(plan, plan.grad_slot_count), pools(plan, plan.host_grad_slot_count)
         slots = plan.buffers.checkpoint_slots
         self._back_slots, self._staging_out, self._staging_in = Pool(slots), Pool(slots), Pool(slots)
         self._ring = Pool(plan.buffers.ring_slots)
-        self._held: dict[int, HostSlot] = {}
         self._arrivals: dict[int, Update] = {}
         """By unit, of the step that is running."""
         self._jobs, self._loaded, self._leaving = Queue(), Queue(), Queue()
@@ -231,37 +228,12 @@ class _Engine:
                 continue
             if gather.unit in before:
                 yield before[gather.unit].updated
-            slot = yield from self._hold(gather.unit)
+            slot = yield from self._copies_in_dram.acquire(gather.unit)
+            if slot is not None and gather.keep_for_update:
+                self._arrivals[gather.unit].slot = self._copies_in_dram.share(slot)
             if slot is not None:
-                self._hand_on(gather, slot)
+                self._copies_in_dram.take_over(slot)
             opened.put((gather, slot.filled if slot else Event(done=True), slot))
-
-    def _hold(self, unit: int) -> Generator[Event, None, HostSlot | None]:
-        """The DRAM copy of weights on SSD, read if no one holds it."""
-        num_bytes = gather_traffic(self._plan, unit).ssd_read
-        if not num_bytes:
-            return None
-        if unit not in self._held:
-            yield self._host_slots[self._class(unit)].acquire()
-            read = self._m.read(num_bytes, self._plan.spec.units[unit].name, WEIGHT)
-            self._held[unit] = HostSlot(unit, 0, read)
-        self._held[unit].holders += 1
-        return self._held[unit]
-
-    def _hand_on(self, gather: Gather, slot: HostSlot) -> None:
-        """An update under backward will use this copy; a deferred one has left it here."""
-        if gather.keep_for_update:
-            slot.holders += 1
-            self._arrivals[gather.unit].slot = slot
-        if slot.kept:
-            slot.kept = False
-            self._let_go(slot)
-
-    def _let_go(self, slot: HostSlot) -> None:
-        slot.holders -= 1
-        if slot.holders == 0:
-            del self._held[slot.unit]
-            self._host_slots[self._class(slot.unit)].release()
 
     def _upload(self, opened: Queue) -> Process:
         for _ in self._schedule:
@@ -277,7 +249,7 @@ class _Engine:
                 key, name = gather.unit, self._plan.spec.units[gather.unit].name
                 yield self._weight_slots[self._class(key)].acquire()
                 num_bytes, self._uses[key] = gather_traffic(self._plan, key).h2d, gather.uses
-                after = (lambda slot=slot: self._let_go(slot)) if slot else None
+                after = (lambda slot=slot: self._copies_in_dram.release(slot)) if slot else None
             yield read
             copied = self._m.link.move(TwoWay.IN, num_bytes, name)
             copied.then(self._landed[key].set)
@@ -315,7 +287,7 @@ class _Engine:
                 yield self._ring.acquire()
             read = self._m.read(num_bytes * share, f"states {unit.name}", OPTIMIZER)
             if begin == 0 and not plan.updates_early(unit):
-                update.slot = yield from self._hold(unit.index)
+                update.slot = yield from self._copies_in_dram.acquire(unit.index)
             is_last = begin + size >= unit.num_trainable
             self._loaded.put(Chunk(update, share, read, is_first=begin == 0, is_last=is_last))
 
@@ -357,16 +329,11 @@ class _Engine:
             self._host_grads[self._plan.class_of(update.unit)].release()
         slot = update.slot
         if slot is not None and not self._plan.updates_early(update.unit):
-            slot.holders += 1
-            slot.kept = True
+            self._copies_in_dram.leave(slot)
         if update.unit.index in self._plan.early:
             written.then(update.updated.set)  # no copy of it is kept: forward reads what was written
         else:
             update.updated.set()
         if slot is not None:
-            written.then(lambda: self._let_go(slot))
+            written.then(lambda: self._copies_in_dram.release(slot))
         written.then(update.persisted.set)
-
-
-def _pools(plan: Plan, count_of: Callable[[str], int]) -> dict[str, Pool]:
-    return {cls.name: Pool(count_of(cls.name)) for cls in plan.spec.slot_classes}

@@ -1,14 +1,16 @@
 """What the simulated engine consists of: the machine's resources, and what its threads hand each
 other."""
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from ratel.planner.forecast.compute import GpuSeconds
-from ratel.planner.forecast.events import Clock, Event, Memory, TwoWay
+from ratel.planner.forecast.events import Clock, Event, Memory, Pool, TwoWay
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.machine.pipes import SsdRates, link, ssd_rates
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec
+from ratel.planner.traffic import gather_traffic
 
 WEIGHT, ACTIVATION, OPTIMIZER, WRITE_BACK = range(4)
 """The I/O engine's priorities, the most urgent first."""
@@ -49,6 +51,55 @@ class HostSlot:
     filled: Event
     kept: bool = False
     """A deferred update has left it to the next forward pass."""
+
+
+class CopiesInDram:
+    """The DRAM copies of weights on SSD, as ``ratel/store/host_cache.py`` leases them."""
+
+    def __init__(self, plan: Plan, machine: Machine) -> None:
+        self._plan, self._machine = plan, machine
+        self._slots = pools(plan, plan.host_weight_slot_count)
+        self._held: dict[int, HostSlot] = {}
+
+    def acquire(self, unit: int) -> Generator[Event, None, HostSlot | None]:
+        """The copy of the unit's weights, read if no one holds it; None: they are not on SSD."""
+        num_bytes = gather_traffic(self._plan, unit).ssd_read
+        if not num_bytes:
+            return None
+        if unit not in self._held:
+            yield self._slots_for(unit).acquire()
+            read = self._machine.read(num_bytes, self._plan.spec.units[unit].name, WEIGHT)
+            self._held[unit] = HostSlot(unit, 0, read)
+        return self.share(self._held[unit])
+
+    def share(self, slot: HostSlot) -> HostSlot:
+        """The same, held once more."""
+        slot.holders += 1
+        return slot
+
+    def leave(self, slot: HostSlot) -> None:
+        """A deferred update holds it until the next gather has taken it over."""
+        self.share(slot).kept = True
+
+    def take_over(self, slot: HostSlot) -> None:
+        """A gather holds it now, so what was left to it is let go."""
+        if slot.kept:
+            slot.kept = False
+            self.release(slot)
+
+    def release(self, slot: HostSlot) -> None:
+        slot.holders -= 1
+        if slot.holders == 0:
+            del self._held[slot.unit]
+            self._slots_for(slot.unit).release()
+
+    def _slots_for(self, unit: int) -> Pool:
+        return self._slots[self._plan.spec.classes[unit].name]
+
+
+def pools(plan: Plan, count_of: Callable[[str], int]) -> dict[str, Pool]:
+    """A pool for each class of slots."""
+    return {cls.name: Pool(count_of(cls.name)) for cls in plan.spec.slot_classes}
 
 
 @dataclass(slots=True)
