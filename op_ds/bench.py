@@ -19,14 +19,15 @@ from typing import Any
 
 from op_ds.library import ABI_VERSION
 from op_ds.pool import Pool
+from op_ds.rounding import Rounding, rounding_key
 
 ADAM = dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8)
 DEFAULT_NUM_PARAMS = 1 << 25
 """872 MB of planes: several times the last-level cache of any current processor."""
 
 # Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and
-# writes all but that.
-BYTES = {"op_ds bf16 grad": 26, "to other planes": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
+# writes all but that; with bf16 moments m 2 and v 2.
+BYTES = {"op_ds bf16 grad": 26, "bf16 moments": 18, "to other planes": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
          "crc32": 4, "triad (streaming)": 12, "rescale": 8}
 CRC_PIECE_BYTES = 1 << 20
 BANDWIDTH_TESTS = ("triad (streaming)", "rescale")
@@ -51,7 +52,7 @@ def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = N
     """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each
     of them alike; or those that ``only`` names, beside "rescale", which tells the bandwidth.
 
-    Needs about 40 bytes of memory per parameter, 56 with ``torch`` (the module, for its fused AdamW
+    Needs about 44 bytes of memory per parameter, 60 with ``torch`` (the module, for its fused AdamW
     on fp32). Returns a dict that ``json`` can write: ``settings``, ``machine``, ``results`` by
     contestant and ``best_bandwidth_bps``.
     """
@@ -98,18 +99,19 @@ def _native_actions(pool: Pool, n: int, huge_pages: bool) -> dict[str, Action]:
     # anything down.
     hi, lo, grad = buffer(2, 0x3c), buffer(2), buffer(4, 0x3c)
     m, v, spare = buffer(4), buffer(4), buffer(4)
-    planes, others = [hi, lo, m, v], [buffer(size) for size in (2, 2, 4, 4)]
+    planes, others, short = [hi, lo, m, v], [buffer(size) for size in (2, 2, 4, 4)], [hi, lo, buffer(2), buffer(2)]
     ranges = [(n // 2, 0.1), (n, 0.0)]
 
-    def update(grad_dtype: str, target: list[Buffer]) -> Action:
-        return lambda step: pool.adamw(hi.address, lo.address, m.address, v.address, grad.address, n,
+    def update(grad_dtype: str, source: list[Buffer], target: list[Buffer], rounding: Rounding | None = None) -> Action:
+        return lambda step: pool.adamw(*(plane.address for plane in source), grad.address, n,
                                        to=tuple(plane.address for plane in target), grad_dtype=grad_dtype,
-                                       step=step, grad_scale=0.5, ranges=ranges, **ADAM)
+                                       step=step, grad_scale=0.5, ranges=ranges, rounding=rounding, **ADAM)
 
     return {
-        "op_ds bf16 grad": update("bf16", planes),
-        "to other planes": update("bf16", others),
-        "op_ds fp32 grad": update("fp32", planes),
+        "op_ds bf16 grad": update("bf16", planes, planes),
+        "bf16 moments": update("bf16", short, short, Rounding(key=rounding_key(1))),
+        "to other planes": update("bf16", planes, others),
+        "op_ds fp32 grad": update("fp32", planes, planes),
         "sum_squares bf16": lambda step: pool.sum_squares(grad.address, n, "bf16"),
         "crc32": lambda step: pool.crc32(grad.address, 4 * n, CRC_PIECE_BYTES),
         "triad (streaming)": lambda step: pool.triad(spare.address, grad.address, v.address, 0.5, n),

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     own.add_argument("--ssd-space", metavar="SIZE", help="with --hardware: what they hold in all (default: no limit)")
     own.add_argument("--endurance", metavar="TBW", help="what one drive is rated to be written, as 3500TBW (default: unknown)")
     own.add_argument("--largest", choices=LARGEST, help="the largest model of the family, batch or sequence that fits")
-    own.add_argument("--no-advice", action="store_true", help="do not plan again with more of each resource")
+    own.add_argument("--no-advice", action="store_true", help="do not plan again with more of each resource, and states in other formats")
     own.add_argument("--plot", metavar="FILE", type=Path, help="draw memory by tier and time by resource (.png, .svg, .pdf)")
     own.add_argument("--trace", metavar="FILE", type=Path, help="simulate, and write what each resource does, for Perfetto")
     own.add_argument("--json", action="store_true", help="print one JSON object")
@@ -88,6 +88,9 @@ def _with_what_fits(error: RatelError, planner: "Planner") -> RatelError:
     rows = planner.largest_batch()
     fitting = (f"A batch of {rows} would fit" if rows else
                "No batch would fit; see `ratel plan --largest model` for a model that does")
+    others = planner.fitting_states()
+    if others:
+        fitting += f"; as it is it would fit with --states {' or '.join(others)}"
     return RatelError(str(error).rstrip(".") + f". {fitting}")
 
 

@@ -72,10 +72,10 @@ def predict_below(plan: Plan, hardware: Hardware, limit_s: float) -> Prediction 
     passes = pass_traffic(plan)
     updated = [u for u in plan.spec.units if not plan.placement(u).on_gpu]
     first = _PassWork(traffic=passes.forward + passes.forward_updates, first_h2d=passes.first_weights[0],
-                      update_bytes=plan.formats.update_bytes,
+                      update_bytes=plan.formats.update_bytes, update_speed=plan.formats.update_speed,
                       params=sum(u.num_trainable for u in updated if not plan.updates_early(u)))
     second = _PassWork(traffic=passes.backward + passes.backward_updates, first_h2d=passes.first_weights[1],
-                       update_bytes=plan.formats.update_bytes,
+                       update_bytes=plan.formats.update_bytes, update_speed=plan.formats.update_speed,
                        last_d2h=passes.last_gradient, before_updates=passes.first_weights[1] + passes.first_gradient,
                        params=sum(u.num_trainable for u in updated if plan.updates_early(u)), to_other_planes=bool(plan.early))
     prices = (_prices(first, hardware), _prices(second, hardware))
@@ -94,6 +94,8 @@ class _PassWork:
     """Updated by the CPU during the pass."""
     update_bytes: float
     """Bytes of memory traffic for each of them."""
+    update_speed: float
+    """As the formats have it."""
     first_h2d: int
     last_d2h: int = 0
     """Bytes beside which nothing can move the other way."""
@@ -110,7 +112,7 @@ def _prices(work: _PassWork, hardware: Hardware) -> Prices:
     h2d_s, d2h_s = link(hardware).seconds(moved.h2d, moved.d2h, first_in=work.first_h2d, last_out=work.last_d2h)
     beside = (moved.dram_bytes - work.before_updates) / max(work.params, 1)
     share = hardware.update_share(elsewhere=work.to_other_planes)
-    update = max(1 / (share * hardware.adam_params_per_s), (work.update_bytes / share + beside) / hardware.dram_bps)
+    update = max(1 / (share * work.update_speed * hardware.adam_params_per_s), (work.update_bytes / share + beside) / hardware.dram_bps)
     return Prices(ssd=_ssd_seconds(moved, hardware) / max(moved.ssd_bytes, 1), h2d=h2d_s / max(moved.h2d, 1),
                   d2h=d2h_s / max(moved.d2h, 1), update=update)
 
@@ -130,7 +132,7 @@ def _busy(work: _PassWork, hardware: Hardware, prices: Prices, compute_s: float)
     share = hardware.update_share(elsewhere=work.to_other_planes)
     dram_bytes = moved.dram_bytes + work.update_bytes / share * work.params
     return {"compute": compute_s, "h2d": moved.h2d * prices.h2d, "d2h": moved.d2h * prices.d2h,
-            "cpu optimizer": work.params / (share * hardware.adam_params_per_s), "dram": dram_bytes / hardware.dram_bps,
+            "cpu optimizer": work.params / (share * work.update_speed * hardware.adam_params_per_s), "dram": dram_bytes / hardware.dram_bps,
             "ssd": moved.ssd_bytes * prices.ssd}
 
 

@@ -27,13 +27,14 @@ class Machine:
         rates = ssd_rates(hardware) or SsdRates(read_bps=1.0, write_bps=1.0, mixed_bps=1.0)
         self.ssd = TwoWay(self.clock, self.memory, rates.pipe, ("ssd read", "ssd write"))
         self.gpu = GpuSeconds(plan, hardware)
-        self._hardware, self._early, self._update_bytes = hardware, plan.early, plan.formats.update_bytes
+        self._hardware, self._early, self._formats = hardware, plan.early, plan.formats
         self.step_ends_s: list[float] = []
 
     def update(self, unit: UnitSpec, params: float) -> tuple[float, float]:
         """Seconds of the CPU, and bytes of DRAM, for ``params`` parameters of the unit."""
         share = self._hardware.update_share(elsewhere=unit.index in self._early)
-        return params / (share * self._hardware.adam_params_per_s), self._update_bytes / share * params
+        rate = share * self._formats.update_speed * self._hardware.adam_params_per_s
+        return params / rate, self._formats.update_bytes / share * params
 
     def read(self, num_bytes: float, name: str, urgency: int) -> Event:
         return self.ssd.move(TwoWay.IN, num_bytes, name, urgency) if num_bytes else Event(done=True)

@@ -11,6 +11,7 @@ from ratel.planner.machine.hardware import Hardware
 from ratel.planner.plan import Plan
 from ratel.planner.report.advice import Gain
 from ratel.planner.report.plan_text import describe_optimizer, describe_plan, plan_to_json
+from ratel.planner.report.state_choices import StateChoice
 from ratel.units import format_bytes, format_seconds
 
 SHOWN_SHARE = 0.03
@@ -32,6 +33,8 @@ class Report:
     """How the SSDs wear; ``None`` without SSDs."""
     gains: tuple[Gain, ...] | None
     """What more of each resource would gain; ``None``: not asked for."""
+    states: tuple[StateChoice, ...] = ()
+    """What each format of states would bring; empty: not asked for."""
     notes: tuple[str, ...] = ()
     save_every: int = 0
 
@@ -49,7 +52,7 @@ class Report:
     def describe(self) -> str:
         """Fits, where it goes, how long a step takes, what binds, what would help, what it
         writes."""
-        sections = [list(self._heading()), self._memory(), self._time(), list(self._durability()), list(self._advice()),
+        sections = [list(self._heading()), self._memory(), self._time(), list(self._durability()), self._states(), list(self._advice()),
                     [f"note: {note}" for note in self.notes]]
         return "\n\n".join("\n".join(section) for section in sections if section)
 
@@ -106,6 +109,17 @@ class Report:
         if worn.years is not None:
             yield f"  the rated endurance lasts for {worn.years:.1f} years of training, {worn.years * 365.25:,.0f} days"
 
+    def _states(self) -> list[str]:
+        if not self.states:
+            return []
+        rows: list[Row] = [("states", "a parameter", "all", "step", "tokens/s")]
+        for choice in self.states:
+            fits = choice.step_s is not None
+            rows.append((f"{choice.states}{' (planned)' if choice.states == self.plan.formats.name else ''}", f"{choice.param_bytes:g} B",
+                         format_bytes(choice.state_bytes), format_seconds(choice.step_s) if fits else "does not fit",
+                         f"{choice.tokens_per_s:,.0f}" if fits else ""))
+        return table(rows) + [f"  {choice.states}: {choice.effect}" for choice in self.states]
+
     def _advice(self) -> Iterator[str]:
         if self.gains is None:
             return
@@ -129,7 +143,7 @@ class Report:
             "ssd_stripes": list(self.hardware.stripe_weights), "durable": self.plan.durable, "saving": asdict(self.saving),
             "wear": None if self.wear is None else asdict(self.wear),
             "gains": None if self.gains is None else [asdict(gain) for gain in self.gains],
-            "notes": list(self.notes), "plan": plan_to_json(self.plan),
+            "states": [asdict(choice) for choice in self.states], "notes": list(self.notes), "plan": plan_to_json(self.plan),
         }
 
 

@@ -14,10 +14,12 @@ from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.forecast.wear import parse_endurance, wear
+from ratel.planner.formats import FORMATS
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.plan import Plan
 from ratel.planner.report.advice import advise
 from ratel.planner.report.report import Report
+from ratel.planner.report.state_choices import compare_states, in_formats
 from ratel.planner.search.largest import fits_somewhere, largest_count, with_depth
 from ratel.planner.search.micro_batches import SATURATING_TOKENS, best_plan, may_spill
 from ratel.planner.search.options import SessionOptions
@@ -94,6 +96,7 @@ class Planner:
             endurance_bytes=endurance_bytes, save_every=self.config.save_every)
         report = Report(plan=chosen.plan, prediction=chosen.prediction, hardware=machine.hardware,
                         ssd_budget=machine.ssd_budget, wear=worn, gains=tuple(advise(chosen, machine.hardware)) if advice else None,
+                        states=tuple(compare_states(chosen, machine.hardware)) if advice else (),
                         notes=machine.notes, save_every=self.config.save_every)
         return PlanResult(plan=chosen.plan, prediction=chosen.prediction, report=report)
 
@@ -115,14 +118,20 @@ class Planner:
 
     # --- the largest ------------------------------------------------------------------------------------------------
 
-    def fits(self, *, rows: int | None = None, seq_len: int | None = None, depth: int | None = None) -> bool:
+    def fitting_states(self) -> list[str]:
+        """Formats of states, other than the one asked for, in which the batch would fit."""
+        return [states for states in FORMATS if states != self.options.states and self.fits(states=states)]
+
+    def fits(self, *, rows: int | None = None, seq_len: int | None = None, depth: int | None = None,
+             states: str | None = None) -> bool:
         """With any size of micro-batch: all at once needs no sums of gradients, one row the least
         activations, least of all with what its second runs save in DRAM."""
         rows, given = rows or self.rows, self.options.micro_batch
         sizes = [min(given, rows)] if given != "auto" else [1, rows] if rows * (seq_len or self.positions) <= (
             SATURATING_TOKENS) else [1]
         tried = [(size, False) for size in sizes] + ([(sizes[0], True)] if may_spill(self.options) else [])
-        return any(fits_somewhere(self.request(size, spills, rows=rows, seq_len=seq_len, depth=depth)) for size, spills in tried)
+        requests = (self.request(size, spills, rows=rows, seq_len=seq_len, depth=depth) for size, spills in tried)
+        return any(fits_somewhere(in_formats(request, states or self.options.states)) for request in requests)
 
     def largest_batch(self) -> int:
         return largest_count(lambda rows: self.fits(rows=rows))
