@@ -6,6 +6,7 @@ them. One that is called with something else is computed for itself.
 """
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class AdaptedLinear(nn.Module):
         self.is_transposed = not isinstance(base, nn.Linear)
         self.weight, self.bias = base.weight, base.bias
         self.out_features, self.in_features = self.weight.shape[::-1] if self.is_transposed else self.weight.shape
-        self.lora_A, self.lora_B = nn.Parameter(adapter.a), nn.Parameter(adapter.b)
+        self.lora_A, self.lora_B = _parameter(adapter.a), _parameter(adapter.b)
         self.scale, self.p, self.graph = adapter.scale, p, graph
         self.dropout: Dropout | None = None
         self.shared: SharedInput | None = None
@@ -75,7 +76,7 @@ class AdaptedLinear(nn.Module):
         return self.shared.output(self, x)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.lora_A.shape[0]}, scale={self.scale}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.adapter.rank}, scale={self.scale}"
 
 
 class SharedInput:
@@ -119,10 +120,25 @@ class SharedInput:
 
 
 def compute(taker: AdaptedLinear | SharedInput, x: Tensor) -> tuple[Tensor, ...]:
-    members, first = taker.members, taker.members[0]
+    bases, adapters = zip(*((one.base, one.adapter) for one in taker.members), strict=True)
+    return adapted_linears(x, bases, adapters, dropout_of(taker), taker.members[0].graph)
+
+
+def dropout_of(taker: AdaptedLinear | SharedInput) -> Dropout | None:
+    """What the next run of it drops."""
+    first = taker.members[0]
     dropout = taker.dropout if first.training and first.p else None
     assert dropout is not None or not (first.training and first.p), "Draws.begin comes before a run that drops"
-    return adapted_linears(x, [one.base for one in members], [one.adapter for one in members], dropout, first.graph)
+    return dropout
+
+
+def stand_in(module: nn.Module, derived: type[nn.Module]) -> nn.Module:
+    """A module of a class derived from another's, with its parameters, buffers, submodules, hooks
+    and attributes. What is put into either afterwards is in that one alone."""
+    found = object.__new__(derived)
+    own = vars(nn.Module())
+    found.__dict__.update({name: copy(value) if name in own else value for name, value in vars(module).items()})
+    return found
 
 
 def adapt(root: nn.Module, adapters: Mapping[str, Adapter], *, draws: Draws, stage: str = "", dropout: float = 0.0,
@@ -151,6 +167,11 @@ def adapt(root: nn.Module, adapters: Mapping[str, Adapter], *, draws: Draws, sta
     for name, one in made.items():
         draws.add(one, stage, (name,))
     return made
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """One that is another module's, too, stays one."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
 def _shared(members: list[AdaptedLinear]) -> SharedInput:

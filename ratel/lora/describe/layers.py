@@ -54,8 +54,8 @@ class AdaptedLayer:
         """By the names that its parameters have in an adapted model, those in files. A tied layer
         has none of its own."""
         before = f"{self.key}_" if self.kind == PARAMETER else f"{self.name}."
-        names = {"lora_A": self.a_name, "lora_B": self.b_name} | ({"lora_magnitude": self.magnitude_name} if self.magnitude_name else {})
-        return {} if self.tied_to else {f"{before}{own}": name for own, name in names.items()}
+        names = {"lora_A": self.a_name, "lora_B": self.b_name, "lora_magnitude": self.magnitude_name}
+        return {} if self.tied_to else {f"{before}{own}": name for own, name in names.items() if name is not None}
 
     @property
     def a_shape(self) -> tuple[int, int]:
