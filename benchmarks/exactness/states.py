@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "seeds", "states", "model")}
     report = Report(args.json, kind="states", gpu=gpu, torch=torch.__version__, model=read_model(args.model), settings=settings)
     done = {(point["states"], point["seed"]) for point in report.points}
-    text = Text(sorted([*(ROOT / "examples" / "corpus").glob("*.txt"), *(ROOT / "docs").rglob("*.md")]), args.seq_len)
+    text = Text(files(), args.seq_len)
     for seed in args.seeds:
         for states in args.states:
             if (states, seed) not in done:
@@ -56,6 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{states} seed {seed}: {report.points[-1]['eval_losses'][-1][1]:.4f}", flush=True)
     report.write(summary=summary(report.points), text_bytes=text.num_bytes)
     print(json.dumps(report.content["summary"], indent=1))
+
+
+def files() -> list[Path]:
+    return sorted([*(ROOT / "examples" / "corpus").glob("*.txt"), *(ROOT / "docs").rglob("*.md")])
 
 
 class Text:
