@@ -11,6 +11,11 @@ _THEIRS = {
     "dtype": "bf16 fp16 fp32 precision torch_dtype half", "gpu_memory": "vram gpu_mem max_gpu_memory", "dram": "ram cpu_memory memory host_memory",
     "ssd": "nvme nvme_path offload_dir", "ssd_bandwidth": "bandwidth", "save_every": "save_steps save_interval", "eval_every": "eval_steps eval_interval",
     "keep": "save_total_limit", "log_every": "logging_steps log_interval", "attention": "attn_implementation attn flash_attention",
+    "lora": "lora_rank lora_r r rank use_lora peft peft_config adapter lora_config", "lora_alpha": "alpha", "lora_dropout": "adapter_dropout",
+    "lora_targets": "target_modules lora_target lora_target_modules", "lora_full": "modules_to_save", "lora_init": "init_lora_weights",
+    "rslora": "use_rslora", "dora": "use_dora", "lora_layers": "layers_to_transform", "lora_tied": "ensure_weight_tying",
+    "lora_exclude": "exclude_modules", "lora_parameters": "target_parameters", "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
     "deterministic": "full_determinism", "resume": "resume_from_checkpoint continue", "overwrite": "overwrite_output_dir force"}
 
 

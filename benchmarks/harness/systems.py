@@ -37,7 +37,8 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """``system``: ratel, memory (everything in the memory of the device) or zero (DeepSpeed).
+    """``system``: ratel, memory (everything in the memory of the device), zero (DeepSpeed), frozen
+    or plain (`benchmarks.harness.adapters`).
     ``model``: a preset, or the arguments of `preset_config`, or those of ``AutoConfig.for_model``.
     ``options`` are the session's, or the system's own (`InMemory`, `zero_config`). ``clip`` is the
     largest global norm; no weight decay."""
@@ -236,10 +237,18 @@ def _start_peaks_anew(job: Job) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def run_adapters(system: str, job: Job, batch: int) -> dict[str, Any]:
+    from benchmarks.harness import adapters
+
+    return run_peer(getattr(adapters, system), job, batch)
+
+
 SYSTEMS: dict[str, Callable[[Job, int], dict[str, Any]]] = {
     "ratel": run_ratel,
     "memory": lambda job, batch: run_peer(InMemory, job, batch),
     "zero": lambda job, batch: run_peer(Zero, job, batch),
+    "frozen": lambda job, batch: run_adapters("Frozen", job, batch),
+    "plain": lambda job, batch: run_adapters("Plain", job, batch),
 }
 
 

@@ -21,6 +21,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the weights (default: the run's, the model's)")
     parser.add_argument("--ssd", metavar="DIR[,DIR]", type=directories, default=[],
                         help="where the run's SSD files are, if their drives are mounted elsewhere now")
+    parser.add_argument("--merge", action="store_true",
+                        help="of a state with an adapter: write the model with the adapter added to its weights")
     parser.add_argument("--optimizer", action="store_true",
                         help="write AdamW's moments as well, as optimizer.safetensors for PyTorch; add --dtype fp32 to go "
                              "on exactly, because bf16 rounds the weights")
@@ -32,13 +34,14 @@ def run(args: argparse.Namespace) -> None:
         return
     from ratel.training.export_state import export_state
 
-    print(export_state(args.state, args.out, model=args.model, dtype=args.dtype, optimizer=args.optimizer, ssd=args.ssd))
+    print(export_state(args.state, args.out, model=args.model, dtype=args.dtype, optimizer=args.optimizer, ssd=args.ssd,
+                       merge=args.merge))
 
 
 def _merged(args: argparse.Namespace) -> Path:
-    for option, value in (("--optimizer", args.optimizer), ("--ssd", args.ssd)):
+    for option, value in (("--optimizer", args.optimizer), ("--ssd", args.ssd), ("--merge", args.merge)):
         if value:
-            raise RatelError("is for a training state, and an adapter has none", field=option, remedy="Leave it out")
+            raise RatelError("is for a training state, and an adapter is none", field=option, remedy="Leave it out")
     if args.model is None:
         raise RatelError("is needed: the directory of the model that the adapter was trained on", field="--model",
                          remedy="Give --model DIR")

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ratel.config.table import TrainConfig
+from ratel.config.table import TrainConfig, option_of, options_of
 from ratel.errors import RatelError
 from ratel.other_names import meant_by
 from ratel.reading import read_text
@@ -39,13 +39,17 @@ def read_file(path: Path) -> dict[str, Any]:
                          remedy="Write one `option = value` on a line, with texts in quotes") from error
     options: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key.replace("-", "_") not in _tables():
             raise RatelError(f"is a table in {path}", field=f"[{key}]", remedy="Write options without a table above them")
         name = _known(key, f" in {path}")
         if name in options:
             raise RatelError(f"stands twice in {path}, with - and with _", field=key, remedy="Leave one of them")
         options[name] = value
     return options
+
+
+def _tables() -> set[str]:
+    return {spec.name for spec in options_of(TrainConfig) if option_of(spec).is_table}
 
 
 def _known(key: str, where: str) -> str:

@@ -98,6 +98,44 @@ def directories_reader(twice: str) -> Reader:
     return read
 
 
+def names(value: Any, flag: str) -> tuple[str, ...]:
+    """Names, from ``"a,b"`` or a list."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return tuple(text_option(part.strip() if isinstance(part, str) else part, flag) for part in parts)
+
+
+def names_or_text(value: Any, flag: str) -> str | tuple[str, ...]:
+    """A list of names; a text as it is, for whoever knows whether it is one."""
+    return text_option(value, flag) if isinstance(value, str) else names(value, flag)
+
+
+def by_pattern(read: Reader) -> Reader:
+    """A reader of numbers by regular expression, from ``"PATTERN=N,PATTERN=N"`` or a table."""
+
+    def read_all(value: Any, flag: str) -> dict[str, Any]:
+        pairs = value.items() if isinstance(value, dict) else [part.rpartition("=")[::2] for part in names(value, flag)]
+        if any(not isinstance(pattern, str) or not pattern for pattern, _ in pairs):
+            raise RatelError("must be numbers by pattern", field=flag, value=repr(value), remedy="Write it like q_proj=8,layers.0.*=32")
+        return {pattern: read(number, flag) for pattern, number in pairs}
+
+    return read_all
+
+
+def layer_numbers(value: Any, flag: str) -> tuple[int, ...]:
+    read = number_reader(int, 0)
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return tuple(read(part, flag) for part in parts)
+
+
+def adapter(value: Any, flag: str) -> "int | str | dict[str, Any]":
+    """A rank, the directory of an adapter, or a description as JSON has it."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, (str, os.PathLike)) and not str(value).isdigit():
+        return text_option(value, flag)
+    return number_reader(int, 1)(value, flag)
+
+
 def betas_reader(value: Any, flag: str) -> tuple[float, float]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:

@@ -9,9 +9,9 @@ import os
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
-from ratel.config.readers import (MOST_AT_ONCE, MOST_SEED, MOST_THREADS, MOST_TOKENS, Reader, auto_or, betas_reader, check_can_write,
-                                  check_name, choice_reader, directories_reader, number_reader, optional, rate, router_loss, size,
-                                  switch, text_option)
+from ratel.config.readers import (MOST_AT_ONCE, MOST_SEED, MOST_THREADS, MOST_TOKENS, Reader, adapter, auto_or, betas_reader, by_pattern,
+                                  check_can_write, check_name, choice_reader, directories_reader, layer_numbers, names, names_or_text,
+                                  number_reader, optional, rate, router_loss, size, switch, text_option)
 from ratel.errors import RatelError
 
 NEXT_TOKEN, CLASSIFY, TOKENS, MASKED_LM = TASKS = ("next-token", "classify", "tokens", "masked-lm")
@@ -20,7 +20,11 @@ NEXT_TOKEN, CLASSIFY, TOKENS, MASKED_LM = TASKS = ("next-token", "classify", "to
 STATES = ("exact", "bf16")
 """How the optimizer's states may be stored: the names of `ratel.planner.formats.FORMATS`."""
 
-MODEL, TRAINING, MEMORY, REPORT = "model and data", "training", "memory and devices", "output"
+MODEL, TRAINING, ADAPTERS, MEMORY, REPORT = "model and data", "training", "adapters (LoRA)", "memory and devices", "output"
+
+
+LR, ADAPTER_LR = 1e-5, 1e-4
+"""Peak learning rates, where none is given. An adapter's matrices are small, and begin at zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +40,29 @@ class Option:
     only with the same."""
 
     @property
+    def is_table(self) -> bool:
+        """A TOML file may have a table for it."""
+        return self.read in _TABLES
+
+    @property
     def is_switch(self) -> bool:
         return self.read is switch
 
 
 def _option(default: Any, read: Reader, group: str, metavar: str | None, text: str, *, plans: bool = False) -> Any:
-    return field(default=default, metadata={"option": Option(read=read, help=text, group=group, metavar=metavar, plans=plans)})
+    return field(**_default(default), metadata={"option": Option(read=read, help=text, group=group, metavar=metavar, plans=plans)})
+
+
+def _default(value: Any) -> dict[str, Any]:
+    return {"default_factory": dict} if value == {} else {"default": value}
 
 
 def option_of(spec: Field) -> Option:
     return spec.metadata["option"]
 
 
+_RANKS, _ALPHAS = by_pattern(number_reader(int, 1)), by_pattern(number_reader(float, 0, above=True))
+_TABLES = (_RANKS, _ALPHAS)
 _COUNT, _AMOUNT = number_reader(int, 1), number_reader(int, 0)
 _ROWS, _SEED, _THREADS = number_reader(int, 1, MOST_AT_ONCE), number_reader(int, 0, MOST_SEED), number_reader(int, 1, MOST_THREADS)
 _SHARE = number_reader(float, 0, 1, below=True)
@@ -66,7 +81,8 @@ class CommonOptions:
     seed: int = _option(0, _SEED, MODEL, "N", "seed of initialisation, shuffling and dropout")
 
     micro_batch: int | str = _option("auto", auto_or(_ROWS), TRAINING, "auto|N", "sequences in a block at once", plans=True)
-    lr: float = _option(1e-5, number_reader(float, 0, above=True), TRAINING, "X", "peak learning rate")
+    lr: float = _option(None, optional(number_reader(float, 0, above=True)), TRAINING, "X",
+                        "peak learning rate (default: 1e-5, of adapters 1e-4)")
     optimizer: str = _option("auto", choice_reader("auto", "eager", "deferred", "speculative"), TRAINING,
                              "auto|eager|deferred|speculative",
                              "when updates run: under backward, under the next forward, or some of them under each; the "
@@ -84,6 +100,40 @@ class CommonOptions:
                              "kernel of the attention; flash needs the package flash-attn", plans=True)
     compile: str = _option("off", choice_reader("off", "on"), TRAINING, "off|on",
                            "fuse the operations of blocks (torch.compile): faster steps, other roundings, a slower start", plans=True)
+
+    lora: "int | str | dict[str, Any] | None" = _option(
+        None, optional(adapter), ADAPTERS, "RANK|DIR",
+        "train an adapter of this rank beside the frozen model, or go on with the one in a directory (default: train the model itself)",
+        plans=True)
+    lora_alpha: float | None = _option(None, optional(number_reader(float, 0, above=True)), ADAPTERS, "X",
+                                       "the adapter counts alpha / rank times (default: 8)", plans=True)
+    lora_dropout: float | None = _option(None, optional(number_reader(float, 0, 1, below=True)), ADAPTERS, "P",
+                                         "dropout of what the adapter sees (default: 0)", plans=True)
+    lora_targets: "str | tuple[str, ...] | None" = _option(
+        None, optional(names_or_text), ADAPTERS, "all-linear|NAME,...|REGEX",
+        "layers that get one: all but the output layer, those whose names end so, or whose whole names fit (default: all-linear)", plans=True)
+    lora_exclude: "str | tuple[str, ...] | None" = _option(None, optional(names_or_text), ADAPTERS, "NAME,...|REGEX",
+                                                           "layers among the targets that get none", plans=True)
+    lora_parameters: tuple[str, ...] = _option((), names, ADAPTERS, "NAME,...",
+                                               "parameters of other modules that get one, such as fused experts", plans=True)
+    lora_init: str | None = _option(None, optional(text_option), ADAPTERS, "default|gaussian|pissa|olora",
+                                    "what it begins with; pissa and olora take it from the model's weights (default: default)", plans=True)
+    rslora: bool = _option(False, switch, ADAPTERS, None, "count the adapter alpha / sqrt(rank) times", plans=True)
+    dora: bool = _option(False, switch, ADAPTERS, None, "train the length of each output's weights by itself (DoRA)", plans=True)
+    lora_rank_pattern: dict[str, int] = _option({}, _RANKS, ADAPTERS, "REGEX=N,...",
+                                                "other ranks for layers whose names end so", plans=True)
+    lora_alpha_pattern: dict[str, float] = _option({}, _ALPHAS, ADAPTERS, "REGEX=X,...",
+                                                   "other alphas", plans=True)
+    lora_full: tuple[str, ...] = _option((), names, ADAPTERS, "NAME,...",
+                                         "modules that are trained as a whole and stored with the adapter", plans=True)
+    lora_layers: tuple[int, ...] = _option((), layer_numbers, ADAPTERS, "N,...", "of a list of targets, only those in these layers",
+                                           plans=True)
+    lora_layers_pattern: tuple[str, ...] = _option((), names, ADAPTERS, "NAME,...",
+                                                   "what stands before a layer's number in names", plans=True)
+    lora_tied: bool = _option(False, switch, ADAPTERS, None,
+                              "keep an embedding and a head that are one weight one, with one adapter", plans=True)
+    lora_graph: str = _option("auto", text_option, ADAPTERS, "auto|flops|bytes|time|NAME",
+                              "order of an adapted layer's products (docs/lora_compute.md)", plans=True)
 
     device: str = _option("auto", choice_reader("auto", "cuda", "cpu"), MEMORY, "auto|cuda|cpu", "where the model computes", plans=True)
     gpu_memory: int | None = _option(None, optional(size), MEMORY, "SIZE",
@@ -118,6 +168,8 @@ class CommonOptions:
         for spec in options_of(type(self)):
             value = option_of(spec).read(getattr(self, spec.name), self.spelled(spec.name))
             object.__setattr__(self, spec.name, value)
+        if self.lr is None:
+            object.__setattr__(self, "lr", LR if self.lora is None else ADAPTER_LR)
 
     @staticmethod
     def spelled(name: str) -> str:
@@ -128,7 +180,7 @@ class CommonOptions:
 def _grouped(config: type[CommonOptions]) -> type[CommonOptions]:
     """Its fields in the order in which help and docs show them: by group, in each a class's own
     before the common ones."""
-    common, groups = CommonOptions.__dataclass_fields__, (MODEL, TRAINING, MEMORY, REPORT)
+    common, groups = CommonOptions.__dataclass_fields__, (MODEL, TRAINING, ADAPTERS, MEMORY, REPORT)
     config.__dataclass_fields__ = dict(sorted(config.__dataclass_fields__.items(), key=lambda item: (
         groups.index(option_of(item[1]).group), item[0] in common)))
     return config

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from ratel.lora.describe.config import LoraConfig
 from ratel.lora.describe.layers import PREFIX, AdaptedLayer
 from ratel.lora.describe.mistakes import refuse_mistakes
 from ratel.lora.describe.outline import EMBEDDING, outline_of
-from ratel.lora.describe.targets import Targets, resolve
+from ratel.lora.request import AdapterRequest
+from ratel.lora.describe.targets import Targets, resolve, with_dropout
 from ratel.lora.files import StoredAdapter, named, read_adapter, tensors_of
 from ratel.lora.values.converted import converted_targets, converted_tensors
 from ratel.lora.values.fingerprint import digest_of, fingerprint
@@ -28,15 +28,15 @@ from ratel.planner.shape import ParamSpec, UnitSpec
 
 
 class Adaptation:
-    """One adapter for one session. ``directory``: of an adapter to go on with. ``seed``: of what a
-    new one begins with, and of dropout. ``graph``: the order of products (docs/lora_compute.md).
+    """One adapter for one session. ``seed``: of what a new one begins with, and of dropout.
+    ``dtype``: what the model computes in.
 
     What `ratel.models.load` takes as ``additions``.
     """
 
-    def __init__(self, config: LoraConfig, *, seed: int, directory: Path | None = None, graph: str = "auto",
-                 dtype: torch.dtype = torch.bfloat16) -> None:
-        self._config, self._directory, self._seed, self._graph, self._dtype = config, directory, seed, graph, dtype
+    def __init__(self, request: AdapterRequest, *, seed: int, dtype: torch.dtype) -> None:
+        self._config, self._directory, self._graph = request.config, request.directory, request.graph
+        self._field, self._seed, self._dtype = request.field, seed, dtype
         self._blocks: dict[int, Draws] = {}
         self._around = Draws(seed)
         self._replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
@@ -56,18 +56,23 @@ class Adaptation:
     def reads_base(self) -> bool:
         return self.stored is None and any(needs_weight(layer, self._config) for layer in self.targets.layers)
 
+    @property
+    def config(self) -> LoraConfig:
+        """What was asked for; of an adapter that is gone on with, what its directory says."""
+        return self._config
+
     # --- as additions to a model --------------------------------------------------------------------------------
 
     def put_on(self, root: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
         outline = outline_of(root)
         if self._directory is not None:
-            self.stored = read_adapter(self._directory, outline)
-            self.targets = self.stored.targets
+            stored = read_adapter(self._directory, outline, field=self._field)
+            self.stored, self.targets = stored, with_dropout(stored.targets, self._config.dropout)
         else:
             self.targets = resolve(self._config, outline)
             refuse_mistakes(self.targets)
         full = {name for module in self.targets.full for name in module.parameters}
-        _refuse_one_end(root, full, self.targets.config.tied)
+        _refuse_one_end(root, full, self._config)
         for name, parameter in root.named_parameters(remove_duplicate=False):
             if name not in full:
                 parameter.requires_grad_(False)
@@ -119,7 +124,7 @@ class Adaptation:
         self._units = units
         for layer in self.targets.layers:
             if layer.weight in used and not any(name in used for name in layer.added) and layer.tied_to is None:
-                raise RatelError("would not be trained: its weight is read past it, by the module that it is in", field="lora_targets",
+                raise RatelError("would not be trained: its weight is read past it, by the module that it is in", field=self._config.words["targets"],
                                  value=layer.key, remedy="Leave it out of the targets")
 
     def source(self, base: WeightSource) -> WeightSource:
@@ -135,6 +140,14 @@ class Adaptation:
                 digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in self.read_base(unit, flat).params}
             self._fingerprint = fingerprint(digests)
         return self._fingerprint
+
+    def check_base(self) -> None:
+        """Refuse a model that the adapter that is gone on with was not made for, where it names its
+        own."""
+        named = self.stored.base if self.stored is not None else None
+        if named is not None and named != self.fingerprint():
+            raise RatelError(f"was made for another base: its base has the fingerprint {named[:23]}..., this model {self.fingerprint()[:23]}...",
+                             field=self._field, value=self._directory, remedy="Give the model that it was trained on")
 
     # --- values -------------------------------------------------------------------------------------------------
 
@@ -234,7 +247,7 @@ class Adaptation:
         copies = self.stored.base_copies if self.stored is not None else {}
         for name in (name for name in (param.name, *param.aliases) if name in copies):
             if not torch.equal(weight.to(copies[name].dtype), copies[name]):
-                raise RatelError(f"was made for another base: {name}, of which it has a copy, is not the same", field="lora",
+                raise RatelError(f"was made for another base: {name}, of which it has a copy, is not the same", field=self._field,
                                  value=self._directory, remedy="Give the model that it was trained on")
 
     @cached_property
@@ -284,11 +297,12 @@ def _by_block(layers: Iterable[AdaptedLayer], blocks: Iterable[str]) -> dict[str
     return found
 
 
-def _refuse_one_end(root: nn.Module, full: set[str], is_tied: bool) -> None:
+def _refuse_one_end(root: nn.Module, full: set[str], config: LoraConfig) -> None:
     """What is one parameter is trained as one."""
     for places in owners(root).values():
         names = [name for _, _, name in places]
         trained = [name for name in names if name in full]
-        if trained and len(names) > 1 and not is_tied:
+        if trained and len(names) > 1 and not config.tied:
             raise RatelError(f"is one parameter with {next(name for name in names if name != trained[0])}, and would become another one",
-                             field="lora_full", value=trained[0], remedy="Say --lora-tied, which keeps them one, or leave it out")
+                             field=config.words["full"], value=trained[0],
+                             remedy=f"Say {config.words['tied']}, which keeps them one, or leave it out")

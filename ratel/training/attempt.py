@@ -27,7 +27,7 @@ from ratel.trace.timeline import Timeline
 from ratel.training.inputs import Inputs
 from ratel.training.loop import Loop, Progress
 from ratel.training.options import changes
-from ratel.training.output import RunDirectory
+from ratel.training.output import RunDirectory, exported
 from ratel.training.resume import Resumption, amend_last, cut_metrics, naming_an_older, replay, saying_what_next
 from ratel.training.schedule import make_schedule
 from ratel.training.summary import summarize
@@ -88,11 +88,18 @@ class Attempt:
             if self.inputs.skipped:
                 self.out.write_json("skipped", self.inputs.skipped.to_json())
 
+    def _check_room(self) -> None:
+        """For what the run ends with."""
+        if self.config.lora is None:
+            check_room(self.session.parts.num_params, self.out.model, DTYPES[self.config.dtype])
+        else:
+            check_room(self.session.parts.spec.num_trainable_params, self.out.adapter, DTYPES["fp32"])
+
     def _prepare_session(self) -> None:
         has_known_shape = self.session.parts.probed and self.inputs.tokenizer is not None
         if has_known_shape:
             if self.config.export and not (self.config.overwrite and self.out.holds_run()):  # whose files make room
-                check_room(self.session.parts, self.out.model, DTYPES[self.config.dtype])
+                self._check_room()
             self.session.prepare(self.config.batch_size, self.config.seq_len)
         elif self.earlier:
             self.session.evaluate([self.inputs.sample])  # brings the state in: damage is found before the start
@@ -132,7 +139,7 @@ class Attempt:
         self.display.close()
         if progress.steps < self.config.steps and not result.is_interrupted:
             self.display.note(f"the data ended after step {progress.steps} of {self.config.steps}")
-        for line in summarize(progress, result.seconds, self.out, exported=self.config.export):
+        for line in summarize(progress, result.seconds, self.out, exported=exported(self.config)):
             self.display.note(line)
         if missing is not None:
             raise missing
@@ -244,7 +251,7 @@ class Attempt:
             sync_file(self.out.metrics)
         if self.config.export:
             beside = {} if self.inputs.tokenizer is None else {"beside": self.inputs.write_tokenizer}
-            self.session.export(self.out.model, dtype=self.config.dtype, **beside)
+            self.session.export(self.out.path / exported(self.config), dtype=self.config.dtype if self.config.lora is None else None, **beside)
 
     def _result(self, progress: Progress, start: float, *, is_interrupted: bool = False) -> TrainResult:
         return TrainResult(losses=progress.losses, eval_losses=progress.eval_losses, steps=progress.steps,

@@ -22,8 +22,10 @@ JSON_FILES: dict[str, set[str]] = {
 """What is in each JSON file that a run has written, by name; config.json is the last to go: it says
 that the others are a run's."""
 METRICS = "metrics.jsonl"
-REPLACED = ("model", "model.partial", "model.replaced", "state")
+REPLACED = ("model", "model.partial", "model.replaced", "adapter", "adapter.partial", "adapter.replaced", "state")
 """Directories in OUT that a run fills, empties or renames."""
+EXPORTED = ("model", "adapter")
+"""What a run may end with."""
 
 _MARK = "ratel"
 _JSON_BYTES = 256 << 20
@@ -51,24 +53,24 @@ def is_empty(path: Path) -> bool:
 def results(out: Path, states: StateDirectory) -> list[str]:
     """What of an earlier run is there."""
     found = [METRICS] if is_runs(out, METRICS) else []
-    found += ["model"] if exports.own_files(out / "model") else []
+    found += [name for name in EXPORTED if exports.own_files(out / name)]
     found += ["state"] if states.held() else []
     return [*(name for name in JSON_FILES if is_runs(out, name)), *found]
 
 
-def check_out(out: Path, states: StateDirectory, *, exports_model: bool, saves: bool, resumes: bool) -> None:
+def check_out(out: Path, states: StateDirectory, *, ends_with: str | None, saves: bool, resumes: bool) -> None:
     """Refuse a directory in which the run would have to write over or remove what is somebody
-    else's."""
+    else's. ``ends_with``: a model or an adapter, by the name of its directory."""
     for name in (*JSON_FILES, METRICS):
         found = _status(out / name)
         continues = resumes and name == METRICS  # a power failure may have cut it short anywhere, which resuming repairs
         if found is not None and not (is_plain(found) if continues else is_runs(out, name)):
             raise _not_ours(out, name, found)
-    for name in ("model", "state"):
+    for name in (*EXPORTED, "state"):
         if os.path.lexists(out / name) and not (out / name).is_dir():
             raise RatelError(f"holds {name}, which is not a directory", field="--out", value=out, remedy=_ELSEWHERE)
-    if exports_model:
-        export_target(out / "model", "--out")
+    if ends_with is not None:
+        export_target(out / ends_with, "--out")
     wrong = states.in_the_way() if saves or resumes else None
     if wrong is not None:
         raise RatelError(f"holds state/{wrong}, which is not of a training state", field="--out", value=out, remedy=_ELSEWHERE)
@@ -98,6 +100,7 @@ def check_inputs(out: Path, config: TrainConfig) -> None:
 
 def inputs_of(config: TrainConfig) -> Iterator[tuple[str, Path]]:
     named = [("--model", config.model), ("--tokenizer", config.tokenizer), ("--hardware", config.hardware),
+             ("--lora", config.lora if isinstance(config.lora, str) else None),
              ("--optimizer-state", None if config.resume else config.optimizer_state)]
     named += [(flag, part) for flag, text in (("--data", config.data), ("--eval-data", config.eval_data))
               for part in ([] if text is None else {text, *text.split(",")})]

@@ -4,6 +4,7 @@ time."""
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,27 +14,34 @@ from ratel import models
 from ratel.config import NEXT_TOKEN
 from ratel.data.tokens.tokenizer import OwnTokenizer, load_for, write_tokenizer
 from ratel.errors import RatelError
+from ratel.lora.adaptation import Adaptation
+from ratel.lora.describe.as_json import of_json
+from ratel.lora.request import AdapterRequest
 from ratel.models import Parts
 from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS
 from ratel.planner.shape import UnitSpec
 from ratel.runtime.session.opening import DTYPES
 from ratel.runtime.states.base import Digests, digest_of, refuse_other
+from ratel.runtime.states.durable_files import existing_part
 from ratel.runtime.states.export import export_model
+from ratel.runtime.states.export_adapter import export_adapter
 from ratel.runtime.states.moments import export_moments
 from ratel.runtime.states.saved_state import SavedState
+from ratel.training.export_merged import export_merged
 from ratel.training.options import read_run
 from ratel.training.output import beside_a_run
 from ratel.training.states import find_state
 
 
 def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str | None = None,
-                 optimizer: bool = False, ssd: Sequence[str] = ()) -> Path:
+                 optimizer: bool = False, ssd: Sequence[str] = (), merge: bool = False) -> Path:
     """Write ``out`` from a state, or the newest one of a run, as the run itself writes OUT/model.
     Returns it.
 
     ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with
-    the moments, for PyTorch. ``ssd``: where the run's SSD files are, if they are not where they
+    the moments, for PyTorch. ``merge``: of a run that trained an adapter, its model with the adapter
+    added to the weights, not the adapter. ``ssd``: where the run's SSD files are, if they are not where they
     were. Every chunk that is read is verified.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -42,15 +50,29 @@ def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str
     with beside_a_run(path, "--state"):
         saved = SavedState(path, ssd)
         saved.check_files()
-        return _export_state(path, saved, out, model, dtype, optimizer)
+        if not merge:
+            return _export_state(path, saved, out, model, dtype, optimizer)
+        return _export_merged(path, saved, out, model, dtype, optimizer)
+
+
+def _export_merged(path: Path, saved: SavedState, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
+    if "adapter" not in saved.training:
+        raise RatelError("has no adapter to merge", field="--merge", value=path, remedy="Leave --merge out")
+    if optimizer:
+        raise RatelError("are an adapter's, and it is merged", field="--optimizer", value=True, remedy="Leave one of the two out")
+    source = model if model is not None else _model_of_run(read_run(path.parent.parent), path, saved)
+    with TemporaryDirectory(dir=existing_part(out)) as folder:
+        adapter = _export_state(path, saved, Path(folder) / "adapter", model, None, False)
+        return export_merged(source, adapter, out, dtype=dtype)
 
 
 def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, dtype: str | None, optimizer: bool) -> Path:
     options = read_run(path.parent.parent)
     source = model if model is not None else _model_of_run(options, path, saved)
+    adaptation = _adaptation(saved)
     parts = models.load(source, dtype=DTYPES[saved.training["dtype"]], device=torch.device("cpu"),
                         seed=saved.training["seed"], task=Task.of(saved.training.get("task", NEXT_TOKEN)),
-                        frozen=saved.frozen_names)
+                        frozen=saved.frozen_names if adaptation is None else (), additions=adaptation)
     try:
         saved.check_model(parts.spec)
         if saved.base is not None:
@@ -58,10 +80,22 @@ def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, d
         other = saved.other_state()
         if other is not None:
             parts.stored.set_other_state(other)
-        _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
+        if adaptation is not None:
+            export_adapter(parts, adaptation, lambda unit: merged(saved, unit, parts), out, dtype=DTYPES[dtype or "fp32"])
+        else:
+            _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
     finally:
         parts.close()
     return out
+
+
+def _adaptation(saved: SavedState) -> Adaptation | None:
+    """The adapter that the state holds, as it was begun: what it was begun with is overwritten by
+    the state, but for what pissa and olora have taken out of the base."""
+    described = saved.training.get("adapter")
+    if described is None:
+        return None
+    return Adaptation(AdapterRequest(config=of_json(described)), seed=saved.training["seed"], dtype=DTYPES[saved.training["dtype"]])
 
 
 def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any],

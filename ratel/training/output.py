@@ -16,7 +16,7 @@ from ratel.runtime.states.durable_files import existing_part, make_directory
 from ratel.runtime.states.format import DamagedStateError, MissingFileError
 from ratel.runtime.states.saved_state import MOUNT_IT
 from ratel.synced import replace_synced
-from ratel.training.claims import JSON_FILES, METRICS, check_inputs, check_out, is_empty, is_runs, marked, results
+from ratel.training.claims import EXPORTED, JSON_FILES, METRICS, check_inputs, check_out, is_empty, is_runs, marked, results
 from ratel.training.states import StateDirectory
 
 _REMEDY = "Give a directory that you may write to, or that can be made"
@@ -34,7 +34,7 @@ class RunDirectory:
         """``folders``: the SSD directories of the run."""
         self.path = path
         self._lock: int | None = None
-        self.metrics, self.model = path / METRICS, path / "model"
+        self.metrics, self.model, self.adapter = path / METRICS, path / "model", path / "adapter"
         self.states = StateDirectory(path / "state", folders)
 
     def earlier_results(self) -> list[str]:
@@ -43,14 +43,14 @@ class RunDirectory:
     def holds_run(self) -> bool:
         """More than what is written before a run's first step, which one that failed there
         leaves."""
-        found = {"startup.json", "model", "state", METRICS} & set(self.earlier_results())
+        found = {"startup.json", *EXPORTED, "state", METRICS} & set(self.earlier_results())
         return bool(found - ({METRICS} if is_empty(self.metrics) else set()))
 
     def check(self, config: TrainConfig) -> None:
         """Refuse what the run would have to write over or remove though it is somebody else's, or
         read by the run itself."""
         check_inputs(self.path, config)
-        check_out(self.path, self.states, exports_model=config.export, saves=bool(config.save_every), resumes=config.resume)
+        check_out(self.path, self.states, ends_with=exported(config), saves=bool(config.save_every), resumes=config.resume)
 
     def open(self, *, keep_results: bool = False, config: TrainConfig | None = None,
              note: Callable[[str], None] = lambda line: None) -> None:
@@ -73,7 +73,8 @@ class RunDirectory:
         if found:
             note(f"removing the earlier run in {self.path}: {', '.join([*found, *ssd_files])}")
         self.states.drop_all()
-        exports.remove_export(self.model)
+        for directory in (self.model, self.adapter):
+            exports.remove_export(directory)
         for name in (METRICS, *JSON_FILES):
             if is_runs(self.path, name):
                 os.unlink(self.path / name)
@@ -112,6 +113,11 @@ class RunDirectory:
         """Whole or not at all: a reader never sees half a file."""
         file = f"{name}.json"
         replace_synced(self.path / file, (json.dumps(marked(file, content), indent=2, default=str) + "\n").encode())
+
+
+def exported(config: TrainConfig) -> str | None:
+    """The directory in OUT of what the run ends with, if it is to be written."""
+    return None if not config.export else "model" if config.lora is None else "adapter"
 
 
 def being_written(out: Path) -> RatelError:

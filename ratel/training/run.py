@@ -16,6 +16,7 @@ from ratel.errors import RatelError
 from ratel.hardware.determinism import same_bits
 from ratel.hardware.device import choose_dtype, require_device
 from ratel.interrupt import Interrupted
+from ratel.lora.request import adapter_request, described
 from ratel.models.calls.tasks import Task
 from ratel.models.load import is_causal_lm
 from ratel.monitor.progress import ProgressDisplay
@@ -51,6 +52,7 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
     named = {"model": _name_of(model), "data": _name_of(data), "eval_data": _name_of(eval_data)}
     given = {name: value for name, value in {**options, **named, "tokenizer": _name_of(tokenizer)}.items()
              if value is not None}
+    given |= {"lora": described(options["lora"], "--lora")} if options.get("lora") is not None else {}
     return run(complete(given, config), model=model, data=data, loss_fn=loss_fn, tokenizer=tokenizer,
                eval_data=eval_data)
 
@@ -79,6 +81,7 @@ def _run(config: TrainConfig, model: Any, data: Any, loss_fn: Any, tokenizer: An
     as_given = config  # as the next start will know it, before PyTorch can say what "auto" is
     if config.dtype == "auto":
         config = replace(config, dtype=choose_dtype(require_device(config.device)))
+    adapter_request(config)
     out = choose(config.out, Path(config.model or "model").name, may_exist=config.overwrite or config.resume,
                  folders=config.ssd)
     out.check(config)

@@ -8,7 +8,7 @@ from ratel.training.output import RunDirectory
 from ratel.units import format_count, format_seconds
 
 
-def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported: bool) -> Iterator[str]:
+def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported: str | None) -> Iterator[str]:
     before = f", {format_count(progress.steps_before, 'step')} of them before it was resumed;" if progress.steps_before else " in"
     yield (f"{format_count(progress.steps, 'step')}, {format_count(progress.tokens, 'token')}{before} {format_seconds(seconds)} "
            f"({progress.tokens / max(progress.train_s, 1e-9):,.0f} tok/s in training)")
@@ -18,12 +18,19 @@ def summarize(progress: Progress, seconds: float, out: RunDirectory, *, exported
         often = max(progress.bound_by, key=lambda name: progress.bound_by[name])
         yield (f"{format_seconds(step_s)} a step; its busiest resource, mostly {often}, needs "
                f"{format_seconds(bound_s)} ({bound_s / step_s:.0%})")
-    how = "loads with transformers" if (out.model / "config.json").exists() else "model.safetensors, the module's state dict"
-    model = f", model/ ({how})" if exported else ""
-    yield f"{out.path}: metrics.jsonl (one object per step){model}, config.json, plan.json, hardware.json, startup.json"
+    yield f"{out.path}: metrics.jsonl (one object per step){_exported(out, exported)}, config.json, plan.json, hardware.json, startup.json"
     state = out.states.newest()
     if state is not None:
         yield f"{state}: the training state; `ratel train --out {out.path} --resume` continues from it, up to --steps N"
+
+
+def _exported(out: RunDirectory, name: str | None) -> str:
+    if name is None:
+        return ""
+    if name == "adapter":
+        return ", adapter/ (loads with peft)"
+    how = "loads with transformers" if (out.model / "config.json").exists() else "model.safetensors, the module's state dict"
+    return f", model/ ({how})"
 
 
 FEW_STEPS = 10

@@ -9,7 +9,6 @@ import pytest
 
 from ratel.errors import RatelError
 from ratel.lora.describe.config import LoraConfig, names_or_pattern
-from ratel.lora.describe.given import GivenAdapter, given_adapter
 from ratel.lora.describe.peft_config import encode, is_peft_config, of_directory, of_object, settings_of
 
 pytestmark = pytest.mark.unit
@@ -143,19 +142,3 @@ def test_every_field_of_peft_is_known() -> None:
     refused = {*_FULL_NAMES, "kasa_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"}
     unknown = set(peft.LoraConfig.__dataclass_fields__) - _WITHOUT_EFFECT - set(PEFT_FIELDS.values()) - refused
     assert not unknown
-
-
-def test_what_people_give(tmp_path: Path) -> None:
-    assert given_adapter(16) == GivenAdapter(config=LoraConfig(rank=16)) and given_adapter(LoraConfig(rank=3)).config.rank == 3
-    assert given_adapter(str(write(tmp_path, r=5))) == GivenAdapter(config=LoraConfig(rank=5, targets=("q_proj",)), directory=tmp_path)
-    for given, words in ((0, "lora: must be a whole number"), (True, "is a bool"), (1.5, "is a float"), (None, "is a NoneType"), ([16], "is a list"),
-                         ("16x", "is neither a rank nor the directory"), (tmp_path / "none", "is neither a rank nor"),
-                         ({"r": 3}, "is a dict")):
-        with pytest.raises(RatelError) as caught:
-            given_adapter(given)
-        assert words in str(caught.value) and str(caught.value).startswith("lora: ")
-
-
-def test_an_object_of_peft_is_given() -> None:
-    peft = pytest.importorskip("peft", minversion="0.21")
-    assert given_adapter(peft.LoraConfig(r=3, target_modules=["q"])) == GivenAdapter(config=LoraConfig(rank=3, targets=("q",)))

@@ -120,7 +120,7 @@ def test_what_was_one_parameter_is_two_where_the_adapter_makes_it_two(tmp_path: 
 
 
 def test_options_that_do_not_belong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for more, words in ((["--optimizer", "--model", "x"], "--optimizer: is for a training state"), (["--ssd", "x", "--model", "x"], "--ssd"),
+    for more, words in ((["--optimizer", "--model", "x"], "--optimizer: is for a training state, and an adapter is none"), (["--ssd", "x", "--model", "x"], "--ssd"),
                         ([], "--model: is needed")):
         assert cli.main(["export", "--adapter", str(tmp_path), "--out", str(tmp_path / "out"), *more]) == 2
         assert words in capsys.readouterr().err

@@ -65,6 +65,13 @@ def resolve(config: LoraConfig, outline: ModelOutline) -> Targets:
     return Targets(config=config, effective=effective, layers=layers, full=full, outline=outline)
 
 
+def with_dropout(targets: Targets, dropout: float) -> Targets:
+    """An embedding sees tokens, of which none is dropped; nor are those of parameters."""
+    layers = tuple(replace(layer, dropout=dropout if layer.kind in (LINEAR, CONV1D) else 0.0) for layer in targets.layers)
+    config, effective = (replace(one, dropout=dropout) for one in (targets.config, targets.effective))
+    return replace(targets, config=config, effective=effective, layers=layers)
+
+
 def all_linear(outline: ModelOutline) -> list[str]:
     """Every Linear and Conv1D but the output layer."""
     return [module.name for module in outline.modules if module.kind in (LINEAR, CONV1D) and module.name != outline.head]

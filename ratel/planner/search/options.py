@@ -8,7 +8,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ratel.config import CommonOptions, TrainConfig, choice_reader, directories_reader, option_of, options_of, varied
+from ratel.config import (CommonOptions, TrainConfig, choice_reader, directories_reader, option_of, optional, options_of,
+                          varied)
 from ratel.errors import RatelError
 from ratel.planner.activation_policy import AUTO, Activations
 from ratel.planner.machine.hardware import Hardware
@@ -61,7 +62,7 @@ class SessionOptions(CommonOptions):
 
     task: Any = varied("task", _as_given)
     """A name, or a `ratel.Task`."""
-    lr: float = varied("lr", learning_rate)
+    lr: float = varied("lr", optional(learning_rate))
     max_grad_norm: float = varied("max_grad_norm", _norm)
     dtype: str = varied("dtype", compute_dtype, default="bf16")
     attention: str = varied("attention", _as_given)
@@ -76,8 +77,6 @@ class SessionOptions(CommonOptions):
     placement: Forced | None = None
     """The forced places of single units or planes."""
     buffers: Buffers = Buffers()
-    lora: Any = None
-    """A rank, a description, or a directory, of an adapter to train (`ratel.lora.describe.given`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,7 @@ def num_stored(func: Any) -> int:
 
 
 def gradient_flops_of(func: Any, args: tuple, flops: float) -> float:
-    """Of its backward pass, given those of itself: as many for each factor that wants a gradient."""
+    """The FLOPs of its backward pass, given its own: as many for each factor that wants a gradient."""
     if not flops or is_attention(func):
         return 2 * flops
     if func._schema.name == _ADAPTED:  # dX of both products; B's gradient. The weight is frozen, S is made beside

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ratel import models
 from ratel.memory.lanes import Lanes
 from ratel.models.calls.tasks import Task
+from ratel.models.structure.additions import Additions
 from ratel.models.structure.dispatch_modes import modes_as_before
 from ratel.models.structure.inputs import BlockInputs
 from ratel.planner.block_profile import BlockProfile
@@ -69,15 +70,15 @@ class Outline:
     """A language model, or one with a task, of which only shapes exist; ``model`` is what
     `ratel.models.load` takes, a directory need not hold the weights.
 
-    ``dtype``: of the computation, bf16 or fp32. Raises RatelError for a model that cannot be
+    ``dtype``: of the computation, bf16 or fp32. ``additions``: as of `ratel.models.load`. Raises RatelError for a model that cannot be
     trained, or not with sequences of ``max_seq_len`` tokens.
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype, max_seq_len: int, attention: str = "auto",
-                 task: Task | None = None) -> None:
+                 task: Task | None = None, additions: Additions | None = None) -> None:
         # Flash attention needs its package and a GPU; what it holds is what the fused kernels hold.
         self._parts = models.load(model, dtype=dtype, device=torch.device("cpu"), max_seq_len=max_seq_len, needs_weights=False,
-                                  attention="sdpa" if attention == "flash" else attention, task=task)
+                                  attention="sdpa" if attention == "flash" else attention, task=task, additions=additions)
 
     @property
     def spec(self) -> ModelSpec:

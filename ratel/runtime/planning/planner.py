@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ratel.config import TrainConfig, resolve
+from ratel.lora.adaptation import Adaptation
+from ratel.lora.request import adapter_request
 from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.planner.forecast.cost import Prediction
@@ -56,8 +58,10 @@ class Planner:
 
     def __init__(self, model: Any, config: TrainConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
-        self._outline = Outline(model, dtype=torch.float32 if self.options.fp32 else torch.bfloat16, max_seq_len=config.seq_len,
-                                attention=config.attention, task=Task.of(config.task))
+        dtype, request = torch.float32 if self.options.fp32 else torch.bfloat16, adapter_request(config)
+        adaptation = None if request is None else Adaptation(request, seed=config.seed, dtype=dtype)
+        self._outline = Outline(model, dtype=dtype, max_seq_len=config.seq_len, attention=config.attention, task=Task.of(config.task),
+                                additions=adaptation)
         self._facts: dict[tuple[int, int, bool], BlockFacts] = {}
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ratel.errors import RatelError
+from ratel.lora.describe.as_json import to_json
 from ratel.models.checkpoints.other_state import pack
 from ratel.runtime.session.core import Core
 from ratel.runtime.session.opening import dtype_of
@@ -15,6 +16,7 @@ from ratel.runtime.states.moments import export_moments
 from ratel.runtime.states.saved_state import SavedState
 from ratel.runtime.states.saver import Target, raise_failure
 from ratel.runtime.states.targets import CommitTarget, DirectoryTarget
+from ratel.schema import shown
 
 Extra = dict[str, Any] | None
 
@@ -53,6 +55,7 @@ def load(core: Core, path: Path) -> dict[str, Any]:
         raise RatelError("the session has begun already", field="load", remedy="Load before prepare() and step()")
     saved = SavedState(path, core.io.directories)
     saved.check_files()
+    _check_adapter(core, saved)
     if core.parts.probed:
         saved.check_model(core.parts.spec)
     if saved.training["seed"] != core.options.seed:
@@ -66,7 +69,21 @@ def load(core: Core, path: Path) -> dict[str, Any]:
     return saved.training["extra"]
 
 
-def export(core: Core, path: Path, dtype: str, optimizer: bool, beside: Callable[[Path], None] | None) -> Path:
+def _check_adapter(core: Core, saved: SavedState) -> None:
+    """Refuse a state that was trained with another adapter, or without one."""
+    ours = None if core.adaptation is None else to_json(core.adaptation.config)
+    theirs = saved.training.get("adapter")
+    if ours == theirs:
+        return
+    if ours is None or theirs is None:
+        raise RatelError(f"the state was trained {'with an adapter' if ours is None else 'without an adapter'}", field="lora",
+                         value="none" if ours is None else f"rank {ours['rank']}", remedy="Say what the run was started with")
+    name = next(name for name in ours if ours[name] != theirs.get(name))
+    raise RatelError(f"the state was trained with {shown(theirs.get(name))} there", field=core.adaptation.config.words[name],
+                     value=shown(ours[name]), remedy="Say what the run was started with")
+
+
+def export(core: Core, path: Path, dtype: str | None, optimizer: bool, beside: Callable[[Path], None] | None) -> Path:
     if core.machinery is None:
         raise RatelError("there is nothing to export before the first step", field="export")
     from ratel.runtime.states.export import export_model
@@ -83,8 +100,8 @@ def export(core: Core, path: Path, dtype: str, optimizer: bool, beside: Callable
 
     target = core.apart(replaceable(path, "export"), "export")
     if core.adaptation is not None:
-        return export_adapter(core.parts, core.adaptation, transfer.read_weights, target, dtype=dtype_of(dtype), beside=further)
-    return export_model(core.parts, transfer.weight_pieces, target, dtype_of(dtype), further)
+        return export_adapter(core.parts, core.adaptation, transfer.read_weights, target, dtype=dtype_of(dtype or "fp32"), beside=further)
+    return export_model(core.parts, transfer.weight_pieces, target, dtype_of(dtype or "bf16"), further)
 
 
 def _other_state(core: Core) -> OtherState | None:
@@ -111,6 +128,8 @@ def _training_of(core: Core, other: OtherState | None, extra: Extra) -> dict[str
                 "hyper": core.constants, "max_grad_norm": options.max_grad_norm, "extra": _as_of_now(extra),
                 "micro_batches": {"rows": work.rows, "rows_of_one": work.micro_rows},
                 **({"buffers": other.describe()} if other else {})}
+    if core.adaptation is not None:
+        training["adapter"] = to_json(core.adaptation.config)
     if core.parts.task is not None:
         training["task"] = core.parts.task_runner.known_task.to_json()
     return training

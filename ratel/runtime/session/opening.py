@@ -13,7 +13,7 @@ from ratel.config import check_name
 from ratel.errors import RatelError
 from ratel.hardware.device import require_device
 from ratel.lora.adaptation import Adaptation
-from ratel.lora.describe.given import given_adapter
+from ratel.lora.request import adapter_request
 from ratel.models import Parts
 from ratel.models.calls.tasks import Task
 from ratel.models.checkpoints.other_state import refuse_unreadable
@@ -42,6 +42,8 @@ def open_core(model: Any, options: SessionOptions, loss_fn: Callable[[Any, Any],
     try:
         _add_router_loss(parts, options)
         parts.stored.check_source()
+        if adaptation is not None and parts.probed:
+            adaptation.check_base()
         refuse_unreadable(parts.stored.other_state())
         moments = open_moments(options.optimizer_state)
         check_moments(moments, parts)
@@ -58,10 +60,8 @@ def open_core(model: Any, options: SessionOptions, loss_fn: Callable[[Any, Any],
 
 
 def _adaptation(options: SessionOptions) -> Adaptation | None:
-    if options.lora is None:
-        return None
-    given = given_adapter(options.lora)
-    return Adaptation(given.config, seed=options.seed, directory=given.directory, dtype=DTYPES[options.dtype])
+    request = adapter_request(options)
+    return None if request is None else Adaptation(request, seed=options.seed, dtype=DTYPES[options.dtype])
 
 
 def dtype_of(name: str) -> torch.dtype:

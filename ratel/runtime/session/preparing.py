@@ -43,6 +43,8 @@ def prepare(core: Core, batch: Batch) -> None:
     if not parts.probed:
         parts.probe(batch.content)
         check_moments(core.moments, parts)
+        if core.adaptation is not None:
+            core.adaptation.check_base()
     check_length(parts, batch.positions)
     blocks = _block_runs(core)
     remove_leftovers(commits, core.io.directories)  # before it is asked how much space there is

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ratel.errors import RatelError
+from ratel.lora.request import described
 from ratel.models import Parts
 from ratel.planner.forecast.cost import Prediction
 from ratel.planner.machine.hardware import Hardware
@@ -58,7 +59,7 @@ class Session:
 
     def __init__(self, model: Any, *, loss_fn: Callable[[Any, Any], Any] | None = None, **options: Any) -> None:
         self._entrance = Entrance()
-        self._core = open_core(model, SessionOptions(**options), loss_fn)
+        self._core = open_core(model, SessionOptions(**{**options, "lora": described(options.get("lora"))}), loss_fn)
 
     # --- what it is ---------------------------------------------------------------------------------------------
 
@@ -233,13 +234,15 @@ class Session:
         return keeping.load(self._core, Path(path))
 
     @entered
-    def export(self, path: "str | os.PathLike", *, dtype: str = "bf16", optimizer: bool = False,
+    def export(self, path: "str | os.PathLike", *, dtype: str | None = None, optimizer: bool = False,
                beside: Callable[[Path], None] | None = None) -> Path:
         """Write a directory that ``transformers`` loads (a plain module: its state dict), one unit
         in memory at a time, with what lay beside the weights that it began with. ``beside`` writes
-        further files into the directory that it is given.
+        further files into the directory that it is given. ``dtype``: of the weights, bf16 if not
+        given.
 
-        An older export is replaced only by a complete one that is on disk; what else was in the
+        Of a session that trains an adapter it is the adapter, as peft loads it, in fp32 if not
+        said otherwise. An older export is replaced only by a complete one that is on disk; what else was in the
         directory stays. A model there that is no export of Ratel is refused. ``optimizer``: with
         the moments, as `ratel.load_adamw_state` reads them; in bf16 the weights beside are rounded.
         """

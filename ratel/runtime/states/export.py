@@ -116,11 +116,11 @@ def _discard(old: Path, into: Path) -> None:
     exports.remove_export(old)
 
 
-def check_room(parts: Parts, path: Path, dtype: torch.dtype) -> None:
-    """Before the steps that a model comes out of. ``path`` need not exist."""
-    free, needed = shutil.disk_usage(existing_part(path)).free, parts.num_params * dtype.itemsize
+def check_room(num_params: int, path: Path, dtype: torch.dtype) -> None:
+    """Before the steps that a model, or an adapter, comes out of. ``path`` need not exist."""
+    free, needed = shutil.disk_usage(existing_part(path)).free, num_params * dtype.itemsize
     if free < needed:
-        raise RatelError(f"has {format_bytes(free)} free, and the trained model takes {format_bytes(needed)}", field="--out",
+        raise RatelError(f"has {format_bytes(free)} free, and what was trained takes {format_bytes(needed)}", field="--out",
                          value=path, remedy="Make room there, give another directory, or use --no-export")
 
 

@@ -55,7 +55,7 @@ _TASK = record({"name": one_of(*TASKS), "labels": listing(text(), most=_MOST_UNI
 _TRAINING = record({"steps": whole(), "updates": whole(), "seed": whole(0, MOST_SEED), "dtype": one_of("bf16", "fp32"),
                     "extra": mapping(text(), anything)},
                    {"micro_batches": record({"rows": whole(1), "rows_of_one": whole(1)}, is_open=True), "task": _TASK,
-                    "base": mapping(one_of(*PLANES), mapping(text(), text("[0-9a-f]{64}", "a SHA-256")))}, is_open=True)
+                    "adapter": mapping(text(), anything), "base": mapping(one_of(*PLANES), mapping(text(), text("[0-9a-f]{64}", "a SHA-256")))}, is_open=True)
 _RECORD = record({"sequence": whole(), "slots": listing(whole(0, 15)), "training": _TRAINING, "num_checksums": whole(),
                   "checksums_crc32": whole()}, is_open=True)
 

@@ -428,7 +428,7 @@ def test_no_room_for_the_trained_model_is_said_before_the_first_step(tmp_path: P
 
     monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     options = dict(steps=1, batch_size=2, seq_len=16, device="cpu", out=str(tmp_path / "run"))
-    refused("has 1000 B free, and the trained model takes", "--out", lambda: ratel.train("demo", **options))
+    refused("has 1000 B free, and what was trained takes", "--out", lambda: ratel.train("demo", **options))
     assert not (tmp_path / "run").exists()
     ratel.train("demo", **options, export=False)
     ratel.train("demo", **options, overwrite=True)  # what was there makes room
