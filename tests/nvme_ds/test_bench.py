@@ -9,9 +9,9 @@ import pytest
 import nvme_ds
 from nvme_ds import AlignedBuffer, Engine, bench, native
 from nvme_ds.reference import METHODS, reference_io
+from tests.support.engines import KIB, MIB
 
 pytestmark = pytest.mark.native
-KIB, MIB = 1 << 10, 1 << 20
 
 
 def available_methods() -> list[str]:

@@ -8,17 +8,10 @@ import pytest
 
 import nvme_ds
 from nvme_ds import AlignedBuffer, Engine, Volume
+from tests.support.engines import KIB
 
 pytestmark = pytest.mark.native
-KIB, MIB = 1 << 10, 1 << 20
 REQUEST_BYTES, NUM_BYTES = 64 * KIB, 512 * KIB
-
-
-@pytest.fixture(params=["io_uring", "threads"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "io_uring" and nvme_ds.native.library().uring_probe(8) != 0:
-        pytest.skip("io_uring is forbidden or missing on this machine")
-    return request.param
 
 
 def ordered(backend: str) -> Engine:

@@ -12,23 +12,9 @@ import pytest
 import nvme_ds
 from nvme_ds import AlignedBuffer, Engine, Volume
 from nvme_ds.layout import stripe_pattern
+from tests.support.engines import KIB, MIB, directories
 
 pytestmark = pytest.mark.native
-KIB, MIB = 1 << 10, 1 << 20
-
-
-@pytest.fixture(params=["io_uring", "threads"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "io_uring" and nvme_ds.native.library().uring_probe(8) != 0:
-        pytest.skip("io_uring is forbidden or missing on this machine")
-    return request.param
-
-
-def directories(root: Path, count: int) -> list[str]:
-    paths = [root / f"disk{i}" for i in range(count)]
-    for path in paths:
-        path.mkdir()
-    return [str(path) for path in paths]
 
 
 def write(engine: Engine, volume: Volume, offset: int, data: bytes) -> None:

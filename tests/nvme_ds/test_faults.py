@@ -14,17 +14,10 @@ import pytest
 import nvme_ds
 from nvme_ds import AlignedBuffer, BuildError, Engine, IoError, NoSpaceError, build, files, native
 from nvme_ds.errors import DirectError
+from tests.support.engines import KIB, MIB
 from tests.tools.interrupting import Tracer, interrupt, moments
 
 pytestmark = pytest.mark.native
-KIB, MIB = 1 << 10, 1 << 20
-
-
-@pytest.fixture(params=["io_uring", "threads"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "io_uring" and native.library().uring_probe(8) != 0:
-        pytest.skip("io_uring is forbidden or missing on this machine")
-    return request.param
 
 
 def test_an_error_names_file_offset_and_cause(backend: str, ssd_dir: Path) -> None:

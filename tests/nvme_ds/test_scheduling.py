@@ -12,17 +12,10 @@ import pytest
 
 import nvme_ds
 from nvme_ds import AlignedBuffer, Engine
+from tests.support.engines import KIB, MIB
 from tests.support.patience import patience
 
 pytestmark = pytest.mark.native
-KIB, MIB = 1 << 10, 1 << 20
-
-
-@pytest.fixture(params=["io_uring", "threads"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "io_uring" and nvme_ds.native.library().uring_probe(8) != 0:
-        pytest.skip("io_uring is forbidden or missing on this machine")
-    return request.param
 
 
 def submit_many(engine: Engine, volume: nvme_ds.Volume, memory: AlignedBuffer, count: int, priority: int) -> list[int]:

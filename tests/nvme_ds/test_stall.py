@@ -13,20 +13,13 @@ import pytest
 
 import nvme_ds
 from nvme_ds import AlignedBuffer, Engine, IoError, StallError
+from tests.support.engines import KIB, MIB
 from tests.support.patience import patience, wait_until
 
 pytestmark = pytest.mark.native
-KIB, MIB = 1 << 10, 1 << 20
 SILENT_S = patience(0.1)
 """For which a device has not answered, and is taken to be dead: far more than a living one
 takes."""
-
-
-@pytest.fixture(params=["io_uring", "threads"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "io_uring" and nvme_ds.native.library().uring_probe(8) != 0:
-        pytest.skip("io_uring is forbidden or missing on this machine")
-    return request.param
 
 
 def test_stalled_requests_go_on_when_the_hook_is_turned_off(backend: str, ssd_dir: Path) -> None:
