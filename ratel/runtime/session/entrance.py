@@ -65,14 +65,13 @@ class Entrance:
     def _check_within(self, call: str) -> None:
         """Methods call each other; and a step or an evaluation calls code of the user's: hooks, a
         loss, an iterator of batches. What that asks for would meet a step that is half done."""
-        if call not in _CALLED_WITHIN or self._call in _CALLING_USERS and (self._call, call) not in _OWN:
+        if call not in _CALLED_WITHIN or self._call in _CALLING_USERS:
             raise RatelError(f"is called inside {self._call}, by a hook or an iterator of batches",
                              field=call.lstrip("_"), remedy=f"Call it before or after {self._call}")
 
 
 _CALLED_WITHIN = ("flush", "wait_saved", "read_master", "read_state")
 _CALLING_USERS = ("step", "evaluate", "prepare", "plan_for")
-_OWN = (("evaluate", "flush"),)
 
 
 def entered(method: Method) -> Method:
