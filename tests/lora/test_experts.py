@@ -180,6 +180,21 @@ def test_no_copy_of_the_experts_is_kept_for_backward() -> None:
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) < w.nbytes
 
 
+def test_gradients_of_a_stack_are_put_together_once() -> None:
+    """An index for each expert fills a gradient of the whole size, for each expert."""
+    root = Mixed()
+    put_on(root)
+    pending, seen = [root(random(S, I).float()).grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+    names = [node.name() for node in seen]
+    assert names.count("UnbindBackward0") == 2 and "SelectBackward0" not in names
+    assert not [name for name in vars(root.m) if "weights" in name], "nothing is kept after a run"
+
+
 def test_a_second_run_does_what_the_first_did_and_follows_swapped_values() -> None:
     root = Mixed()
     module, x = put_on(root), random(S, I).float()

@@ -2,9 +2,8 @@
 an `AdaptedWeight` where it read the parameter.
 
 The sum W + s B A is not formed where the module multiplies by it, whole or one expert at a time: W
-and the adapter are multiplied apart. So no second copy of the experts is made or kept for backward,
-and a small update is not rounded away, as it is in a sum of W's dtype (docs/lora_compute.md). What
-is done to a weight otherwise is done to the sum.
+and the adapter are multiplied apart, so that no second copy of the experts is made or kept for
+backward. What is done to a weight otherwise is done to the sum.
 """
 
 import functools
@@ -36,6 +35,8 @@ class AdaptedWeight:
 
     def __init__(self, base: Tensor, left: Tensor, right: Tensor, scale: float, *, wants_grad: bool, name: str) -> None:
         self.base, self.left, self.right, self.scale, self.wants_grad, self.name = base, left, right, scale, wants_grad, name
+        self.is_shared = False
+        """Whether one reading serves a whole run of the module."""
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
@@ -77,7 +78,15 @@ class AdaptedWeight:
         if self.base.ndim < 3 or not is_experts:
             return self.dense()[index]
         index = int(index) if isinstance(index, Tensor) and index.ndim == 0 else index  # views, and one wait for a GPU
+        if self.is_shared and isinstance(index, int):
+            return self._changed(self.base[index], *self._by_expert[index])
         return self._changed(self.base[index], self.left[index], self.right[index])
+
+    @functools.cached_property
+    def _by_expert(self) -> list[tuple[Tensor, Tensor]]:
+        """Taken apart once, so that gradients are put together once: an index of its own for each
+        expert would fill a gradient of the whole size each time."""
+        return list(zip(self.left.unbind(), self.right.unbind(), strict=True))
 
     def __len__(self) -> int:
         return len(self.base)
@@ -199,10 +208,38 @@ def with_parameters(module: nn.Module, layers: Sequence[AdaptedLayer], tensors: 
 def _reading(base: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
     """One class for all modules alike, so that they are seen to be."""
     own = {parameter: property(functools.partial(_read, parameter=parameter)) for parameter in parameters}
-    return type(f"Adapted{base.__name__}", (base,), {"__module__": base.__module__, **own})
+    return type(f"Adapted{base.__name__}", (_Reading, base), {"__module__": base.__module__, **own})
+
+
+class _Reading(nn.Module):
+    """A class that comes before a module's own. In a run of the module each parameter is read once."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        self.__dict__[_RUN] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__.pop(_RUN, None)
+
+
+_RUN = "_lora_weights"
+"""The attribute that holds what has been read, during a run."""
 
 
 def _read(module: nn.Module, parameter: str) -> AdaptedWeight:
+    read = module.__dict__.get(_RUN)
+    if read is None:
+        return _weight(module, parameter)
+    key = parameter, torch.is_grad_enabled()
+    if key not in read:
+        read[key] = _weight(module, parameter)
+        read[key].is_shared = True
+    return read[key]
+
+
+def _weight(module: nn.Module, parameter: str) -> AdaptedWeight:
     """A [E r, i] has the expert slowest, B [o, r E] fastest."""
     held, settings = module._parameters, module.__dict__
     base, a, b = held[parameter], held[f"{parameter}_lora_A"], held[f"{parameter}_lora_B"]
