@@ -9,10 +9,12 @@ from typing import Any
 from ratel.errors import RatelError
 
 __version__ = "0.1.0"
-__all__ = ["RatelError", "Session", "Task", "TrainResult", "__version__", "load_adamw_state", "plan", "save_adamw_state", "train"]
+__all__ = ["LoraConfig", "RatelError", "Session", "Task", "TrainResult", "__version__", "load_adamw_state", "plan",
+           "save_adamw_state", "train"]
 
-_FACES = {"Session": "ratel.runtime.session.session", "Task": "ratel.models.calls.tasks", "TrainResult": "ratel.training.run",
-          "load_adamw_state": "ratel.optimizer_state", "save_adamw_state": "ratel.optimizer_state"}
+_FACES = {"LoraConfig": "ratel.lora.describe.config", "Session": "ratel.runtime.session.session",
+          "Task": "ratel.models.calls.tasks", "TrainResult": "ratel.training.run", "load_adamw_state": "ratel.optimizer_state",
+          "save_adamw_state": "ratel.optimizer_state"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,6 @@ STATES = ("exact", "bf16")
 
 MODEL, TRAINING, ADAPTERS, MEMORY, REPORT = "model and data", "training", "adapters (LoRA)", "memory and devices", "output"
 
-
 LR, ADAPTER_LR = 1e-5, 1e-4
 """Peak learning rates, where none is given. An adapter's matrices are small, and begin at zero."""
 
@@ -123,7 +122,7 @@ class CommonOptions:
     lora_rank_pattern: dict[str, int] = _option({}, _RANKS, ADAPTERS, "REGEX=N,...",
                                                 "other ranks for layers whose names end so", plans=True)
     lora_alpha_pattern: dict[str, float] = _option({}, _ALPHAS, ADAPTERS, "REGEX=X,...",
-                                                   "other alphas", plans=True)
+                                                   "other alphas for layers whose names end so", plans=True)
     lora_full: tuple[str, ...] = _option((), names, ADAPTERS, "NAME,...",
                                          "modules that are trained as a whole and stored with the adapter", plans=True)
     lora_layers: tuple[int, ...] = _option((), layer_numbers, ADAPTERS, "N,...", "of a list of targets, only those in these layers",
@@ -229,7 +228,7 @@ class TrainConfig(CommonOptions):
     keep: int = _option(1, _COUNT, REPORT, "K", "states to keep; an older one goes once a newer one is complete")
     resume: bool = _option(False, switch, REPORT, None,
                            "continue the run in --out from its newest state; options not given are as they were")
-    export: bool = _option(True, switch, REPORT, None, "write the trained model to OUT/model")
+    export: bool = _option(True, switch, REPORT, None, "write the trained model to OUT/model, an adapter to OUT/adapter")
     log_every: int = _option(10, _COUNT, REPORT, "N", "steps between progress lines where there is no terminal")
     trace: str | None = _option(None, optional(text_option), REPORT, "FILE",
                                 "write what every resource and thread did in the third step (or the last of fewer), for Perfetto")

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def options_table() -> str:
         if option.group != group:
             group = option.group
             lines += ["", f"### {group[0].upper()}{group[1:]}", "", "| option | default | meaning |", "|---|---|---|"]
-        default = "" if spec.default in (None, ()) else str(spec.default).lower() if option.is_switch else spec.default
+        default = "" if spec.default in (None, (), MISSING) else str(spec.default).lower() if option.is_switch else spec.default
         default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         flag = f"{flag_of(spec.name)} {option.metavar}" if option.metavar else flag_of(spec.name)
         lines.append(f"| `{flag.replace('|', chr(92) + '|')}` | {default} | {option.help} |")

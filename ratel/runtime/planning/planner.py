@@ -11,7 +11,7 @@ import torch
 
 from ratel.config import TrainConfig, resolve
 from ratel.lora.adaptation import Adaptation
-from ratel.lora.request import adapter_request
+from ratel.lora.request import adapter_request, described
 from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS, family, preset_blocks, preset_config
 from ratel.planner.forecast.cost import Prediction
@@ -217,7 +217,7 @@ def plan(model: Any, *, hardware: "str | Hardware" = "auto", ssds: int | None = 
     Raises RatelError for what cannot be trained, and for budgets that are short, with by how much.
     """
     given = hardware if isinstance(hardware, Hardware) else None
-    config = resolve({**options, "hardware": "auto" if given else hardware,
+    config = resolve({**options, "lora": described(options.get("lora")), "hardware": "auto" if given else hardware,
                       "model": str(model) if isinstance(model, (str, Path)) else None})
     space = None if ssd_space is None else parse_bytes(ssd_space, field="ssd_space")
     rated = None if endurance is None else parse_endurance(endurance, "endurance")
