@@ -11,7 +11,7 @@ SPILL = "spill"
 """Nothing is kept, and what the second run of a block makes for backward goes through DRAM
 (`ratel.planner.checkpoints.Spill`)."""
 
-Activations = str | dict[str, "str | dict[str, str]"]
+ActivationChoice = str | dict[str, "str | dict[str, str]"]
 """``auto``, ``recompute``, ``spill`` or a tier for everything; or block-name patterns to one of
 these, or to these by name."""
 
@@ -22,7 +22,7 @@ forward makes them."""
 _EXAMPLE = "Write it like {'*': 'recompute', 'block.*': {'mlp.*': 'dram', 'sdpa': 'gpu'}}"
 
 
-def forced_kept(profiles: tuple[BlockProfile, ...], choice: Activations) -> Kept:
+def kept_by_choice(profiles: tuple[BlockProfile, ...], choice: ActivationChoice) -> Kept:
     """Patterns are tried in order; later ones win, and what none matches is recomputed. ``auto``
     and ``spill`` are ``recompute``.
 

@@ -11,7 +11,7 @@ from typing import Any
 from ratel.config import (CommonOptions, TrainConfig, choice_reader, directories_reader, option_of, optional, options_of,
                           varied)
 from ratel.errors import RatelError
-from ratel.planner.activation_policy import AUTO, Activations
+from ratel.planner.activation_policy import AUTO, ActivationChoice
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.placement import Forced
 from ratel.planner.work import Buffers
@@ -41,7 +41,7 @@ def _norm(value: Any, field: str) -> float:
     return _read_common[field](value or 0.0, field)
 
 
-def _activations(value: Any, field: str) -> Activations:
+def _activations(value: Any, field: str) -> ActivationChoice:
     return value if isinstance(value, dict) else _read_common[field](value, field)
 
 
@@ -70,7 +70,7 @@ class SessionOptions(CommonOptions):
     """A name, or a `torch.device`."""
     ssd: tuple[str, ...] = varied("ssd", _directories, default=None)
     hardware: "str | Hardware" = varied("hardware", _hardware)
-    activations: Activations = varied("activations", _activations)
+    activations: ActivationChoice = varied("activations", _activations)
     durable: str = varied("durable", _durable, default="off")
     commits: "str | os.PathLike[str] | None" = None
     """The directory of their records."""

@@ -3,7 +3,7 @@ micro-batches."""
 
 from dataclasses import dataclass
 
-from ratel.planner.activation_policy import AUTO, Kept, forced_kept
+from ratel.planner.activation_policy import AUTO, Kept, kept_by_choice
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
 from ratel.planner.formats import FORMATS, StateFormats
@@ -107,7 +107,7 @@ def request_for(spec: ModelSpec, options: SessionOptions, budgets: Budgets, fact
                    workspace_bytes=facts.workspace_bytes, accumulators=_accumulators(spec, formats, work, facts),
                    profiles=facts.profiles, loss_s=facts.loss_s, spill=facts.spill, on_host=on_host,
                    optimizer=options.update_mode, buffers=options.buffers,
-                   kept=() if is_searched else forced_kept(facts.profiles, options.activations),
+                   kept=() if is_searched else kept_by_choice(facts.profiles, options.activations),
                    durable="checkpoint" if options.durable == AUTO and options.checksums == "off" else options.durable)
 
 

@@ -24,7 +24,7 @@ from ratel.memory.lanes import Lanes
 from ratel.memory.resident import peak_bytes, reset_peak, resident_bytes, trim
 from ratel.models import Parts
 from ratel.models.structure.inputs import BlockInputs
-from ratel.planner.activation_policy import Activations, Kept, forced_kept
+from ratel.planner.activation_policy import ActivationChoice, Kept, kept_by_choice
 from ratel.planner.block_profile import BlockProfile
 from ratel.planner.checkpoints import Spill
 from ratel.planner.shape import StageSpec, UnitSpec
@@ -55,7 +55,7 @@ class Trial:
     """As in the plan."""
 
 
-def try_out(blocks: BlockRuns, batches: list[Batch], device: torch.device, activations: Activations, *,
+def try_out(blocks: BlockRuns, batches: list[Batch], device: torch.device, activations: ActivationChoice, *,
             timed: bool = False, region_limit: int | None = None) -> Trial:
     """``batches``: one micro-batch of each size that a step has, the largest first. ``timed``:
     measure how long they take. ``region_limit``: second runs spill what they save, and may take so
@@ -68,7 +68,7 @@ def try_out(blocks: BlockRuns, batches: list[Batch], device: torch.device, activ
     meter = _GpuMeter(device) if cuda else _HostMeter()
     with torch.random.fork_rng(devices=[device] if cuda else []):  # dropout draws, and leaves no trace
         profiles, loss_s = _learn(blocks, batches, device), None
-        kept = forced_kept(profiles, activations)
+        kept = kept_by_choice(profiles, activations)
         blocks.keep(_kept_bytes(profiles, kept, batches[0].rows))
         with _spilling(blocks, batches[0], device, region_limit) as spill:
             on_host = spill.region_bytes if spill and not cuda else 0  # it has a place of its own in the plan

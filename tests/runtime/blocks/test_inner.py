@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ratel.errors import RatelError
-from ratel.planner.activation_policy import forced_kept
+from ratel.planner.activation_policy import kept_by_choice
 from ratel.planner.block_profile import BlockProfile, Inner
 from ratel.planner.work import Buffers
 from ratel.runtime.blocks import runs as block_runs
@@ -369,7 +369,7 @@ PROFILES = tuple(BlockProfile(forward_flops=2.0, recompute_flops=1.0, inner=inne
     ({"block.0": {"*": "gpu", "s*": "recompute"}}, ((("q", "gpu"),), (), ())),
 ])
 def test_forced_choices(choice: Any, expected: tuple) -> None:
-    assert forced_kept(PROFILES, choice) == expected
+    assert kept_by_choice(PROFILES, choice) == expected
 
 
 @pytest.mark.unit
@@ -380,7 +380,7 @@ def test_forced_choices(choice: Any, expected: tuple) -> None:
 ])
 def test_wrong_choices_are_refused(choice: Any, message: str) -> None:
     with pytest.raises(RatelError, match=message) as refusal:
-        forced_kept(PROFILES, choice)
+        kept_by_choice(PROFILES, choice)
     assert refusal.value.field == "activations"
 
 
