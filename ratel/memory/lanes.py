@@ -32,7 +32,7 @@ class Event:
 
 
 @dataclass(slots=True)
-class Span:
+class LaneSpan:
     """Work of one lane between two moments: CUDA events, or seconds of ``time.perf_counter`` on a
     CPU device."""
 
@@ -73,8 +73,8 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_cuda = device.type == "cuda"
-        self.spans: list[Span] = []
-        self._traced: list[Span] | None = None
+        self.spans: list[LaneSpan] = []
+        self._traced: list[LaneSpan] | None = None
         """What `take_spans` has handed out since `start_trace`."""
         self._streams: dict[str, torch.cuda.Stream] = {}
         if self.is_cuda:
@@ -115,15 +115,15 @@ class Lanes:
         with self.on(lane):
             jitter.pause(on_stream=self.is_cuda)
             launched_s = perf_counter() if self._traced is not None else None
-            span = Span(lane, label, self._now(lane), num_bytes, launched_s)
+            span = LaneSpan(lane, label, self._now(lane), num_bytes, launched_s)
             yield
             span.end = self._now(lane)
             self.spans.append(span)
 
-    def take_spans(self) -> list[Span]:
+    def take_spans(self) -> list[LaneSpan]:
         """The spans completed since the last call; those still running are left for the next."""
         spans, self.spans = self.spans, []
-        done: list[Span] = []
+        done: list[LaneSpan] = []
         for span in spans:
             (done if span.done() else self.spans).append(span)
         if self._traced is not None:
@@ -178,6 +178,6 @@ class Lanes:
         return event
 
 
-def _placed(span: Span, begin_s: float, end_s: float) -> timeline.Span:
+def _placed(span: LaneSpan, begin_s: float, end_s: float) -> timeline.Span:
     return timeline.Span(lane=span.lane, name=span.label, begin_s=begin_s, end_s=end_s, num_bytes=span.num_bytes,
                          launched_s=span.launched_s)

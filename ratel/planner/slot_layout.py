@@ -20,7 +20,7 @@ PIECE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class PlanePlace:
     """One plane in a slot: ``offset`` in bytes."""
 
     offset: int
@@ -40,7 +40,7 @@ class Span:
 class SlotLayout:
     """By unit index and plane name; a plane without elements is left out."""
 
-    spans: dict[tuple[int, str], Span] = field(repr=False)
+    places: dict[tuple[int, str], PlanePlace] = field(repr=False)
     num_bytes: int
 
 
@@ -48,15 +48,16 @@ def lay_out_slot(spec: ModelSpec, planes_of: Callable[[UnitSpec], Iterable[str]]
                  segment: str = TRAINED) -> SlotLayout:
     """Units in order, one segment of their planes after the other, each at a multiple of 4096
     bytes."""
-    spans: dict[tuple[int, str], Span] = {}
+    places: dict[tuple[int, str], PlanePlace] = {}
     cursor = 0
     for unit in spec.units:
         for name in planes_of(unit):
             count = formats.num_elements(unit, name, (segment,))
             if count:
-                span = spans[unit.index, name] = Span(offset=cursor, num_elements=count, encoding=formats.of(unit).encoding(name))
-                cursor += align_up(span.num_bytes, PAGE_BYTES)
-    return SlotLayout(spans=spans, num_bytes=cursor)
+                encoding = formats.of(unit).encoding(name)
+                place = places[unit.index, name] = PlanePlace(offset=cursor, num_elements=count, encoding=encoding)
+                cursor += align_up(place.num_bytes, PAGE_BYTES)
+    return SlotLayout(places=places, num_bytes=cursor)
 
 
 def grain_of(chunk_elements: int) -> int:

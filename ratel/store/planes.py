@@ -55,9 +55,10 @@ class Store:
         self._grad_offsets: dict[int, int] = {}
         self._planes: list[dict[str, Plane]] = [self._place(unit) for unit in plan.spec.units]
         self._seconds = {unit: self._second_places(unit) for unit in plan.early}
-        for unit, name in {**self._layout.spans, **self._frozen.spans}:
-            whole = (unit, name) in self._frozen.spans
-            self.checksums.add(unit, name, self.plane(unit, name).num_elements if whole else self._layout.spans[unit, name].num_elements)
+        for unit, name in {**self._layout.places, **self._frozen.places}:
+            whole = (unit, name) in self._frozen.places
+            place = self.plane(unit, name) if whole else self._layout.places[unit, name]
+            self.checksums.add(unit, name, place.num_elements)
 
     def plane(self, unit: int, name: str) -> Plane:
         return self._planes[unit][name]
@@ -99,8 +100,8 @@ class Store:
         if name == "g":
             return self._grad_offsets[unit] + begin * self._planes[unit][name].dtype.itemsize
         if self._is_frozen(unit, begin):
-            return self._frozen.spans[unit, name].at(begin - self.plan.spec.units[unit].num_trainable)
-        return slot * self._layout.num_bytes + self._layout.spans[unit, name].at(begin)
+            return self._frozen.places[unit, name].at(begin - self.plan.spec.units[unit].num_trainable)
+        return slot * self._layout.num_bytes + self._layout.places[unit, name].at(begin)
 
     def _is_frozen(self, unit: int, begin: int) -> bool:
         return begin >= self.plan.spec.units[unit].num_trainable

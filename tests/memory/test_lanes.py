@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ratel.memory import jitter
-from ratel.memory.lanes import Event, Lanes, Span
+from ratel.memory.lanes import Event, Lanes, LaneSpan
 
 pytestmark = pytest.mark.unit
 
@@ -50,7 +50,7 @@ def test_work_is_noted_with_lane_label_bytes_and_time() -> None:
 
 def test_what_still_runs_is_left_for_the_next_time() -> None:
     lanes = Lanes(torch.device("cpu"))
-    running, over = Span("h2d", "runs", 1.0), Span("h2d", "over", 1.0, end=2.0)
+    running, over = LaneSpan("h2d", "runs", 1.0), LaneSpan("h2d", "over", 1.0, end=2.0)
     lanes.spans = [running, over]
     assert lanes.take_spans() == [over] and lanes.spans == [running] and not running.done()
 
@@ -66,8 +66,8 @@ def test_a_span_of_a_device_is_over_when_its_event_is() -> None:
         def elapsed_time(self, other: object) -> float:
             return 2500.0
 
-    assert not Span("h2d", "x", Moment(True), end=Moment(False)).done()
-    span = Span("h2d", "x", Moment(True), end=Moment(True))
+    assert not LaneSpan("h2d", "x", Moment(True), end=Moment(False)).done()
+    span = LaneSpan("h2d", "x", Moment(True), end=Moment(True))
     assert span.done() and span.seconds == 2.5
 
 
@@ -83,7 +83,7 @@ def test_a_trace_has_what_ran_in_it_and_nothing_else() -> None:
             pass
         if label == "taken":
             lanes.take_spans()
-    lanes.spans.append(Span("compute", "never over", perf_counter()))
+    lanes.spans.append(LaneSpan("compute", "never over", perf_counter()))
     spans, error_s = lanes.stop_trace()
     assert [(s.lane, s.name, s.num_bytes) for s in spans] == [("d2h", "taken", 8), ("d2h", "left", 8)] and error_s == 0.0
     assert all(before_s <= s.launched_s <= s.begin_s <= s.end_s for s in spans)

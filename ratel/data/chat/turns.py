@@ -22,7 +22,7 @@ from ratel.data.sources.records import RecordError
 _STRANGER = chr(2)
 """The origin of a content that stands in for another."""
 _THOUGHT_END = "</think>"
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,7 +36,7 @@ class Row:
     rendering: Rendering
     owners: str
     until: int
-    spans: list[Span] = field(default_factory=list)
+    spans: list[CharSpan] = field(default_factory=list)
 
 
 class Turns:
@@ -115,7 +115,7 @@ class Turns:
                               origins=prompt.origins + row.rendering.origins[added])
         return self._make_row(rendering, turn + 1), prompt.end, rendering.end
 
-    def _spans(self, row: Row, turn: int, start: int, end: int) -> list[Span]:
+    def _spans(self, row: Row, turn: int, start: int, end: int) -> list[CharSpan]:
         text, owner, habits = row.rendering.text, chr(2 + turn), self._template.habits
         said = max(start, row.owners.rfind(owner, 0, end) + 1)
         marker = text[said:end]
@@ -182,7 +182,7 @@ class Turns:
         at = found.origins.find(_STRANGER)
         return found.text[:at] if at >= 0 else None
 
-    def _marked(self, row: Row, turn: int, start: int, end: int, said: int) -> list[Span]:
+    def _marked(self, row: Row, turn: int, start: int, end: int, said: int) -> list[CharSpan]:
         """What is learned by the template's own marks, where it has some: what they leave out of
         its own writing is not learned."""
         is_marked, owners = _codes(row.rendering.origins) & 1 == 1, _codes(row.owners)

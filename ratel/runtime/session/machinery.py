@@ -123,9 +123,9 @@ class Machinery:
         from there."""
         self.store.versions.restore(saved.commit.slots)
         self._import_base(saved)
-        for unit, name in self.plan.slot_layout.spans:
+        for unit, name in self.plan.slot_layout.places:
             self.store.checksums.restore(saved.commit.slots[unit], unit, name, saved.checksums(unit, name))
-        for unit, name in ((self.plan.spec.units[index], name) for index, name in self.plan.slot_layout.spans):
+        for unit, name in ((self.plan.spec.units[index], name) for index, name in self.plan.slot_layout.places):
             if self.plan.placement(unit).tier(name) != SSD:
                 self.transfer.recall(unit, name)
         self.log.take_over(saved.commit)

@@ -46,11 +46,11 @@ def _places(m: Machinery) -> Places:
     store, layout, units = m.store, m.plan.slot_layout, m.plan.spec.units
     places: Places = {}
     if store.volume is not None:
-        places[store.volume.handle] = [(slot * layout.num_bytes + span.offset, f"{name} {units[unit].name}")
-                                       for slot in range(m.plan.num_slots) for (unit, name), span in layout.spans.items()]
+        places[store.volume.handle] = [(slot * layout.num_bytes + place.offset, f"{name} {units[unit].name}")
+                                       for slot in range(m.plan.num_slots) for (unit, name), place in layout.places.items()]
     if store.frozen_volume is not None:
-        places[store.frozen_volume.handle] = [(span.offset, f"{name} {units[unit].name}")
-                                              for (unit, name), span in m.plan.frozen_layout.spans.items()]
+        places[store.frozen_volume.handle] = [(place.offset, f"{name} {units[unit].name}")
+                                              for (unit, name), place in m.plan.frozen_layout.places.items()]
     if store.grad_volume is not None:
         places[store.grad_volume.handle] = [(store.offset(0, u.index, "g"), f"g {u.name}") for u in units
                                             if store.has(u.index, "g") and store.plane(u.index, "g").tier == "ssd"]

@@ -97,8 +97,8 @@ def _without_default(unit: dict[str, Any]) -> dict[str, Any]:
 def describe_planes(spec: ModelSpec, layout: SlotLayout) -> list[dict[str, Any]]:
     """By unit: each plane's place in a slot."""
     planes: list[dict[str, Any]] = [{} for _ in spec.units]
-    for (unit, name), span in layout.spans.items():
-        planes[unit][name] = {"offset": span.offset, "num_elements": span.num_elements}
+    for (unit, name), place in layout.places.items():
+        planes[unit][name] = {"offset": place.offset, "num_elements": place.num_elements}
     return planes
 
 

@@ -38,8 +38,8 @@ class DirectoryTarget:
         self.path, self._plan, self._engine, self._other = path, plan, engine, other
         self._partial = path.with_name(path.name + ".partial")
         self._layout = lay_out_slot(plan.spec, lambda unit: plan.formats.planes, plan.formats)
-        self._sums = {key: np.zeros(num_grains(plan.spec.units[key[0]], span.num_elements, plan.grain), dtype=np.uint32)
-                      for key, span in self._layout.spans.items()}
+        self._sums = {key: np.zeros(num_grains(plan.spec.units[key[0]], place.num_elements, plan.grain), dtype=np.uint32)
+                      for key, place in self._layout.places.items()}
         self._volume: "native.nvme_ds.Volume | None" = None
 
     def begin(self) -> None:
@@ -57,8 +57,8 @@ class DirectoryTarget:
     def write(self, unit: UnitSpec, plane: str, begin: int, values: torch.Tensor, sums: np.ndarray) -> int:
         first = first_grain(unit, begin, self._plan.grain)
         self._sums[unit.index, plane][first : first + len(sums)] = sums
-        span = self._layout.spans[unit.index, plane]
-        return self._engine.submit_write(self._volume, span.at(begin), values.data_ptr(),
+        place = self._layout.places[unit.index, plane]
+        return self._engine.submit_write(self._volume, place.at(begin), values.data_ptr(),
                                          values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class CommitLog:
         """Record what is current. When this returns it is what a resumed run will find."""
         store, sequence = self.store, self._sequence + 1
         sums = [store.checksums.trained(store.versions.current[unit], unit, name) for unit, name in
-                self.plan.slot_layout.spans]
+                self.plan.slot_layout.places]
         record = pack_commit(Commit(sequence=sequence, slots=list(store.versions.current), training=training,
                                     checksums=_joined(sums)))
         if self._is_there:
