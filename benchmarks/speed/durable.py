@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
         waited_s = time.perf_counter() - begun
         plan = session.plan
         facts = {"parameters": plan.spec.num_params, "state_bytes": plan.state_bytes,
-                 "saved_bytes": plan.saved_bytes if durable else 0, "save_buffers_bytes": plan.dram_items.get("buffers for saving")}
+                 "saved_bytes": plan.save_bytes if durable else 0, "save_buffers_bytes": plan.dram_items.get("buffers for saving")}
     shutil.rmtree(args.out, ignore_errors=True)
     for file in (path for folder in args.ssd.split(",") for path in Path(folder).glob("ratel-*")):
         file.unlink()

@@ -25,10 +25,10 @@ def gpu_items(plan: "Plan") -> dict[str, int]:
         items["merge staging"] = max((u.num_elements * 4 for u, _ in plan.alike), default=0)
     if plan.formats.merges or plan.spec.has_fp32_units:
         items["merged resident weights"] = max((_merged_bytes(plan, stage) for stage in plan.spec.stages), default=0)
-    items["checkpoints kept"] = _saved_bytes(plan, GPU, inner=False)
+    items["checkpoints kept"] = _activation_bytes(plan, GPU, inner=False)
     items["hidden states and their gradients"] = 3 * work.num_micro * work.hidden_bytes
     items["checkpoint slots"] = prod(plan.return_slots(inner=False))
-    items["inner activations kept"] = _saved_bytes(plan, GPU, inner=True)
+    items["inner activations kept"] = _activation_bytes(plan, GPU, inner=True)
     items["inner activation slots"] = prod(plan.return_slots(inner=True))
     items["inner activations on their way out"] = plan.buffers.inner_slots * plan.keeping.largest_inner_of_a_block
     items["workspace"] = plan.workspace_bytes
@@ -46,7 +46,7 @@ def dram_items(plan: "Plan") -> dict[str, int]:
     items["gradient norms"] = plan.norm_bytes
     items["optimizer ring"] = plan.buffers.ring_slots * paged(plan.ring_slot_bytes)
     for name, inner in (("checkpoint", False), ("inner activation", True)):
-        items[f"{name}s"] = _saved_bytes(plan, DRAM, inner=inner)
+        items[f"{name}s"] = _activation_bytes(plan, DRAM, inner=inner)
         count, num_bytes = plan.staging_slots(inner)
         items[f"{name} slots"] = 2 * count * paged(num_bytes)
     items["saved tensors of a block"] = paged(plan.spill.region_bytes) if plan.spill else 0
@@ -59,8 +59,8 @@ def ssd_items(plan: "Plan") -> dict[str, int]:
     items = {"planes": plan.num_slots * plan.slot_layout.num_bytes, "frozen planes": plan.frozen_layout.num_bytes,
              "gradients": sum(number * paged(plan.formats.num_bytes(u, "g")) for u, number in plan.alike
                               if plan.deferred and plan.placement(u).g == SSD)}
-    items["checkpoints"] = _saved_bytes(plan, SSD, inner=False)
-    items["inner activations"] = _saved_bytes(plan, SSD, inner=True)
+    items["checkpoints"] = _activation_bytes(plan, SSD, inner=False)
+    items["inner activations"] = _activation_bytes(plan, SSD, inner=True)
     return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
 
@@ -83,7 +83,7 @@ def _resident_bytes(plan: "Plan", tier: str) -> int:
                if plan.placement(u).tier(p) == tier)
 
 
-def _saved_bytes(plan: "Plan", tier: str, *, inner: bool) -> int:
+def _activation_bytes(plan: "Plan", tier: str, *, inner: bool) -> int:
     """Bytes that all micro-batches keep in a tier; in DRAM and on SSD in whole pages."""
     return plan.work.num_micro * plan.keeping.num_bytes(tier, inner=inner)
 

@@ -121,7 +121,7 @@ class Plan:
         return sum(number * self.formats.changing_bytes(u, p) for u, number in self.alike for p in self.formats.planes)
 
     @property
-    def saved_bytes(self) -> int:
+    def save_bytes(self) -> int:
         """Written at each save: what a commit copies, or everything."""
         return self.copied_bytes if self.commits else self.state_bytes
 

@@ -4,7 +4,7 @@ A slot holds one unit from the first ``acquire`` to the last ``release``; its by
 for that unit while it does. Nothing is kept after the last release. Who asks for a unit while it is
 held shares the slot and saves a read: by plan, when a deferred update leaves its copy to the next
 forward pass; by luck, when a unit is asked for again before its upload or write-back has ended.
-``saved_bytes`` counts both, so that traffic can be accounted for exactly.
+``shared_bytes`` counts both, so that traffic can be accounted for exactly.
 """
 
 import threading
@@ -46,7 +46,7 @@ class HostCache:
         self._kept: dict[int, HostSlot] = {}
         """By unit, what an update left to the next forward pass."""
         self._keeps = False
-        self.saved_bytes = 0
+        self.shared_bytes = 0
         self._held_by = "DRAM slot" if plan.deferred else "update slot"
         """What a trace says of a wait: in eager mode most slots hold weights that are yet to be
         updated."""
@@ -138,7 +138,7 @@ class HostCache:
                           for name, view in self.views(slot).items()
                           for begin, end in segments(self._plan.spec.units[unit], view.numel())]
         else:
-            self.saved_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
+            self.shared_bytes += self._plan.host_weight_bytes(self._plan.spec.units[unit])
         slot.refs += refs
         return slot
 

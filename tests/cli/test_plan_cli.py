@@ -112,7 +112,7 @@ def test_wear_by_hand(tight: Any) -> None:
     unknown = wear(plan, prediction, weights=(1,))
     assert unknown.drive_writes_per_day is None and unknown.years is None and unknown.step_bytes > 0
     commits = wear(replace(plan, durable="step"), prediction, weights=(1,), save_every=10)
-    assert commits.step_bytes == prediction.ssd_written + replace(plan, durable="step").saved_bytes // 10
+    assert commits.step_bytes == prediction.ssd_written + replace(plan, durable="step").save_bytes // 10
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("3500TBW", 3.5e15), ("3.5PBW", 3.5e15), ("600 tb", 6e14)])

@@ -84,7 +84,7 @@ def test_other_formats_are_counted_by_all() -> None:
     def spared(of: str) -> float:
         return (getattr(plan, of) - getattr(short, of)) / plan.spec.num_params
 
-    assert spared("state_bytes") == spared("ssd_bytes") == spared("saved_bytes") == pytest.approx(4, rel=1e-3)
+    assert spared("state_bytes") == spared("ssd_bytes") == spared("save_bytes") == pytest.approx(4, rel=1e-3)
     assert (plan.ring_slot_bytes - short.ring_slot_bytes, plan.ring_slot_bytes) == (4 << 18, 10 << 18)
     assert step_traffic(plan).ssd_bytes - step_traffic(short).ssd_bytes == pytest.approx(8 * plan.spec.num_params, rel=1e-3)
     assert short.formats.update_bytes == 18

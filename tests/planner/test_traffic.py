@@ -171,7 +171,7 @@ def count(family: str, ssd_dir: Path, *, flush_each: bool, **options) -> Counted
         after = machinery.engine.stats() if machinery.engine else before
         read, written = (after[key] - before[key] for key in ("bytes_read", "bytes_written"))
         assert sum(u.ssd_read_bytes for u in usages) == read and sum(u.ssd_written_bytes for u in usages) == written
-        return Counted(session.plan, read, written, machinery.cache.saved_bytes)
+        return Counted(session.plan, read, written, machinery.cache.shared_bytes)
 
 
 def expected(plan: Plan, *, flush_each: bool) -> tuple[Traffic, int]:

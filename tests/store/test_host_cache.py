@@ -34,9 +34,9 @@ def test_what_is_asked_for_is_read_and_shared_until_the_last_release(ssd_dir: Pa
         slot = p.cache.acquire(1, refs=2)
         p.cache.ready(slot)
         assert (slot.unit, slot.refs) == (1, 2) and torch.equal(p.cache.views(slot)["hi"], values[1])
-        assert p.cache.saved_bytes == 0
+        assert p.cache.shared_bytes == 0
         again = p.cache.acquire(1)
-        assert again is slot and slot.refs == 3 and p.cache.saved_bytes == p.plan.host_weight_bytes(FOUR.units[1])
+        assert again is slot and slot.refs == 3 and p.cache.shared_bytes == p.plan.host_weight_bytes(FOUR.units[1])
         for _ in range(2):
             p.cache.release(slot)
         assert p.cache.acquire(1) is slot

@@ -50,6 +50,6 @@ def saving(plan: Plan, hardware: Hardware | None, *, save_every: int = 0) -> Sav
                  if plan.placement(u).tier(p) == SSD)
     read = 0 if plan.commits else on_ssd
     rates = None if hardware is None else ssd_rates(hardware)
-    return Saving(mode=plan.durable, save_every=save_every, read_bytes=read, written_bytes=plan.saved_bytes,
+    return Saving(mode=plan.durable, save_every=save_every, read_bytes=read, written_bytes=plan.save_bytes,
                   commit_space_bytes=replace(plan, durable="step").ssd_bytes,
-                  seconds=None if rates is None else rates.seconds(read, plan.saved_bytes))
+                  seconds=None if rates is None else rates.seconds(read, plan.save_bytes))

@@ -32,7 +32,7 @@ def wear(plan: Plan, prediction: Prediction, *, weights: Weights, capacities: Se
     """``weights``: the drives' shares of the stripes; ``capacities``: bytes of each drive, where
     they are known; ``endurance_bytes`` as one drive is rated; ``save_every`` steps states are
     saved, which writes to these SSDs where they are committed in place."""
-    saves = plan.saved_bytes // save_every if plan.commits and save_every else 0
+    saves = plan.save_bytes // save_every if plan.commits and save_every else 0
     step_bytes = prediction.ssd_written + saves
     day_bytes = step_bytes * DAY_S / prediction.step_s
     capacity_bytes = striped(capacities, weights) if capacities else None
