@@ -87,16 +87,16 @@ class Watch:
             if handler is not None:  # one that was not installed from Python
                 signal.signal(number, handler)
         _current = None
-        if self.asked > self._answered:
+        if self.requests > self._answered:
             signal.raise_signal(self.count.last)
 
     @property
-    def asked(self) -> int:
+    def requests(self) -> int:
         return self.count.number
 
     @property
     def is_due(self) -> bool:
-        return self.asked >= self._answered + self._patience
+        return self.requests >= self._answered + self._patience
 
     @property
     def _patience(self) -> int:
@@ -104,15 +104,15 @@ class Watch:
 
     def requests_left(self) -> int:
         """How many more it takes until nobody is made to wait."""
-        return self._answered + self._patience + 1 - self.asked
+        return self._answered + self._patience + 1 - self.requests
 
     def answer(self) -> None:
-        self._answered = self.asked
+        self._answered = self.requests
         self._answer(self, self.count.last, None)
 
     def settle(self) -> None:
         """Note that what was asked for is done."""
-        self._answered = self.asked
+        self._answered = self.requests
 
     def previous(self, number: int) -> Any:
         return self._previous[number]
@@ -123,7 +123,7 @@ class Watch:
         if self.is_finishing and not self.is_due:
             say("\nStopping after this step (once more: stop at once, without writing the model)\n")
         if self.requests_left() <= 0 or (self.is_outside and self.is_due):
-            self._answered = self.asked
+            self._answered = self.requests
             self._insist(self, number, frame)
 
 
@@ -185,11 +185,11 @@ class Finishing:
     """What is asked of work that comes to its own end."""
 
     def __init__(self, watch: "Watch | None") -> None:
-        self._watch, self._before = watch, watch.asked if watch else 0
+        self._watch, self._before = watch, watch.requests if watch else 0
 
     @property
     def requested(self) -> bool:
-        return self._watch is not None and self._watch.asked > self._before
+        return self._watch is not None and self._watch.requests > self._before
 
 
 @contextmanager

@@ -170,18 +170,18 @@ class Parts:
             self._parameters = UnitParameters(self.module, self._layout.spec.units, self.dtype)
         return self._layout.spec
 
-    def add_router_loss(self, asked: float | str) -> None:
+    def add_router_loss(self, choice: float | str) -> None:
         """Have blocks say what their routers do, if the model has a loss for it; see
         `find_router_loss`."""
         if not self.is_causal_lm:
-            if not isinstance(asked, str):
-                raise RatelError("is a part of the loss of causal language models only", field="router_aux_loss", value=asked,
+            if not isinstance(choice, str):
+                raise RatelError("is a part of the loss of causal language models only", field="router_aux_loss", value=choice,
                                  remedy="Use auto or off")
             return
         rng = RngState(self.device)
         try:
             with self._guard.lifted(), assignments_undone(self.module), Shadow([]):
-                found = find_router_loss(self.module, self._runner.plain_batch(), asked)
+                found = find_router_loss(self.module, self._runner.plain_batch(), choice)
         finally:
             rng.restore()
         if found is not None:

@@ -108,24 +108,24 @@ class Balance:
 
 # -- what a class of transformers does ---------------------------------------------------------------------------------
 
-def find_router_loss(module: nn.Module, batch: dict[str, Tensor], asked: "float | str") -> RouterLoss | None:
+def find_router_loss(module: nn.Module, batch: dict[str, Tensor], choice: "float | str") -> RouterLoss | None:
     """What the class's own forward adds to its loss for ``batch``; None where it adds nothing.
-    ``asked``: ``auto`` takes it if the configuration has ``output_router_logits``, a number in any
+    ``choice``: ``auto`` takes it if the configuration has ``output_router_logits``, a number in any
     case, with that coefficient.
 
     Runs the model once: call it in outline. Raises RatelError where a number was asked for and
     there is nothing to add.
     """
     config = getattr(module, "config", None)
-    if asked == "off" or asked == "auto" and not _says_so(config):
+    if choice == "off" or choice == "auto" and not _says_so(config):
         return None
     forward_globals = inspect.unwrap(type(module).forward).__globals__
     if not callable(forward_globals.get(_FUNCTION)):
-        if asked == "auto":
+        if choice == "auto":
             return None
-        raise _nothing_to_add(module, asked)
+        raise _nothing_to_add(module, choice)
     watch = _Watch(module)
-    more = {} if asked == "auto" else {"output_router_logits": True}  # unasked, as the class reads its configuration
+    more = {} if choice == "auto" else {"output_router_logits": True}  # unasked, as the class reads its configuration
     original = forward_globals[_FUNCTION]
     forward_globals[_FUNCTION] = watch
     try:
@@ -134,12 +134,12 @@ def find_router_loss(module: nn.Module, batch: dict[str, Tensor], asked: "float 
     finally:
         forward_globals[_FUNCTION] = original
     if watch.result is None or loss is None:
-        if asked != "auto":
-            raise _nothing_to_add(module, asked)
+        if choice != "auto":
+            raise _nothing_to_add(module, choice)
         log.warning("config.json asks for the loss of routers, but %s of this transformers adds none", type(module).__name__)
         return None
     own = torch.autograd.grad(loss, watch.result)[0]
-    return watch.describe(float(own) if asked == "auto" else float(asked))
+    return watch.describe(float(own) if choice == "auto" else float(choice))
 
 
 def _says_so(config: Any) -> bool:
@@ -147,9 +147,9 @@ def _says_so(config: Any) -> bool:
     return bool(getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False))
 
 
-def _nothing_to_add(module: nn.Module, asked: Any) -> RatelError:
+def _nothing_to_add(module: nn.Module, choice: Any) -> RatelError:
     return RatelError(f"transformers' {type(module).__name__} adds no auxiliary loss of routers", field="router_aux_loss",
-                      value=asked, remedy="Use auto or off")
+                      value=choice, remedy="Use auto or off")
 
 
 class _Watch:

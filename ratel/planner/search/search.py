@@ -155,13 +155,13 @@ def _may_be_early(request: Request, plan: Plan) -> bool:
 
 def _with_early(request: Request, plan: Plan, count: int) -> Plan | None:
     """With so many units updated early, if that fits."""
-    asked = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
+    speculative = replace(request, early_units=count, kept=plan.kept, durable=plan.durable)
     rest = off_gpu(request)
     resident = tuple(place if place.on_gpu else rest for place in plan.placements)
-    filled = (with_placements(asked, plan.placements, plan.checkpoint_tiers) if request.forced is not None
-              else fill_dram(asked, plan.checkpoint_tiers, resident, as_far_as_fits))
-    made = finished(asked, filled)
-    return made if filled.early and fits(asked, made) else None
+    filled = (with_placements(speculative, plan.placements, plan.checkpoint_tiers) if request.forced is not None
+              else fill_dram(speculative, plan.checkpoint_tiers, resident, as_far_as_fits))
+    made = finished(speculative, filled)
+    return made if filled.early and fits(speculative, made) else None
 
 
 def _lighter(request: Request, plan: Plan) -> Iterator[Plan]:

@@ -65,7 +65,7 @@ class Target(Protocol):
 class Save:
     target: Target
     training: dict[str, Any]
-    asked: list[int]
+    last_updates: list[int]
     """By unit: the number of the last update that belongs to it."""
     gpu_ready: Event
     copied: set[int] = field(default_factory=set)
@@ -106,7 +106,7 @@ class Saver:
     def request(self, target: Target, training: dict[str, Any]) -> None:
         """Save what the updates asked for so far lead to. An earlier save must have been waited
         for."""
-        save = Save(target, training, self._updates.asked(), self._lanes.record("compute"))
+        save = Save(target, training, self._updates.submitted(), self._lanes.record("compute"))
         with self._exchange.lock:
             assert self._save is None, "one save at a time"
             self._save = save
@@ -132,7 +132,7 @@ class Saver:
         unit overwrites."""
         with self._exchange.lock:
             save = self._save
-            if save is None or number <= save.asked[unit]:
+            if save is None or number <= save.last_updates[unit]:
                 return
             self._exchange.wait_for(self._changed, lambda: save.done or self._may_overwrite(save, unit), "saving")
 
@@ -166,7 +166,7 @@ class Saver:
     def _copy(self, save: Save) -> None:
         save.target.begin()
         for unit in self._order:
-            self._updates.ledger.wait_persisted(unit.index, save.asked[unit.index])
+            self._updates.ledger.wait_persisted(unit.index, save.last_updates[unit.index])
             jitter.pause()
             self._copy_unit(save, unit)
             with self._exchange.lock:

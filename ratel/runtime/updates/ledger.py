@@ -1,4 +1,4 @@
-"""The books of the optimizer pipeline: by unit, which updates were asked for, are done, and are on
+"""The books of the optimizer pipeline: by unit, which updates were submitted, are done, and are on
 their tiers."""
 
 from collections.abc import Callable
@@ -12,24 +12,24 @@ class Ledger:
     """Numbers of updates by unit, from 1, and the gradients that have arrived. One lock and one
     condition for all of it.
 
-    ``asked``, ``updated`` and ``persisted`` are read and written with ``exchange.lock`` held.
+    ``submitted``, ``updated`` and ``persisted`` are read and written with ``exchange.lock`` held.
     """
 
     def __init__(self, plan: Plan, exchange: Exchange) -> None:
         self.exchange, self._units = exchange, plan.spec.units
         self._changed = exchange.condition()
-        self.asked, self.updated, self.persisted, self._required = ([0] * len(self._units) for _ in range(4))
+        self.submitted, self.updated, self.persisted, self._required = ([0] * len(self._units) for _ in range(4))
         self._arrivals: dict[int, GradientInFlight] = {}
 
     def begin_step(self) -> None:
-        """What has been asked for so far must be done before this step's forward pass uses it."""
+        """What has been submitted so far must be done before this step's forward pass uses it."""
         with self.exchange.lock:
-            self._required = list(self.asked)
+            self._required = list(self.submitted)
 
-    def ask(self, unit: int) -> int:
-        """The number of the unit's next update, which is asked for with this."""
-        self.asked[unit] += 1
-        return self.asked[unit]
+    def submit(self, unit: int) -> int:
+        """The number of the unit's next update, which is submitted with this."""
+        self.submitted[unit] += 1
+        return self.submitted[unit]
 
     def notify(self) -> None:
         """Tell of any change that a thread may wait for. The lock is held."""

@@ -54,16 +54,16 @@ class OptimizerPipeline:
         may overwrite."""
         self._updater.may_update = may_update
 
-    def asked(self) -> list[int]:
-        """By unit, how many updates have been asked for."""
+    def submitted(self) -> list[int]:
+        """By unit, how many updates have been submitted."""
         with self._exchange.lock:
-            return list(self.ledger.asked)
+            return list(self.ledger.submitted)
 
     def submit(self, unit: UnitSpec, hyper: Hyper) -> None:
         """Ask for the unit's update; it starts when its gradient has arrived."""
         with self._exchange.lock:
             self._cache.expect_forward(self._unkept)
-            self._jobs.put(Job(unit, hyper, number=self.ledger.ask(unit.index), keep=self._plan.deferred,
+            self._jobs.put(Job(unit, hyper, number=self.ledger.submit(unit.index), keep=self._plan.deferred,
                                after=self._speculation.before(unit.index)))
 
     def submit_early(self, units: list[UnitSpec], hyper: Hyper) -> None:
@@ -91,16 +91,16 @@ class OptimizerPipeline:
 
     def finish_step(self) -> bool:
         """Eager mode, after backward: wait for this step's updates. False if none was made: all
-        skipped, or none asked."""
+        skipped, or none submitted."""
         with self._exchange.lock:
-            self.ledger.wait(lambda: self.ledger.updated == self.ledger.asked, "update")
-            return self._updater.skipped != max(self.ledger.asked)
+            self.ledger.wait(lambda: self.ledger.updated == self.ledger.submitted, "update")
+            return self._updater.skipped != max(self.ledger.submitted)
 
     def flush(self) -> None:
         """Block until every update asked for is done and on its tier."""
         with self._exchange.lock:
             self._cache.expect_no_forward()
-            self.ledger.wait(lambda: self.ledger.persisted == self.ledger.asked)
+            self.ledger.wait(lambda: self.ledger.persisted == self.ledger.submitted)
 
     def join(self, timeout_s: float) -> bool:
         return join_all([self.loader.worker, self._updater.worker], timeout_s)

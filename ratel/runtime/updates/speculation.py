@@ -19,7 +19,7 @@ class Speculation:
 
     def begin(self, units: list[UnitSpec], hyper: Hyper) -> list[Job]:
         """Updates with the scale that is likely; ``decide`` must follow. The lock is held."""
-        self._early.extend(Job(unit, hyper, number=self._ledger.ask(unit.index), early=True) for unit in units)
+        self._early.extend(Job(unit, hyper, number=self._ledger.submit(unit.index), early=True) for unit in units)
         return self._early
 
     def decide(self, hyper: Hyper | None) -> list[Job]:
@@ -47,7 +47,7 @@ class Speculation:
             job.hyper = hyper
         if job.verdict == AGAIN:
             self._again[job.unit.index] = job
-            self._ledger.asked[job.unit.index] -= 1  # it is the same update that will be asked for again
+            self._ledger.submitted[job.unit.index] -= 1  # it is the same update that will be submitted again
         elif job.written:
             self._conclude(job)
 
