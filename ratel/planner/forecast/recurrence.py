@@ -268,14 +268,14 @@ class _Steps:
         moved, price = self._updates[index], self._prices[early]
         ready = self._arrived[index] if early else max(self._norm_known, self._arrived[index])
         own_weights = 0 if early else plan.host_weight_bytes(unit)
-        slot = 0.0
+        slot_free_s = 0.0
         if own_weights:
-            slot = self._host_slots[self._class(index)].acquire()
+            slot_free_s = self._host_slots[self._class(index)].acquire()
             self._kept.add(index)
         read, written = moved.ssd_read, moved.ssd_written
         chunk = min(plan.chunk_of(unit) / unit.num_trainable, 1.0)
         ring = min(plan.buffers.ring_slots * chunk, 1.0)
-        free = max(self._persisted[index], slot, 0.0 if early else self._norm_known)
+        free = max(self._persisted[index], slot_free_s, 0.0 if early else self._norm_known)
         if own_weights:
             self._loading = max(self._loading, free)
             ready = max(ready, self._ssd.rest(self._loading, own_weights * price.ssd))

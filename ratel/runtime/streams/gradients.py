@@ -125,7 +125,7 @@ class Gradients:
         slot = self._slots.pop(unit.index)
         slot.pool.release(slot, arrived)
         self._norms_leaving[unit.index] = norm  # its memory must not be reused before the copy has run
-        return GradientInFlight(host=host, norm=host_norm, arrived=arrived, slot=host_slot)
+        return GradientInFlight(host=host, norm=host_norm, arrived=arrived, host_slot=host_slot)
 
     def _host_place(self, unit: UnitSpec) -> tuple[torch.Tensor, Slot | None]:
         if not self._plan.grads_pass_through(unit):

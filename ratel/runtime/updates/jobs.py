@@ -49,16 +49,16 @@ class GradientInFlight:
     norm: torch.Tensor
     """fp32 scalar in DRAM, valid once ``arrived``: the norm of the unit's gradient."""
     arrived: Event
-    slot: Slot | None = None
+    host_slot: Slot | None = None
     """In DRAM, that it passes through. None: it has a place of its own."""
 
     def release(self) -> None:
-        if self.slot is not None:
-            self.slot.pool.release(self.slot, Event())
+        if self.host_slot is not None:
+            self.host_slot.pool.release(self.host_slot, Event())
 
     def on_ssd(self) -> "GradientInFlight":
         """The same gradient, when it has been written and its slot is others'."""
-        return replace(self, host=None, slot=None)
+        return replace(self, host=None, host_slot=None)
 
 
 @dataclass(slots=True)
@@ -78,8 +78,8 @@ class Job:
     early: bool = False
     """Begun before the norm is known, as a rule. ``hyper`` is a guess until there is a
     ``verdict``."""
-    slot: int | None = None
-    """On SSD, that the result goes to. None: the successor's."""
+    ssd_slot: int | None = None
+    """The slot that the result goes to. None: the successor's."""
     begun: bool = False
     written: bool = False
     verdict: str | None = None
@@ -99,7 +99,7 @@ class Chunk:
     end: int
     ring: dict[str, torch.Tensor] | None
     """By plane: where the chunk's bytes from SSD go."""
-    slot: torch.Tensor | None
+    ring_slot: torch.Tensor | None
     reads: list[Read]
 
 

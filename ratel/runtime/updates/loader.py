@@ -29,10 +29,10 @@ class Loader:
                       ] if plan.ring_slot_bytes else []
         self.worker = Worker("loader", ledger.exchange, self._load)
 
-    def free(self, slot: torch.Tensor) -> None:
+    def free(self, ring_slot: torch.Tensor) -> None:
         """Give a ring slot back."""
         with self._ledger.exchange.lock:
-            self._ring.append(slot)
+            self._ring.append(ring_slot)
             self._ledger.notify()
 
     def _load(self) -> None:
@@ -58,22 +58,22 @@ class Loader:
         jitter.pause()
         if "g" in planes:
             self._ledger.wait_arrival(job.unit.index)
-        slot = self._reserve(job.unit.index)
-        views = self._ring_views(job.unit, planes, slot, end - begin)
+        ring_slot = self._reserve(job.unit.index)
+        views = self._ring_views(job.unit, planes, ring_slot, end - begin)
         reads = [self._io.read(job.unit.index, name, begin, view, native.nvme_ds.OPTIMIZER)
                  for name, view in views.items()]
-        return Chunk(job, begin, end, views, slot, reads)
+        return Chunk(job, begin, end, views, ring_slot, reads)
 
     def _reserve(self, unit: int) -> torch.Tensor:
         with self._ledger.exchange.lock:
             self._ledger.wait(lambda: bool(self._ring), "ring slot", unit)
             return self._ring.pop(0)
 
-    def _ring_views(self, unit: UnitSpec, planes: tuple[str, ...], slot: torch.Tensor,
+    def _ring_views(self, unit: UnitSpec, planes: tuple[str, ...], ring_slot: torch.Tensor,
                     count: int) -> dict[str, torch.Tensor]:
         views, cursor = {}, 0
         for name in planes:
             dtype = self._store.plane(unit.index, name).dtype
-            views[name] = slot[cursor : cursor + count * dtype.itemsize].view(dtype)
+            views[name] = ring_slot[cursor : cursor + count * dtype.itemsize].view(dtype)
             cursor += align_up(self._plan.chunk_of(unit) * dtype.itemsize, PAGE_BYTES)
         return views

@@ -56,6 +56,6 @@ class Speculation:
         index = job.unit.index
         if job.verdict == KEEP:
             self._store.keep_second(index)
-            self._store.versions.advance(index, job.slot)
+            self._store.versions.advance(index, job.ssd_slot)
         self._ledger.note_updated(index)
         self._ledger.note_persisted(index)

@@ -53,8 +53,8 @@ class Updater:
                 self._io.wait(read)
             jitter.pause()
             if self._skips(chunk.job, gradient):
-                if chunk.slot is not None:
-                    self._loader.free(chunk.slot)
+                if chunk.ring_slot is not None:
+                    self._loader.free(chunk.ring_slot)
             else:
                 if chunk.begin == 0:
                     self.may_update(chunk.job.unit.index, chunk.job.number)
@@ -81,7 +81,7 @@ class Updater:
             with self._exchange.lock:
                 job.begun = True
                 if self._plan.has_states_on_ssd(job.unit):
-                    job.slot = self._store.versions.spare(job.unit.index)
+                    job.ssd_slot = self._store.versions.spare(job.unit.index)
 
     def _skips(self, job: Job, gradient: GradientInFlight) -> bool:
         """A NaN or infinity in the loss reaches the first gradient to arrive, before anything has
@@ -138,12 +138,12 @@ class Updater:
         if job.weights is not None:
             for name, view in self._cache.views(job.weights).items():
                 job.write_tickets.append(self._io.write(job.unit.index, name, chunk.begin, view[chunk.begin : chunk.end],
-                                                        native.nvme_ds.WRITEBACK, job.slot))
-        if chunk.slot is None:
+                                                        native.nvme_ds.WRITEBACK, job.ssd_slot))
+        if chunk.ring_slot is None:
             return
-        tickets = [self._io.write(job.unit.index, name, chunk.begin, view, native.nvme_ds.WRITEBACK, job.slot)
+        tickets = [self._io.write(job.unit.index, name, chunk.begin, view, native.nvme_ds.WRITEBACK, job.ssd_slot)
                    for name, view in chunk.ring.items() if name != "g"]
-        self._writes.when(lambda: self._engine.wait_all(tickets), lambda: self._loader.free(chunk.slot))
+        self._writes.when(lambda: self._engine.wait_all(tickets), lambda: self._loader.free(chunk.ring_slot))
 
     def _finish(self, job: Job, gradient: GradientInFlight) -> None:
         if job.early:
