@@ -144,7 +144,7 @@ class Plan:
         update is made early."""
         return replace(self, early_units=0)
 
-    def updates_early(self, unit: UnitSpec) -> bool:
+    def updates_in_backward(self, unit: UnitSpec) -> bool:
         """Under backward, when its gradient has arrived."""
         return not self.deferred or unit.index in self.early
 

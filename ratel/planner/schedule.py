@@ -33,7 +33,7 @@ def _stage_order(plan: Plan, training: bool) -> list[int]:
     return stages + stages[-2::-1] if training else stages
 
 
-def unit_gathers(plan: Plan, *, training: bool, early: bool = True) -> list[tuple[int, Gather]]:
+def unit_gathers(plan: Plan, *, training: bool, updates_follow: bool = True) -> list[tuple[int, Gather]]:
     """``(position of first use in the stage order, gather)`` of every streamed unit, in order of
     position."""
     uses: dict[int, list[int]] = {}
@@ -45,7 +45,7 @@ def unit_gathers(plan: Plan, *, training: bool, early: bool = True) -> list[tupl
     gathers = []
     for index, positions in uses.items():
         unit = plan.spec.units[index]
-        update = training and early and plan.updates_early(unit) and unit.num_trainable > 0
+        update = training and updates_follow and plan.updates_in_backward(unit) and unit.num_trainable > 0
         if unit.kind == "shared" or index in held or len(positions) == 1:
             gathers.append((positions[0], Gather(unit=index, uses=len(positions), keep_for_update=update)))
         else:
@@ -65,15 +65,16 @@ def _deep_classes(plan: Plan) -> list[str]:
     return [cls.name for cls in plan.spec.slot_classes if cls.is_deep]
 
 
-def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, early: bool = True) -> list[Gather]:
+def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, updates_follow: bool = True) -> list[Gather]:
     """All gathers of a step in the order in which they are started. ``num_micro``: of a batch
-    smaller than the plan's. ``early``: updates run under backward, those that the plan has there.
+    smaller than the plan's. ``updates_follow``: updates run under backward, those that the plan has
+    there.
 
     All gathers share one copy stream, so order is priority. A block's weights go before what the
     block that is used before it has saved, as long as the slot they need was freed two uses ago:
     one freed by the use just before would make what is behind it wait for that use's computation.
     """
-    weights = unit_gathers(plan, training=training, early=early)
+    weights = unit_gathers(plan, training=training, updates_follow=updates_follow)
     if not training or not plan.groups:
         return [g for _, g in weights]
     ahead = max(min((count for cls in _deep_classes(plan) if (count := plan.weight_slot_count(cls))), default=0) - 2, 0)

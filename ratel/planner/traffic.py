@@ -88,8 +88,8 @@ def pass_traffic(plan: Plan) -> PassTraffic:
         backward=sum((gather_traffic(plan, g.unit) for p, g in weights if p >= turn), zero) + back
         + sum((gradient_traffic(plan, u) for u in units), zero)
         + sum((spill_traffic(plan, rows) * len(plan.checkpoint_tiers) for rows in micro_rows(plan)), zero),
-        forward_updates=sum((update_traffic(plan, u) for u in units if not plan.updates_early(u)), zero),
-        backward_updates=sum((update_traffic(plan, u) for u in units if plan.updates_early(u)), zero))
+        forward_updates=sum((update_traffic(plan, u) for u in units if not plan.updates_in_backward(u)), zero),
+        backward_updates=sum((update_traffic(plan, u) for u in units if plan.updates_in_backward(u)), zero))
 
 
 def step_traffic(plan: Plan, *, after_flush: bool = False) -> Traffic:
@@ -103,7 +103,7 @@ def step_traffic(plan: Plan, *, after_flush: bool = False) -> Traffic:
     total = passes.forward + passes.backward + passes.updates
     if plan.deferred and after_flush:
         updated = closed_first(plan.spec, plan.placements)
-        total += Traffic(ssd_read=sum(plan.host_weight_bytes(u) for u in updated if not plan.updates_early(u)))
+        total += Traffic(ssd_read=sum(plan.host_weight_bytes(u) for u in updated if not plan.updates_in_backward(u)))
     return total
 
 

@@ -31,7 +31,7 @@ class _Early:
         self.lock = threading.Lock()
         """Held while a piece is being mapped, and by whoever wants it quiet."""
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(threads,), name="ratel-early", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(threads,), name="ratel-arena", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
@@ -98,28 +98,28 @@ def put_aside() -> Iterator[None]:
 def take(num_bytes: int) -> Taken | None:
     """The memory as a map of this size; None where there is none."""
     global _current
-    early, _current = _current, None
-    if early is None:
+    begun, _current = _current, None
+    if begun is None:
         return None
-    early.end()
+    begun.end()
     size = align_up(num_bytes, mmap.PAGESIZE)
-    if size == len(early.map):
-        return Taken(map=early.map, is_pinned=early.is_pinned)
-    early.unpin()
+    if size == len(begun.map):
+        return Taken(map=begun.map, is_pinned=begun.is_pinned)
+    begun.unpin()
     try:
-        early.map.resize(size)
+        begun.map.resize(size)
     except (OSError, ValueError, SystemError):
-        early.map.close()
+        begun.map.close()
         return None
-    return Taken(map=early.map)
+    return Taken(map=begun.map)
 
 
 def drop() -> None:
     """Give everything back. What is being pinned, which keeps others from the driver, is waited
     for."""
     global _current
-    early, _current = _current, None
-    if early is not None:
-        early.end()
-        early.unpin()
-        early.map.close()
+    begun, _current = _current, None
+    if begun is not None:
+        begun.end()
+        begun.unpin()
+        begun.map.close()

@@ -72,7 +72,7 @@ def test_mapping_ahead_ends_when_it_is_not_wanted(monkeypatch: pytest.MonkeyPatc
     assert arena_ahead.take(1) is None
     arena_ahead.begin(8 << 30, 1)
     arena_ahead.drop()
-    assert arena_ahead.take(1) is None and not any(t.name == "ratel-early" for t in threading.enumerate())
+    assert arena_ahead.take(1) is None and not any(t.name == "ratel-arena" for t in threading.enumerate())
     arena_ahead.begin(0, 1)
     assert arena_ahead.take(1) is None
 
@@ -99,7 +99,7 @@ def test_a_run_that_is_refused_gives_back_what_was_mapped_for_it(checkpoint: Pat
     with pytest.raises(RatelError, match="nothing.txt"):
         train(str(checkpoint), str(tmp_path / "nothing.txt"), out=str(tmp_path / "out"), dtype="bf16", quiet=True)
     assert asked_ahead and arena_ahead._current is None
-    assert not any(thread.name == "ratel-early" for thread in threading.enumerate())
+    assert not any(thread.name == "ratel-arena" for thread in threading.enumerate())
 
 
 @pytest.mark.native

@@ -73,11 +73,12 @@ def predict_below(plan: Plan, hardware: Hardware, limit_s: float) -> Prediction 
     updated = [u for u in plan.spec.units if not plan.placement(u).on_gpu]
     first = _PassWork(traffic=passes.forward + passes.forward_updates, first_h2d=passes.first_weights[0],
                       update_bytes=plan.formats.update_bytes, update_speed=plan.formats.update_speed,
-                      params=sum(u.num_trainable for u in updated if not plan.updates_early(u)))
+                      params=sum(u.num_trainable for u in updated if not plan.updates_in_backward(u)))
     second = _PassWork(traffic=passes.backward + passes.backward_updates, first_h2d=passes.first_weights[1],
                        update_bytes=plan.formats.update_bytes, update_speed=plan.formats.update_speed,
                        last_d2h=passes.last_gradient, before_updates=passes.first_weights[1] + passes.first_gradient,
-                       params=sum(u.num_trainable for u in updated if plan.updates_early(u)), to_other_planes=bool(plan.early))
+                       params=sum(u.num_trainable for u in updated if plan.updates_in_backward(u)),
+                       to_other_planes=bool(plan.early))
     prices = (_prices(first, hardware), _prices(second, hardware))
     compute = _compute_seconds(plan, gpu)
     forward, backward = (_busy(work, hardware, price, seconds)

@@ -61,7 +61,7 @@ def follow(plan: Plan, gpu: GpuSeconds, prices: tuple[Prices, Prices]) -> Times:
 def update_order(plan: Plan) -> list[UnitSpec]:
     """Units that the CPU updates after backward, in the order in which forward needs them."""
     units = closed_first(plan.spec, plan.placements)
-    return forward_order(u for u in units if not plan.updates_early(u))
+    return forward_order(u for u in units if not plan.updates_in_backward(u))
 
 
 def step_schedule(plan: Plan) -> list[Gather]:
@@ -119,7 +119,7 @@ class _Steps:
         off_gpu = [not place.on_gpu for place in plan.placements]
         self._streamed = {s.index: [u for u in s.units if off_gpu[u]] for s in plan.spec.stages}
         self._closing = {stage: [u for u in units if off_gpu[u.index]] for stage, units in closing_units(plan.spec).items()}
-        self._early = [plan.updates_early(u) for u in plan.spec.units]
+        self._in_backward = [plan.updates_in_backward(u) for u in plan.spec.units]
         self._classes = [cls.name for cls in plan.spec.classes]
         self._weights = [gather_traffic(plan, u.index) for u in plan.spec.units]
         self._gradients = [gradient_traffic(plan, u) for u in plan.spec.units]
@@ -254,7 +254,7 @@ class _Steps:
         self._arrived[unit.index] = self._d2h
         if moved.ssd_written:
             self._arrived[unit.index] = self._ssd.rest(self._d2h, moved.ssd_written * self._price.ssd)
-        if self._early[unit.index]:
+        if self._in_backward[unit.index]:
             self._update(unit)
         if passing:
             done = self._arrived if self._plan.deferred else self._updated
@@ -264,10 +264,10 @@ class _Steps:
 
     def _update(self, unit: UnitSpec) -> None:
         """Reads go ahead of the gradient by what the ring holds; write-backs trail."""
-        plan, index, early = self._plan, unit.index, self._early[unit.index]
-        moved, price = self._updates[index], self._prices[early]
-        ready = self._arrived[index] if early else max(self._norm_known, self._arrived[index])
-        own_weights = 0 if early else plan.host_weight_bytes(unit)
+        plan, index, in_backward = self._plan, unit.index, self._in_backward[unit.index]
+        moved, price = self._updates[index], self._prices[in_backward]
+        ready = self._arrived[index] if in_backward else max(self._norm_known, self._arrived[index])
+        own_weights = 0 if in_backward else plan.host_weight_bytes(unit)
         slot_free_s = 0.0
         if own_weights:
             slot_free_s = self._host_slots[self._class(index)].acquire()
@@ -275,7 +275,7 @@ class _Steps:
         read, written = moved.ssd_read, moved.ssd_written
         chunk = min(plan.chunk_of(unit) / unit.num_trainable, 1.0)
         ring = min(plan.buffers.ring_slots * chunk, 1.0)
-        free = max(self._persisted[index], slot_free_s, 0.0 if early else self._norm_known)
+        free = max(self._persisted[index], slot_free_s, 0.0 if in_backward else self._norm_known)
         if own_weights:
             self._loading = max(self._loading, free)
             ready = max(ready, self._ssd.rest(self._loading, own_weights * price.ssd))
@@ -297,7 +297,7 @@ class _Steps:
         self._persisted[index] = max(self._updated[index], through)
         if index in plan.early:
             self._updated[index] = self._persisted[index]  # no copy of it is kept: forward reads what was written
-        if early and plan.weights_from_ssd(unit):
+        if in_backward and plan.weights_from_ssd(unit):
             self._host_slots[self._class(index)].release(self._persisted[index])
 
     # --- gathers ------------------------------------------------------------------------------------------------

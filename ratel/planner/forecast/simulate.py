@@ -75,17 +75,17 @@ class _Engine:
 
     def train(self, steps: int) -> Process:
         plan = self._plan
-        early = [u for u in closed_first(plan.spec, plan.placements) if plan.updates_early(u)]
-        late = update_order(plan)
+        in_backward = [u for u in closed_first(plan.spec, plan.placements) if plan.updates_in_backward(u)]
+        afterwards = update_order(plan)
         for step in range(steps):
-            before, self._arrivals = self._arrivals, {u.index: Update(u) for u in early + late}
-            self._submit(early)
+            before, self._arrivals = self._arrivals, {u.index: Update(u) for u in in_backward + afterwards}
+            self._submit(in_backward)
             self._start_gathers(before)
             if step:
                 yield from self._update_on_gpu()
             yield from self._forward_and_backward()
             self._m.step_ends_s.append(self._clock.now_s)
-            self._submit(late)
+            self._submit(afterwards)
 
     def _update_on_gpu(self) -> Process:
         """The GPU's updates of the step before: the main thread has only launched it, and the
@@ -286,7 +286,7 @@ class _Engine:
             if planes:
                 yield self._ring.acquire()
             read = self._m.read(num_bytes * share, f"states {unit.name}", OPTIMIZER)
-            if begin == 0 and not plan.updates_early(unit):
+            if begin == 0 and not plan.updates_in_backward(unit):
                 update.slot = yield from self._copies_in_dram.acquire(unit.index)
             is_last = begin + size >= unit.num_trainable
             self._loaded.put(Chunk(update, share, read, is_first=begin == 0, is_last=is_last))
@@ -328,7 +328,7 @@ class _Engine:
         if not self._plan.deferred:
             self._host_grads[self._plan.class_of(update.unit)].release()
         slot = update.slot
-        if slot is not None and not self._plan.updates_early(update.unit):
+        if slot is not None and not self._plan.updates_in_backward(update.unit):
             self._copies_in_dram.leave(slot)
         if update.unit.index in self._plan.early:
             written.then(update.updated.set)  # no copy of it is kept: forward reads what was written

@@ -66,37 +66,37 @@ class Training:
 
     def _step(self, micros: list[Micro], targets: int, attempt: int, hyper: Hyper) -> Outcome:
         self._m.updates.ledger.begin_step()
-        early = self._start_early(hyper)
-        loss = self._vertical.train(micros, targets=targets, step=attempt, early=bool(early))
+        begun = self._begin_updates(hyper)
+        loss = self._vertical.train(micros, targets=targets, step=attempt, updates_follow=bool(begun))
         with self._m.exchange.tracing.waiting("norm"):
             norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
         loss_value, finite = float(loss), bool(torch.isfinite(norm))
         if finite:
             hyper = replace(hyper, grad_scale=clip_scale(norm, self._clip))
         self._guesses.append(finite and hyper.grad_scale == 1.0)
-        again = self._decide(hyper, finite, early) if self._plan.deferred else []
+        again = self._decide(hyper, finite, begun) if self._plan.deferred else []
         applied = finite if self._plan.deferred else self._conclude_eager(finite)
         if applied:
             self._update_on_gpu(hyper)
-        return Outcome(loss=loss_value, grad_norm=float(norm), applied=applied, early_units=len(early),
+        return Outcome(loss=loss_value, grad_norm=float(norm), applied=applied, early_units=len(begun),
                        redone_units=len(again))
 
-    def _start_early(self, hyper: Hyper) -> list[UnitSpec]:
+    def _begin_updates(self, hyper: Hyper) -> list[UnitSpec]:
         """Ask for the updates that start when their gradients arrive; returns their units."""
-        early = [u for u in closed_first(self._plan.spec, self._plan.placements) if self._plan.updates_early(u)]
+        begun = [u for u in closed_first(self._plan.spec, self._plan.placements) if self._plan.updates_in_backward(u)]
         if not self._plan.deferred:
-            self._submit(hyper, early)
-        elif early and expects_no_scaling(self._guesses):
-            self._m.updates.submit_early(early, hyper)
+            self._submit(hyper, begun)
+        elif begun and expects_no_scaling(self._guesses):
+            self._m.updates.submit_early(begun, hyper)
         else:
             return []
-        return early
+        return begun
 
-    def _decide(self, hyper: Hyper, finite: bool, early: list[UnitSpec]) -> list[UnitSpec]:
+    def _decide(self, hyper: Hyper, finite: bool, begun: list[UnitSpec]) -> list[UnitSpec]:
         """Deferred mode: start all updates in forward order but those made early, or drop all
         gradients. Returns units that have to be updated again."""
         again = self._m.updates.decide(hyper if finite else None)
-        done = {unit.index for unit in early}
+        done = {unit.index for unit in begun}
         late = again + [u for u in self._plan.spec.units if u.num_trainable and u.index not in done]
         if finite:
             self._submit(hyper, forward_order(late))

@@ -48,10 +48,10 @@ class VerticalStep:
         self._balance: Balance | None = None
         """What this step adds to the loss so that routers use all experts."""
 
-    def train(self, micros: list[Micro], *, targets: int, step: int, early: bool = True) -> Tensor:
+    def train(self, micros: list[Micro], *, targets: int, step: int, updates_follow: bool = True) -> Tensor:
         """Forward, loss, backward; gradients are handed over as they become complete. Returns the
-        loss (device). ``early``: updates follow at once, those that the plan has so."""
-        self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros), early=early))
+        loss (device). ``updates_follow``: updates follow at once, those that the plan has so."""
+        self._streamer.start(gathers(self._plan, training=True, num_micro=len(micros), updates_follow=updates_follow))
         routing = self._parts.routing
         self._balance = None if routing is None else Balance(routing.loss, self._lanes.device)
         with self._own_random_numbers():
