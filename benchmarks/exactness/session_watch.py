@@ -45,12 +45,12 @@ class Watch:
     def __enter__(self) -> "Watch":
         activations, gradients = self._machinery.activations, self._machinery.gradients
         self._after(self._session.parts.parameters, "attach", self._note_weights)
-        self._after(activations, "save_input", lambda _, block, micro, hidden:
-                    self._note_saved(block, micro, {INPUT: [hidden]}, "saved"))
-        self._after(activations, "save", lambda _, block, micro, name, tensors:
-                    self._note_saved(block, micro, {name: tensors}, "saved"))
-        self._after(activations, "kept", lambda tensors, block, micro, name:
-                    self._note_saved(block, micro, {name: tensors or []}, "kept"))
+        self._after(activations, "save_input", lambda _, block, micro_batch, hidden:
+                    self._note_saved(block, micro_batch, {INPUT: [hidden]}, "saved"))
+        self._after(activations, "save", lambda _, block, micro_batch, name, tensors:
+                    self._note_saved(block, micro_batch, {name: tensors}, "saved"))
+        self._after(activations, "kept", lambda tensors, block, micro_batch, name:
+                    self._note_saved(block, micro_batch, {name: tensors or []}, "kept"))
         self._after(activations, "returned", self._note_returned)
         self._before(self._machinery.streamer, "release", self._note_released)
         self._after(gradients, "measure", self._note_gradient)
@@ -105,10 +105,10 @@ class Watch:
         for param in trained(unit):
             self._note(gradient_name(unit, param), "computed", grad[param.offset : param.end])
 
-    def _note_saved(self, block: int, micro: int, saved: dict[str, list[Tensor]], place: str) -> None:
+    def _note_saved(self, block: int, micro_batch: int, saved: dict[str, list[Tensor]], place: str) -> None:
         for name, tensors in saved.items():
             for number, tensor in enumerate(tensors):
-                self._note(f"{name or 'input'} of block.{block}, micro-batch {micro}, tensor {number}", place, tensor)
+                self._note(f"{name or 'input'} of block.{block}, micro-batch {micro_batch}, tensor {number}", place, tensor)
 
     def _note_returned(self, saved: dict[str, list[Tensor]], key: tuple[int, int, str], view: Tensor) -> None:
         self._returned[key] = saved

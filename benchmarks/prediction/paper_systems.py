@@ -87,9 +87,9 @@ def ours(spec: ModelSpec, batch: int, hardware: Hardware, *, deferred: bool) -> 
 
 
 def _fitting(spec: ModelSpec, batch: int, hardware: Hardware, optimizer: str) -> Plan:
-    for micro in (16, 8, 4, 2, 1):
+    for micro_rows in (16, 8, 4, 2, 1):
         for slots in (3, 2):
-            plan = _plan(spec, batch, min(batch, micro), DRAM, Buffers(weight_slots=slots), optimizer,
+            plan = _plan(spec, batch, min(batch, micro_rows), DRAM, Buffers(weight_slots=slots), optimizer,
                          UnitPlacement.all_on(SSD))
             if plan.gpu_bytes <= hardware.gpu_bytes:
                 return replace(plan, profiles=(_without_last(plan.profiles[0]),) * len(plan.profiles))
@@ -103,14 +103,14 @@ def _without_last(kind: BlockProfile) -> BlockProfile:
     return replace(kind, recompute_flops=kind.recompute_flops - last.row_flops, inner=kind.inner[1:])
 
 
-def _plan(spec: ModelSpec, batch: int, micro: int, tier: str, buffers: Buffers, optimizer: str,
+def _plan(spec: ModelSpec, batch: int, micro_rows: int, tier: str, buffers: Buffers, optimizer: str,
           place: UnitPlacement, formats: StateFormats = EXACT["bf16"]) -> Plan:
     hidden, blocks = spec.hidden_size, sum(u.kind == "block" for u in spec.units)
-    work = Work(rows=batch, seq_len=SEQ_LEN, micro_rows=micro, hidden_bytes=2 * micro * SEQ_LEN * hidden)
+    work = Work(rows=batch, seq_len=SEQ_LEN, micro_rows=micro_rows, hidden_bytes=2 * micro_rows * SEQ_LEN * hidden)
     kinds = (profile(hidden),) * blocks
     return Plan(spec=spec, formats=formats, optimizer=optimizer, placements=(place,) * len(spec.units),
                 checkpoint_tiers=(tier,) * (blocks - 1) + (GPU,), work=work, buffers=buffers, profiles=kinds,
-                kept=((),) * blocks, workspace_bytes=WORKSPACE_BYTES * micro * SEQ_LEN * hidden)
+                kept=((),) * blocks, workspace_bytes=WORKSPACE_BYTES * micro_rows * SEQ_LEN * hidden)
 
 
 def with_best_swap(plan: Plan, hardware: Hardware) -> tuple[Plan, Prediction]:

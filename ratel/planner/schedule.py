@@ -13,8 +13,8 @@ from ratel.planner.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Bring one unit's weights, or one group of what was saved (``(block, micro, what)``), into a
-    GPU slot; freed after ``uses`` releases."""
+    """Bring one unit's weights, or one group of what was saved (``(block, micro_batch, what)``),
+    into a GPU slot; freed after ``uses`` releases."""
 
     unit: int = -1
     saved: tuple[int, int, str] = (-1, -1, INPUT)
@@ -90,8 +90,8 @@ def gathers(plan: Plan, *, training: bool, num_micro: int | None = None, updates
             cursor += 1
         stage = plan.spec.stages[order[position]]
         if stage.kind == "block":
-            result += [Gather(saved=(group.block, micro, group.what))
-                       for micro in range(num_micro or plan.work.num_micro) for group in plan.groups_of(stage.index - 1)]
+            result += [Gather(saved=(group.block, micro_batch, group.what))
+                       for micro_batch in range(num_micro or plan.work.num_micro) for group in plan.groups_of(stage.index - 1)]
     return result + [g for _, g in weights[cursor:]]
 
 

@@ -65,8 +65,8 @@ def random_plan(seed: int, *, uniform: bool) -> Plan:
         rest, first = ({p: r.choice(["dram", "ssd"]) for p in PLANES} for _ in range(2))
         first = r.choice(["gpu", first])
         placement = {"*": rest} | {f"block.{i}": first for i in range(r.randint(0, blocks))}
-    micro = r.choice([1, 4, 8, 16])
-    return make_plan(spec, placement, rows=micro * r.randint(1, 6) - r.randint(0, micro - 1), micro_rows=micro,
+    micro_rows = r.choice([1, 4, 8, 16])
+    return make_plan(spec, placement, rows=micro_rows * r.randint(1, 6) - r.randint(0, micro_rows - 1), micro_rows=micro_rows,
                      seq_len=r.choice([512, 1024, 2048]), checkpoints=r.choice(["gpu", "dram", "ssd"]),
                      **r.choice([dict(optimizer="eager"), dict(optimizer="deferred"),
                                  dict(optimizer="speculative", early_units=r.randint(1, blocks + 2))]))

@@ -74,8 +74,8 @@ def test_spans_of_an_ssd_add_up_to_what_it_moved(ssd_dir: Path) -> None:
     assert bytes_of(out.timeline, "ssd read") == out.usage.ssd_read_bytes > 0
     assert bytes_of(out.timeline, "ssd write") == out.usage.ssd_written_bytes > 0
     on_ssd = [block for block, tier in enumerate(plan.checkpoint_tiers) if tier == "ssd"]
-    assert {s.name for s in lane(out.timeline, "ssd")} == {f"checkpoint {block}.{micro}" for block in on_ssd
-                                                           for micro in range(plan.work.num_micro)}
+    assert {s.name for s in lane(out.timeline, "ssd")} == {f"checkpoint {block}.{micro_batch}" for block in on_ssd
+                                                           for micro_batch in range(plan.work.num_micro)}
 
 
 def test_what_a_block_keeps_comes_back_from_a_tier_at_once(ssd_dir: Path) -> None:
@@ -85,8 +85,8 @@ def test_what_a_block_keeps_comes_back_from_a_tier_at_once(ssd_dir: Path) -> Non
         timeline = [session.step(batch, trace=True) for batch in batches("llama", 2)][-1].timeline
         plan = session.plan
     back = [s for s in lane(timeline, "h2d") if s.name.startswith("inside")]
-    assert sorted(s.name for s in back) == sorted(f"inside {block}.{micro}" for block, groups in ((0, 1), (1, 1), (2, 2))
-                                                  for micro in range(plan.work.num_micro) for _ in range(groups))
+    assert sorted(s.name for s in back) == sorted(f"inside {block}.{micro_batch}" for block, groups in ((0, 1), (1, 1), (2, 2))
+                                                  for micro_batch in range(plan.work.num_micro) for _ in range(groups))
     for block in range(3):
         moved = sum(s.num_bytes for s in plan.saved_of(block) if s.tier != "gpu") * plan.work.num_micro
         assert sum(s.num_bytes for s in back if s.name.startswith(f"inside {block}.")) == moved

@@ -182,22 +182,22 @@ class _Steps:
                 self._weight_slots[self._class(unit)].release(self._compute)
 
     def _forward(self, stage: StageSpec) -> None:
-        for micro, rows in enumerate(self._rows):
+        for micro_batch, rows in enumerate(self._rows):
             if stage.kind != "block":
                 self._compute += self._gpu.ends(stage, rows)[0]
                 continue
-            self._save(stage.index - 1, micro)
+            self._save(stage.index - 1, micro_batch)
             self._compute += self._gpu.block(stage.index - 1, rows)[0]
 
     def _backward(self, stage: StageSpec) -> None:
         closing = self._closing[stage.index]
         for unit in closing:
             self._compute = max(self._compute, self._grad_slots[self._class(unit.index)].acquire())
-        for micro, rows in enumerate(self._rows):
+        for micro_batch, rows in enumerate(self._rows):
             if stage.kind != "block":
                 self._compute += self._gpu.ends(stage, rows)[1]
                 continue
-            key = (stage.index - 1, micro)
+            key = (stage.index - 1, micro_batch)
             leaves = bool(self._activations(*key).d2h)
             self._compute = max(self._compute, self._landing(key) if leaves else 0.0)
             self._compute = max(self._compute + self._gpu.block(stage.index - 1, rows)[1], self._spilled(rows))
@@ -222,11 +222,11 @@ class _Steps:
 
     # --- activations and gradients on their way out ------------------------------------------------------------
 
-    def _activations(self, block: int, micro: int) -> Traffic:
-        return self._out[block][micro == len(self._rows) - 1]
+    def _activations(self, block: int, micro_batch: int) -> Traffic:
+        return self._out[block][micro_batch == len(self._rows) - 1]
 
-    def _save(self, block: int, micro: int) -> None:
-        moved = self._activations(block, micro)
+    def _save(self, block: int, micro_batch: int) -> None:
+        moved = self._activations(block, micro_batch)
         if not moved.d2h:
             return
         if moved.ssd_written:
@@ -237,11 +237,11 @@ class _Steps:
         self._copies.append(self._d2h)
         if len(self._copies) > COPIES_BEHIND * len(self._rows):
             self._compute = max(self._compute, self._copies.popleft())
-        self._saved[block, micro] = self._d2h
+        self._saved[block, micro_batch] = self._d2h
         if moved.ssd_written:
             written = self._ssd.write(self._d2h, moved.ssd_written * self._price.ssd)
             self._staging_out.release(written)
-            self._saved[block, micro] = written
+            self._saved[block, micro_batch] = written
 
     def _leave(self, unit: UnitSpec) -> None:
         """A complete gradient: to DRAM, then to SSD or straight into its update."""

@@ -118,9 +118,9 @@ class _Engine:
                 self._weight_slots[self._class(unit)].release()
 
     def _forward(self, stage: StageSpec) -> Process:
-        for micro, rows in enumerate(self._rows):
+        for micro_batch, rows in enumerate(self._rows):
             if stage.kind == "block":
-                yield from self._save(stage.index - 1, micro)
+                yield from self._save(stage.index - 1, micro_batch)
                 seconds = self._m.gpu.block(stage.index - 1, rows)[0]
             else:
                 seconds = self._m.gpu.ends(stage, rows)[0]
@@ -130,19 +130,19 @@ class _Engine:
         closing = [u for u in self._closing[stage.index] if not self._plan.placement(u).on_gpu]
         for unit in closing:
             yield self._grad_slots[self._plan.class_of(unit)].acquire()
-        for micro, rows in enumerate(self._rows):
+        for micro_batch, rows in enumerate(self._rows):
             if stage.kind != "block":
                 yield from self._compute(f"{stage.name} backward", self._m.gpu.ends(stage, rows)[1])
                 continue
-            leaves = self._activations(stage.index - 1, micro).d2h > 0
+            leaves = self._activations(stage.index - 1, micro_batch).d2h > 0
             if leaves:
-                yield self._landed[stage.index - 1, micro]
+                yield self._landed[stage.index - 1, micro_batch]
             spilled = self._spill(stage.name, rows)
             yield from self._compute(f"{stage.name} backward", self._m.gpu.block(stage.index - 1, rows)[1])
             for copied in spilled:
                 yield copied
             if leaves:
-                del self._landed[stage.index - 1, micro]
+                del self._landed[stage.index - 1, micro_batch]
                 self._back_slots.release()
         for unit in closing:
             yield from self._leave(unit)
@@ -152,8 +152,8 @@ class _Engine:
 
     # --- what leaves the GPU ------------------------------------------------------------------------------------
 
-    def _activations(self, block: int, micro: int) -> Traffic:
-        return activation_traffic(self._plan, block, self._rows[micro])
+    def _activations(self, block: int, micro_batch: int) -> Traffic:
+        return activation_traffic(self._plan, block, self._rows[micro_batch])
 
     def _spill(self, name: str, rows: int) -> list[Event]:
         """What a block's second run saves, on its way out and back: each way begins with what is
@@ -162,25 +162,25 @@ class _Engine:
         ways = ((TwoWay.OUT, moved.d2h), (TwoWay.IN, moved.h2d))
         return [self._m.link.move(way, num_bytes, f"saved tensors {name}") for way, num_bytes in ways if num_bytes]
 
-    def _save(self, block: int, micro: int) -> Process:
-        moved = self._activations(block, micro)
+    def _save(self, block: int, micro_batch: int) -> Process:
+        moved = self._activations(block, micro_batch)
         if not moved.d2h:
             return
         if moved.ssd_written:
             yield self._staging_out.acquire()
-        copied = self._saved[block, micro]
+        copied = self._saved[block, micro_batch]
         if moved.ssd_written:
             copied = Event()
-            copied.then(lambda: self._clock.start(self._write_activation(block, micro, moved)))
-        self._leaving.put((moved.d2h, f"activations {block}.{micro}", copied))
+            copied.then(lambda: self._clock.start(self._write_activation(block, micro_batch, moved)))
+        self._leaving.put((moved.d2h, f"activations {block}.{micro_batch}", copied))
         self._copies.append(copied)
         if len(self._copies) > COPIES_BEHIND * len(self._rows):
             yield self._copies.popleft()
 
-    def _write_activation(self, block: int, micro: int, moved: Traffic) -> Process:
-        yield self._m.write(moved.ssd_written, f"activations {block}.{micro}", ACTIVATION)
+    def _write_activation(self, block: int, micro_batch: int, moved: Traffic) -> Process:
+        yield self._m.write(moved.ssd_written, f"activations {block}.{micro_batch}", ACTIVATION)
         self._staging_out.release()
-        self._saved[block, micro].set()
+        self._saved[block, micro_batch].set()
 
     def _leave(self, unit: UnitSpec) -> Process:
         moved, cls = gradient_traffic(self._plan, unit), self._plan.class_of(unit)

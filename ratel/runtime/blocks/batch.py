@@ -16,7 +16,7 @@ from ratel.runtime.blocks.loss import IGNORED, shifted_count, with_labels
 
 
 @dataclass(slots=True)
-class Micro:
+class MicroBatch:
     """One micro-batch on its way through the stages."""
 
     index: int
@@ -123,11 +123,12 @@ class Batch:
             part = map_tensors(lambda t: t[begin : begin + max_rows], self.content)
             yield replace(self, content=part, rows=min(max_rows, self.rows - begin))
 
-    def split(self, micro_rows: int, device: torch.device) -> list[Micro]:
+    def split(self, micro_rows: int, device: torch.device) -> list[MicroBatch]:
         """Micro-batches of at most ``micro_rows`` rows, on the device. A task's loss is a sum over
         targets, a user's a mean over rows."""
-        return [Micro(index, map_tensors(lambda t: t.to(device), part.content),
-                      share=1 / self.targets if self.parts.task else part.rows / self.rows, before=index * micro_rows * self.positions)
+        return [MicroBatch(index, map_tensors(lambda t: t.to(device), part.content),
+                           share=1 / self.targets if self.parts.task else part.rows / self.rows,
+                           before=index * micro_rows * self.positions)
                 for index, part in enumerate(self.cut(micro_rows))]
 
 

@@ -151,7 +151,7 @@ class BlockRuns:
 
     # --- running ------------------------------------------------------------------------------------------------
 
-    def first(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
+    def first(self, block: int, micro_batch: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         """Forward. What the block keeps is given to ``save`` while it runs."""
         key = self._key(block, hidden, inputs)
         known = key in self._traces  # else it is learned in backward
@@ -162,9 +162,9 @@ class BlockRuns:
         # needs.
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            return self._record(block, micro, leaf, inputs.with_leaves(), program, save).detach()
+            return self._record(block, micro_batch, leaf, inputs.with_leaves(), program, save).detach()
 
-    def second(self, block: int, micro: int, hidden: Tensor, inputs: BlockInputs, saved: dict[str, list[Tensor]],
+    def second(self, block: int, micro_batch: int, hidden: Tensor, inputs: BlockInputs, saved: dict[str, list[Tensor]],
                seed: Callable[[], None]) -> Tensor:
         """Run again with a graph for backward. ``saved``: what `first` gave to ``save``, by name.
 
@@ -174,7 +174,7 @@ class BlockRuns:
         if self._spiller is not None:
             with self._spiller.saving(given_to(self.parts, block, hidden, inputs)):
                 return self.parts.block(block, hidden, inputs)
-        program, extras = self._recorded.pop((block, micro), (None, {}))
+        program, extras = self._recorded.pop((block, micro_batch), (None, {}))
         if program is not None:
             results = {name: saved[name] + extras[name] for name in extras}
             try:
@@ -208,13 +208,13 @@ class BlockRuns:
         if self._spiller is not None:
             self._spiller.finish()
 
-    def _record(self, block: int, micro: int, leaf: Tensor, inputs: BlockInputs, program: Program,
+    def _record(self, block: int, micro_batch: int, leaf: Tensor, inputs: BlockInputs, program: Program,
                 save: Save) -> Tensor:
         recorder = Recorder(program, save)
         with saved_tensors_hooks(lambda tensor: None, lambda packed: packed), recorder:
             output = self.parts.block(block, leaf, inputs)
         if recorder.complete:
-            self._recorded[block, micro] = program, recorder.extras
+            self._recorded[block, micro_batch] = program, recorder.extras
         else:
             self._run_in_full(block, "it did not do what it did before")
         return output

@@ -40,7 +40,7 @@ blocks of 512 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroOutline:
+class MicroBatchOutline:
     """One micro-batch of a model."""
 
     rows: int
@@ -87,13 +87,13 @@ class Outline:
     def facts(self, rows: int, seq_len: int, *, spills: bool = False) -> BlockFacts:
         """What a plan is made from, for micro-batches of ``rows`` rows of ``seq_len`` tokens on a
         GPU."""
-        return self.micro(rows, seq_len, spills=spills).facts(self._parts.stored.import_element_bytes)
+        return self.micro_batch(rows, seq_len, spills=spills).facts(self._parts.stored.import_element_bytes)
 
     def close(self) -> None:
         """A module that was given gets its parameters back."""
         self._parts.close()
 
-    def micro(self, rows: int, seq_len: int, *, on_cuda: bool = True, spills: bool = False) -> MicroOutline:
+    def micro_batch(self, rows: int, seq_len: int, *, on_cuda: bool = True, spills: bool = False) -> MicroBatchOutline:
         """The outline of a micro-batch of ``rows`` rows of ``seq_len`` tokens. ``on_cuda``: with
         what CUDA's attention takes for itself. ``spills``: what second runs save goes to DRAM."""
         shapes = ShapesOnly(attention_scratch=on_cuda)
@@ -110,7 +110,7 @@ class Outline:
             runs = [self._run_block(shapes, stage, hidden, inputs, spill) for stage in self._kinds().values()]
             peaks = [peak for peak, _ in runs]
             peaks.append(self._run_tail(shapes, hidden, batch))
-        return MicroOutline(
+        return MicroBatchOutline(
             rows=rows, hidden_bytes=hidden.nbytes, has_chunked_loss=self._has_chunked_loss(rows, seq_len),
             activation_bytes=max(peaks) + (LIBRARY_BYTES if on_cuda else 0),
             spill=spill and replace(spill, region_bytes=max(used for _, used in runs)),

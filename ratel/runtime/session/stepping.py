@@ -20,11 +20,11 @@ def step(core: Core, given: Any, lr: float, *, trace: bool) -> StepResult:
     core.capacity.check(batch)
     if batch.targets == 0:
         raise nothing_to_learn()
-    micros = batch.split(core.plan.work.micro_rows, core.device)
+    micro_batches = batch.split(core.plan.work.micro_rows, core.device)
     recording = Recording(core.machinery) if trace else None  # last: what is refused must not leave it on
     core.meter.begin()
     with core.protected():
-        done = core.training.step(micros, targets=batch.targets, attempt=core.attempts, hyper=core.hyper(lr))
+        done = core.training.step(micro_batches, targets=batch.targets, attempt=core.attempts, hyper=core.hyper(lr))
         core.attempts += 1  # here, since an interrupt between a step and its counting must end the session, too
         core.updates_made += done.applied
     usage = core.meter.read()
@@ -63,6 +63,6 @@ def _evaluated(core: Core, given: Any) -> Iterable[tuple[float, int]]:
         core.flush()
         if part.targets:
             with core.protected():
-                micros = part.split(core.plan.work.micro_rows, core.device)
-                loss = core.training.evaluate(micros, targets=part.targets)
+                micro_batches = part.split(core.plan.work.micro_rows, core.device)
+                loss = core.training.evaluate(micro_batches, targets=part.targets)
             yield loss, part.targets

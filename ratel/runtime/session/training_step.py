@@ -12,7 +12,7 @@ from ratel.errors import NonFiniteError
 from ratel.planner.placement import closed_first
 from ratel.planner.plan import Plan
 from ratel.planner.shape import UnitSpec, forward_order
-from ratel.runtime.blocks.batch import Micro
+from ratel.runtime.blocks.batch import MicroBatch
 from ratel.runtime.blocks.runs import BlockRuns
 from ratel.runtime.session.machinery import Machinery
 from ratel.runtime.streams.step import VerticalStep
@@ -53,21 +53,21 @@ class Training:
         self._vertical = VerticalStep(blocks, plan, m.streamer, m.weights, m.activations, m.gradients, m.lanes, seed=seed,
                                       on_gradient=partial(hand_over, plan, m))
 
-    def step(self, micros: list[Micro], *, targets: int, attempt: int, hyper: Hyper) -> Outcome:
+    def step(self, micro_batches: list[MicroBatch], *, targets: int, attempt: int, hyper: Hyper) -> Outcome:
         """``attempt`` numbers the step for the random generators. Updates may go on in the
         background afterwards.
         """
         with self._m.lanes.computing():
-            return self._step(micros, targets, attempt, hyper)
+            return self._step(micro_batches, targets, attempt, hyper)
 
-    def evaluate(self, micros: list[Micro], *, targets: int) -> float:
+    def evaluate(self, micro_batches: list[MicroBatch], *, targets: int) -> float:
         with self._m.lanes.computing():
-            return float(self._vertical.evaluate(micros, targets=targets))
+            return float(self._vertical.evaluate(micro_batches, targets=targets))
 
-    def _step(self, micros: list[Micro], targets: int, attempt: int, hyper: Hyper) -> Outcome:
+    def _step(self, micro_batches: list[MicroBatch], targets: int, attempt: int, hyper: Hyper) -> Outcome:
         self._m.updates.ledger.begin_step()
         begun = self._begin_updates(hyper)
-        loss = self._vertical.train(micros, targets=targets, step=attempt, updates_follow=bool(begun))
+        loss = self._vertical.train(micro_batches, targets=targets, step=attempt, updates_follow=bool(begun))
         with self._m.exchange.tracing.waiting("norm"):
             norm = self._m.gradients.total_norm().cpu()  # waits for the whole backward pass
         loss_value, finite = float(loss), bool(torch.isfinite(norm))

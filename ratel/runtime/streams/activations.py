@@ -102,12 +102,12 @@ class Activations:
 
     # --- out ----------------------------------------------------------------------------------------------------
 
-    def save_input(self, block: int, micro: int, hidden: Tensor) -> None:
+    def save_input(self, block: int, micro_batch: int, hidden: Tensor) -> None:
         """A whole tensor that nobody writes to any more."""
         if (block, INPUT) in self._on_gpu:
-            self._kept[block, micro, INPUT] = [hidden]
+            self._kept[block, micro_batch, INPUT] = [hidden]
             return
-        leaving = self._begin(self._groups[block, INPUT], micro)
+        leaving = self._begin(self._groups[block, INPUT], micro_batch)
         self._copy_out(leaving, INPUT, [hidden])
         self._leaving.append((self._send(leaving), leaving.tensors))
         while len(self._leaving) > MAX_COPIES_BEHIND * self._plan.work.num_micro:
@@ -123,22 +123,22 @@ class Activations:
                 self._wait_copied(copied)
         self._leaving_inner.append([])
 
-    def save(self, block: int, micro: int, name: str, tensors: list[Tensor]) -> None:
+    def save(self, block: int, micro_batch: int, name: str, tensors: list[Tensor]) -> None:
         """One inner activation between ``begin`` and ``end``: whole tensors that nobody writes to
         any more."""
         if (block, name) in self._on_gpu:
-            self._kept[block, micro, name] = tensors
+            self._kept[block, micro_batch, name] = tensors
             return
         group = self._group_of[block, name]
-        key = (block, micro, group.what)
+        key = (block, micro_batch, group.what)
         if key not in self._open:
-            self._open[key] = self._begin(group, micro)
+            self._open[key] = self._begin(group, micro_batch)
         self._copy_out(self._open[key], name, tensors)
 
-    def end(self, block: int, micro: int) -> None:
+    def end(self, block: int, micro_batch: int) -> None:
         """The block has run; what it has not saved will not come."""
         for group in self._plan.groups_of(block):
-            key = (block, micro, group.what)
+            key = (block, micro_batch, group.what)
             if key in self._open:
                 leaving = self._open.pop(key)
                 self._leaving_inner[-1].append((self._send(leaving), leaving.tensors))
@@ -147,9 +147,9 @@ class Activations:
 
     # --- back ---------------------------------------------------------------------------------------------------
 
-    def kept(self, block: int, micro: int, name: str) -> list[Tensor] | None:
+    def kept(self, block: int, micro_batch: int, name: str) -> list[Tensor] | None:
         """What never left the GPU; given up by this call."""
-        return self._kept.pop((block, micro, name), None)
+        return self._kept.pop((block, micro_batch, name), None)
 
     def returned(self, key: Key, view: Tensor) -> dict[str, list[Tensor]]:
         """The tensors in the bytes that the streamer has brought back, by name; but those that
@@ -197,8 +197,8 @@ class Activations:
 
     # --- how ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, group: Group, micro: int) -> Leaving:
-        key, slot = (group.block, micro, group.what), None
+    def _begin(self, group: Group, micro_batch: int) -> Leaving:
+        key, slot = (group.block, micro_batch, group.what), None
         if group.tier == SSD:
             slot = self._staging_out[group.is_inner].acquire("SSD write", _label(key))
         host = slot.buffer[: self._disk_bytes(key)] if slot else self._in_dram[key]
@@ -262,8 +262,8 @@ class Activations:
 
     def _keys_on(self, tier: str) -> list[tuple[Key, int]]:
         """Everything that goes to the tier, with its bytes."""
-        return [((group.block, micro, group.what), group.num_bytes) for group in self._plan.groups if group.tier == tier
-                for micro in range(self._plan.work.num_micro)]
+        return [((group.block, micro_batch, group.what), group.num_bytes) for group in self._plan.groups if group.tier == tier
+                for micro_batch in range(self._plan.work.num_micro)]
 
     def _disk_bytes(self, key: Key) -> int:
         return align_up(self._groups[key[0], key[2]].num_bytes, PAGE_BYTES)
@@ -301,8 +301,8 @@ def _is_inner(key: Key) -> bool:
 
 
 def _label(key: Key) -> str:
-    block, micro, _ = key
-    return f"inside {block}.{micro}" if _is_inner(key) else f"checkpoint {block}.{micro}"
+    block, micro_batch, _ = key
+    return f"inside {block}.{micro_batch}" if _is_inner(key) else f"checkpoint {block}.{micro_batch}"
 
 
 def _sum(ranges: list[tuple[int, int]]) -> int:

@@ -124,9 +124,9 @@ def products_of(choice: Any, monkeypatch: pytest.MonkeyPatch, family: str = "lla
     """Made by the second run of block 1 in one step of one micro-batch."""
     products, second = Products(), BlockRuns.second
 
-    def counted(self: BlockRuns, block: int, micro: int, *args: Any) -> Tensor:
+    def counted(self: BlockRuns, block: int, micro_batch: int, *args: Any) -> Tensor:
         with products if block == 1 and measuring else nullcontext():
-            return second(self, block, micro, *args)
+            return second(self, block, micro_batch, *args)
 
     model, loss_fn = make(family)
     measuring = False

@@ -71,7 +71,7 @@ def allocated_peak(parts: models.Parts) -> int:
 def test_activations_take_what_the_allocator_hands_out(family: str, vocab_size: int, dtype: torch.dtype) -> None:
     """With the small vocabulary a block has the peak, with the large one the loss. A few scalars
     are not seen."""
-    found = Outline(config(family, vocab_size), dtype=dtype, max_seq_len=POSITIONS).micro(ROWS, POSITIONS, on_cuda=False)
+    found = Outline(config(family, vocab_size), dtype=dtype, max_seq_len=POSITIONS).micro_batch(ROWS, POSITIONS, on_cuda=False)
     parts = models.load(config(family, vocab_size), dtype=dtype, device=CPU)
     real = allocated_peak(parts)
     assert real - 256 <= found.activation_bytes <= 1.1 * real
@@ -85,7 +85,8 @@ def test_blocks_are_profiled_as_where_they_are_trained(family: str) -> None:
     real tensors."""
     outline = Outline(config(family, 512), dtype=torch.float32, max_seq_len=POSITIONS)
     parts = models.load(config(family, 512), dtype=torch.float32, device=CPU)
-    found, real = outline.micro(ROWS, POSITIONS).profiles, try_out(BlockRuns(parts), [Batch.of(parts, batch())], CPU, "recompute").profiles
+    found = outline.micro_batch(ROWS, POSITIONS).profiles
+    real = try_out(BlockRuns(parts), [Batch.of(parts, batch())], CPU, "recompute").profiles
     assert len(found) == len(real) == 2
     for ours, theirs in zip(found, real):
         assert [i.name for i in ours.inner] == [i.name for i in theirs.inner]
@@ -103,7 +104,7 @@ def test_the_workspace_of_an_h200_is_predicted_from_above_within_10_percent() ->
         measured.setdefault(work["micro_rows"], []).append(run["plan"]["gpu_bytes"]["workspace"])
     assert len(measured) >= 3
     for rows, found in measured.items():
-        predicted = outline.micro(rows, 1024).workspace_bytes
+        predicted = outline.micro_batch(rows, 1024).workspace_bytes
         assert max(found) <= predicted <= 1.1 * min(found), (rows, predicted, found)
 
 
@@ -113,7 +114,7 @@ def test_the_largest_preset_takes_no_memory() -> None:
     before = resident_bytes()
     reset_peak()
     outline = Outline("gpt-175b", dtype=torch.bfloat16, max_seq_len=1024)
-    assert outline.micro(8, 1024).activation_bytes > 4e9
+    assert outline.micro_batch(8, 1024).activation_bytes > 4e9
     assert peak_bytes() - before < 1e9
 
 
