@@ -214,7 +214,17 @@ def test_embeddings_keep_their_attributes_and_their_padding() -> None:
     dy = torch.randn_like(found)
     added = F.embedding(ids, (b @ a).t()) * layer.scale
     (da, db), (plain_da, plain_db) = (torch.autograd.grad(y, [a, b], dy) for y in (found, added))
-    assert not da[:, 1].any() and plain_da[:, 1].any(), "as in peft, padding does not train A"
+    theirs = peft_model(root_of_peft := Embedded(), peft.LoraConfig(r=2, target_modules=["embed"])).base_model.model
+    with torch.no_grad():
+        root_of_peft.embed.base_layer.weight.copy_(own.weight)
+        for which, values in (("A", a), ("B", b)):
+            getattr(theirs.embed, f"lora_embedding_{which}")["default"].copy_(values)
+    expected = theirs.embed(ids)
+    torch.testing.assert_close(found, expected)
+    leaves = [getattr(theirs.embed, f"lora_embedding_{which}")["default"] for which in "AB"]
+    for grad, other in zip((da, db), torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(grad, other)
+    assert not da[:, 1].any() and plain_da[:, 1].any(), "padding does not train A"
     torch.testing.assert_close(da[:, [0, 2, 3, 4, 5]], plain_da[:, [0, 2, 3, 4, 5]])
     torch.testing.assert_close(db, plain_db)
 
@@ -223,6 +233,9 @@ class Embedded(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.embed = nn.Embedding(6, 4, padding_idx=1, **options)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embed(ids)
 
 
 def test_an_embedding_that_is_written_to_is_refused() -> None:

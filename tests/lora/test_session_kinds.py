@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ratel.lora.adaptation import Adaptation
 from ratel.lora.describe.config import LoraConfig
+from ratel.lora.request import AdapterRequest
+from ratel.runtime.planning.outline import Outline
 from tests.lora.test_session import BETAS, EPS, LR, peft_of, rows_of, session_of, session_started, train_peft, written
 from tests.support.lora import make, peft_tensors
 
@@ -63,6 +66,18 @@ def test_steps_are_pefts(tmp_path: Path, case: str) -> None:
     for tensor_name, tensor in peft_tensors(reference).items():
         assert not torch.equal(trained[tensor_name], first[tensor_name]), tensor_name
         torch.testing.assert_close(trained[tensor_name], tensor, rtol=1e-4, atol=2e-5, msg=lambda text: f"{tensor_name}: {text}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plans_know_them_without_weights(case: str) -> None:
+    name, config = CASES[case]
+    outline = Outline(make(name).config, dtype=torch.float32, max_seq_len=9,
+                      additions=Adaptation(AdapterRequest(config=config, directory=None), seed=0, dtype=torch.float32))
+    assert outline.micro_batch(2, 9).activation_bytes > 0
+    with session_of(make(name), config) as session:
+        trained = {unit.name: unit.num_trainable for unit in session_started(session).plan.spec.units}
+    assert {unit.name: unit.num_trainable for unit in outline.spec.units} == trained
+    outline.close()
 
 
 def results(case: str, directory: Path, *, resumes: bool = False, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
