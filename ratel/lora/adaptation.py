@@ -21,10 +21,11 @@ from ratel.lora.files import StoredAdapter, named, read_adapter, tensors_of
 from ratel.lora.values.converted import converted_targets, converted_tensors
 from ratel.lora.values.fingerprint import digest_of, fingerprint
 from ratel.lora.values.initial import LayerTensors, initial, needs_weight, residual
-from ratel.models.checkpoints.weights import WeightSource, view
+from ratel.models.checkpoints.weights import WeightSource, WithFreshHead, view
 from ratel.models.safetensors.stored_bits import StoredBits
 from ratel.models.structure.skeleton import owners, placeholder
 from ratel.planner.shape import ParamSpec, UnitSpec
+from ratel.schema import shown
 
 
 class Adaptation:
@@ -143,11 +144,21 @@ class Adaptation:
 
     def check_base(self) -> None:
         """Refuse a model that the adapter that is gone on with was not made for, where it names its
-        own."""
+        own; and one with a new head that nothing would train."""
+        self._check_head()
         named = self.stored.base if self.stored is not None else None
         if named is not None and named != self.fingerprint():
             raise RatelError(f"was made for another base: its base has the fingerprint {named[:23]}..., this model {self.fingerprint()[:23]}...",
                              field=self._field, value=self._directory, remedy="Give the model that it was trained on")
+
+    def _check_head(self) -> None:
+        new = self.base.absent if isinstance(self.base, WithFreshHead) else frozenset()
+        frozen = sorted(new - {name for module in self.targets.full for name in module.parameters} - self.names.keys())
+        if frozen:
+            module = frozen[0].rpartition(".")[0]
+            raise RatelError(f"leaves out {module}, which the checkpoint does not have: it begins with random numbers, and would keep them",
+                             field=self._config.words["full"], value=shown(list(self._config.full)),
+                             remedy=f"Add {module}, to train it as a whole and store it with the adapter, as peft does")
 
     # --- values -------------------------------------------------------------------------------------------------
 

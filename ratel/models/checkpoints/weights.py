@@ -143,6 +143,11 @@ class WithFreshHead:
         self._absent: frozenset[str] = frozenset()
 
     @property
+    def absent(self) -> frozenset[str]:
+        """The parameters that are not in the checkpoint, once `complete` was called."""
+        return self._absent
+
+    @property
     def element_bytes(self) -> int:
         return self._stored.element_bytes
 
