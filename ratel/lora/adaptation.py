@@ -156,7 +156,7 @@ class Adaptation:
         frozen = sorted(new - {name for module in self.targets.full for name in module.parameters} - self.names.keys())
         if frozen:
             module = frozen[0].rpartition(".")[0]
-            raise RatelError(f"leaves out {module}, which the checkpoint does not have: it begins with random numbers, and would keep them",
+            raise RatelError(f"leaves out {module}, which is not in the checkpoint: it would keep the random numbers it begins with",
                              field=self._config.words["full"], value=shown(list(self._config.full)),
                              remedy=f"Add {module}, to train it as a whole and store it with the adapter, as peft does")
 

@@ -2,7 +2,7 @@
 time."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,8 +41,8 @@ def export_state(state: Path, out: Path, *, model: str | None = None, dtype: str
 
     ``model``, ``dtype``: by default the run's own, as its config.json has them. ``optimizer``: with
     the moments, for PyTorch. ``merge``: of a run that trained an adapter, its model with the adapter
-    added to the weights, not the adapter. ``ssd``: where the run's SSD files are, if they are not where they
-    were. Every chunk that is read is verified.
+    added to the weights, not the adapter. ``ssd``: where the run's SSD files are, if they are not
+    where they were. Every chunk that is read is verified.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RatelError("is not an empty directory", field="--out", value=out, remedy="Give one that does not exist")
@@ -80,10 +80,13 @@ def _export_state(path: Path, saved: SavedState, out: Path, model: str | None, d
         other = saved.other_state()
         if other is not None:
             parts.stored.set_other_state(other)
+        beside = _beside(parts, saved, source, options, optimizer)
         if adaptation is not None:
-            export_adapter(parts, adaptation, lambda unit: merged(saved, unit, parts), out, dtype=DTYPES[dtype or "fp32"])
+            export_adapter(parts, adaptation, lambda unit: merged(saved, unit, parts), out, dtype=DTYPES[dtype or "fp32"],
+                           beside=beside)
         else:
-            _export(parts, saved, out, dtype or options.get("dtype") or saved.training["dtype"], source, options, optimizer)
+            kind = DTYPES[dtype or options.get("dtype") or saved.training["dtype"]]
+            export_model(parts, lambda unit: [(0, merged(saved, unit, parts))], out, kind, beside)
     finally:
         parts.close()
     return out
@@ -95,11 +98,12 @@ def _adaptation(saved: SavedState) -> Adaptation | None:
     described = saved.training.get("adapter")
     if described is None:
         return None
-    return Adaptation(AdapterRequest(config=of_json(described)), seed=saved.training["seed"], dtype=DTYPES[saved.training["dtype"]])
+    training = saved.training
+    return Adaptation(AdapterRequest(config=of_json(described)), seed=training["seed"], dtype=DTYPES[training["dtype"]])
 
 
-def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str, options: dict[str, Any],
-            optimizer: bool) -> None:
+def _beside(parts: Parts, saved: SavedState, source: str, options: dict[str, Any], optimizer: bool) -> Callable[[Path], None]:
+    """Writes what lies beside the weights."""
     extra = saved.training["extra"]
     tokenizer, own = _tokenizer(source, options) if extra.get("has_tokenizer") else (None, None)  # before the long work
     if tokenizer is not None:
@@ -111,7 +115,7 @@ def _export(parts: Parts, saved: SavedState, out: Path, dtype: str, source: str,
         if tokenizer is not None:
             write_tokenizer(tokenizer, directory, own)
 
-    export_model(parts, lambda unit: [(0, merged(saved, unit, parts))], out, DTYPES[dtype], beside)
+    return beside
 
 
 def merged(saved: SavedState, unit: UnitSpec, parts: Parts) -> Tensor:
