@@ -125,9 +125,15 @@ class AdaptedWeight:
         return torch.matmul(self, other)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "data_ptr":
-            raise TypeError(f"a weight with an adapter has no {name}: it is no tensor")
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self.base if name in _OF_W else self.dense(), name)
+
+    def data_ptr(self) -> int:
+        """Transformers asks how W is aligned on a CPU. On other devices whoever asks is a kernel."""
+        if self.base.device.type != "cpu":
+            raise TypeError(f"{self.name} has an adapter: a kernel that takes its address would compute without it")
+        return self.base.data_ptr()
 
 
 def _elementwise(name: str) -> Callable[..., Tensor]:
