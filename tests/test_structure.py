@@ -49,7 +49,7 @@ def test_a_folder_is_told_apart_by_name(folder: str) -> None:
     assert crowded(ROOT, folder) == {}
 
 
-@pytest.mark.parametrize("folder", [*PRODUCT, "examples"])
+@pytest.mark.parametrize("folder", [*PRODUCT, "tests", "examples"])
 def test_a_file_is_read_in_one_sitting(folder: str) -> None:
     assert long_files(ROOT, folder) == {}
 

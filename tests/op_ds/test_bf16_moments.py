@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import op_ds
-from tests.op_ds.test_adamw import ADAM, adversarial_grad, isa, page_aligned, random_grad  # noqa: F401
+from tests.support.adamw import ADAM, adversarial_grad, isa, page_aligned, random_grad  # noqa: F401
 
 pytestmark = pytest.mark.native
 KEY = op_ds.rounding_key(3, 7, 2)

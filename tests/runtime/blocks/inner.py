@@ -1,19 +1,31 @@
 """Models whose blocks are hard to run a second time in part, and one way to train them all. No
 tests here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratel.memory import jitter
+from ratel.runtime.blocks import runs as block_runs
 from ratel.runtime.session.session import Session
 from tests.support.families import VOCAB, batches, build, loss_fn_of, patches_loss
 
 WIDTH = 32
+DEVICES = [pytest.param("cpu", marks=pytest.mark.numerics), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@contextmanager
+def everything_again() -> Iterator[None]:
+    """As if nothing were known about any block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_runs, "is_exact", lambda *_: False)
+        yield
 
 
 def gpt2_with_dropout() -> nn.Module:

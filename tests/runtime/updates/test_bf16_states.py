@@ -20,8 +20,8 @@ from ratel.runtime.updates.arithmetic import UPDATES
 from tests.op_ds.test_bf16_moments import defined_draws, rounded
 from tests.optimizer_state.states import DECAY, LR, Plain
 from tests.runtime.streams.test_placement import DEVICES, VARIANTS, run
-from tests.runtime.updates.test_speculative import NEVER, PLACES, guess, share  # noqa: F401
-from tests.runtime.updates.test_speculative import run as run_speculatively
+from tests.support.speculative import NEVER, PLACES, guess, share  # noqa: F401
+from tests.support.speculative import run as run_speculatively
 from tests.support.families import ROWS, Reference, batches, build
 from tests.support.sessions import MIXED, SMALL, assert_same, everything, open_session, with_frozen
 
