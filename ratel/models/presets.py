@@ -90,6 +90,6 @@ def _suggestion(name: str) -> str:
     if "/" in name or "." in name.partition("-")[0]:
         return give
     close = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
-    known = f"Presets are {', '.join(PRESETS)}"
+    all_of_them = f"Presets are {', '.join(PRESETS)}"
     close_by = " or ".join(close)
-    return f"{f'Did you mean {close_by}? ' if close else ''}{give}. {known}"
+    return f"{f'Did you mean {close_by}? ' if close else ''}{give}. {all_of_them}"

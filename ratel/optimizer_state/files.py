@@ -78,21 +78,21 @@ class MomentFiles:
         return steps[first]
 
     def _differences(self, params: Iterable[ParamSpec]) -> Iterator[str]:
-        known = set()
+        names = set()
         for param in params:
             for moment in MOMENTS:
                 key = self._key(moment, param)
                 if key is None:
                     yield f"it lacks {key_of(moment, param.name)}"
                     continue
-                known.add(key)
+                names.add(key)
                 stored = self._files.tensors[key]
                 if stored.shape != param.shape:
                     yield f"{key} is {list(stored.shape)}, the model needs {list(param.shape)}"
                 if stored.dtype_name != "F32":
                     yield f"{key} is stored as {stored.dtype_name}, not as F32"
         for key in self._files.tensors:
-            if key not in known:
+            if key not in names:
                 yield f"it has {key}, which is of no parameter that is trained here"
 
     def _key(self, moment: str, param: ParamSpec) -> str | None:

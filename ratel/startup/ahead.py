@@ -42,9 +42,9 @@ def begin_ahead(config: TrainConfig) -> None:
 def _begin_mapping(config: TrainConfig, files: list[Path], most: int) -> None:
     """What the arena took in an earlier start; else what states may take at most."""
     threads = worker_cores()
-    known = probe_cache.load(_key(config), lambda content: int(content["arena_bytes"]))
-    if known is not None and region_bytes(known) <= most:
-        arena_ahead.begin(region_bytes(known), threads, pins=True)
+    num_bytes = probe_cache.load(_key(config), lambda content: int(content["arena_bytes"]))
+    if num_bytes is not None and region_bytes(num_bytes) <= most:
+        arena_ahead.begin(region_bytes(num_bytes), threads, pins=True)
         return
     weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
     budget = min(config.dram or most, most) - _PROCESS_BYTES  # a budget may be larger than the machine

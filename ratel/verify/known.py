@@ -61,17 +61,19 @@ def quick_verdict(module: nn.Module, task: str, note: Any) -> Verdict | None:
     except Exception as error:  # a configuration of any kind: it may not suit the rules of its class when it is small
         return Verdict(name=model_class.__name__, task=task, refused=f"no small configuration: {one_line(error, 160)}")
     key = _key(model_class, config, task)
-    known = probe_cache.load(key, Verdict.from_json)
-    if known is None:
+    verdict = probe_cache.load(key, Verdict.from_json)
+    if verdict is None:
         note(f"{model_class.__name__} is new here: a small copy of it is checked once")
         try:
             with phases.as_one("check of the family"), arena_ahead.put_aside():
-                known = check_class(model_class, config, task, is_quick=True)
+                verdict = check_class(model_class, config, task, is_quick=True)
         except (OSError, SafetensorError) as error:  # no room among the temporary files: not kept, since there may be some later
             return Verdict(name=model_class.__name__, task=task, refused=f"no small copy was written: {one_line(error, 160)}")
-        if not known.refused:  # what kept it from being checked, as memory that was short just now, may not be there the next time
-            probe_cache.store(key, known.to_json())
-    return known
+        # What kept it from being checked, as memory that was short just now, may not be there the
+        # next time.
+        if not verdict.refused:
+            probe_cache.store(key, verdict.to_json())
+    return verdict
 
 
 def refuse_wrong(verdict: Verdict) -> None:

@@ -30,11 +30,11 @@ class MaskFunctions:
     def __init__(self, module: nn.Module) -> None:
         from transformers import masking_utils
 
-        known = [getattr(masking_utils, name) for name in _FUNCTIONS if hasattr(masking_utils, name)]
+        functions = [getattr(masking_utils, name) for name in _FUNCTIONS if hasattr(masking_utils, name)]
         sources = {type(child).__module__ for child in module.modules()}
         self._places: list[tuple[ModuleType, str, Callable]] = [
             (sys.modules[source], name, value) for source in sorted(sources) if source in sys.modules
-            for name, value in vars(sys.modules[source]).items() if any(value is function for function in known)]
+            for name, value in vars(sys.modules[source]).items() if any(value is function for function in functions)]
 
     @contextmanager
     def shown(self, position_ids: Tensor) -> Iterator[None]:

@@ -72,8 +72,8 @@ class Task:
         """Whether a class of transformers has the head for it."""
         import transformers
 
-        known = getattr(transformers, _AUTO[self.name])._model_mapping._model_mapping.values()
-        return class_name in {name for names in known for name in ((names,) if isinstance(names, str) else names)}
+        classes = getattr(transformers, _AUTO[self.name])._model_mapping._model_mapping.values()
+        return class_name in {name for names in classes for name in ((names,) if isinstance(names, str) else names)}
 
     def check_module(self, module: nn.Module) -> None:
         if not self.is_done_by(type(module).__name__):

@@ -188,9 +188,9 @@ class CheckpointSource:
         config.json with too few layers looks the same."""
         if not unused:
             return
-        known = [*(getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+        ignored = [*(getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
         buffers = {name for name, _ in self._module.named_buffers()}
-        strange = [name for name in unused if name not in buffers and not any(re.search(k, name) for k in known)]
+        strange = [name for name in unused if name not in buffers and not any(re.search(k, name) for k in ignored)]
         if strange:
             log.warning("%s: of the weights %s are not used: config.json has no place for them", self._directory, _few(strange))
 

@@ -64,14 +64,14 @@ def family_of(module: nn.Module) -> Family:
         with _quietly():
             small = shrunken(config)
         key = _key(type(module), small, attention)
-        known = _KNOWN.get(json.dumps(key, sort_keys=True)) or probe_cache.load(key, lambda content: Family(**content))
-        if known is None:
-            known = _try(type(module), small, attention)
-            if known.is_causal is None and count_elements(module) <= SMALL_ELEMENTS:
-                known = _try(type(module), config, attention)
-            probe_cache.store(key, asdict(known))
-        _KNOWN[json.dumps(key, sort_keys=True)] = known
-        return known
+        family = _KNOWN.get(json.dumps(key, sort_keys=True)) or probe_cache.load(key, lambda content: Family(**content))
+        if family is None:
+            family = _try(type(module), small, attention)
+            if family.is_causal is None and count_elements(module) <= SMALL_ELEMENTS:
+                family = _try(type(module), config, attention)
+            probe_cache.store(key, asdict(family))
+        _KNOWN[json.dumps(key, sort_keys=True)] = family
+        return family
     except Exception as error:  # whatever configurations of others do
         return _untried(error)
 

@@ -154,8 +154,8 @@ class BlockRuns:
     def first(self, block: int, micro_batch: int, hidden: Tensor, inputs: BlockInputs, save: Save) -> Tensor:
         """Forward. What the block keeps is given to ``save`` while it runs."""
         key = self._key(block, hidden, inputs)
-        known = key in self._traces  # else it is learned in backward
-        if not known or not self._kept[block] or self._runs_in_full(block):
+        is_traced = key in self._traces  # else it is learned in backward
+        if not is_traced or not self._kept[block] or self._runs_in_full(block):
             return self.plain(block, hidden, inputs)
         program = self._program(key, self._kept[block])
         # With a graph, as in the second run: without one, attention leaves out what its backward
@@ -241,10 +241,10 @@ class BlockRuns:
         self._programs.clear()
         return output
 
-    def _program(self, known: tuple[int, Form], kept: dict[str, int]) -> Program:
-        key = (*known, tuple(kept.items()))
+    def _program(self, trace_key: tuple[int, Form], kept: dict[str, int]) -> Program:
+        key = (*trace_key, tuple(kept.items()))
         if key not in self._programs:
-            found = self._traces[known]
+            found = self._traces[trace_key]
             fitting = {name: number for name, number in inner_numbers(found).items()
                        if kept_bytes(found.ops[number]) <= kept.get(name, 0)}
             self._programs[key] = Program.make(found, fitting)

@@ -61,8 +61,8 @@ def _places(m: Machinery) -> Places:
 
 
 def _of_ssd(transfer: "native.nvme_ds.IoSpan", places: Places) -> Span:
-    known = places.get(transfer.volume)
-    name = known[bisect_right(known, transfer.offset, key=lambda item: item[0]) - 1][1] if known else _CLASSES[
+    planes = places.get(transfer.volume)
+    name = planes[bisect_right(planes, transfer.offset, key=lambda item: item[0]) - 1][1] if planes else _CLASSES[
         transfer.priority]
     return Span(lane=f"ssd {transfer.op} {transfer.directory}", name=name, begin_s=transfer.begin_s, end_s=transfer.end_s,
                 num_bytes=transfer.num_bytes)
