@@ -121,7 +121,7 @@ def stored(directory: Path, name: str = "llama", **settings: Any) -> Path:
 
 def test_an_adapter_for_another_base(tmp_path: Path) -> None:
     adapter = stored(tmp_path / "adapter")
-    refused("or was made for another base", adapter, "gpt2")
+    refused("fits no layer of the model (given: down_proj", adapter, "gpt2")
     model = make("llama", seed=1)
     with pytest.raises(RatelError, match="lora: was made for another base: its base has the fingerprint"):
         Session(model, lora=adapter, device="cpu", dtype="fp32")
