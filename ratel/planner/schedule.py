@@ -30,7 +30,7 @@ class Gather:
 
 def _stage_order(plan: Plan, training: bool) -> list[int]:
     stages = [s.index for s in plan.spec.stages]
-    return stages + stages[-2::-1] if training else stages
+    return stages + [s.index for s in plan.spec.backward_stages[1:]] if training else stages
 
 
 def unit_gathers(plan: Plan, *, training: bool, updates_follow: bool = True) -> list[tuple[int, Gather]]:

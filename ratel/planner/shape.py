@@ -149,6 +149,13 @@ class ModelSpec:
         return any(unit.fp32 for unit in self.units)
 
     @cached_property
+    def backward_stages(self) -> tuple[StageSpec, ...]:
+        """In the order of backward. What is before the blocks has none where nothing of it is
+        trained."""
+        trains_first = any(self.units[unit].num_trainable for unit in self.stages[0].units)
+        return self.stages[::-1] if trains_first else self.stages[:0:-1]
+
+    @cached_property
     def closing_order(self) -> tuple[UnitSpec, ...]:
         """Trained units in the order in which their gradients become complete."""
         closing = closing_units(self)

@@ -7,6 +7,7 @@ import torch
 
 from ratel.lora.describe.config import LoraConfig
 from ratel.memory import jitter
+from ratel.planner.schedule import gathers
 from ratel.runtime.session.session import Session
 from tests.support.families import batches, build
 from tests.support.late_lanes import late_lanes
@@ -74,3 +75,12 @@ def test_micro_batches_draw_the_same_masks(ssd_dir) -> None:
     losses = [[loss for loss, _ in run(ssd_dir, "cpu", tier="dram", micro_batch=rows)[0]] for rows in (1, 2, 4)]
     for other in losses[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(losses[0]), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.numerics
+def test_a_frozen_embedding_comes_once_a_step(ssd_dir) -> None:
+    """Backward ends at the first block: nothing before it is trained."""
+    with Session(build("llama"), lora=4, device="cpu", dtype="bf16", tier="dram", micro_batch=2, max_grad_norm=0) as session:
+        session.step(batches("llama", 1)[0])
+        names = [session.plan.spec.units[gather.unit].name for gather in gathers(session.plan, training=True) if gather.is_unit]
+    assert names.count("pre") == 1 and names.count("block.0") == 2

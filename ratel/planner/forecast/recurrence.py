@@ -156,7 +156,7 @@ class _Steps:
             self._using(stage, lambda stage=stage: self._forward(stage))
         forward_s = self._compute - computed
         self._price = self._prices[1]
-        for stage in reversed(self._plan.spec.stages):
+        for stage in self._plan.spec.backward_stages:
             self._using(stage, lambda stage=stage: self._backward(stage))
         self._norm_known = self._compute
         self._compute += sum(self._gpu.update(u) for u in self._plan.spec.units if self._plan.placement(u).on_gpu)

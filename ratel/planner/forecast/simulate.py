@@ -98,7 +98,7 @@ class _Engine:
         stages = self._plan.spec.stages
         for stage in stages[:-1]:
             yield from self._using(stage, self._forward(stage))
-        for stage in reversed(stages):
+        for stage in self._plan.spec.backward_stages:
             yield from self._using(stage, self._backward(stage))
 
     def _compute(self, name: str, seconds: float) -> Process:

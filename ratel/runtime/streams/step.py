@@ -59,9 +59,11 @@ class VerticalStep:
             loss = self._turn(micro_batches, targets, step)
             if self._balance is not None:
                 loss += self._balance.value()
-            for stage in reversed(self._stages[1:-1]):
-                self._backward_block(stage, micro_batches, step)
-            self._backward_pre(micro_batches, step)
+            for stage in self._plan.spec.backward_stages[1:]:
+                backward = self._backward_block if stage.kind == "block" else self._backward_pre
+                backward(stage, micro_batches, step)
+        for micro_batch in micro_batches:
+            micro_batch.grad = micro_batch.inputs = None
         self._first = None
         return loss
 
@@ -191,8 +193,7 @@ class VerticalStep:
         routed = [each for each in self._parts.routing.take() if each.requires_grad]
         return routed, self._balance.gradients(routed, shown)
 
-    def _backward_pre(self, micro_batches: list[MicroBatch], step: int) -> None:
-        stage = self._stages[0]
+    def _backward_pre(self, stage: StageSpec, micro_batches: list[MicroBatch], step: int) -> None:
         with self._using(stage), self._accumulating(stage):
             for micro_batch in micro_batches:
                 with self._computing(stage, micro_batch, step, "backward"):
@@ -206,7 +207,6 @@ class VerticalStep:
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        micro_batch.grad = micro_batch.inputs = None
 
     # --- what a stage needs around it ---------------------------------------------------------------------------
 
