@@ -49,6 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--dram", default="100GiB")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--no-starts", action="store_true", help="leave out the start")
     parser.add_argument("--no-ssd-steps", action="store_true", help="leave out steps with states on SSD")
     parser.add_argument("--budget-s", type=float, default=550)
     parser.add_argument("--json")
@@ -117,7 +118,8 @@ def measure(args: argparse.Namespace) -> Report:
         for tree in trees.values():
             build_native(tree)
         envs = {name: environment(tree, root, name) for name, tree in trees.items()}
-        measure_starts(args, report, clock, root, envs)
+        if not args.no_starts:
+            measure_starts(args, report, clock, root, envs)
         measure_steps(args, report, clock, root, trees, envs)
     finally:
         shutil.rmtree(root, ignore_errors=True)
