@@ -154,6 +154,25 @@ def test_directories_that_are_cut_off(tmp_path: Path) -> None:
     refused("holds no adapter_config.json, and is no adapter of peft's", tmp_path / "c")
 
 
+@pytest.mark.parametrize("other", (
+    dict(lora=5), dict(lora_alpha=3), dict(lora_dropout=0.1), dict(lora_targets="q_proj"), dict(lora_exclude="q_proj"),
+    dict(lora_parameters="a.b"), dict(lora_init="pissa"), dict(rslora=True), dict(dora=True), dict(lora_rank_pattern="q=2"),
+    dict(lora_alpha_pattern="q=2"), dict(lora_full="lm_head"), dict(lora_layers="1"), dict(lora_layers_pattern="h"), dict(lora_tied=True),
+    dict(lora_graph="flops")))
+def test_a_plan_for_another_adapter_is_another_one(other: dict[str, Any]) -> None:
+    """What is remembered of plans has these in its key."""
+    assert SessionOptions(**{"lora": 4, **other}).of_plan != SessionOptions(lora=4).of_plan
+
+
+def test_a_plan_counts_the_products_that_it_makes() -> None:
+    """A frozen weight has no gradient."""
+    found = ratel.plan("llama-1b", lora=ratel.LoraConfig(rank=16), hardware="4090", batch_size=8, seq_len=256, gpu_memory="24GiB",
+                       dram="64GiB", advice=False)
+    spec, rate = found.plan.spec, found.prediction.tokens_per_s
+    flops = (4 * spec.num_params + 2 * spec.num_trainable_params) * rate
+    assert f"{flops / 1e12:,.1f} TFLOP/s counted as 6 per parameter and token, 4 where it is frozen" in found.describe()
+
+
 def test_a_plan_has_the_adapter() -> None:
     plan = ratel.plan("llama-1b", lora=16, hardware="4090", batch_size=8, seq_len=256, gpu_memory="24GiB", dram="64GiB").plan
     whole = ratel.plan("llama-1b", hardware="4090", batch_size=8, seq_len=256, gpu_memory="24GiB", dram="64GiB").plan

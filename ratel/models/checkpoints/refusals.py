@@ -23,8 +23,8 @@ def refuse_directory(directory: Path) -> None:
     adapter = directory / "adapter_config.json"
     if adapter.exists():
         raise RatelError(f"holds an adapter (PEFT){_base_of(adapter)}, not a model alone", field="model", value=directory,
-                         remedy="Merge it into its model (ratel export --adapter DIR --model BASE --out NEW), or remove adapter_config.json "
-                                "to train the model without it")
+                         remedy="Give its base, and this as --lora to go on with it; or merge it (ratel export --adapter DIR --model BASE "
+                                "--out NEW), or remove adapter_config.json to train the model without it")
     if (directory / "config.json").exists():
         return
     for names, what, remedy in _FOREIGN:
@@ -135,9 +135,9 @@ def refuse_adapted(module: nn.Module) -> None:
     """A module that PEFT has put adapters into."""
     if any(cls.__name__ == "PeftModel" for cls in type(module).__mro__) or getattr(module, "_hf_peft_config_loaded", False) or any(
             cls.__name__ == "BaseTunerLayer" for layer in module.modules() for cls in type(layer).__mro__):
-        raise RatelError("has adapters of PEFT in it, and Ratel trains every parameter of a model", field="model",
+        raise RatelError("has adapters of PEFT in it, and Ratel puts on its own", field="model",
                          value=type(module).__name__, remedy="Give model.merge_and_unload(), which has them in its weights, or the "
-                                                             "model without adapters")
+                                                             "model without them, and lora= the directory of the adapter")
 
 
 def _base_of(adapter: Path) -> str:

@@ -62,9 +62,10 @@ class Report:
         yield "\n".join(describe_plan(plan).splitlines()[:1])
         yield (f"{plan.work.rows} x {plan.work.seq_len} tokens a step, micro-batches of {plan.work.micro_rows}, "
                f"{describe_optimizer(plan)}, {plan.formats.compute.name}")
-        flops = 6.0 * plan.spec.num_params * prediction.tokens_per_s
+        frozen = plan.spec.num_params - plan.spec.num_trainable_params
+        flops = (6.0 * plan.spec.num_params - 2.0 * frozen) * prediction.tokens_per_s
         yield (f"step {format_seconds(prediction.step_s)}: {prediction.tokens_per_s:,.0f} tokens/s, "
-               f"{flops / 1e12:,.1f} TFLOP/s counted as 6 per parameter and token")
+               f"{flops / 1e12:,.1f} TFLOP/s counted as 6 per parameter and token{', 4 where it is frozen' if frozen else ''}")
         if plan.early:
             clipped_s = predict(plan.while_clipped, self.hardware).step_s
             yield f"while gradients are clipped, {format_seconds(clipped_s)}: no update is made before their norm is known"
