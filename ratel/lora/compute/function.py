@@ -4,10 +4,10 @@ Saved are X and references to weights and adapters, never a mask; ``fused`` also
 where it is small beside X.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,7 @@ class Frozen:
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _How:
+class _How(NamedTuple):
     """What autograd does not look into."""
 
     scales: tuple[float, ...]
@@ -66,17 +65,23 @@ def adapted_linears(x: Tensor, bases: Sequence[Frozen], adapters: Sequence[Adapt
     ``graph``: see ``choice.choose``.
     """
     assert len(bases) == len(adapters) and (dropout is None or len(dropout.draw) == 1 + len(bases)), "one of each for each linear"
-    if len({adapter.rank for adapter in adapters}) > 1:
+    if len(adapters) > 1 and len({adapter.rank for adapter in adapters}) > 1:
         return tuple(adapted_linear(x, base, adapter, _of(dropout, index), graph)
                      for index, (base, adapter) in enumerate(zip(bases, adapters, strict=True)))
     draw, p = (dropout.draw, dropout.p) if dropout is not None and threshold(dropout.p) else (None, 0.0)
-    size = Size(rows=x.numel() // max(1, x.shape[-1]), inputs=x.shape[-1], outputs=bases[0].weight.shape[0],
-                rank=adapters[0].rank, drops=draw is not None, element_bytes=x.element_size())
-    forward, backward = choice.choose(graph, size, x.device, x.dtype)
-    how = _How(scales=tuple(float(adapter.scale) for adapter in adapters), p=p, forward=forward, backward=backward)
+    forward, backward = _orders(graph, x, bases[0], adapters[0], draw is not None)
+    how = _How(tuple([float(adapter.scale) for adapter in adapters]), p, forward, backward)
     tensors = [tensor for base, adapter in zip(bases, adapters, strict=True)
                for tensor in (base.weight, base.bias, adapter.a, adapter.b)]
     return _Adapted.apply(x, draw, how, *tensors)
+
+
+def _orders(graph: str, x: Tensor, base: Frozen, adapter: Adapter, drops: bool) -> choice.Choice:
+    if graph == "auto":
+        return choice.FUSED, choice.FUSED
+    size = Size(rows=x.numel() // max(1, x.shape[-1]), inputs=x.shape[-1], outputs=base.weight.shape[0], rank=adapter.rank,
+                drops=drops, element_bytes=x.element_size())
+    return choice.choose(graph, size, x.device, x.dtype)
 
 
 def _of(dropout: Dropout | None, index: int) -> Dropout | None:
@@ -84,101 +89,113 @@ def _of(dropout: Dropout | None, index: int) -> Dropout | None:
 
 
 class _Adapted(torch.autograd.Function):
+    """Where ``fused`` computes, A is rounded once for all linears and B where kernels read it;
+    other orders get both rounded."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, draw: Tensor | None, how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.how = how
-        flat = x.reshape(-1, x.shape[-1])
-        parts = [(w, bias, a.to(x.dtype), b.to(x.dtype)) for w, bias, a, b in _fours(tensors)]
+        flat, parts = _flat(x), _fours(tensors)
+        a = _stacked(parts, x.dtype)
         if how.forward == choice.FUSED:
-            ys, s = _fused_forward(flat, draw, how, parts)
+            ys, s = _fused_forward(flat, draw, how, parts, a)
         else:
-            ys, s = [FORWARD[how.forward](given) for given in _givens(flat, draw, how, parts)], None
-        rank = parts[0][2].shape[0]
-        kept = s if s is not None and rank * SMALL_SHARE <= x.shape[-1] else None
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        ctx.save_for_backward(x, draw, kept, *(tensor for part in parts for tensor in part))
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+            ys, s = [FORWARD[how.forward](given) for given in _givens(flat, draw, how, parts, a)], None
+        kept = s if s is not None and parts[0][2].shape[0] * SMALL_SHARE <= x.shape[-1] else None
+        ctx.dtypes = [part[2].dtype for part in parts]
+        ctx.save_for_backward(x, draw, kept, a, *[tensor for w, bias, _, b in parts for tensor in (w, bias, b)])
+        return tuple(ys) if x.dim() == 2 else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, draw, s, *tensors = ctx.saved_tensors
-        flat, parts = x.reshape(-1, x.shape[-1]), _fours(tensors)
-        flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        x, draw, s, a, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        flat, flat_dys = _flat(x), [None if dy is None else _flat(dy) for dy in dys]
+        rank = a.shape[0] // len(dys)
+        parts = [(*tensors[n:n + 2], None, tensors[n + 2]) for n in range(0, len(tensors), 3)]
         run = _fused_backward if ctx.how.backward == choice.FUSED else _graph_backward
-        dx, adapters = run(flat, draw, ctx.how, parts, flat_dys, s, ctx.needs_input_grad[0])
+        dx, adapters = run(flat, draw, ctx.how, parts, a, flat_dys, s, needs[0], ctx.dtypes)
         grads: list[Tensor | None] = []
         for index, (dy, (da, db)) in enumerate(zip(flat_dys, adapters, strict=True)):
-            wants_w, wants_bias, *_ = ctx.needs_input_grad[3 + 4 * index:]
+            wants_w, wants_bias = needs[3 + 4 * index:5 + 4 * index]
             grads += [dy.t() @ flat if wants_w and dy is not None else None,
                       dy.sum(0) if wants_bias and dy is not None else None, da, db]
-        cast = [grad if grad is None or grad.dtype == dtype else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None if dx is None else dx.view(x.shape), None, None, *cast
+        return None if dx is None else dx.view(x.shape), None, None, *grads
 
 
-Part = tuple[Tensor, Tensor | None, Tensor, Tensor]
-"""W, bias, A, B."""
+Part = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
+"""W, bias, A (None in backward), B."""
 Grads = tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]
 """dX, and dA and dB of each linear."""
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _fours(tensors: Sequence[Tensor | None]) -> list[Any]:
-    return [tuple(tensors[begin:begin + 4]) for begin in range(0, len(tensors), 4)]
+    return [tensors[begin:begin + 4] for begin in range(0, len(tensors), 4)]
 
 
-def _givens(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]) -> list[Given]:
+def _stacked(parts: list[Part], dtype: torch.dtype) -> Tensor:
+    """All A, one below the other."""
+    whole = parts[0][2] if len(parts) == 1 else torch.cat([part[2] for part in parts])
+    return whole if whole.dtype == dtype else whole.to(dtype)
+
+
+def _columns(s: Tensor, count: int) -> Sequence[Tensor]:
+    return (s,) if count == 1 else s.chunk(count, 1)
+
+
+def _givens(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], a: Tensor) -> list[Given]:
     masks = [None if draw is None else partial(_dropped, draw=draw, p=how.p, index=index) for index in range(len(parts))]
-    return [Given(x=x, w=w, bias=bias, a=a, b=b, scale=scale, mask=mask)
-            for (w, bias, a, b), scale, mask in zip(parts, how.scales, masks, strict=True)]
+    return [Given(x=x, w=w, bias=bias, a=one, b=b.to(x.dtype), scale=scale, mask=mask)
+            for (w, bias, _, b), one, scale, mask in zip(parts, a.chunk(len(parts)), how.scales, masks, strict=True)]
 
 
 def _dropped(x: Tensor, draw: Tensor, p: float, index: int) -> Tensor:
     return ops.dropped(x, draw, p, index)
 
 
-def _graph_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], dys: list[Tensor | None], _: Tensor | None,
-                    wants_x: bool) -> Grads:
+def _graph_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], a: Tensor, dys: list[Tensor | None],
+                    _: Tensor | None, wants_x: bool, dtypes: list[torch.dtype]) -> Grads:
     total, adapters = None, []
-    for given, dy in zip(_givens(x, draw, how, parts), dys, strict=True):
+    for given, dy, dtype, part in zip(_givens(x, draw, how, parts, a), dys, dtypes, parts, strict=True):
         if dy is None:
             adapters.append((None, None))
             continue
         da, db, dx = BACKWARD[how.backward].run(given, dy, wants_x)
-        adapters.append((da, db))
+        adapters.append((da.to(dtype), db.to(part[3].dtype)))
         total = dx if total is None or dx is None else total.add_(dx)
     return total, adapters
 
 
-def _fused_forward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part]) -> tuple[list[Tensor], Tensor]:
-    s = ops.down(x, _stacked(parts), draw, how.p)
-    return [ops.linear(x, w, bias, columns, b, scale)
-            for columns, (w, bias, _, b), scale in zip(_columns(s, parts), parts, how.scales, strict=True)], s
+def _fused_forward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], a: Tensor) -> tuple[list[Tensor], Tensor]:
+    call = _caller(x)
+    s = call("down", x, a, draw, how.p)
+    return [call("linear", x, w, bias, columns, b, scale)
+            for columns, (w, bias, _, b), scale in zip(_columns(s, len(parts)), parts, how.scales, strict=True)], s
 
 
-def _fused_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], dys: list[Tensor | None], s: Tensor | None,
-                    wants_x: bool) -> Grads:
+def _fused_backward(x: Tensor, draw: Tensor | None, how: _How, parts: list[Part], a: Tensor, dys: list[Tensor | None],
+                    s: Tensor | None, wants_x: bool, dtypes: list[torch.dtype]) -> Grads:
     """dS and dB in one reading of each dY; then dA, and dX of all linears in one product."""
-    a, rank = _stacked(parts), parts[0][2].shape[0]
-    s = _call("down", x, a, draw, how.p) if s is None else s
-    ups = [(torch.zeros_like(columns), None) if dy is None else _call("up_grads", dy, part[3], columns, scale)
-           for dy, part, columns, scale in zip(dys, parts, _columns(s, parts), how.scales, strict=True)]
-    ds = ups[0][0] if len(ups) == 1 else torch.cat([ds for ds, _ in ups], dim=1)
-    da = _call("a_grads", x, ds, a, draw, how.p)
+    call, count = _caller(x), len(parts)
+    s = call("down", x, a, draw, how.p) if s is None else s
+    ups = [(torch.zeros_like(columns), None) if dy is None else call("up_grads", dy, part[3], columns, scale)
+           for dy, part, columns, scale in zip(dys, parts, _columns(s, count), how.scales, strict=True)]
+    ds = ups[0][0] if count == 1 else torch.cat([ds for ds, _ in ups], dim=1)
+    da = call("a_grads", x, ds, a, draw, how.p, dtypes[0])
     reached = [(dy, part[0]) for dy, part in zip(dys, parts, strict=True) if dy is not None]
-    dx = _call("input_grad", [dy for dy, _ in reached], [w for _, w in reached], ds, a, draw, how.p) if wants_x else None
-    das = da.split(rank) if len(parts) > 1 else [da]
+    dx = call("input_grad", [dy for dy, _ in reached], [w for _, w in reached], ds, a, draw, how.p) if wants_x else None
+    das = da.chunk(count) if count > 1 else (da,)
     return dx, [(None if db is None else da, db) for da, (_, db) in zip(das, ups, strict=True)]
 
 
-def _call(name: str, *args: Any) -> Any:
-    """In backward nobody traces: only a compiler needs to see operations there, and the dispatcher
-    takes as long as a launch."""
-    return getattr(ops, name)(*args) if torch.compiler.is_compiling() else ops.run(name, *args)
+def _caller(x: Tensor) -> Callable[..., Any]:
+    return _dispatched if ops.is_watched(x) else ops.run
 
 
-def _stacked(parts: list[Part]) -> Tensor:
-    return parts[0][2] if len(parts) == 1 else torch.cat([a for _, _, a, _ in parts])
-
-
-def _columns(s: Tensor, parts: list[Part]) -> Sequence[Tensor]:
-    return [s] if len(parts) == 1 else s.split(parts[0][2].shape[0], 1)
+def _dispatched(name: str, *args: Any) -> Any:
+    return getattr(ops, name)(*args)

@@ -17,7 +17,7 @@ COLUMN0, COLUMN1, COLUMN2 = (tl.constexpr(value) for value in (masks.COLUMN0, ma
 MOST_LINEARS = 3
 """In one launch."""
 KEYS = ["key0_low", "key0_high", "key1_low", "key1_high", "key2_low", "key2_high"]
-CHANGING = ["num_rows", "first_row", "threshold", "factor", *KEYS]
+CHANGING = ["num_rows", "threshold", "factor", "first_row", *KEYS]
 """Arguments that change from call to call: a kernel made for their values would be compiled again
 and again."""
 
@@ -57,7 +57,7 @@ def _store(base, values, rows, num_rows, columns, num_columns, stride):
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def dropped_kernel(x, out, num_rows, num_columns, x_stride, first_row, threshold, factor, key0_low, key0_high,
+def dropped_kernel(x, out, num_rows, num_columns, x_stride, threshold, factor, first_row, key0_low, key0_high,
                    BM: tl.constexpr, BN: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -67,7 +67,7 @@ def dropped_kernel(x, out, num_rows, num_columns, x_stride, first_row, threshold
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def down_kernel(x, a, out, num_rows, num_inputs, x_stride, out_stride, part_stride, first_row, threshold, factor,
+def down_kernel(x, a, out, num_rows, num_inputs, x_stride, out_stride, part_stride, threshold, factor, first_row,
                 key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                 LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """S: programs of the same rows and another linear run beside each other, so that x comes from
@@ -99,7 +99,7 @@ def up_grads_kernel(dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy_stri
     ranks = tl.arange(0, R)
     steps = tl.cdiv(num_rows, BM * tl.num_programs(1))
     begin = tl.program_id(1).to(tl.int64) * steps * BM
-    weights = _load(b, columns, num_outputs, ranks, RANK, b_stride)
+    weights = _load(b, columns, num_outputs, ranks, RANK, b_stride).to(dy.dtype.element_ty)
     ds_parts += tl.program_id(0).to(tl.int64) * num_rows * RANK
     db_parts += tl.program_id(1).to(tl.int64) * num_outputs * RANK
     sums = tl.zeros([R, BN], tl.float32)
@@ -112,7 +112,7 @@ def up_grads_kernel(dy, b, s, ds_parts, db_parts, num_rows, num_outputs, dy_stri
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def a_grads_kernel(x, ds, parts, num_rows, num_inputs, x_stride, ds_stride, first_row, threshold,
+def a_grads_kernel(x, ds, parts, num_rows, num_inputs, x_stride, ds_stride, threshold, first_row,
                    key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                    LINEARS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One block of columns and some blocks of rows of x: those rows' part of one linear's dA.
@@ -145,7 +145,7 @@ def _through(left, right, rows, num_rows, first_row, columns, num_columns, left_
         ranks = begin + tl.arange(0, 16)
         at = ranks[:, None] * rank_stride + columns[None, :].to(tl.int64) * column_stride
         weights = tl.load(right + at, mask=(ranks < RANK)[:, None] & (columns < num_columns)[None, :], other=0.0)
-        block = tl.dot(_load(left, rows, num_rows, ranks, RANK, left_stride), weights, block)
+        block = tl.dot(_load(left, rows, num_rows, ranks, RANK, left_stride), weights.to(left.dtype.element_ty), block)
     if MASKED:
         block = tl.where(_kept(first_row + rows, columns, key_low, key_high, threshold), block, 0.0)
     return block
@@ -172,7 +172,7 @@ def _all_through(left, right, bias, rows, num_rows, first_row, columns, num_colu
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def through_kernel(left, right, bias, out, num_rows, num_columns, left_stride, rank_stride, column_stride, first_row, threshold, factor,
+def through_kernel(left, right, bias, out, num_rows, num_columns, left_stride, rank_stride, column_stride, threshold, factor, first_row,
                    key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                    LINEARS: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr):
@@ -198,7 +198,7 @@ def _added_product(sums, x, w, row, column, steps, TRANSPOSED: tl.constexpr, BK:
 
 @triton.jit(do_not_specialize=CHANGING)
 def product_kernel(x0, w0, x1, w1, x2, w2, out, left, right, bias, num_rows, num_columns, inner0, inner1, inner2,
-                   left_stride, rank_stride, column_stride, first_row, threshold, factor,
+                   left_stride, rank_stride, column_stride, threshold, factor, first_row,
                    key0_low, key0_high, key1_low, key1_high, key2_low, key2_high,
                    PRODUCTS: tl.constexpr, TRANSPOSED: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
                    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -229,7 +229,7 @@ def product_kernel(x0, w0, x1, w1, x2, w2, out, left, right, bias, num_rows, num
 
 
 @triton.jit
-def _sum_block(parts, out, block, count, size, factor, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_block(parts, out, block, count, size, factor, ROUNDED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, count, PARTS):
@@ -237,16 +237,16 @@ def _sum_block(parts, out, block, count, size, factor, PARTS: tl.constexpr, BLOC
         inside = (numbers < count)[:, None] & (at < size)[None, :]
         some = tl.load(parts + numbers[:, None].to(tl.int64) * size + at[None, :], mask=inside, other=0.0)
         total += tl.sum(some, axis=0)
-    tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=at < size)
+    tl.store(out + at, (total * factor).to(ROUNDED).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["factor", "count1", "count2"])
-def sum_kernel(parts1, out1, count1, size1, parts2, out2, count2, size2, factor, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_kernel(parts1, out1, parts2, out2, count1, size1, count2, size2, factor, ROUNDED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Two sums over the first dimension in one launch; PARTS at a time are on their way from
     memory."""
     block = tl.program_id(0)
     blocks1 = tl.cdiv(size1, BLOCK)
     if block < blocks1:
-        _sum_block(parts1, out1, block, count1, size1, factor, PARTS, BLOCK)
+        _sum_block(parts1, out1, block, count1, size1, factor, ROUNDED, PARTS, BLOCK)
     else:
-        _sum_block(parts2, out2, block - blocks1, count2, size2, factor, PARTS, BLOCK)
+        _sum_block(parts2, out2, block - blocks1, count2, size2, factor, ROUNDED, PARTS, BLOCK)

@@ -15,6 +15,7 @@ where this takes eight, and making a mask would take longer than reading the ele
 (docs/lora_compute.md).
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -55,6 +56,37 @@ class Dropout(NamedTuple):
 def threshold(p: float) -> int:
     """An element is kept where its 32 bits, as a number without sign, are at least this."""
     return min(round(p * 2**32), 2**32 - 1)
+
+
+class Group(NamedTuple):
+    """As many linears as one launch of a kernel takes: the number of the first, how many, and what
+    the kernel gets of their keys."""
+
+    begin: int
+    count: int
+    words: tuple[int, ...]
+
+    def part(self, rank: int) -> slice:
+        return slice(self.begin * rank, (self.begin + self.count) * rank)
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_groups(draw: tuple[int, ...], most: int) -> tuple[Group, ...]:
+    """``draw``: Dropout's numbers. ``most``: linears in one launch."""
+    first_row, *keys = draw
+    return tuple(Group(begin, len(some), kernel_words(first_row, some, most))
+                 for begin in range(0, len(keys), most) if (some := keys[begin:begin + most]))
+
+
+def kernel_words(first_row: int, keys: list[int], most: int) -> tuple[int, ...]:
+    """The first row, and two signed halves of 32 bits of each key, up to ``most``."""
+    halves = [half for key in [*keys, *[0] * most][:most] for half in (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF)]
+    return first_row, *[_signed(half, 32) for half in halves]
+
+
+def kernel_threshold(p: float) -> int:
+    """A kernel's numbers have a sign."""
+    return _signed(threshold(p), 32)
 
 
 def keep_mask(num_rows: int, num_columns: int, key: int, p: float, first_row: int = 0,

@@ -7,7 +7,9 @@ arguments give the same bits, and none writes to its arguments.
 """
 
 import functools
+import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from ratel.lora.compute import reference
 
 CHOICES = ("auto", "on", "off")
 log = logging.getLogger(__name__)
+_LAUNCH = "ratel.lora.compute.launch"
 _library = torch.library.Library("ratel_lora", "DEF")
 _choice = "auto"
 _failed = False
@@ -56,8 +59,7 @@ def run(name: str, *args: Any) -> Any:
     global _failed
     x = args[2] if name == "input_grad" else args[0]
     if kernels_serve(x.device):
-        from ratel.lora.compute import launch
-
+        launch = sys.modules.get(_LAUNCH) or importlib.import_module(_LAUNCH)
         try:
             if launch.can(x):
                 return getattr(launch, name)(*args)
@@ -73,6 +75,12 @@ def run(name: str, *args: Any) -> Any:
         raise RatelError("Triton cannot compute adapters here", field="kernels", value=f"on, {x.device}",
                          remedy="Use an NVIDIA GPU and install the package triton, or leave it at auto")
     return getattr(reference, name)(*args)
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether anybody traces, compiles or counts operations. If nobody does, `run` may be called
+    itself: to go through the dispatcher to Python takes longer than a launch."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _define(signature: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +99,7 @@ linear = _define("linear(Tensor x, Tensor w, Tensor? bias, Tensor s, Tensor b, f
                  lambda x, w, bias, s, b, scale: x.new_empty(x.shape[0], w.shape[0]))
 up_grads = _define("up_grads(Tensor dy, Tensor b, Tensor s, float scale) -> (Tensor, Tensor)",
                    lambda dy, b, s, scale: (torch.empty_like(s, memory_format=torch.contiguous_format), torch.empty_like(b)))
-a_grads = _define("a_grads(Tensor x, Tensor ds, Tensor a, Tensor? draw, float p) -> Tensor",
-                  lambda x, ds, a, draw, p: torch.empty_like(a, memory_format=torch.contiguous_format))
+a_grads = _define("a_grads(Tensor x, Tensor ds, Tensor a, Tensor? draw, float p, ScalarType? dtype=None) -> Tensor",
+                  lambda x, ds, a, draw, p, dtype=None: torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format))
 input_grad = _define("input_grad(Tensor[] dys, Tensor[] ws, Tensor ds, Tensor a, Tensor? draw, float p) -> Tensor",
                      lambda dys, ws, ds, a, draw, p: ds.new_empty(ds.shape[0], a.shape[1]))

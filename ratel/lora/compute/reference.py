@@ -3,7 +3,8 @@ against, what runs where they cannot.
 
 All inputs have two dimensions. Letters: M rows, i inputs, j outputs, r rank, g linears that share
 an input. x [M, i], w [j, i], a [g r, i] (the linears' A, one below the other), b [j, r], s [M, g
-r], dy [M, j]. ``draw`` is ``Dropout``'s, with as many keys as there are linears; None: nothing is
+r], dy [M, j]. B may be in fp32 where the rest is not: it is rounded for products, and its gradient,
+rounded as products are, is in fp32. ``draw`` is ``Dropout``'s, with as many keys as there are linears; None: nothing is
 dropped, and all of a is one.
 """
 
@@ -31,17 +32,19 @@ def down(x: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float) -> Tensor:
     """x W' + bias + scale s B'."""
-    return F.linear(x, w, bias).addmm_(s, b.t(), alpha=scale)
+    return F.linear(x, w, bias).addmm_(s, b.to(s.dtype).t(), alpha=scale)
 
 
 def up_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The gradients of s [M, r] and of B [j, r]."""
-    return scaled_product(dy, b, scale), scaled_product(dy.t(), s, scale)
+    return scaled_product(dy, b.to(dy.dtype), scale), scaled_product(dy.t(), s, scale).to(b.dtype)
 
 
-def a_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
-    """The gradients of A [g r, i]."""
-    return torch.cat([ds[:, part].t() @ dropped(x, draw, p, index) for index, part in _parts(a.shape[0], draw)])
+def a_grads(x: Tensor, ds: Tensor, a: Tensor, draw: Tensor | None, p: float, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradients of A [g r, i], rounded as products are; ``dtype``: what they are given in, if
+    not in A's."""
+    whole = torch.cat([ds[:, part].t() @ dropped(x, draw, p, index) for index, part in _parts(a.shape[0], draw)])
+    return whole.to(dtype or a.dtype)
 
 
 def input_grad(dys: list[Tensor], ws: list[Tensor], ds: Tensor, a: Tensor, draw: Tensor | None, p: float) -> Tensor:
