@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from op_ds.library import ABI_VERSION
-from op_ds.pool import Pool
+from op_ds.pool import MOMENT_BLOCK, Pool
 from op_ds.rounding import Rounding, rounding_key
 
 ADAM = dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8)
@@ -26,8 +26,9 @@ DEFAULT_NUM_PARAMS = 1 << 25
 """872 MB of planes: several times the last-level cache of any current processor."""
 
 # Bytes of DRAM traffic per element. The update reads hi 2, lo 2, m 4, v 4 and the gradient, and
-# writes all but that; with bf16 moments m 2 and v 2.
-BYTES = {"op_ds bf16 grad": 26, "bf16 moments": 18, "to other planes": 26, "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
+# writes all but that; with bf16 moments m 2 and v 2, with 8-bit ones 1 and a thirty-second each.
+BYTES = {"op_ds bf16 grad": 26, "bf16 moments": 18, "8-bit moments": 14.125, "to other planes": 26,
+         "op_ds fp32 grad": 28, "torch fused fp32": 28, "sum_squares bf16": 2,
          "crc32": 4, "triad (streaming)": 12, "rescale": 8}
 CRC_PIECE_BYTES = 1 << 20
 BANDWIDTH_TESTS = ("triad (streaming)", "rescale")
@@ -52,11 +53,12 @@ def measure(*, num_params: int = DEFAULT_NUM_PARAMS, num_threads: int | None = N
     """Alternates all contestants ``repeats`` times in one run, so that a noisy neighbour meets each
     of them alike; or those that ``only`` names, beside "rescale", which tells the bandwidth.
 
-    Needs about 44 bytes of memory per parameter, 60 with ``torch`` (the module, for its fused AdamW
+    Needs about 48 bytes of memory per parameter, 64 with ``torch`` (the module, for its fused AdamW
     on fp32). Returns a dict that ``json`` can write: ``settings``, ``machine``, ``results`` by
     contestant and ``best_bandwidth_bps``.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_params = num_params // MOMENT_BLOCK * MOMENT_BLOCK
     with Pool(num_threads, isa=isa) as pool, _torch_threads(torch, num_threads):
         actions = _native_actions(pool, num_params, huge_pages)
         if torch is not None:
@@ -100,16 +102,19 @@ def _native_actions(pool: Pool, n: int, huge_pages: bool) -> dict[str, Action]:
     hi, lo, grad = buffer(2, 0x3c), buffer(2), buffer(4, 0x3c)
     m, v, spare = buffer(4), buffer(4), buffer(4)
     planes, others, short = [hi, lo, m, v], [buffer(size) for size in (2, 2, 4, 4)], [hi, lo, buffer(2), buffer(2)]
-    ranges = [(n // 2, 0.1), (n, 0.0)]
+    narrow = [hi, lo, buffer(2), buffer(2)]
+    ranges = [(n // 2 // MOMENT_BLOCK * MOMENT_BLOCK, 0.1), (n, 0.0)]
 
-    def update(grad_dtype: str, source: list[Buffer], target: list[Buffer], rounding: Rounding | None = None) -> Action:
+    def update(grad_dtype: str, source: list[Buffer], target: list[Buffer], moments: str = "fp32") -> Action:
+        rounding = None if moments == "fp32" else Rounding(key=rounding_key(1))
         return lambda step: pool.adamw(*(plane.address for plane in source), grad.address, n,
                                        to=tuple(plane.address for plane in target), grad_dtype=grad_dtype,
-                                       step=step, grad_scale=0.5, ranges=ranges, rounding=rounding, **ADAM)
+                                       step=step, grad_scale=0.5, ranges=ranges, moments=moments, rounding=rounding, **ADAM)
 
     return {
         "op_ds bf16 grad": update("bf16", planes, planes),
-        "bf16 moments": update("bf16", short, short, Rounding(key=rounding_key(1))),
+        "bf16 moments": update("bf16", short, short, "bf16"),
+        "8-bit moments": update("bf16", narrow, narrow, "8bit"),
         "to other planes": update("bf16", planes, others),
         "op_ds fp32 grad": update("fp32", planes, planes),
         "sum_squares bf16": lambda step: pool.sum_squares(grad.address, n, "bf16"),

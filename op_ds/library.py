@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "_lib" / "libop_ds.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 class LibraryError(ImportError):

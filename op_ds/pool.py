@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 _DTYPES = {"bf16": 0, "fp32": 1}
-_FP32_MOMENTS, _BF16_MOMENTS = 0, 1
+MOMENT_BLOCK, _BLOCK_BYTES = 128, 132
+"""Elements of a block of 8-bit moments, and its bytes: their codes, and the step of these as
+fp32."""
+_MOMENTS = {"fp32": 0, "bf16": 1, "8bit": 2}
 ISA_VARIABLE = "RATEL_ISA"
 
 Ranges = list[tuple[int, float]]
@@ -49,9 +52,24 @@ def _check_count(n: int, name: str = "n") -> None:
         raise ValueError(f"{name} must not be negative (given: {n})")
 
 
-def _check_targets(planes: Planes, to: Planes, n: int, moment_bytes: int) -> None:
-    for source, target, item in zip(planes, to, (2, 2, moment_bytes, moment_bytes), strict=True):
-        if source != target and abs(source - target) < n * item:
+def _check_moments(moments: str, rounding: Rounding | None, ranges: Ranges) -> None:
+    if moments not in _MOMENTS:
+        raise ValueError(f"moments must be one of {', '.join(_MOMENTS)} (given: {moments!r})")
+    if (moments == "fp32") != (rounding is None):
+        raise ValueError("moments that are not fp32 are rounded, others are not "
+                         f"(given: moments {moments!r}, rounding {rounding})")
+    if moments == "8bit" and any(end % MOMENT_BLOCK for end, _ in ranges):
+        raise ValueError(f"ranges of 8-bit moments end with a block of {MOMENT_BLOCK} (given: {ranges})")
+
+
+def moment_bytes(moments: str, n: int) -> int:
+    """How many bytes ``n`` moments take."""
+    return n // MOMENT_BLOCK * _BLOCK_BYTES if moments == "8bit" else n * (2 if moments == "bf16" else 4)
+
+
+def _check_targets(planes: Planes, to: Planes, n: int, moments: int) -> None:
+    for source, target, num_bytes in zip(planes, to, (2 * n, 2 * n, moments, moments), strict=True):
+        if source != target and abs(source - target) < num_bytes:
             raise ValueError("an update's planes and where they go must be the same or not overlap")
 
 
@@ -86,10 +104,10 @@ class Pool:
 
     def adamw(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
               beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
-              to: Planes | None = None, rounding: Rounding | None = None) -> None:
+              to: Planes | None = None, moments: str = "fp32", rounding: Rounding | None = None) -> None:
         """One AdamW step on ``n`` parameters: fp32 master in ``hi``/``lo``, ``m`` and ``v``, all
-        updated in place. Moments are fp32; with ``rounding`` they are bf16, rounded
-        stochastically.
+        updated in place. Moments are ``fp32``, ``bf16``, or ``8bit`` in blocks of `MOMENT_BLOCK`
+        elements; all but fp32 ones are rounded as ``rounding`` draws.
 
         ``ranges`` are (end element, weight decay) with increasing ends, the last one ``n``;
         default: no decay. ``grad_scale`` multiplies every gradient first (clipping, unscaling);
@@ -98,28 +116,31 @@ class Pool:
         """
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([decay_factor(lr, decay) for _, decay in ranges], False, (hi, lo, m, v), to, grad, n,
-                   grad_dtype, ranges, rounding, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
+                   grad_dtype, ranges, moments, rounding, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step,
+                   grad_scale=grad_scale)
 
     def adam(self, hi: int, lo: int, m: int, v: int, grad: int, n: int, *, grad_dtype: str, lr: float, beta1: float,
              beta2: float, eps: float, step: int, grad_scale: float = 1.0, ranges: Ranges | None = None,
-             to: Planes | None = None, rounding: Rounding | None = None) -> None:
+             to: Planes | None = None, moments: str = "fp32", rounding: Rounding | None = None) -> None:
         """The same as ``adamw``, but with the decay added to the scaled gradient (L2), as
         ``torch.optim.Adam`` does."""
         ranges = [(n, 0.0)] if ranges is None else ranges
         self._adam([to_fp32(decay) for _, decay in ranges], True, (hi, lo, m, v), to, grad, n,
-                   grad_dtype, ranges, rounding, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale)
+                   grad_dtype, ranges, moments, rounding, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step,
+                   grad_scale=grad_scale)
 
     def _adam(self, decays: list[float], coupled: bool, planes: Planes, to: Planes | None, grad: int, n: int,
-              grad_dtype: str, ranges: Ranges, rounding: Rounding | None, **hyperparameters: float) -> None:
+              grad_dtype: str, ranges: Ranges, moments: str, rounding: Rounding | None, **hyperparameters: float) -> None:
         _check_count(n)
         check_ranges(ranges, n)
         to = planes if to is None else to
-        _check_targets(planes, to, n, 4 if rounding is None else 2)
+        _check_moments(moments, rounding, ranges)
+        _check_targets(planes, to, n, moment_bytes(moments, n))
         keys, first = ((0, 0), 0) if rounding is None else (rounding.keys, rounding.counter)
         k = adam_coefficients(**hyperparameters)
         scalars = AdamScalars(k.grad_scale, k.lerp_weight, k.beta2, k.one_minus_beta2, k.bias_correction2_sqrt, k.eps,
                               k.neg_step_size, coupled, keys)
-        given = AdamPlanes(*planes, *to, grad, _dtype_code(grad_dtype), _FP32_MOMENTS if rounding is None else _BF16_MOMENTS, 0, first)
+        given = AdamPlanes(*planes, *to, grad, _dtype_code(grad_dtype), _MOMENTS[moments], 0, first)
         ends = (ctypes.c_int64 * len(ranges))(*(end for end, _ in ranges))
         factors = (ctypes.c_float * len(ranges))(*decays)
         self._call("adam", ctypes.byref(given), ctypes.byref(scalars), n, ends, factors, len(ranges))

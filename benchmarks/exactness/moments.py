@@ -118,7 +118,8 @@ def on(device: str, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def update(parameter: Tensor, m: Tensor, v: Tensor, formats: tuple[Format, Format] | None, *, lr: float, step: int) -> None:
+def update(parameter: Tensor, m: Tensor, v: Tensor, formats: tuple[Format, Format] | None, *, lr: float,
+           step: int) -> None:
     grad, parameter.grad = parameter.grad, None
     m.lerp_(grad, 1 - BETAS[0])
     v.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])

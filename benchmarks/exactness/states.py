@@ -96,7 +96,8 @@ def train(args: argparse.Namespace, text: Text, states: str, seed: int) -> dict[
     model = AutoModelForCausalLM.from_config(model_config(read_model(args.model)))
     schedule = make_schedule("cosine", lr=args.lr, steps=args.steps, warmup_steps=args.steps // 20)
     losses, evaluated = [], []
-    with Session(model, states=states, seed=seed, device=args.device, dtype=args.dtype, lr=args.lr, weight_decay=0.1) as session:
+    with Session(model, states=states, seed=seed, device=args.device, dtype=args.dtype, lr=args.lr, weight_decay=0.1,
+                 hardware="none") as session:
         for step, batch in enumerate(text.batches(args.rows, args.steps, seed), start=1):
             losses.append(session.step(batch, lr=schedule(step - 1)).loss)
             if step % args.eval_every == 0 or step == args.steps:
@@ -113,7 +114,8 @@ def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"seeds": seeds, "spread_of_exact": max(exact) - min(exact) if exact else None}
     for states in dict.fromkeys(states for states, _ in last):
         own = [last[states, seed] for seed in seeds if (states, seed) in last]
-        above = [last[states, seed] - last[EXACT_NAME, seed] for seed in seeds if {(states, seed), (EXACT_NAME, seed)} <= last.keys()]
+        above = [last[states, seed] - last[EXACT_NAME, seed] for seed in seeds
+                 if {(states, seed), (EXACT_NAME, seed)} <= last.keys()]
         found[states] = {"eval_losses": own, "mean": sum(own) / len(own), "above_exact": above,
                          "mean_above_exact": sum(above) / len(above) if above else None}
     return found

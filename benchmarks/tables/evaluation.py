@@ -58,7 +58,9 @@ QUESTIONS: dict[str, dict[str, Section]] = {
         "proofs": Section("Long proofs", durability.proof_lines)},
     "How exact is it?": {
         "reproducible": Section("The same bits again", exactness.reproducible_lines),
-        "trainer": Section("Beside transformers' Trainer", exactness.trainer_lines)},
+        "trainer": Section("Beside transformers' Trainer", exactness.trainer_lines),
+        "states": Section("States in fewer bytes", exactness.states_lines),
+        "moments": Section("Which 8 bits", exactness.moments_lines)},
     "What do single parts do?": {
         "adam": Section("CPU optimizer", lambda content: parts.adam_lines(content if isinstance(content, list) else [content])),
         "updates": Section("The CPU optimizer in steps and alone", parts.updates_lines), "io": Section("I/O", parts.io_lines),
@@ -66,7 +68,7 @@ QUESTIONS: dict[str, dict[str, Section]] = {
 SECTIONS = {kind: section for kinds in QUESTIONS.values() for kind, section in kinds.items()}
 
 PLOTS: dict[str, tuple[str, Callable[[Any], Callable[[Any], None]]]] = {
-    "curve": ("Tokens per second over batch sizes", plots.curve), "max": ("The largest that fits", plots.largest)}
+    "curve": ("Tokens per second over batch sizes", plots.curve), "max": ("The largest that fits", plots.largest), "states": ("Evaluation loss", plots.states)}
 """Beside the results that they show, under the same name."""
 
 

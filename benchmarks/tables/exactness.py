@@ -44,3 +44,31 @@ def _trainer_row(p: dict[str, Any]) -> str:
              f"{p['norm_error']:.1e}", f"{p['own_loss_error']:.1e}", f"{p['own_norm_error']:.1e}",
              "the same" if p["generates_the_same"] else "differs", logged]
     return f"| {' | '.join(cells)} |"
+
+
+def states_lines(report: dict[str, Any]) -> list[str]:
+    found, settings = report["summary"], report["settings"]
+    seeds = found["seeds"]
+    lines = [f"{settings['steps']} steps of {settings['rows']} rows of {settings['seq_len']} bytes at a learning rate of {settings['lr']:g}, "
+             f"{settings['dtype']}, from scratch. Evaluation losses at the end, by seed; exact runs lie up to "
+             f"{found['spread_of_exact']:.4f} from each other.", "",
+             f"| states | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | above exact, by seed | mean above exact |",
+             "|---|" + "---|" * (len(seeds) + 3)]
+    for states in (name for name in found if isinstance(found[name], dict)):
+        own = found[states]
+        above = ", ".join(f"{value:+.4f}" for value in own["above_exact"])
+        losses = " | ".join(f"{value:.4f}" for value in own["eval_losses"])
+        lines.append(f"| {states} | {losses} | {own['mean']:.4f} | {above} | {own['mean_above_exact']:+.4f} |")
+    return lines
+
+
+def moments_lines(report: dict[str, Any]) -> list[str]:
+    """Formats that were tried in PyTorch alone, before any was built."""
+    losses: dict[str, dict[int, float]] = {}
+    for p in report["points"]:
+        losses.setdefault(p["format"], {})[p["seed"]] = p["eval_loss"]
+    seeds = sorted({p["seed"] for p in report["points"]})
+    lines = ["Evaluation losses at the end of the same runs with an AdamW of PyTorch, by seed. What was not measured is left open.", "",
+             f"| moments | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---|" + "---|" * len(seeds)]
+    return lines + [f"| {name} | " + " | ".join(f"{own[seed]:.4f}" if seed in own else "" for seed in seeds).replace("|  |", "| |") + " |"
+                    for name, own in losses.items()]

@@ -60,3 +60,20 @@ def largest(results: list[dict[str, Any]]) -> Callable[[Any], None]:
         axes.set_ylabel(label)
 
     return paint
+
+
+def states(content: dict[str, Any]) -> Callable[[Any], None]:
+    """Evaluation losses over steps: one colour for each format, one line for each seed."""
+    names = list(dict.fromkeys(p["states"] for p in content["points"]))
+
+    def paint(axes: Any) -> None:
+        for p in content["points"]:
+            number = names.index(p["states"])
+            steps, losses = zip(*p["eval_losses"])
+            label = p["states"] if p["seed"] == content["summary"]["seeds"][0] else None
+            axes.plot(steps, losses, "-", color=f"C{number}", alpha=0.7, label=label)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("evaluation loss")
+        axes.legend()
+
+    return paint

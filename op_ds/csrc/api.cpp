@@ -25,7 +25,7 @@ struct Pool {
 
 namespace {
 
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 constexpr int64_t kGroupsPerBlock = 64;  // 64 Ki elements of a sum: reading only, so a block may be larger
 
 // 256 KiB are some 10 us of a sum: large enough that the claim costs nothing.
@@ -71,10 +71,10 @@ struct DecayRanges {
   const float* decays;
   int64_t count;
 
-  bool covers(int64_t n) const {
+  bool covers(int64_t n, int64_t multiple) const {
     if (count < 1 || ends[count - 1] != n) return false;
     for (int64_t i = 0; i < count; ++i) {
-      if (ends[i] < (i ? ends[i - 1] : 0)) return false;
+      if (ends[i] < (i ? ends[i - 1] : 0) || ends[i] % multiple) return false;
     }
     return true;
   }
@@ -120,9 +120,10 @@ int32_t op_ds_pool_destroy(Pool* pool) noexcept {
 int32_t op_ds_adam(Pool* pool, const op_ds::AdamPlanes* planes, const op_ds::AdamScalars* scalars, int64_t n,
                    const int64_t* ends, const float* decays, int64_t num_ranges) noexcept {
   const op_ds::DecayRanges ranges{ends, decays, num_ranges};
-  if (!ranges.covers(n)) return -EINVAL;
+  const bool in_blocks = planes->moment_type == op_ds::MomentType::kBlocks;
+  if (!ranges.covers(n, in_blocks ? op_ds::kMomentBlock : 1)) return -EINVAL;
   op_ds::AdamPlanes all = *planes;
-  all.streams = op_ds::can_stream(all.from, all.to);
+  all.streams = !in_blocks && op_ds::can_stream(all.from, all.to);
   return op_ds::for_blocks(pool, n, op_ds::kBlockElements, [&](int64_t begin, int64_t end) {
     ranges.visit(begin, end, [&](int64_t first, int64_t stop, float decay) {
       pool->kernels->adam(all, *scalars, first, stop, decay);

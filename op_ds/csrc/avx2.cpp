@@ -1,4 +1,5 @@
 // AVX2 + FMA: sixteen elements at a time in two registers, so that hi and lo are packed into whole ones.
+#include <cfloat>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -86,6 +87,35 @@ struct Avx2 {
   }
   static void store_upper(uint16_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
   static void stream_upper(uint16_t* p, Ints x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
+  static Ints max_int(Ints x, Ints y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+  static Ints to_ints(Floats x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
+  static Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static Floats abs(Floats x) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    return {_mm256_and_ps(x.a, magnitude), _mm256_and_ps(x.b, magnitude)};
+  }
+  static Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static float largest(Floats x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+  }
+  static Floats load_codes(const uint8_t* p) {
+    const __m128i codes = load8(p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+  }
+  static Floats load_signed_codes(const uint8_t* p) {
+    const __m128i codes = load8(p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+  }
+  static void store_codes(uint8_t* p, Ints x) {
+    const __m256i mask = _mm256_set1_epi32(0xff);
+    const __m256i words = pack(_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
 
   static Lanes zero_lanes() {
     Lanes lanes;

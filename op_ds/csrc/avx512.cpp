@@ -1,4 +1,5 @@
 // AVX-512 (foundation only): sixteen elements in one register; hi and lo narrow with a single truncating store.
+#include <cfloat>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -69,6 +70,18 @@ struct Avx512 {
   }
   static void store_upper(uint16_t* p, __m512i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
   static void stream_upper(uint16_t* p, __m512i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(x)); }
+  static __m512i max_int(__m512i x, __m512i y) { return _mm512_max_epi32(x, y); }
+  static __m512i to_ints(__m512 x) { return _mm512_cvttps_epi32(x); }
+  static __m512 to_floats(__m512i x) { return _mm512_cvtepi32_ps(x); }
+  static __m512 abs(__m512 x) { return _mm512_abs_ps(x); }
+  static __m512 min(__m512 x, __m512 y) { return _mm512_min_ps(x, y); }
+  static __m512 max(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
+  static float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
+  static __m512 load_codes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes(p))); }
+  static __m512 load_signed_codes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes(p))); }
+  static void store_codes(uint8_t* p, __m512i x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+  }
 
   static Lanes zero_lanes() {
     Lanes lanes;
@@ -88,6 +101,7 @@ struct Avx512 {
   }
 
  private:
+  static __m128i codes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m512i upper(const uint16_t* p) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(p)), 16); }
   // Of each element's bits, rounded half up.

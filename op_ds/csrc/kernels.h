@@ -23,8 +23,17 @@ constexpr int64_t kLineElements = 32;
 
 enum class GradType : int32_t { kBf16 = 0, kFp32 = 1 };
 
-// How m and v are stored. bf16 ones are rounded stochastically, with the draws that AdamScalars and AdamPlanes speak of.
-enum class MomentType : int32_t { kFp32 = 0, kBf16 = 1 };
+// How m and v are stored. All but fp32 ones are rounded stochastically, with the draws that AdamScalars and AdamPlanes
+// speak of.
+enum class MomentType : int32_t { kFp32 = 0, kBf16 = 1, kBlocks = 2 };
+
+// A block of 8-bit moments: a code for each element, and then what one step of the codes is, as fp32. An update takes whole
+// blocks, and no range of decay ends within one.
+constexpr int64_t kMomentBlock = 128;
+constexpr int64_t kMomentBlockBytes = kMomentBlock + 4;
+
+// What the largest numbers of a block are taken to be at most. The square of a root is then finite, rounded up, too.
+constexpr float kLargestMoment = 3.4e38f, kLargestRoot = 1.8e19f;
 
 // Scalars of one Adam step, rounded to fp32 on the caller's side from doubles, as torch does. C ABI: ctypes mirrors it.
 struct AdamScalars {
@@ -36,7 +45,7 @@ struct AdamScalars {
   float eps;
   float neg_step_size;  // -lr / bias_correction1
   int32_t coupled;      // 1: L2 decay added to the gradient (Adam); 0: decoupled (AdamW)
-  uint32_t keys[2];     // of the draws by which bf16 moments are rounded
+  uint32_t keys[2];     // of the draws by which moments are rounded
 };
 
 struct MasterPlanes {

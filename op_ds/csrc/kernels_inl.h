@@ -4,7 +4,9 @@
 // V supplies: Floats, kWidth, set1, load, load_bf16, load_master, store, store_master, stream, stream_master (stores past
 // the caches, to whole vectors), fence (after these), add, sub, mul, div, sqrt, fma;
 // Ints (as many of 32 bits as there are Floats), count_from, set1_int, bits, xor_int, add_int, mul_int, and_int,
-// shift_right, keep_below (x where another is less, signed, else 0), store_upper, stream_upper (of each its upper 16 bits);
+// shift_right, keep_below (x where another is less, signed, else 0), store_upper, stream_upper (of each its upper 16 bits),
+// max_int; to_ints (towards zero), to_floats, abs, min, max (of both the second where one is NaN), largest (one float);
+// load_codes, load_signed_codes, store_codes (8 bits each);
 // Lanes, zero_lanes, add_squares, store_lanes. Each arithmetic function rounds once, to nearest, and the compiler
 // contracts nothing (-ffp-contract=off).
 
@@ -47,6 +49,19 @@ struct Fp32Moments {
     float* to = static_cast<float*>(p) + i;
     kStream ? V::stream(to, x) : V::store(to, x);
   }
+  template <bool kStream>
+  static void store_second(void* p, int64_t i, typename V::Floats v, typename V::Floats, Draws draws) {
+    store<kStream, true>(p, i, v, draws);
+  }
+};
+
+// Of a block that is being updated: v goes in, and comes out as its square root, which 8-bit codes are made from.
+template <class V>
+struct BlockMoments : Fp32Moments<V> {
+  template <bool kStream>
+  static void store_second(void* p, int64_t i, typename V::Floats, typename V::Floats root, typename Fp32Moments<V>::Draws) {
+    V::store(static_cast<float*>(p) + i, root);
+  }
 };
 
 // m takes the lower half of an element's draw, v (kSecond) the upper one. Adding 16 random bits to what is cut off carries
@@ -66,6 +81,10 @@ struct Bf16Moments {
     const auto sum = V::add_int(bits, V::keep_below(noise, magnitude, V::set1_int(0x7f7f0000u)));
     uint16_t* to = static_cast<uint16_t*>(p) + i;
     kStream ? V::stream_upper(to, sum) : V::store_upper(to, sum);
+  }
+  template <bool kStream>
+  static void store_second(void* p, int64_t i, typename V::Floats v, typename V::Floats, Draws draws) {
+    store<kStream, true>(p, i, v, draws);
   }
 };
 
@@ -106,10 +125,11 @@ inline void adam_vector(const AdamPlanes& p, const AdamConstants<V>& k, typename
   const auto m = V::fma(k.coefficient, V::sub(grad, old_m), kHighWeight ? grad : old_m);
   const auto decayed_v = V::mul(M::load(p.from.v, i), k.beta2);
   const auto v = V::fma(V::mul(k.one_minus_beta2, grad), grad, decayed_v);
-  const auto denominator = V::add(V::div(V::sqrt(v), k.bias_correction2_sqrt), k.eps);
+  const auto root = V::sqrt(v);
+  const auto denominator = V::add(V::div(root, k.bias_correction2_sqrt), k.eps);
   master = V::add(master, V::div(V::mul(k.neg_step_size, m), denominator));
   M::template store<kStream, false>(p.to.m, i, m, draws);
-  M::template store<kStream, true>(p.to.v, i, v, draws);
+  M::template store_second<kStream>(p.to.v, i, v, root, draws);
   kStream ? V::stream_master(p.to.hi + i, p.to.lo + i, master) : V::store_master(p.to.hi + i, p.to.lo + i, master);
 }
 
@@ -159,8 +179,84 @@ void adam_stored(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64
   }
 }
 
+struct BlockStep {
+  float step, inverse;
+};
+
+// What one step of the codes is where the largest number has the code `most`. Below the normal numbers there is none, and
+// all are zero.
+inline BlockStep block_step(float largest, float limit, float most) {
+  const float step = (largest < limit ? largest : limit) / most;
+  if (step < FLT_MIN) return {0.0f, 0.0f};
+  return {step, 1.0f / step};
+}
+
+inline float stored_step(const uint8_t* block) {
+  float step;
+  std::memcpy(&step, block + kMomentBlock, sizeof step);
+  return step;
+}
+
+template <class V>
+void decode_blocks(const uint8_t* m_block, const uint8_t* v_block, float* m, float* v) {
+  const auto m_step = V::set1(stored_step(m_block)), v_step = V::set1(stored_step(v_block));
+  for (int64_t i = 0; i < kMomentBlock; i += V::kWidth) {
+    const auto root = V::mul(V::load_codes(v_block + i), v_step);
+    V::store(m + i, V::mul(V::load_signed_codes(m_block + i), m_step));
+    V::store(v + i, V::mul(root, root));
+  }
+}
+
+// m on a linear scale from -127 to 127, the root of v on one from 0 to 255. A root that is not zero has the code 1 at least:
+// v is divided by.
+template <class V>
+void encode_blocks(const float* m, const float* root, const AdamScalars& s, uint32_t number, uint8_t* m_block, uint8_t* v_block) {
+  auto m_most = V::set1(0.0f), root_most = m_most;
+  for (int64_t i = 0; i < kMomentBlock; i += V::kWidth) {
+    m_most = V::max(m_most, V::abs(V::load(m + i)));
+    root_most = V::max(root_most, V::load(root + i));
+  }
+  const BlockStep m_step = block_step(V::largest(m_most), kLargestMoment, 127.0f);
+  const BlockStep v_step = block_step(V::largest(root_most), kLargestRoot, 255.0f);
+  const auto m_inverse = V::set1(m_step.inverse), v_inverse = V::set1(v_step.inverse);
+  const auto unit = V::set1(1.0f / 65536), low = V::set1(-127.0f), high = V::set1(127.0f), top = V::set1(255.0f);
+  for (int64_t i = 0; i < kMomentBlock; i += V::kWidth) {
+    const auto draws = draw<V>(s.keys, number + static_cast<uint32_t>(i));
+    const auto m_noise = V::mul(V::to_floats(V::and_int(draws, V::set1_int(0xffffu))), unit);
+    const auto v_noise = V::mul(V::to_floats(V::template shift_right<16>(draws)), unit);
+    const auto scaled = V::min(V::max(V::mul(V::load(m + i), m_inverse), low), high);
+    const auto m_code = V::to_ints(V::add(scaled, V::add(m_noise, high)));
+    V::store_codes(m_block + i, V::add_int(m_code, V::set1_int(static_cast<uint32_t>(-127))));
+    const auto roots = V::load(root + i);
+    const auto v_code = V::to_ints(V::add(V::min(V::mul(roots, v_inverse), top), v_noise));
+    const auto least = V::keep_below(V::set1_int(1), V::set1_int(0), V::bits(roots));
+    V::store_codes(v_block + i, V::max_int(v_code, least));
+  }
+  std::memcpy(m_block + kMomentBlock, &m_step.step, sizeof m_step.step);
+  std::memcpy(v_block + kMomentBlock, &v_step.step, sizeof v_step.step);
+}
+
+// Moments are decoded into the first-level cache, updated there, and encoded.
+template <class V, bool kBf16, bool kCoupled, bool kHighWeight>
+void adam_blocks(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
+  const AdamConstants<V> k = broadcast<V>(s, decay);
+  const auto block_of = [](void* plane, int64_t i) { return static_cast<uint8_t*>(plane) + i / kMomentBlock * kMomentBlockBytes; };
+  alignas(64) float m[kMomentBlock], v[kMomentBlock];
+  for (int64_t i = begin; i < end; i += kMomentBlock) {
+    decode_blocks<V>(block_of(p.from.m, i), block_of(p.from.v, i), m, v);
+    const void* grad = static_cast<const char*>(p.grad) + i * (kBf16 ? sizeof(uint16_t) : sizeof(float));
+    const AdamPlanes block{{p.from.hi + i, p.from.lo + i, m, v}, {p.to.hi + i, p.to.lo + i, m, v}, grad, p.grad_type,
+                           p.moment_type, 0, 0};
+    for (int64_t j = 0; j < kMomentBlock; j += V::kWidth) {
+      adam_vector<V, BlockMoments<V>, kBf16, kCoupled, kHighWeight, false>(block, k, {}, j);
+    }
+    encode_blocks<V>(m, v, s, p.first + static_cast<uint32_t>(i), block_of(p.to.m, i), block_of(p.to.v, i));
+  }
+}
+
 template <class V, class M, bool kBf16, bool kCoupled, bool kHighWeight>
 void adam_range(const AdamPlanes& p, const AdamScalars& s, int64_t begin, int64_t end, float decay) {
+  if (p.moment_type == MomentType::kBlocks) return adam_blocks<V, kBf16, kCoupled, kHighWeight>(p, s, begin, end, decay);
   const AdamFn plain = adam_stored<V, M, kBf16, kCoupled, kHighWeight, false>;
   const AdamFn streaming = adam_stored<V, M, kBf16, kCoupled, kHighWeight, true>;
   (p.streams ? streaming : plain)(p, s, begin, end, decay);

@@ -1,4 +1,5 @@
 // Plain C++: the reference of the vector paths, and the only path off x86.
+#include <cfloat>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -57,6 +58,16 @@ struct Scalar {
   }
   static void store_upper(uint16_t* p, uint32_t x) { *p = static_cast<uint16_t>(x >> 16); }
   static void stream_upper(uint16_t* p, uint32_t x) { store_upper(p, x); }
+  static uint32_t max_int(uint32_t x, uint32_t y) { return static_cast<int32_t>(x) > static_cast<int32_t>(y) ? x : y; }
+  static uint32_t to_ints(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }
+  static float to_floats(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
+  static float abs(float x) { return std::fabs(x); }
+  static float min(float x, float y) { return x < y ? x : y; }
+  static float max(float x, float y) { return x > y ? x : y; }
+  static float largest(float x) { return x; }
+  static float load_codes(const uint8_t* p) { return static_cast<float>(*p); }
+  static float load_signed_codes(const uint8_t* p) { return static_cast<float>(static_cast<int8_t>(*p)); }
+  static void store_codes(uint8_t* p, uint32_t x) { *p = static_cast<uint8_t>(x); }
 
   static Lanes zero_lanes() { return {}; }
   template <bool kBf16>

@@ -17,7 +17,7 @@ from ratel.errors import RatelError
 NEXT_TOKEN, CLASSIFY, TOKENS, MASKED_LM = TASKS = ("next-token", "classify", "tokens", "masked-lm")
 """What a model may be trained for."""
 
-STATES = ("exact", "bf16")
+STATES = ("exact", "bf16", "8bit")
 """How the optimizer's states may be stored: the names of `ratel.planner.formats.FORMATS`."""
 
 MODEL, TRAINING, ADAPTERS, MEMORY, REPORT = "model and data", "training", "adapters (LoRA)", "memory and devices", "output"
@@ -144,7 +144,7 @@ class CommonOptions:
     hardware: str = _option("auto", text_option, MEMORY, "auto|none|NAME|FILE",
                             "rates to plan with (auto: this GPU machine's; none: place by a simple rule instead)", plans=True)
     states: str = _option("exact", choice_reader(*STATES), MEMORY, "|".join(STATES),
-                          "how AdamW's states are stored: 12 bytes a parameter, or 8, with moments rounded to bf16", plans=True)
+                          "how AdamW's states are stored: 12 bytes a parameter, 8 with moments in bf16, or 6.1 with moments in 8 bits", plans=True)
     tier: str = _option("auto", choice_reader("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",
                         "force all model states into one tier", plans=True)
     checkpoint_tier: str = _option("auto", choice_reader("auto", "gpu", "dram", "ssd"), MEMORY, "auto|gpu|dram|ssd",

@@ -9,8 +9,11 @@ turns numbers into bytes and back is found under the names in the table: an enco
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import lcm
 
 from ratel.planner.shape import UnitSpec
+
+PAGE_BYTES = 4096
 
 TRAINED, FROZEN = "trained", "frozen"
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
@@ -30,8 +33,29 @@ class Encoding:
         scales = -(-num_elements // self.block) * self.scale_bytes if self.scale_bytes else 0
         return num_elements * self.bits // 8 + scales
 
+    def place(self, num_elements: int) -> int:
+        """Where in memory the element of that number is: numbers of their own dtype, or bytes where
+        scales lie among them."""
+        return num_elements if self.block == 1 else self.num_bytes(num_elements)
+
+    def count(self, length: int) -> int:
+        """The inverse, for whole blocks."""
+        return length if self.block == 1 else length // self.num_bytes(self.block) * self.block
+
+    @property
+    def page_elements(self) -> int:
+        """The fewest elements, whole blocks, that fill whole pages of 4096 bytes."""
+        block_bytes = self.num_bytes(self.block)
+        return self.block * (lcm(block_bytes, PAGE_BYTES) // block_bytes)
+
+
+MOMENT_BLOCK = 128
+"""Elements of a block of 8-bit moments: parameters begin at multiples of it, so that none shares a
+block with another."""
 
 BF16, INT16, FP32 = (Encoding(name=name, bits=bits) for name, bits in (("bf16", 16), ("int16", 16), ("fp32", 32)))
+MOMENT8, ROOT8 = (Encoding(name=name, bits=8, block=MOMENT_BLOCK, scale_bytes=4)
+                  for name in ("int8 in blocks", "uint8 roots in blocks"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +70,7 @@ class PlaneFormat:
     written: tuple[str, ...]
 
 
-def _rows(lower_half_computes: bool, compute: Encoding, moments: Encoding) -> tuple[PlaneFormat, ...]:
+def _rows(lower_half_computes: bool, compute: Encoding, moments: tuple[Encoding, Encoding]) -> tuple[PlaneFormat, ...]:
     both, passes = (TRAINED, FROZEN), (FORWARD, BACKWARD, UPDATE)
 
     def row(plane: str, encoding: Encoding, segments: tuple[str, ...] = (TRAINED,), read: tuple[str, ...] = (UPDATE,),
@@ -55,7 +79,7 @@ def _rows(lower_half_computes: bool, compute: Encoding, moments: Encoding) -> tu
 
     return (row("hi", BF16, both, passes),
             row("lo", INT16, both, passes) if lower_half_computes else row("lo", INT16),
-            row("m", moments), row("v", moments),
+            row("m", moments[0]), row("v", moments[1]),
             row("g", compute, written=(BACKWARD,)))
 
 
@@ -113,6 +137,11 @@ class StateFormats:
         return self.num_bytes(unit, plane, (TRAINED,))
 
     @cached_property
+    def page_elements(self) -> int:
+        """What is moved to and from SSDs begins at multiples of it."""
+        return lcm(*(row.encoding.page_elements for row in self.rows))
+
+    @cached_property
     def trained_bytes(self) -> float:
         """Bytes of one trained parameter, its gradient included."""
         return sum(_per_element(row.encoding) for row in self.rows)
@@ -129,17 +158,18 @@ def _per_element(encoding: Encoding) -> float:
     return int(size) if size == int(size) else size
 
 
-def _tables(name: str, moments: Encoding, update: str) -> dict[str, StateFormats]:
+def _tables(name: str, moments: tuple[Encoding, Encoding], update: str) -> dict[str, StateFormats]:
     """By what blocks compute in."""
     return {compute.name: StateFormats(name=name, compute=compute, rows=_rows(compute is FP32, compute, moments), update=update)
             for compute in (BF16, FP32)}
 
 
 EXACT_NAME = "exact"
-EXACT = _tables(EXACT_NAME, FP32, "adamw")
+EXACT = _tables(EXACT_NAME, (FP32, FP32), "adamw")
 """By what blocks compute in: the fp32 master in halves, and moments in fp32."""
 
-FORMATS = {EXACT_NAME: EXACT, "bf16": _tables("bf16", BF16, "adamw with bf16 moments")}
+FORMATS = {EXACT_NAME: EXACT, "bf16": _tables("bf16", (BF16, BF16), "adamw with rounded moments"),
+           "8bit": _tables("8bit", (MOMENT8, ROOT8), "adamw with rounded moments")}
 """By the name that states have them under, and that ``--states`` takes."""
 
 PLANES = EXACT["bf16"].planes

@@ -14,6 +14,7 @@ from ratel.planner.placement import DRAM, SSD, UnitPlacement, closed_first
 from ratel.planner.shape import ModelSpec, UnitSpec
 from ratel.planner.slot_layout import PIECE_ELEMENTS, SlotLayout, grain_of, lay_out_slot
 from ratel.planner.work import Buffers, Work
+from ratel.units import align_up
 
 FEWEST_SAVE_PIECES = 8
 """The fewest buffers that a saver has: a drive is kept busy with some while others are filled."""
@@ -83,7 +84,7 @@ class Plan:
     def piece_elements(self) -> int:
         """What a save moves at once, in whole grains."""
         largest = max((u.num_elements for u in self.spec.units), default=1)
-        return self.grain * max(1, min(PIECE_ELEMENTS, largest) // self.grain)
+        return self._in_pages(self.grain * max(1, min(PIECE_ELEMENTS, largest) // self.grain))
 
     @property
     def save_piece_bytes(self) -> int:
@@ -168,7 +169,11 @@ class Plan:
         """What an update handles at once. With nothing on SSD there is nothing to overlap: every
         pause between chunks, in which threads meet, would be lost."""
         from_ssd = self.ring_planes(unit) or self.weights_from_ssd(unit)
-        return min(self.buffers.chunk_elements, unit.num_trainable) if from_ssd else unit.num_trainable
+        return min(self._in_pages(self.buffers.chunk_elements), unit.num_trainable) if from_ssd else unit.num_trainable
+
+    def _in_pages(self, num_elements: int) -> int:
+        """What begins where the one before ends begins at a page, in every plane."""
+        return align_up(num_elements, self.formats.page_elements)
 
     def class_of(self, unit: UnitSpec) -> str:
         return self.spec.classes[unit.index].name

@@ -123,7 +123,7 @@ def gradient_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
 def update_traffic(plan: Plan, unit: UnitSpec) -> Traffic:
     """Optimizer planes from SSD and back; weights back, which a gather has read, or spares
     reading."""
-    ring = {p: plan.formats.num_bytes(unit, p) for p in plan.ring_planes(unit)}
+    ring = {p: align_up(plan.formats.num_bytes(unit, p), PAGE_BYTES) for p in plan.ring_planes(unit)}
     weights = sum(plan.formats.encoding(p).num_bytes(unit.num_trainable) for p in plan.weights_from_ssd(unit))
     # The gradient is read and then forgotten; the other planes are read and written back.
     return Traffic(ssd_read=sum(ring.values()), ssd_written=sum(ring.values()) - ring.get("g", 0) + weights)

@@ -12,6 +12,7 @@ import torch
 
 from ratel import native
 from ratel.errors import DamagedError
+from ratel.planner.formats import FP32, Encoding
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import first_element, first_grain, num_grains, segments
 
@@ -29,10 +30,11 @@ class Checksums:
         self._spec, self._pool, self.grain, self.enabled = spec, pool, grain, enabled
         self._tables: list[dict[Key, np.ndarray]] = [{} for _ in range(num_slots)]
         self._elements: dict[Key, int] = {}
+        self._encodings: dict[Key, Encoding] = {}
 
-    def add(self, unit: int, name: str, num_elements: int) -> None:
-        """A plane that will be on SSD."""
-        self._elements[unit, name] = num_elements
+    def add(self, unit: int, name: str, num_elements: int, encoding: Encoding = FP32) -> None:
+        """A plane that will be on SSD. ``encoding`` matters where elements lie in blocks."""
+        self._elements[unit, name], self._encodings[unit, name] = num_elements, encoding
         count = num_grains(self._spec.units[unit], num_elements, self.grain)
         for table in self._tables:
             table[unit, name] = np.zeros(count, dtype=np.uint32)
@@ -41,7 +43,7 @@ class Checksums:
         """``values`` (CPU, contiguous) are about to be written at element ``begin`` of the
         plane."""
         if self.enabled:
-            self._grains(slot, unit, name, begin, values)[:] = self.compute(unit, begin, values)
+            self._grains(slot, unit, name, begin, values)[:] = self.compute(unit, begin, values, self._encodings[unit, name])
 
     def record_zeros(self, unit: int, name: str, dtype: torch.dtype) -> None:
         """The plane reads as zeros, in every slot."""
@@ -49,8 +51,9 @@ class Checksums:
             return
         sizes = [min(self.grain, end - at) for begin, end in segments(self._spec.units[unit], self._elements[unit, name])
                  for at in range(begin, end, self.grain)]
-        sums = {size: self._pool.crc32(zeros.data_ptr(), size * dtype.itemsize, size * dtype.itemsize)[0]
-                for size in set(sizes) for zeros in [torch.zeros(size, dtype=dtype)]}
+        place = self._encodings[unit, name].place
+        sums = {size: self._pool.crc32(zeros.data_ptr(), zeros.nbytes, zeros.nbytes)[0]
+                for size in set(sizes) for zeros in [torch.zeros(place(size), dtype=dtype)]}
         for table in self._tables:
             table[unit, name][:] = [sums[size] for size in sizes]
 
@@ -64,7 +67,8 @@ class Checksums:
         plane and chunk; ``where`` gives file and position of an element."""
         if not self.enabled:
             return
-        expected, found = self._grains(slot, unit, name, begin, values), self.compute(unit, begin, values)
+        expected = self._grains(slot, unit, name, begin, values)
+        found = self.compute(unit, begin, values, self._encodings[unit, name])
         wrong = np.flatnonzero(expected != found)
         if wrong.size:
             index, spec = int(wrong[0]), self._spec.units[unit]
@@ -73,13 +77,13 @@ class Checksums:
             raise DamagedError(f"is damaged at byte {position}: unit {spec.name}, plane {name}, chunk {chunk} has checksum "
                                f"{int(found[index]):08x}, {int(expected[index]):08x} was written", path=path)
 
-    def compute(self, unit: int, begin: int, values: torch.Tensor) -> np.ndarray:
+    def compute(self, unit: int, begin: int, values: torch.Tensor, encoding: Encoding = FP32) -> np.ndarray:
         """uint32, one for each grain of ``values``, which start at element ``begin`` of a plane of
         the unit."""
-        item, size = values.element_size(), self.grain * values.element_size()
-        split = min(max(self._spec.units[unit].num_trainable - begin, 0), values.numel())
-        parts = [self._pool.crc32(values.data_ptr() + at * item, (end - at) * item, size)
-                 for at, end in ((0, split), (split, values.numel())) if at < end]
+        item, place, count = values.element_size(), encoding.place, encoding.count(values.numel())
+        split = min(max(self._spec.units[unit].num_trainable - begin, 0), count)
+        parts = [self._pool.crc32(values.data_ptr() + place(at) * item, (place(end) - place(at)) * item, place(self.grain) * item)
+                 for at, end in ((0, split), (split, count)) if at < end]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def trained(self, slot: int, unit: int, name: str) -> np.ndarray:
@@ -91,6 +95,6 @@ class Checksums:
         """Their part of the table. What is frozen has one place, and its sums are with slot 0."""
         spec = self._spec.units[unit]
         slot = 0 if begin >= spec.num_trainable else slot
-        first, end = first_grain(spec, begin, self.grain), begin + values.numel()
+        first, end = first_grain(spec, begin, self.grain), begin + self._encodings[unit, name].count(values.numel())
         past = num_grains(spec, end, self.grain)
         return self._tables[slot][unit, name][first:past]

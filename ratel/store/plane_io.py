@@ -6,7 +6,9 @@ import torch
 
 from ratel import native
 from ratel.memory.tracing import Tracing
+from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.store.planes import Store
+from ratel.units import align_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +23,14 @@ class Read:
     values: torch.Tensor
 
 
+def paged_bytes(values: torch.Tensor) -> int:
+    """Whole pages are moved: a plane has its last one to itself, on SSD and in memory."""
+    return align_up(values.nbytes, PAGE_BYTES)
+
+
 class PlaneIO:
     """``begin`` counts elements of the plane; ``values`` are 1-D, contiguous, page aligned and in
-    its dtype."""
+    its dtype, and what memory is left of their last page is theirs."""
 
     def __init__(self, store: Store, engine: "native.nvme_ds.Engine | None", tracing: Tracing) -> None:
         self._store, self._engine, self._tracing = store, engine, tracing
@@ -32,7 +39,7 @@ class PlaneIO:
         """Start reading the current version."""
         slot = self._store.slot_to_read(unit)
         ticket = self._engine.submit_read(self._store.volume_of(unit, name, begin), self._store.offset(slot, unit, name, begin),
-                                          values.data_ptr(), values.numel() * values.element_size(), priority)
+                                          values.data_ptr(), paged_bytes(values), priority)
         return Read(ticket, slot, unit, name, begin, values)
 
     def wait(self, read: Read) -> None:
@@ -53,4 +60,4 @@ class PlaneIO:
         with self._tracing.waiting("checksum", self._store.plan.spec.units[unit].name):
             self._store.checksums.record(slot, unit, name, begin, values)
         return self._engine.submit_write(self._store.volume_of(unit, name, begin), self._store.offset(slot, unit, name, begin),
-                                         values.data_ptr(), values.numel() * values.element_size(), priority)
+                                         values.data_ptr(), paged_bytes(values), priority)

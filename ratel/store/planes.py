@@ -7,16 +7,14 @@ import torch
 
 from ratel import native
 from ratel.memory.arena import Arena
+from ratel.planner.formats import Encoding
 from ratel.planner.placement import DRAM, GPU, SSD
 from ratel.planner.plan import Plan
 from ratel.planner.slot_layout import PAGE_BYTES
 from ratel.store.checksums import Checksums
+from ratel.store.encodings import DTYPES
 from ratel.store.versions import Versions
 from ratel.units import align_up
-
-DTYPES = {"bf16": torch.bfloat16, "int16": torch.int16, "fp32": torch.float32}
-"""By the name of an encoding (`ratel.planner.formats`): what the numbers of a plane are in
-memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +24,20 @@ class Plane:
     name: str
     tier: str
     num_elements: int
-    dtype: torch.dtype
+    encoding: Encoding
     tensor: torch.Tensor | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.encoding.name]
+
+    @property
     def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
+        return self.encoding.num_bytes(self.num_elements)
+
+    def part(self, begin: int, end: int, of: torch.Tensor | None = None) -> torch.Tensor:
+        """Elements of the plane's tensor, or of another that holds the same plane."""
+        return (self.tensor if of is None else of)[self.encoding.place(begin) : self.encoding.place(end)]
 
 
 class Store:
@@ -58,7 +64,7 @@ class Store:
         for unit, name in {**self._layout.places, **self._frozen.places}:
             whole = (unit, name) in self._frozen.places
             place = self.plane(unit, name) if whole else self._layout.places[unit, name]
-            self.checksums.add(unit, name, place.num_elements)
+            self.checksums.add(unit, name, place.num_elements, self.plane(unit, name).encoding)
 
     def plane(self, unit: int, name: str) -> Plane:
         return self._planes[unit][name]
@@ -81,7 +87,8 @@ class Store:
         for unit, planes in self._seconds.items():
             trained = self.plan.spec.units[unit].num_trainable
             for name, plane in planes.items():
-                plane.tensor[trained:].copy_(self._planes[unit][name].tensor[trained:])
+                if plane.num_elements > trained:
+                    plane.tensor[trained:].copy_(self._planes[unit][name].tensor[trained:])
 
     def slot_to_read(self, unit: int) -> int:
         return self.versions.current[unit]
@@ -115,9 +122,9 @@ class Store:
         names = (*formats.planes, "g") if self.plan.deferred or place.on_gpu else formats.planes
         planes = {}
         for name in names:
-            dtype, count = DTYPES[formats.encoding(name).name], formats.num_elements(unit, name)
+            encoding, count = formats.encoding(name), formats.num_elements(unit, name)
             if count:
-                planes[name] = Plane(name, place.tier(name), count, dtype, self._reserve(place.tier(name), count, dtype))
+                planes[name] = Plane(name, place.tier(name), count, encoding, self._reserve(place.tier(name), encoding, count))
                 if name == "g" and place.g == SSD:
                     self._grad_offsets[unit.index] = self._grads_end
                     self._grads_end += align_up(planes[name].num_bytes, PAGE_BYTES)
@@ -129,10 +136,11 @@ class Store:
         for name in self.plan.second_planes(self.plan.spec.units[unit]):
             if self.has(unit, name):
                 plane = self.plane(unit, name)
-                places[name] = replace(plane, tensor=self._arena.take_as(plane.num_elements, plane.dtype))
+                places[name] = replace(plane, tensor=self._reserve(DRAM, plane.encoding, plane.num_elements))
         return places
 
-    def _reserve(self, tier: str, count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def _reserve(self, tier: str, encoding: Encoding, count: int) -> torch.Tensor | None:
+        length, dtype = encoding.place(count), DTYPES[encoding.name]
         if tier == GPU:
-            return torch.zeros(count, dtype=dtype, device=self.device)
-        return self._arena.take_as(count, dtype) if tier == DRAM else None
+            return torch.zeros(length, dtype=dtype, device=self.device)
+        return self._arena.take_as(length, dtype) if tier == DRAM else None

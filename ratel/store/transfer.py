@@ -12,8 +12,10 @@ from ratel.memory.arena import keep_mapped
 from ratel.planner.placement import DRAM, SSD
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import pieces
+from ratel.store.encodings import store_fp32, to_fp32
 from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
+from ratel.units import align_up
 
 PIECE_ELEMENTS = 1 << 22
 """Moved at once, a multiple of every grain: the halves of a large unit never exist beside its
@@ -78,30 +80,41 @@ class UnitTransfer:
 
     def write_moment(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
         """Write fp32 numbers (page aligned), which become what the plane is stored as."""
-        dtype = self._store.plane(unit.index, name).dtype
-        self.write(unit, name, values if values.dtype is dtype else aligned_empty(values.numel(), dtype).copy_(values))
+        plane = self._store.plane(unit.index, name)
+        if values.dtype is not plane.dtype:
+            stored = aligned_empty(plane.encoding.place(values.numel()), plane.dtype)
+            store_fp32(values, plane.encoding, stored)
+            values = stored
+        self.write(unit, name, values)
 
     def write(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
-        for begin, end in pieces(unit, values.numel(), PIECE_ELEMENTS):
-            self._move(unit, name, begin, values[begin:end], write=True)
+        """``values`` as the plane stores them."""
+        plane = self._store.plane(unit.index, name)
+        for begin, end in pieces(unit, plane.encoding.count(values.numel()), PIECE_ELEMENTS):
+            self._move(unit, name, begin, plane.part(begin, end, values), write=True)
 
     def read(self, unit: UnitSpec, name: str) -> torch.Tensor:
-        """A copy in ordinary CPU memory."""
+        """A copy in ordinary CPU memory, as the plane stores it."""
         plane = self._store.plane(unit.index, name)
-        values = aligned_empty(plane.num_elements, plane.dtype)
+        values = aligned_empty(plane.encoding.place(plane.num_elements), plane.dtype)
         for begin, end in pieces(unit, plane.num_elements, PIECE_ELEMENTS):
-            self._move(unit, name, begin, values[begin:end], write=False)
+            self._move(unit, name, begin, plane.part(begin, end, values), write=False)
         return values
+
+    def read_moment(self, unit: UnitSpec, name: str) -> torch.Tensor:
+        """The numbers, in fp32."""
+        return to_fp32(self.read(unit, name), self._store.plane(unit.index, name).encoding)
 
     def recall(self, unit: UnitSpec, name: str) -> None:
         """Bring what is trained of a plane that lives elsewhere from the copy that a commit has
         made of it on SSD."""
         plane = self._store.plane(unit.index, name)
-        buffer = aligned_empty(min(PIECE_ELEMENTS, plane.num_elements), plane.dtype)
-        for begin, end in pieces(unit, min(plane.num_elements, unit.num_trainable), buffer.numel()):
-            values = buffer[: end - begin]
+        size = min(PIECE_ELEMENTS, plane.num_elements)
+        buffer = aligned_empty(plane.encoding.place(size), plane.dtype)
+        for begin, end in pieces(unit, min(plane.num_elements, unit.num_trainable), size):
+            values = plane.part(0, end - begin, buffer)
             self._read(unit, name, begin, values)
-            plane.tensor[begin:end].copy_(values)
+            plane.part(begin, end).copy_(values)
 
     def frozen_pieces(self, unit: UnitSpec, name: str) -> Iterator[Tensor]:
         """What is frozen of a plane, from its first element on, each piece in memory of its own
@@ -129,7 +142,7 @@ class UnitTransfer:
         ``begin``."""
         plane = self._store.plane(unit.index, name)
         if plane.tier != SSD:
-            part = plane.tensor[begin : begin + values.numel()]
+            part = plane.part(begin, begin + plane.encoding.count(values.numel()))
             part.copy_(values) if write else values.copy_(part)
         elif write:
             self._import(unit, name, begin, values)
@@ -151,8 +164,8 @@ class UnitTransfer:
 
 
 def aligned_empty(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised CPU memory that direct I/O accepts: page aligned."""
-    raw = torch.empty(num_elements * dtype.itemsize + 4096, dtype=torch.uint8)
+    """Uninitialised CPU memory that direct I/O accepts: page aligned, its last page whole."""
+    raw = torch.empty(align_up(num_elements * dtype.itemsize, 4096) + 4096, dtype=torch.uint8)
     skip = -raw.data_ptr() % 4096
     return raw[skip : skip + num_elements * dtype.itemsize].view(dtype)
 

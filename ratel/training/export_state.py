@@ -20,6 +20,7 @@ from ratel.lora.request import AdapterRequest
 from ratel.models import Parts
 from ratel.models.calls.tasks import Task
 from ratel.models.presets import PRESETS
+from ratel.planner.formats import FP32
 from ratel.planner.shape import UnitSpec
 from ratel.runtime.session.opening import DTYPES
 from ratel.runtime.states.base import Digests, digest_of, refuse_other
@@ -111,7 +112,7 @@ def _beside(parts: Parts, saved: SavedState, source: str, options: dict[str, Any
 
     def beside(directory: Path) -> None:
         if optimizer:
-            export_moments(parts.spec, lambda unit, plane: saved.read(unit.index, plane), saved.training["updates"], directory)
+            export_moments(parts.spec, lambda unit, plane: saved.read(unit.index, plane, encoding=FP32), saved.training["updates"], directory)
         if tokenizer is not None:
             write_tokenizer(tokenizer, directory, own)
 

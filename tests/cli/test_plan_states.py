@@ -25,12 +25,12 @@ def test_each_format_is_planned_as_if_it_had_been_asked_for(planned: dict) -> No
     for states, found in planned.items():
         choices = {choice["states"]: choice for choice in found.to_json()["states"]}
         assert list(choices) == list(FORMATS) == list(EFFECTS) and found.plan.formats.name == states
-        assert {name: choice["param_bytes"] for name, choice in choices.items()} == {"exact": 12, "bf16": 8}
+        assert {name: choice["param_bytes"] for name, choice in choices.items()} == {"exact": 12, "bf16": 8, "8bit": 6.0625}
         for name, choice in choices.items():
             assert choice["step_s"] == pytest.approx(planned[name].prediction.step_s, rel=1e-9)
             assert choice["state_bytes"] == planned[name].plan.state_bytes
             assert choice["state_bytes"] == pytest.approx(choice["param_bytes"] * params, rel=0.01)
-        assert choices["bf16"]["step_s"] < choices["exact"]["step_s"]
+        assert choices["8bit"]["step_s"] < choices["bf16"]["step_s"] < choices["exact"]["step_s"]
         text = found.describe()
         assert f"{states} (planned)" in text and all(f"{name}: {effect}" in text for name, effect in EFFECTS.items())
 
@@ -46,7 +46,7 @@ def test_what_does_not_fit_may_fit_in_another_format(capsys: pytest.CaptureFixtu
     arguments = ["plan", "--model", "llama-3b", "--hardware", "4090", "--ssds", "0", "--batch-size", "2", "--seq-len", "256",
                  "--dtype", "bf16", "--gpu-memory", "4GiB", "--no-advice"]
     assert cli.main([*arguments, "--dram", "32GiB"]) == 2
-    assert "it would fit with --states bf16" in capsys.readouterr().err
+    assert "it would fit with --states bf16 or 8bit" in capsys.readouterr().err
     assert cli.main([*arguments, "--dram", "32GiB", "--states", "bf16"]) == 0
     assert cli.main([*arguments, "--dram", "16GiB"]) == 2
     assert "--states" not in capsys.readouterr().err

@@ -32,7 +32,7 @@ class Short:
         settings = {"ranges": [(end - begin, 0.1)], **ADAM, **options}
         pool.adamw(*(p[begin:].data_ptr() for p in (*self.planes, grad)), end - begin, step=step,
                    grad_dtype="bf16" if grad.dtype == torch.bfloat16 else "fp32",
-                   rounding=op_ds.Rounding(key=op_ds.rounding_key(key, step), first=first + begin), **settings)
+                   moments="bf16", rounding=op_ds.Rounding(key=op_ds.rounding_key(key, step), first=first + begin), **settings)
 
 
 def assert_same(one: Short, other: Short) -> None:

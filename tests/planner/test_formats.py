@@ -9,25 +9,27 @@ import pytest
 
 from ratel.errors import RatelError
 from ratel.config.table import STATES
-from ratel.planner.formats import EXACT, FORMATS, FROZEN, PLANES, TRAINED, Encoding
-from ratel.planner.shape import ParamSpec, lay_out
+from ratel.planner.formats import (BF16, EXACT, FORMATS, FP32, FROZEN, MOMENT8, MOMENT_BLOCK, PLANES, ROOT8, TRAINED,
+                                   Encoding)
+from ratel.planner.shape import PARAM_ALIGN, ParamSpec, lay_out
 from ratel.planner.traffic import step_traffic
 from ratel.planner.work import Buffers
 from ratel.runtime.states.format import MANIFEST, formats_of
 from ratel.runtime.updates.arithmetic import UPDATES
-from ratel.store.planes import DTYPES
+from ratel.store.encodings import DTYPES
 from tests.runtime.streams.test_concurrency import open_session
 from tests.support.families import batches
 from tests.support.plans import make_plan, tied_spec
 
 pytestmark = pytest.mark.unit
 HALVES = {"*": {"hi": "ssd", "lo": "ssd", "m": "ssd", "v": "ssd", "g": "dram"}}
-SHORT = FORMATS["bf16"]
+SHORT, NARROW = FORMATS["bf16"], FORMATS["8bit"]
 
 
 def test_states_take_what_the_documents_say() -> None:
     assert [(f.trained_bytes, f.update_bytes) for f in EXACT.values()] == [(14, 26), (16, 28)]
     assert [(f.trained_bytes, f.update_bytes) for f in SHORT.values()] == [(10, 18), (12, 20)]
+    assert [(f.trained_bytes, f.update_bytes) for f in NARROW.values()] == [(8.0625, 14.125), (10.0625, 16.125)]
     assert [f.gathered for f in EXACT.values()] == [("hi",), ("hi", "lo")]
     assert PLANES == ("hi", "lo", "m", "v") == EXACT["fp32"].planes
 
@@ -73,6 +75,19 @@ def test_scales_lie_with_their_block() -> None:
     eight = Encoding(name="int8", bits=8, block=256, scale_bytes=4)
     assert [eight.num_bytes(count) for count in (256, 512, 513)] == [260, 520, 513 + 12]
     assert Encoding(name="nf4", bits=4, block=64, scale_bytes=4).num_bytes(1 << 20) == (1 << 19) + (1 << 16)
+    assert [eight.place(512), eight.count(520)] == [520, 512] and [FP32.place(512), FP32.count(512)] == [512, 512]
+    for encoding in (eight, MOMENT8, ROOT8, FP32, BF16):
+        assert encoding.num_bytes(encoding.page_elements) % 4096 == 0 and encoding.page_elements % encoding.block == 0
+    assert [tables["bf16"].page_elements for tables in FORMATS.values()] == [2048, 2048, 1 << 17]
+    assert PARAM_ALIGN % MOMENT_BLOCK == 0, "no two parameters share a block"
+
+
+def test_chunks_and_pieces_begin_at_pages() -> None:
+    for formats in (SHORT["bf16"], NARROW["bf16"]):
+        plan = replace(make_plan(tied_spec(2, 1024), HALVES, optimizer="deferred", buffers=Buffers(chunk_elements=6144)), formats=formats)
+        for unit in plan.spec.units:
+            assert plan.chunk_of(unit) == unit.num_trainable or plan.chunk_of(unit) % formats.page_elements == 0
+        assert plan.piece_elements % formats.page_elements == 0 and plan.chunk_of(plan.spec.units[1]) >= 6144
 
 
 def test_other_formats_are_counted_by_all() -> None:

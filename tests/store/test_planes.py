@@ -9,7 +9,8 @@ import torch
 from ratel import native
 from ratel.errors import DamagedError
 from ratel.planner.plan import Plan
-from ratel.store.planes import DTYPES, Plane
+from ratel.store.encodings import DTYPES
+from ratel.store.planes import Plane
 from tests.support.stores import FROZEN, GRAIN, PLAIN, Parts, parts, random_plane
 
 pytestmark = pytest.mark.native

@@ -10,7 +10,8 @@ from ratel.planner.search.micro_batches import Planned
 from ratel.planner.search.request import Request
 from ratel.planner.search.search import search
 
-EFFECTS = {EXACT_NAME: "the textbook's AdamW", "bf16": "moments rounded stochastically, right on average; weights exact"}
+EFFECTS = {EXACT_NAME: "the textbook's AdamW", "bf16": "moments rounded stochastically, right on average; weights exact",
+           "8bit": "moments rounded stochastically to 8 bits in blocks of 128; weights exact"}
 """What a format changes in the result."""
 
 

@@ -94,7 +94,7 @@ def export(core: Core, path: Path, dtype: str | None, optimizer: bool, beside: C
 
     def further(directory: Path) -> None:
         if optimizer:
-            export_moments(core.plan.spec, transfer.read, core.updates_made, directory)
+            export_moments(core.plan.spec, transfer.read_moment, core.updates_made, directory)
         if beside is not None:
             beside(directory)
 

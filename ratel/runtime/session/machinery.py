@@ -151,17 +151,18 @@ class Machinery:
         return wanted, saved.num_elements(unit.index, name)
 
     def _fitted_bytes(self, saved: SavedState, unit: UnitSpec, name: str) -> int:
-        return max(self._counts(saved, unit, name)) * self.store.plane(unit.index, name).dtype.itemsize
+        return self.store.plane(unit.index, name).encoding.num_bytes(max(self._counts(saved, unit, name)))
 
     def _fitted(self, saved: SavedState, unit: UnitSpec, name: str, buffer: torch.Tensor) -> torch.Tensor:
         """What a state has of a plane, in ``buffer``; a state of an older version has its frozen
         part, too. That may be shorter or longer by the frozen parameters' `lo`, which only fp32
         runs have."""
         wanted, count = self._counts(saved, unit, name)
-        values = buffer[: self._fitted_bytes(saved, unit, name)].view(self.store.plane(unit.index, name).dtype)
-        saved.read(unit.index, name, values)
-        values[count:] = 0
-        return values[:wanted]
+        plane = self.store.plane(unit.index, name)
+        values = buffer[: self._fitted_bytes(saved, unit, name)].view(plane.dtype)
+        saved.read(unit.index, name, values, plane.encoding)
+        values[plane.encoding.place(count) :] = 0
+        return plane.part(0, wanted, values)
 
     def close(self) -> None:
         """End the threads, then the engine, then the memory. Pending updates are lost: flush

@@ -184,7 +184,8 @@ class Session:
 
     @entered
     def read_state(self, unit: UnitSpec, plane: str) -> torch.Tensor:
-        """A copy of one plane (``hi``, ``lo``, ``m``, ``v``) on the CPU."""
+        """A copy of one plane (``hi``, ``lo``, ``m``, ``v``) on the CPU, as it is stored
+        (docs/state_format.md)."""
         self.flush()
         return self._core.machinery.transfer.read(unit, plane)
 

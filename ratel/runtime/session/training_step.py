@@ -135,7 +135,7 @@ class Training:
     def _update_unit_on_gpu(self, unit: UnitSpec, hyper: Hyper) -> None:
         count = unit.num_trainable
         formats = self._plan.formats.of(unit)
-        planes = {p: self._m.store.plane(unit.index, p).tensor[:count] for p in (*formats.planes, "g")}
+        planes = {p: self._m.store.plane(unit.index, p).part(0, count) for p in (*formats.planes, "g")}
         scalars = hyper.of_elements(unit, 0, count)
         if self._m.lanes.device.type == "cuda":
             UPDATES[formats.update].on_gpu(planes, **scalars)

@@ -22,7 +22,7 @@ PLANES = dict(zip(("m", "v"), MOMENTS))
 
 def export_moments(spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor], step: int, directory: Path) -> None:
     """Write the moments of all trained parameters into ``directory``. ``read_plane`` gives a plane
-    on the CPU."""
+    on the CPU, in fp32."""
     pieces = [Piece(outlines={key_of(PLANES[plane], p.name): Outline(shape=p.shape, dtype=torch.float32)
                               for p in unit.params if p.trainable},
                     make=partial(_tensors_of, unit, plane, read_plane))
@@ -31,7 +31,7 @@ def export_moments(spec: ModelSpec, read_plane: Callable[[UnitSpec, str], Tensor
 
 
 def _tensors_of(unit: UnitSpec, plane: str, read_plane: Callable[[UnitSpec, str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    flat = read_plane(unit, plane).to(torch.float32)
+    flat = read_plane(unit, plane)
     return ((key_of(PLANES[plane], p.name), view(flat, p)) for p in unit.params if p.trainable)
 
 

@@ -24,7 +24,7 @@ from ratel.errors import RatelError
 from ratel.memory.jobs import Crew, crew
 from ratel.models.checkpoints.other_state import unpack
 from ratel.ownership.stamps import belongs_to
-from ratel.planner.formats import StateFormats
+from ratel.planner.formats import Encoding, StateFormats
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import first_grain, num_grains, pieces
 from ratel.reading import descriptor_of
@@ -32,7 +32,7 @@ from ratel.runtime.states.base import Digests
 from ratel.runtime.states.commits import Folders, located
 from ratel.runtime.states.durable_files import settled
 from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, formats_of, read_commit, read_manifest, read_other_state
-from ratel.store.planes import DTYPES
+from ratel.store.encodings import DTYPES, store_fp32, to_fp32
 
 MOUNT_IT = "Mount its drive again, or, if it is mounted elsewhere now, name that directory with --ssd"
 _MISSING = "a file that planes of the state are in is not there"
@@ -149,21 +149,23 @@ class SavedState:
         """0 where the unit has no such plane."""
         return self.manifest["planes"][unit].get(plane, {"num_elements": 0})["num_elements"]
 
-    def read(self, unit: int, plane: str, out: Tensor | None = None) -> Tensor | None:
-        """A plane of a unit (CPU), or None where the unit has none. ``out``: contiguous, where the
-        plane is put from the first element on, its numbers rounded to nearest where that is of
-        another dtype. Raises RatelError for a grain that is damaged."""
+    def read(self, unit: int, plane: str, out: Tensor | None = None, encoding: Encoding | None = None) -> Tensor | None:
+        """A plane of a unit (CPU), or None where the unit has none. ``encoding``: what it is turned
+        into, rounded to nearest, where that is not how it is stored; ``out``: of the dtype of that,
+        contiguous, where the plane is put from the first element on. Raises RatelError for a grain
+        that is damaged."""
         if plane not in self.manifest["planes"][unit]:
             return None
-        count, dtype = self.num_elements(unit, plane), DTYPES[self._formats.encoding(plane).name]
-        values = torch.empty(count, dtype=dtype) if out is None else out[:count]
+        count, own = self.num_elements(unit, plane), self._formats.encoding(plane)
+        wanted = encoding or own
+        values = torch.empty(wanted.place(count), dtype=DTYPES[wanted.name]) if out is None else out[: wanted.place(count)]
 
         def fill(piece: tuple[int, int]) -> None:
-            part = values[piece[0] : piece[1]]
-            stored = part if part.dtype is dtype else torch.empty(part.numel(), dtype=dtype)
+            part = values[wanted.place(piece[0]) : wanted.place(piece[1])]
+            stored = part if wanted == own else torch.empty(own.place(piece[1] - piece[0]), dtype=DTYPES[own.name])
             self._read_piece(descriptors, unit, plane, piece, memoryview(stored.view(torch.uint8).numpy()))
             if stored is not part:
-                part.copy_(stored)
+                store_fp32(to_fp32(stored, own), wanted, part)
 
         with self._readers() as (pool, descriptors):
             list(pool.map(fill, self._pieces(unit, plane)))

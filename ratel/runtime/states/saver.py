@@ -213,13 +213,13 @@ class Saver:
             self._complete_write()
         plane = self._store.plane(unit.index, name)
         buffer = self._free.pop()
-        values = buffer[: (end - begin) * plane.dtype.itemsize].view(plane.dtype)
+        values = buffer[: plane.encoding.num_bytes(end - begin)].view(plane.dtype)
         if plane.tier == SSD:
             source = self._io.read(unit.index, name, begin, values, native.nvme_ds.BACKGROUND)
         elif plane.tier == GPU:
-            source = self._fetch(save, plane.tensor[begin:end], values)
+            source = self._fetch(save, plane.part(begin, end), values)
         else:
-            part = plane.tensor[begin:end]
+            part = plane.part(begin, end)
             self._pool.copy(values.data_ptr(), part.data_ptr(), values.numel() * values.element_size())
             source = Event()
         return _Filling(unit, name, begin, buffer, values, source)
@@ -235,7 +235,8 @@ class Saver:
         filling = self._filling.popleft()
         try:
             self._wait_full(filling)
-            sums = self._store.checksums.compute(filling.unit.index, filling.begin, filling.values)
+            encoding = self._store.plane(filling.unit.index, filling.plane).encoding
+            sums = self._store.checksums.compute(filling.unit.index, filling.begin, filling.values, encoding)
             jitter.pause()
             ticket = save.target.write(filling.unit, filling.plane, filling.begin, filling.values, sums)
         except BaseException:

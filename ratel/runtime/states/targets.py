@@ -22,6 +22,7 @@ from ratel.runtime.states.durable_files import (beside, make_directory, move_oth
                                                 replace_directory)
 from ratel.runtime.states.format import (COMMITS, MANIFEST, PLANES_FILE, Commit, OtherState, is_other_file, make_manifest,
                                          pack_commit)
+from ratel.store.plane_io import paged_bytes
 from ratel.store.planes import Store
 from ratel.synced import replace_synced, sync_path, write_synced
 
@@ -59,7 +60,7 @@ class DirectoryTarget:
         self._sums[unit.index, plane][first : first + len(sums)] = sums
         place = self._layout.places[unit.index, plane]
         return self._engine.submit_write(self._volume, place.at(begin), values.data_ptr(),
-                                         values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
+                                         paged_bytes(values), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
         self._volume.sync()
@@ -203,7 +204,7 @@ class CommitTarget:
         first = first_grain(unit, begin, self._log.plan.grain)
         store.checksums.trained(slot, unit.index, plane)[first : first + len(sums)] = sums
         return self._engine.submit_write(store.volume, store.offset(slot, unit.index, plane, begin), values.data_ptr(),
-                                         values.numel() * values.element_size(), native.nvme_ds.BACKGROUND)
+                                         paged_bytes(values), native.nvme_ds.BACKGROUND)
 
     def finish(self, training: dict[str, Any]) -> None:
         volume = self._log.store.volume

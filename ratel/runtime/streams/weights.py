@@ -9,7 +9,8 @@ from ratel.planner.plan import Plan
 from ratel.planner.schedule import Gather
 from ratel.runtime.updates.ledger import Ledger
 from ratel.store.host_cache import HostCache, HostSlot
-from ratel.store.planes import DTYPES, Store
+from ratel.store.encodings import DTYPES
+from ratel.store.planes import Store
 
 
 class WeightSource:

@@ -14,6 +14,7 @@ Planes = Mapping[str, torch.Tensor]
 
 _HALVES_AND_MOMENTS = ("hi", "lo", "m", "v")
 _GRAD_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_MOMENT_TYPES = {**_GRAD_TYPES, torch.uint8: "8bit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ def _adamw_in_memory(pool: op_ds.Pool, planes: Planes, targets: Planes, *, round
 def _rounded_in_memory(pool: op_ds.Pool, planes: Planes, targets: Planes, **scalars: Any) -> None:
     grad = planes["g"]
     pool.adamw(*(planes[name].data_ptr() for name in (*_HALVES_AND_MOMENTS, "g")), grad.numel(),
-               to=tuple(targets[name].data_ptr() for name in _HALVES_AND_MOMENTS), grad_dtype=_GRAD_TYPES[grad.dtype], **scalars)
+               to=tuple(targets[name].data_ptr() for name in _HALVES_AND_MOMENTS), grad_dtype=_GRAD_TYPES[grad.dtype],
+               moments=_MOMENT_TYPES[planes["m"].dtype], **scalars)
 
 
 def _adamw_on_gpu(planes: Planes, *, rounding: op_ds.Rounding | None, **scalars: Any) -> None:
@@ -50,4 +52,4 @@ def _rounded_on_gpu(planes: Planes, **scalars: Any) -> None:
 
 
 UPDATES = {"adamw": UpdateCode(in_memory=_adamw_in_memory, on_gpu=_adamw_on_gpu),
-           "adamw with bf16 moments": UpdateCode(in_memory=_rounded_in_memory, on_gpu=_rounded_on_gpu)}
+           "adamw with rounded moments": UpdateCode(in_memory=_rounded_in_memory, on_gpu=_rounded_on_gpu)}

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from ratel.errors import RatelError
 from ratel.native import op_ds
+from ratel.planner.formats import FORMATS, MOMENT_BLOCK
+from ratel.store.encodings import BLOCK_BYTES, CODECS, square_root
 
 PATHS = ("auto", "triton", "reference")
 REFERENCE_CHUNK = 1 << 20
-"""Elements. The reference makes some ten fp64 temporaries of this length."""
+"""Elements, a multiple of a block. The reference makes some ten fp64 temporaries of this length."""
+
+_CODECS = [CODECS[FORMATS["8bit"]["bf16"].encoding(plane).name] for plane in ("m", "v")]
 
 Planes = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Update = Callable[[Planes, op_ds.AdamCoefficients, float, op_ds.Rounding | None], None]
@@ -31,21 +35,20 @@ def adamw_(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor, *, lr: fl
            rounding: op_ds.Rounding | None = None, path: str = "auto") -> None:
     """One AdamW step in place. All tensors 1-D, contiguous, of one length and device.
 
-    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` fp32, or bf16 with
-    ``rounding``, ``grad`` bf16 or fp32. ``ranges`` are (end element, weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"``
-    takes Triton on an NVIDIA GPU where it can be imported; a forced path that is impossible raises
-    RatelError.
+    ``hi`` is bf16, ``lo`` int16 (together the fp32 master), ``m`` and ``v`` are fp32, or with
+    ``rounding`` bf16, or uint8 in blocks, ``grad`` is bf16 or fp32. ``ranges`` are (end element,
+    weight decay) as in ``op_ds.Pool.adamw``. ``path="auto"`` takes Triton on an NVIDIA GPU where it
+    can be imported; a forced path that is impossible raises RatelError.
     """
     planes = (hi, lo, m, v, grad)
-    _check_planes(planes, torch.float32 if rounding is None else torch.bfloat16)
+    _check_planes(planes, rounding is not None)
     ranges = [(hi.numel(), 0.0)] if ranges is None else ranges
     op_ds.check_ranges(ranges, hi.numel())
     coefficients = op_ds.adam_coefficients(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step,
                                            grad_scale=grad_scale)
     update = choose_update(hi.device, path)
     for begin, end, weight_decay in _spans(ranges):
-        update(tuple(plane[begin:end] for plane in planes), coefficients, op_ds.decay_factor(lr, weight_decay),
-               _from(rounding, begin))
+        update(_part(planes, begin, end), coefficients, op_ds.decay_factor(lr, weight_decay), _from(rounding, begin))
 
 
 def choose_update(device: torch.device, path: str = "auto") -> Update:
@@ -77,11 +80,25 @@ def _triton_serves(device_type: str) -> bool:
     return True
 
 
-def _check_planes(planes: Planes, moments: torch.dtype) -> None:
+def _check_planes(planes: Planes, are_rounded: bool) -> None:
     hi, lo, m, v, grad = planes
+    moments = m.numel() if m.dtype != torch.uint8 else m.numel() // BLOCK_BYTES * MOMENT_BLOCK
     assert hi.dtype == torch.bfloat16 and lo.dtype == torch.int16, (hi.dtype, lo.dtype)
-    assert m.dtype == v.dtype == moments and grad.dtype in (torch.bfloat16, torch.float32), (m.dtype, grad.dtype)
-    assert all(p.dim() == 1 and p.is_contiguous() and p.numel() == hi.numel() and p.device == hi.device for p in planes)
+    assert m.dtype == v.dtype and m.dtype in ((torch.bfloat16, torch.uint8) if are_rounded else (torch.float32,)), m.dtype
+    assert grad.dtype in (torch.bfloat16, torch.float32), grad.dtype
+    assert lo.numel() == grad.numel() == moments == hi.numel() and m.numel() == v.numel(), [p.numel() for p in planes]
+    assert all(p.dim() == 1 and p.is_contiguous() and p.device == hi.device for p in planes)
+
+
+def _part(planes: Planes, begin: int, end: int) -> Planes:
+    """The planes of some elements: whole blocks, where moments have 8 bits."""
+    hi, lo, m, v, grad = planes
+    if m.dtype == torch.uint8:
+        assert begin % MOMENT_BLOCK == end % MOMENT_BLOCK == 0, (begin, end)
+        m, v = (p[begin // MOMENT_BLOCK * BLOCK_BYTES : end // MOMENT_BLOCK * BLOCK_BYTES] for p in (m, v))
+    else:
+        m, v = m[begin:end], v[begin:end]
+    return hi[begin:end], lo[begin:end], m, v, grad[begin:end]
 
 
 def _spans(ranges: list[tuple[int, float]]) -> Iterator[tuple[int, int, float]]:
@@ -99,15 +116,19 @@ def _from(rounding: op_ds.Rounding | None, begin: int) -> op_ds.Rounding | None:
 
 def _reference_update(planes: Planes, k: op_ds.AdamCoefficients, decay: float, rounding: op_ds.Rounding | None) -> None:
     for begin in range(0, planes[0].numel(), REFERENCE_CHUNK):
-        hi, lo, m, v, grad = (plane[begin:begin + REFERENCE_CHUNK] for plane in planes)
+        hi, lo, m, v, grad = _part(planes, begin, min(begin + REFERENCE_CHUNK, planes[0].numel()))
         if rounding is None:
             _reference_chunk(hi, lo, m, v, grad, k, decay)
             continue
-        exact = m.float(), v.float()
+        codecs = _CODECS if m.dtype == torch.uint8 else None
+        exact = [codec.decode(p) for codec, p in zip(codecs, (m, v))] if codecs else [m.float(), v.float()]
         _reference_chunk(hi, lo, *exact, grad, k, decay)
-        noise = draws(_from(rounding, begin), m.numel(), m.device)
-        round_stochastically(exact[0], noise & 0xffff, m)
-        round_stochastically(exact[1], noise >> 16, v)
+        words = draws(_from(rounding, begin), hi.numel(), hi.device)
+        for number, (values, noise, out) in enumerate(zip(exact, (words & 0xffff, words >> 16), (m, v))):
+            if codecs:
+                codecs[number].encode(values, noise.float() / 65536, out)
+            else:
+                round_stochastically(values, noise, out)
 
 
 def draws(rounding: op_ds.Rounding, count: int, device: torch.device) -> Tensor:
@@ -138,7 +159,7 @@ def _reference_chunk(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, grad: Tensor,
         m.copy_(fma(torch.full_like(m, k.lerp_weight) - 1, scaled - m, scaled))
     v.copy_(fma(scaled * k.one_minus_beta2, scaled, v * k.beta2))
     # A tensor and not a number: by a number, torch on CUDA multiplies with the rounded reciprocal.
-    root = _square_root(v) / torch.full_like(v, k.bias_correction2_sqrt)
+    root = square_root(v) / torch.full_like(v, k.bias_correction2_sqrt)
     split_master(master + (m * k.neg_step_size) / (root + k.eps), hi, lo)
 
 
@@ -152,15 +173,6 @@ def split_master(master: Tensor, hi: Tensor, lo: Tensor) -> None:
     bits = master.view(torch.int32)
     hi.view(torch.int16).copy_((bits + 0x8000) >> 16)
     lo.copy_(bits)
-
-
-def _square_root(x: Tensor) -> Tensor:
-    """Correctly rounded fp32 square root, which torch's own is not on the CPU.
-
-    The fp64 root of an fp32 number is further from any fp32 rounding boundary (2^-51, relative)
-    than its own error.
-    """
-    return x.double().sqrt().float()
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Loader:
                     count: int) -> dict[str, torch.Tensor]:
         views, cursor = {}, 0
         for name in planes:
-            dtype = self._store.plane(unit.index, name).dtype
-            views[name] = ring_slot[cursor : cursor + count * dtype.itemsize].view(dtype)
-            cursor += align_up(self._plan.chunk_of(unit) * dtype.itemsize, PAGE_BYTES)
+            plane = self._store.plane(unit.index, name)
+            views[name] = ring_slot[cursor : cursor + plane.encoding.num_bytes(count)].view(plane.dtype)
+            cursor += align_up(plane.encoding.num_bytes(self._plan.chunk_of(unit)), PAGE_BYTES)
         return views

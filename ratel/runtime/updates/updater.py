@@ -114,9 +114,9 @@ class Updater:
         unit = chunk.job.unit
         planes = {}
         for name in self._plan.formats.planes:
-            tensor = self._store.plane(unit.index, name).tensor
-            if tensor is not None:
-                planes[name] = tensor[chunk.begin : chunk.end]
+            plane = self._store.plane(unit.index, name)
+            if plane.tensor is not None:
+                planes[name] = plane.part(chunk.begin, chunk.end)
         if chunk.job.weights is not None:
             for name, view in self._cache.views(chunk.job.weights).items():
                 planes[name] = view[chunk.begin : chunk.end]
@@ -130,8 +130,10 @@ class Updater:
         are. What comes from SSD it changes in its buffers."""
         if not chunk.job.early:
             return {}
-        seconds = {name: self._store.second(chunk.job.unit.index, name) for name in self._plan.formats.planes}
-        return {name: second[chunk.begin : chunk.end] for name, second in seconds.items() if second is not None}
+        unit = chunk.job.unit.index
+        seconds = {name: self._store.second(unit, name) for name in self._plan.formats.planes}
+        return {name: self._store.plane(unit, name).part(chunk.begin, chunk.end, second)
+                for name, second in seconds.items() if second is not None}
 
     def _write_back(self, chunk: Chunk) -> None:
         job = chunk.job

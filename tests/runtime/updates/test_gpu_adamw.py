@@ -15,7 +15,8 @@ from ratel.runtime.updates import gpu_adamw
 
 ADAM = dict(lr=1e-3, beta2=0.999, eps=1e-8)
 EDGE_VALUES = (0.0, -0.0, 1e-45, -1e-39, 1e-30, 1.1754944e-38, 1.0, -3e38, 2e19)
-MOMENTS = (torch.float32, torch.bfloat16)
+MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "8bit"}
 
 Planes = list[torch.Tensor]
 
@@ -34,12 +35,13 @@ def make_planes(n: int, seed: int, moments: torch.dtype = torch.float32) -> Plan
         weights[i::101] = value
     hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
     gpu_adamw.split_master(weights, hi, lo)
-    return [hi, lo, torch.zeros(n, dtype=moments), torch.zeros(n, dtype=moments)]
+    count = n // 128 * 132 if moments is torch.uint8 else n
+    return [hi, lo, torch.zeros(count, dtype=moments), torch.zeros(count, dtype=moments)]
 
 
 def draws(step: int, moments: torch.dtype) -> op_ds.Rounding | None:
     """A vector that begins just before the counter comes to its end."""
-    return None if moments is torch.float32 else op_ds.Rounding(key=op_ds.rounding_key(5, step, 1), first=2**32 - 5000)
+    return None if moments is torch.float32 else op_ds.Rounding(key=op_ds.rounding_key(5, step, 1), first=2**32 - 5120)
 
 
 def make_grad(n: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -52,12 +54,12 @@ def make_grad(n: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 def native_update(pool: op_ds.Pool, planes: Planes, grad: torch.Tensor, **options: object) -> None:
     dtype = "bf16" if grad.dtype == torch.bfloat16 else "fp32"
-    pool.adamw(*(p.data_ptr() for p in (*planes, grad)), len(grad), grad_dtype=dtype, **options)
+    pool.adamw(*(p.data_ptr() for p in (*planes, grad)), len(grad), grad_dtype=dtype, moments=NAMES[planes[2].dtype], **options)
 
 
 def assert_same_bits(got: Planes, wanted: Planes) -> None:
     for name, a, b in zip(("hi", "lo", "m", "v"), got, wanted, strict=True):
-        integers = torch.int16 if a.element_size() == 2 else torch.int32
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
         wrong = (a.cpu().view(integers) != b.cpu().view(integers)).nonzero().flatten()
         assert len(wrong) == 0, f"{name}: {len(wrong)} of {len(a)} differ, first at {int(wrong[0])}"
 
@@ -68,12 +70,12 @@ def assert_same_bits(got: Planes, wanted: Planes) -> None:
 @pytest.mark.parametrize("beta1", [0.9, 0.5, 0.3])
 def test_reference_equals_op_ds(pool: op_ds.Pool, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
                                 beta1: float, moments: torch.dtype) -> None:
-    n = 20_011
-    monkeypatch.setattr(gpu_adamw, "REFERENCE_CHUNK", 3000)
+    n = 20_096 if moments is torch.uint8 else 20_011
+    monkeypatch.setattr(gpu_adamw, "REFERENCE_CHUNK", 3072)
     planes, wanted = make_planes(n, 0, moments), make_planes(n, 0, moments)
     for step in range(1, 13):
         grad = make_grad(n, step, dtype)
-        options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(7001, 0.1), (7001, 0.5), (n, 0.0)],
+        options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(7040, 0.1), (7040, 0.5), (n, 0.0)],
                        rounding=draws(step, moments))
         gpu_adamw.adamw_(*planes, grad, **options)
         native_update(pool, wanted, grad, **options)
@@ -157,11 +159,11 @@ def test_paths_are_chosen_or_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("beta1", [0.9, 0.3])
 def test_gpu_equals_op_ds(pool: op_ds.Pool, path: str, dtype: torch.dtype, beta1: float, moments: torch.dtype) -> None:
-    for n in (1, 127, 100_003):
+    for n in (128, 1152, 99_968) if moments is torch.uint8 else (1, 127, 100_003):
         planes, wanted = [p.cuda() for p in make_planes(n, 0, moments)], make_planes(n, 0, moments)
         for step in range(1, 13):
             grad = make_grad(n, step, dtype)
-            options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(n // 3, 0.1), (n, 0.0)],
+            options = dict(**ADAM, beta1=beta1, step=step, grad_scale=0.37, ranges=[(n // 384 * 128, 0.1), (n, 0.0)],
                            rounding=draws(step, moments))
             gpu_adamw.adamw_(*planes, grad.cuda(), **options, path=path)
             native_update(pool, wanted, grad, **options)
