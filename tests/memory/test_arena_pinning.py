@@ -11,6 +11,7 @@ from ratel.errors import RatelError
 from ratel.memory import anonymous, arena
 from ratel.memory.arena import Arena
 from ratel.startup import arena_ahead
+from tests.support.patience import wait_until
 
 pytestmark = pytest.mark.unit
 PAGE, MOST = 4096, 64 * 4096
@@ -56,6 +57,27 @@ def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> D
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     return stand_in
+
+
+@pytest.mark.parametrize("pages", [5, 64])
+def test_what_is_pinned_in_one_piece_waits_for_no_layout(pages: int, driver: Driver, pool: "native.op_ds.Pool") -> None:
+    """Where its parts will lie matters only if borders have to lie between them."""
+    memory = Arena(pages * PAGE, pin=True, pool=pool)
+    wait_until(lambda: sum(driver.regions.values()) == pages * PAGE)
+    assert memory.free_bytes == pages * PAGE
+    memory.close()
+
+
+def test_more_than_one_piece_waits_for_the_layout(driver: Driver, pool: "native.op_ds.Pool", monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    pieces = arena.pinned_pieces
+    monkeypatch.setattr(arena, "pinned_pieces", lambda ends, size: asked.append(list(ends)) or pieces(ends, size))
+    memory = Arena(65 * PAGE, pin=True, pool=pool)
+    for count in (40, 25):
+        memory.take(count * PAGE)
+    memory.settle()
+    assert asked == [[40 * PAGE, 65 * PAGE]]
+    memory.close()
 
 
 @pytest.mark.parametrize("pages", [[200], [1] * 200, [30, 40, 64, 1, 63, 2, 0, 64], [64, 64, 64], [5]])

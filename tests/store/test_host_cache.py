@@ -247,3 +247,14 @@ def test_an_update_goes_on_when_the_pass_has_come_to_what_was_read_before(ssd_di
         assert not waiting._done.wait(0.1)
         p.cache.acquire(1)
         assert waiting.result().unit == 4
+
+
+def test_planes_that_share_a_slot_lie_beside_each_other(ssd_dir: Path) -> None:
+    """Sessions in fp32 gather both halves of the master."""
+    with parts(ssd_dir, "ssd", spec=FOUR, dtype="fp32") as p:
+        values = {name: random_plane(p.store.plane(1, name).dtype, FOUR.units[1].num_elements, seed) for seed, name in enumerate(("hi", "lo"))}
+        for name, plane in values.items():
+            p.transfer.write(FOUR.units[1], name, plane)
+        slot = p.cache.acquire(1)
+        p.cache.ready(slot)
+        assert {name: torch.equal(view, values[name]) for name, view in p.cache.views(slot).items()} == {"hi": True, "lo": True}

@@ -159,6 +159,26 @@ def test_memory_of_a_transfer_that_stalled_is_never_freed(monkeypatch: pytest.Mo
     assert kept == [values]
 
 
+@pytest.mark.parametrize("direction", ["read", "write"])
+def test_memory_that_a_stalled_disk_may_still_use_is_kept(direction: str, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+
+    def stalls(*_: object, **__: object) -> None:
+        raise native.nvme_ds.StallError.__new__(native.nvme_ds.StallError)
+
+    with parts(ssd_dir, "ssd") as p:
+        unit = PLAIN.units[1]
+        values = random_plane(torch.bfloat16, unit.num_elements, 1)
+        p.transfer.write(unit, "hi", values)
+        with monkeypatch.context() as patch:
+            patch.setattr(arena, "_never_freed", kept)
+            patch.setattr(type(p.engine), "wait", stalls)
+            patch.setattr(type(p.io), "wait", stalls)
+            with pytest.raises(native.nvme_ds.StallError):
+                p.transfer.write(unit, "hi", values) if direction == "write" else p.transfer.read(unit, "hi")
+    assert len(kept) == 1 and kept[0].dtype is torch.bfloat16
+
+
 def test_memory_that_is_not_aligned_is_a_mistake_of_the_program(ssd_dir: Path) -> None:
     spec = small_spec((100, 0), (100, 0), (100, 0))
     with parts(ssd_dir, "ssd", spec=spec) as p, pytest.raises(AssertionError):
