@@ -167,12 +167,12 @@ def test_an_event_that_was_recorded_too_early_does_not_help() -> None:
 
 def test_order_is_passed_on_from_lane_to_lane() -> None:
     """d2h waited for h2d, which had waited for the compute lane."""
-    lanes, used = made(0.0), torch.ones(8)
+    lanes, used, target = made(0.0), torch.ones(8), torch.zeros(8)
     with lanes.watching():
         used.mul_(2)
     lanes.wait("h2d", lanes.record("compute"))
     lanes.wait("d2h", lanes.record("h2d"))
-    copied(lanes, "d2h", torch.zeros(8), used)
+    copied(lanes, "d2h", target, used)
     assert lanes.violations == []
     lanes.end()
 
