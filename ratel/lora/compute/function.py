@@ -64,7 +64,7 @@ def adapted_linears(x: Tensor, bases: Sequence[Frozen], adapters: Sequence[Adapt
     ``dropout`` has a key for each linear, so each drops elements of its own, as peft's do.
     ``graph``: see ``choice.choose``.
     """
-    assert len(bases) == len(adapters) and (dropout is None or len(dropout.draw) == 1 + len(bases)), "one of each for each linear"
+    assert len(bases) == len(adapters) and (dropout is None or dropout.draw.shape[0] == 1 + len(bases)), "one of each for each linear"
     if len(adapters) > 1 and len({adapter.rank for adapter in adapters}) > 1:
         return tuple(adapted_linear(x, base, adapter, _of(dropout, index), graph)
                      for index, (base, adapter) in enumerate(zip(bases, adapters, strict=True)))
@@ -73,6 +73,8 @@ def adapted_linears(x: Tensor, bases: Sequence[Frozen], adapters: Sequence[Adapt
     how = _How(tuple([float(adapter.scale) for adapter in adapters]), p, forward, backward)
     tensors = [tensor for base, adapter in zip(bases, adapters, strict=True)
                for tensor in (base.weight, base.bias, adapter.a, adapter.b)]
+    if not (torch.is_grad_enabled() or ops.is_watched(x)):
+        return _forward(x, draw, how, tensors)[0]  # a node of autograd takes as long as its launches
     return _Adapted.apply(x, draw, how, *tensors)
 
 
@@ -88,24 +90,30 @@ def _of(dropout: Dropout | None, index: int) -> Dropout | None:
     return None if dropout is None else Dropout(dropout.p, dropout.draw[[0, 1 + index]])
 
 
+def _forward(x: Tensor, draw: Tensor | None, how: _How, tensors: Sequence[Tensor | None]) \
+        -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """The results, all A as they were multiplied, and S. Where ``fused`` computes, A is rounded once
+    for all linears and B where kernels read it; other orders get both rounded."""
+    flat, parts = _flat(x), _fours(tensors)
+    a = _stacked(parts, x.dtype)
+    if how.forward == choice.FUSED:
+        ys, s = _fused_forward(flat, draw, how, parts, a)
+    else:
+        ys, s = [FORWARD[how.forward](given) for given in _givens(flat, draw, how, parts, a)], None
+    return tuple(ys) if x.dim() == 2 else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys]), a, s
+
+
 class _Adapted(torch.autograd.Function):
-    """Where ``fused`` computes, A is rounded once for all linears and B where kernels read it;
-    other orders get both rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, draw: Tensor | None, how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.how = how
-        flat, parts = _flat(x), _fours(tensors)
-        a = _stacked(parts, x.dtype)
-        if how.forward == choice.FUSED:
-            ys, s = _fused_forward(flat, draw, how, parts, a)
-        else:
-            ys, s = [FORWARD[how.forward](given) for given in _givens(flat, draw, how, parts, a)], None
-        kept = s if s is not None and parts[0][2].shape[0] * SMALL_SHARE <= x.shape[-1] else None
-        ctx.dtypes = [part[2].dtype for part in parts]
-        ctx.save_for_backward(x, draw, kept, a, *[tensor for w, bias, _, b in parts for tensor in (w, bias, b)])
-        return tuple(ys) if x.dim() == 2 else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
+        ys, a, s = _forward(x, draw, how, tensors)
+        kept = s if s is not None and tensors[2].shape[0] * SMALL_SHARE <= x.shape[-1] else None
+        ctx.dtypes = [one.dtype for one in tensors[2::4]]
+        ctx.save_for_backward(x, draw, kept, a, *[tensor for w, bias, _, b in _fours(tensors) for tensor in (w, bias, b)])
+        return ys
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -30,8 +30,10 @@ CHUNK_ELEMENTS = 1 << 22
 """The reference makes some three integers of 32 bits for each of so many elements at a time."""
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def mask_key(seed: int, step: int, stage: str | int, linear: str | int) -> int:
-    """64 bits, as a signed number: what PyTorch's integers hold."""
+    """64 bits, as a signed number: what PyTorch's integers hold. Those of a step are asked for by
+    each run of each block in each micro-batch."""
     text = f"{seed}/{step}/{stage}/{linear}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
