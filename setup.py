@@ -96,7 +96,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["ratel", "ratel.*", "nvme_ds", "nvme_ds.*", "op_ds", "op_ds.*"]),
-    package_data={"ratel": ["**/*.txt", "**/*.json", "**/*.jsonl"]},
+    package_data={"ratel": ["**/*.txt", "**/*.json", "**/*.jsonl", "**/*.toml"]},
     install_requires=[
         "torch>=2.6",
         "numpy",

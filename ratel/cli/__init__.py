@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Sequence
 
 from ratel import interrupt, process
-from ratel.cli import bench, check, data, doctor, export, plan, train
+from ratel.cli import bench, check, cost, data, doctor, export, plan, train
 from ratel.cli.parser import Parser
 from ratel.errors import DamagedError, NonFiniteError, RatelError, WorkerError, out_of
 
-COMMANDS = (train, plan, data, check, export, doctor, bench)
+COMMANDS = (train, plan, cost, data, check, export, doctor, bench)
 EXIT_OK, EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 0, 1, 2, process.EXIT_INTERRUPTED
 
 

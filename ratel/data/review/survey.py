@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ratel.data.batches.encode import Document, Encoder
+from ratel.data.sources.bundled import bundled_sources
 from ratel.data.sources.corpus import plain
 from ratel.data.sources.files import MIN_TEXT_BYTES, DataArgument, LineError, Source, find_sources, scan_jsonl, scan_text
 from ratel.data.sources.records import Record, RecordError, Text, decode, parse_line
@@ -39,12 +40,14 @@ class Entry:
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     tokenizer: "PreTrainedTokenizerBase"
+    sources: tuple[Source, ...]
     entries: Iterator[Entry]
 
 
-def open_survey(data: DataArgument, *, model: str | None, tokenizer: str | None, seq_len: int, first_line: int = 1) -> Survey:
-    """A survey of the records as a run with these options would learn from them."""
-    sources = find_sources(data)
+def open_survey(data: DataArgument | None, *, model: str | None, tokenizer: str | None, seq_len: int, first_line: int = 1) -> Survey:
+    """A survey of the records as a run with these options would learn from them; without ``data``
+    of the bundled text."""
+    sources = bundled_sources() if data is None else find_sources(data)
     if first_line > 1 and len(sources) > 1:
         raise RatelError("there are several files", field="--line", value=first_line, remedy="Name one of them")
     found = load_tokenizer(tokenizer_source(tokenizer, model))
@@ -52,7 +55,7 @@ def open_survey(data: DataArgument, *, model: str | None, tokenizer: str | None,
     if vocab_size is not None:
         check_vocab(found, vocab_size)
     encoder = Encoder(found, vocab_size=vocab_size)
-    return Survey(tokenizer=found, entries=survey(sources, encoder.encode, text_bytes=max(MIN_TEXT_BYTES, 4 * seq_len),
+    return Survey(tokenizer=found, sources=sources, entries=survey(sources, encoder.encode, text_bytes=max(MIN_TEXT_BYTES, 4 * seq_len),
                                                   first_line=first_line))
 
 

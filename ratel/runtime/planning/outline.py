@@ -84,6 +84,11 @@ class Outline:
     def spec(self) -> ModelSpec:
         return self._parts.spec
 
+    @property
+    def packs(self) -> bool:
+        """Documents may share a row: the model keeps them apart."""
+        return not self._parts.is_causal_lm or self._parts.isolates_documents
+
     def facts(self, rows: int, seq_len: int, *, spills: bool = False) -> BlockFacts:
         """What a plan is made from, for micro-batches of ``rows`` rows of ``seq_len`` tokens on a
         GPU."""

@@ -85,11 +85,20 @@ class Planner:
         return self._outline.spec
 
     @property
+    def packs(self) -> bool:
+        return self._outline.packs
+
+    @property
     def num_blocks(self) -> int:
         return sum(stage.kind == "block" for stage in self.spec.stages)
 
     def close(self) -> None:
         self._outline.close()
+
+    def facts(self, rows: int, seq_len: int) -> BlockFacts:
+        """Of micro-batches of so many rows, of which all is on the GPU that backward needs of a
+        block."""
+        return self._facts_of(rows, seq_len, spills=False)
 
     def plan(self, *, advice: bool = True, endurance_bytes: float | None = None) -> PlanResult:
         """The best plan. Raises RatelError that says which budget is short, and by how much."""

@@ -1,0 +1,146 @@
+"""What whole runs cost on machines that can be rented: a planner's step for each, times the steps
+that the data have."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from ratel.config import TrainConfig
+from ratel.data.review.lengths import TextLengths
+from ratel.errors import RatelError
+from ratel.planner.forecast.cost import predict
+from ratel.planner.plan import Plan
+from ratel.planner.pricing.calibration import Calibration, Measured, calibrate, step_work
+from ratel.planner.pricing.rented import THIS, Rented
+from ratel.planner.pricing.run_cost import ALONE, PACKED, PADDED, Epoch, RunCost, Step
+from ratel.planner.search.micro_batches import best_plan
+from ratel.runtime.planning.machine import Machine, machine_for
+from ratel.runtime.planning.planner import Planner
+from ratel.startup.known_hardware import AUTO
+
+_BUDGETS = ("gpu_memory", "dram", "ssd")
+_LEAST_LENGTH = 2
+"""Tokens: a row of one has nothing to learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be compared. ``states`` and ``forms``: side by side; of ``forms``, PACKED is
+    ALONE for a model that cannot keep documents apart. ``measured``: steps on the one machine
+    asked for."""
+
+    rented: Sequence[Rented]
+    epochs: int = 1
+    states: Sequence[str] = ("exact",)
+    forms: Sequence[str] = (PACKED, PADDED)
+    measured: Sequence[Measured] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    costs: tuple[RunCost, ...]
+    notes: tuple[str, ...]
+    calibration: Calibration | None
+
+
+def run_costs(model: Any, config: TrainConfig, texts: TextLengths, question: Question) -> Answer:
+    """One line for each machine, format of states and form of rows. A step that does not fit is a
+    line that says so.
+
+    Raises RatelError for what cannot be trained or planned for at all.
+    """
+    with closing(Planner(model, config, _machine(config, question.rented[0]))) as planner:
+        coster = _Coster(planner, texts, question)
+        costs = tuple(coster.costs())
+        return Answer(costs=costs, notes=tuple(dict.fromkeys(coster.notes)), calibration=coster.calibration)
+
+
+def _machine(config: TrainConfig, rented: Rented) -> Machine:
+    asked = replace(config, hardware=AUTO if rented.machine == THIS else rented.machine, dram=config.dram or rented.dram)
+    return machine_for(asked, ssds=rented.ssds)
+
+
+class _Coster:
+    """A planner, which is asked about one machine after another: what was learned of the model's
+    blocks does not depend on them."""
+
+    def __init__(self, planner: Planner, texts: TextLengths, question: Question) -> None:
+        self._planner, self._question, self._config = planner, question, planner.config
+        self._rows = texts.lengths.split(self._config.seq_len)
+        self._epochs = [self._epoch(form, texts) for form in question.forms]
+        self.notes = [f"{texts.bad} lines of the data are no records, and left out"] if texts.bad else []
+        self._calibrated: Calibration | None = None
+        self._largest = lru_cache(maxsize=None)(self._largest_batch)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self._calibrated
+
+    def costs(self) -> Iterator[RunCost]:
+        for rented in self._question.rented:
+            machine = self._machine_of(rented)
+            self.notes += [f"{rented.name}: {note}" for note in machine.notes]
+            for states in self._question.states:
+                for epoch in self._epochs:
+                    yield self._cost(rented, machine, states, epoch)
+
+    def _epoch(self, form: str, texts: TextLengths) -> Epoch:
+        seq_len, rows = self._config.seq_len, self._rows
+        if form == PADDED:
+            return Epoch(form=PADDED, rows=rows.rows, row_tokens=rows.expected_longest(self._config.batch_size), tokens=rows.tokens)
+        if not self._planner.packs:
+            return Epoch(form=ALONE, rows=rows.rows, row_tokens=seq_len, tokens=rows.tokens)
+        return Epoch(form=PACKED, rows=texts.packed_rows(seq_len), row_tokens=seq_len, tokens=rows.tokens)
+
+    def _machine_of(self, rented: Rented) -> Machine:
+        machine = _machine(self._config, rented)
+        if not self._question.measured:
+            return machine
+        self._calibrated = self._calibrate(machine)
+        return replace(machine, hardware=self._calibrated.of(machine.hardware))
+
+    def _calibrate(self, machine: Machine) -> Calibration:
+        works = []
+        for point in self._question.measured:
+            if not _LEAST_LENGTH <= point.length <= self._config.seq_len:
+                raise RatelError(f"must be from {_LEAST_LENGTH} to --seq-len {self._config.seq_len}", field="--fit length", value=point.length)
+            self._ask(machine, batch_size=point.batch, seq_len=point.length)
+            works.append(step_work(best_plan(self._planner, machine.hardware).plan, machine.hardware))
+        return calibrate(works, [point.seconds for point in self._question.measured])
+
+    def _cost(self, rented: Rented, machine: Machine, states: str, epoch: Epoch) -> RunCost:
+        width = max(_LEAST_LENGTH, self._rows.longest) if epoch.form == PADDED else self._config.seq_len
+        self._ask(machine, states=states, seq_len=width)
+        try:
+            step, problem = self._step(machine, epoch), None
+        except RatelError as error:
+            if error.field not in _BUDGETS:
+                raise
+            step, problem = None, str(error)
+        basis = machine.hardware.source.partition(":")[0]
+        return RunCost(rented=rented, basis=basis, trains="all", states=states, epoch=epoch, epochs=self._question.epochs,
+                       batch=self._config.batch_size, largest_batch=self._largest(rented.name, states, width), step=step, problem=problem)
+
+    def _ask(self, machine: Machine, **changes: Any) -> None:
+        self._planner.machine, self._planner.config = machine, replace(self._config, **changes)
+
+    def _largest_batch(self, name: str, states: str, width: int) -> int:
+        """Of what the planner is asked about just now, which the arguments name."""
+        return self._planner.largest_batch()
+
+    def _step(self, machine: Machine, epoch: Epoch) -> Step:
+        chosen = best_plan(self._planner, machine.hardware)
+        plan, prediction = chosen.plan, chosen.prediction
+        if epoch.form == PADDED:
+            prediction = predict(self._narrowed(plan, epoch), machine.hardware)
+        overhead_s = self._calibrated.overhead_s if self._calibrated else 0.0
+        return Step(seconds=prediction.step_s + overhead_s, bound_by=prediction.bound_by, overhead_s=overhead_s, gpu_bytes=plan.gpu_bytes,
+                    dram_bytes=plan.dram_bytes, ssd_bytes=plan.ssd_bytes)
+
+    def _narrowed(self, plan: Plan, epoch: Epoch) -> Plan:
+        """Placed for the longest rows, it has batches that are as wide as they are on average."""
+        seq_len = max(_LEAST_LENGTH, round(epoch.row_tokens))
+        facts = self._planner.facts(plan.work.micro_rows, seq_len)
+        return replace(plan, work=replace(plan.work, seq_len=seq_len, hidden_bytes=facts.hidden_bytes), profiles=facts.profiles)
