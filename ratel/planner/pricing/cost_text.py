@@ -21,8 +21,13 @@ def _row(cost: RunCost) -> tuple[str, ...]:
     step = cost.step
     return (cost.rented.name, cost.trains, cost.states, cost.epoch.form, f"{cost.epoch.row_tokens:,.0f}", f"{cost.epoch.padding:.0%}",
             str(cost.batch), f"{cost.largest_batch:,}", format_seconds(step.seconds) if step else "does not fit", f"{cost.steps:,}",
-            f"{cost.hours:,.2f}" if step else "", "" if cost.dollars is None else f"{cost.dollars:,.2f}",
+            _amount(cost.hours), _amount(cost.dollars),
             _NAMES[step.bound_by] if step else "", cost.basis)
+
+
+def _amount(value: float | None) -> str:
+    """To the cent; of less than one as many digits."""
+    return "" if value is None else f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -41,10 +46,10 @@ def _best(costs: Sequence[RunCost]) -> list[str]:
     lines = []
     if len(priced) > 1:
         cheapest = min(priced, key=lambda cost: cost.dollars)
-        lines.append(f"cheapest: {_named(cheapest)}, ${cheapest.dollars:,.2f}")
+        lines.append(f"cheapest: {_named(cheapest)}, ${_amount(cheapest.dollars)}")
     if len(timed) > 1:
         fastest = min(timed, key=lambda cost: cost.hours)
-        lines.append(f"fastest: {_named(fastest)}, {fastest.hours:,.2f} hours")
+        lines.append(f"fastest: {_named(fastest)}, {_amount(fastest.hours)} hours")
     return lines
 
 

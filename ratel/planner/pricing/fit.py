@@ -32,7 +32,7 @@ class Points:
         return [work / _sum(terms, constants) for terms, work in zip(self.terms, self.work)]
 
     def errors(self, constants: Sequence[float]) -> list[float]:
-        """Of rates: predicted less measured."""
+        """Rates as predicted less those measured."""
         return [rate - work / seconds for rate, work, seconds in zip(self.rates(constants), self.work, self.seconds)]
 
 

@@ -20,7 +20,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]]) -> "Lengths":
-        """Of (tokens, rows) in any order; what has no tokens is no row."""
+        """Pairs of (tokens, rows) in any order; what has no tokens is no row."""
         found: dict[int, int] = {}
         for tokens, rows in lengths:
             if tokens > 0 and rows > 0:

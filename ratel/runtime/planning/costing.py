@@ -127,7 +127,7 @@ class _Coster:
         self._planner.machine, self._planner.config = machine, replace(self._config, **changes)
 
     def _largest_batch(self, name: str, states: str, width: int) -> int:
-        """Of what the planner is asked about just now, which the arguments name."""
+        """The planner is asked what the arguments name, and was told so before."""
         return self._planner.largest_batch()
 
     def _step(self, machine: Machine, epoch: Epoch) -> Step:

@@ -96,8 +96,8 @@ class Planner:
         self._outline.close()
 
     def facts(self, rows: int, seq_len: int) -> BlockFacts:
-        """Of micro-batches of so many rows, of which all is on the GPU that backward needs of a
-        block."""
+        """What is known of micro-batches of so many rows, whose second runs save nothing in
+        DRAM."""
         return self._facts_of(rows, seq_len, spills=False)
 
     def plan(self, *, advice: bool = True, endurance_bytes: float | None = None) -> PlanResult:
