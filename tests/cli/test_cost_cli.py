@@ -129,3 +129,11 @@ def test_an_epoch_without_a_text_is_refused(capsys: pytest.CaptureFixture[str], 
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     assert "there is not one row in it" in refusal_of(capsys, empty)
+
+
+def test_an_adapter_stands_beside_the_whole_model(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    adapter, whole = costs_of(capsys, data, "--gpu", "h100", "--states", "exact", "--rows", "packed", "--lora", "8")
+    (alone,) = costs_of(capsys, data, "--gpu", "h100", "--states", "exact", "--rows", "packed")
+    assert adapter["trains"] == "rank 8" and whole == alone and whole["trains"] == "all"
+    planned = ratel.plan("llama-160m", hardware="h100", batch_size=8, seq_len=128, dtype="bf16", lora=8, advice=False)
+    assert adapter["step"]["seconds"] == planned.prediction.step_s

@@ -54,7 +54,8 @@ def _best(costs: Sequence[RunCost]) -> list[str]:
 
 
 def _named(cost: RunCost) -> str:
-    return f"{cost.rented.name} with {cost.epoch.form} rows and {cost.states} states"
+    trained = "" if cost.trains == "all" else f", {cost.trains}"
+    return f"{cost.rented.name} with {cost.epoch.form} rows and {cost.states} states{trained}"
 
 
 def _energy(costs: Sequence[RunCost]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from ratel.config import TrainConfig
+from ratel.config import ADAPTERS, TrainConfig, option_of, options_of
 from ratel.data.review.lengths import TextLengths
 from ratel.errors import RatelError
 from ratel.planner.forecast.cost import predict
@@ -46,15 +46,27 @@ class Answer:
 
 
 def run_costs(model: Any, config: TrainConfig, texts: TextLengths, question: Question) -> Answer:
-    """One line for each machine, format of states and form of rows. A step that does not fit is a
-    line that says so.
+    """One line for each machine, format of states and form of rows, and where an adapter is asked
+    for, the whole model beside it. A step that does not fit is a line that says so.
 
     Raises RatelError for what cannot be trained or planned for at all.
     """
-    with closing(Planner(model, config, _machine(config, question.rented[0]))) as planner:
-        coster = _Coster(planner, texts, question)
-        costs = tuple(coster.costs())
-        return Answer(costs=costs, notes=tuple(dict.fromkeys(coster.notes)), calibration=coster.calibration)
+    costs: list[RunCost] = []
+    notes, calibration = [], None
+    for way in [config] if config.lora is None else [config, without_adapter(config)]:
+        with closing(Planner(model, way, _machine(way, question.rented[0]))) as planner:
+            coster = _Coster(planner, texts, question, calibration)
+            costs += coster.costs()
+            notes, calibration = [*notes, *coster.notes], coster.calibration
+    names = [rented.name for rented in question.rented]
+    return Answer(costs=tuple(sorted(costs, key=lambda cost: names.index(cost.rented.name))), notes=tuple(dict.fromkeys(notes)),
+                  calibration=calibration)
+
+
+def without_adapter(config: TrainConfig) -> TrainConfig:
+    """The same run, of the model itself."""
+    plain = TrainConfig()
+    return replace(config, **{spec.name: getattr(plain, spec.name) for spec in options_of(TrainConfig) if option_of(spec).group == ADAPTERS})
 
 
 def _machine(config: TrainConfig, rented: Rented) -> Machine:
@@ -66,17 +78,14 @@ class _Coster:
     """A planner, which is asked about one machine after another: what was learned of the model's
     blocks does not depend on them."""
 
-    def __init__(self, planner: Planner, texts: TextLengths, question: Question) -> None:
+    def __init__(self, planner: Planner, texts: TextLengths, question: Question, calibration: Calibration | None) -> None:
         self._planner, self._question, self._config = planner, question, planner.config
         self._rows = texts.lengths.split(self._config.seq_len)
         self._epochs = [self._epoch(form, texts) for form in question.forms]
         self.notes = [f"{texts.bad} lines of the data are no records, and left out"] if texts.bad else []
-        self._calibrated: Calibration | None = None
+        self.calibration = calibration
+        """What steps were measured of is what is asked for first."""
         self._largest = lru_cache(maxsize=None)(self._largest_batch)
-
-    @property
-    def calibration(self) -> Calibration | None:
-        return self._calibrated
 
     def costs(self) -> Iterator[RunCost]:
         for rented in self._question.rented:
@@ -98,8 +107,8 @@ class _Coster:
         machine = _machine(self._config, rented)
         if not self._question.measured:
             return machine
-        self._calibrated = self._calibrate(machine)
-        return replace(machine, hardware=self._calibrated.of(machine.hardware))
+        self.calibration = self.calibration or self._calibrate(machine)
+        return replace(machine, hardware=self.calibration.of(machine.hardware))
 
     def _calibrate(self, machine: Machine) -> Calibration:
         works = []
@@ -120,7 +129,7 @@ class _Coster:
                 raise
             step, problem = None, str(error)
         basis = machine.hardware.source.partition(":")[0]
-        return RunCost(rented=rented, basis=basis, trains="all", states=states, epoch=epoch, epochs=self._question.epochs,
+        return RunCost(rented=rented, basis=basis, trains=_trained(self._config), states=states, epoch=epoch, epochs=self._question.epochs,
                        batch=self._config.batch_size, largest_batch=self._largest(rented.name, states, width), step=step, problem=problem)
 
     def _ask(self, machine: Machine, **changes: Any) -> None:
@@ -135,7 +144,7 @@ class _Coster:
         plan, prediction = chosen.plan, chosen.prediction
         if epoch.form == PADDED:
             prediction = predict(self._narrowed(plan, epoch), machine.hardware)
-        overhead_s = self._calibrated.overhead_s if self._calibrated else 0.0
+        overhead_s = self.calibration.overhead_s if self.calibration else 0.0
         return Step(seconds=prediction.step_s + overhead_s, bound_by=prediction.bound_by, overhead_s=overhead_s, gpu_bytes=plan.gpu_bytes,
                     dram_bytes=plan.dram_bytes, ssd_bytes=plan.ssd_bytes)
 
@@ -144,3 +153,8 @@ class _Coster:
         seq_len = max(_LEAST_LENGTH, round(epoch.row_tokens))
         facts = self._planner.facts(plan.work.micro_rows, seq_len)
         return replace(plan, work=replace(plan.work, seq_len=seq_len, hidden_bytes=facts.hidden_bytes), profiles=facts.profiles)
+
+
+def _trained(config: TrainConfig) -> str:
+    """In a word or two."""
+    return "all" if config.lora is None else f"rank {config.lora}" if isinstance(config.lora, int) else "adapter"
