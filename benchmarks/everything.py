@@ -81,6 +81,7 @@ def measurements(args: argparse.Namespace) -> Iterator[Measurement]:
         "speed.durable", "--tier", "dram", "--dram", "60GiB", "--layers", "8", "--steps", "5", "--copy-every", "6", "--rounds", "1", *ssd,
         "--out", f"{args.ssd}/durable-out"))
     yield Measurement(kind="largest_sequence", about_s=180, arguments=script("size.largest", "sequence", "--steps", "2", "--dram", "80GiB", *ssd))
+    yield Measurement(kind="runlora", about_s=250, arguments=script("speed.lora_models", "--budget-s", "300"))
     yield Measurement(kind="largest_model", about_s=300, arguments=script("size.largest", "model", "--dram", "110GiB", *ssd))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.systems import Job, make_model
+from ratel.training.bench.adapted import PlainLinear
 
 
 def _prepared(job: Job) -> nn.Module:
@@ -41,20 +42,6 @@ class Frozen:
         loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         return float(loss.detach())
-
-
-class PlainLinear(nn.Module):
-    """What peft's Linear computes, with its parameters in the compute type (autocast_adapter_dtype
-    false, which is peft's faster way)."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout) if dropout else nn.Identity()
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.lora_A, self.lora_B = (nn.Linear(*sizes, bias=False, **like) for sizes in ((base.in_features, rank), (rank, base.out_features)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
 
 
 class Plain:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.report import RESULTS, ROOT
-from benchmarks.tables import durability, exactness, parts, plots, prediction, size, speed
+from benchmarks.tables import durability, exactness, parts, plots, prediction, runlora, size, speed
 from benchmarks.tables.source import source
 from benchmarks.tables.target_tables import INTRODUCTIONS, LINES, TITLES
 
@@ -64,11 +64,13 @@ QUESTIONS: dict[str, dict[str, Section]] = {
     "What do single parts do?": {
         "adam": Section("CPU optimizer", lambda content: parts.adam_lines(content if isinstance(content, list) else [content])),
         "updates": Section("The CPU optimizer in steps and alone", parts.updates_lines), "io": Section("I/O", parts.io_lines),
-        "launches": _target("launches"), "lora": Section("Adapters", parts.lora_lines)}}
+        "launches": _target("launches"), "lora": Section("Adapters", parts.lora_lines),
+        "runlora": Section("Adapters in RunLoRA's models", runlora.lines)}}
 SECTIONS = {kind: section for kinds in QUESTIONS.values() for kind, section in kinds.items()}
 
 PLOTS: dict[str, tuple[str, Callable[[Any], Callable[[Any], None]]]] = {
-    "curve": ("Tokens per second over batch sizes", plots.curve), "max": ("The largest that fits", plots.largest), "states": ("Evaluation loss", plots.states)}
+    "curve": ("Tokens per second over batch sizes", plots.curve), "max": ("The largest that fits", plots.largest),
+    "states": ("Evaluation loss", plots.states), "runlora": ("Forward and backward beside peft", runlora.savings)}
 """Beside the results that they show, under the same name."""
 
 
