@@ -50,11 +50,19 @@ class Case:
         return self._results(ys, [x, *a, *b], torch.float64, used)
 
     def found(self, graph: str, used: tuple[int, ...] | None = None) -> list[Tensor]:
-        x, a, b = self._leaves(self.dtype)
+        leaves = self._leaves(self.dtype)
+        x, a, b = leaves
+        return self._results(self._run(leaves, graph), [x, *a, *b], self.dtype, used)
+
+    def found_forward(self) -> tuple[Tensor, ...]:
+        return self._run(self._leaves(self.dtype), "fused")
+
+    def _run(self, leaves: tuple[Tensor, list[Tensor], list[Tensor]], graph: str) -> tuple[Tensor, ...]:
+        x, a, b = leaves
         bases = [Frozen(weight=w.to(self.dtype), bias=bias if bias is None else bias.to(self.dtype))
                  for w, bias in zip(self.weights, self.biases, strict=True)]
         adapters = [Adapter(a=a[index], b=b[index], scale=scale) for index, scale in enumerate(self.scales)]
-        return self._results(adapted_linears(x, bases, adapters, self.dropout, graph), [x, *a, *b], self.dtype, used)
+        return adapted_linears(x, bases, adapters, self.dropout, graph)
 
     def _plain(self, index: int, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         into = x
@@ -234,6 +242,38 @@ class _Products(TorchDispatchMode):
             left, right = args[-2:]
             self.flops += 2 * left.numel() * right.shape[-1]
         return func(*args, **(kwargs or {}))
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+def test_whoever_watches_sees_the_operations_both_ways_and_changes_no_bit(p: float) -> None:
+    case = Case(outputs=(20, 12), p=p)
+    unwatched = case.found("fused")
+    with _Names() as names:
+        watched = case.found("fused")
+    assert all(torch.equal(one, other) for one, other in zip(watched, unwatched, strict=True))
+    own = [name.split(".")[1] for name in names.seen if name.startswith("ratel_lora")]
+    assert own[:3] == ["down", "linear", "linear"] and set(own[3:]) == {"down", "up_grads", "a_grads", "input_grad"}
+    with torch.no_grad(), _Names() as names:
+        case.found_forward()
+    assert [name.split(".")[1] for name in names.seen if name.startswith("ratel_lora")] == ["down", "linear", "linear"]
+
+
+def test_a_run_without_gradients_has_the_bits_of_one_with_them() -> None:
+    case = Case(outputs=(20, 12), p=P)
+    with torch.no_grad():
+        found = case.found_forward()
+    assert all(torch.equal(one, other) for one, other in zip(found, case.found_forward(), strict=True))
+    assert not any(y.requires_grad for y in found)
 
 
 @pytest.mark.parametrize("drops", [False, True])

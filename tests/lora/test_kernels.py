@@ -83,6 +83,31 @@ def test_each_operation_is_the_references(kernels_on: None, shape: tuple[int, ..
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", [0.0, 0.1])
+def test_addresses_that_are_aligned_otherwise_and_adapters_in_fp32(kernels_on: None, p: float) -> None:
+    """The same sizes again and again: what is bound to them is used for other addresses, rows and
+    keys."""
+    m, i, j, r = 256, 512, 256, 16
+    for offset, first_row, repeat in ((0, 5, 0), (1, 5, 1), (0, 2**33, 2), (4, 7, 3), (0, 6, 4)):
+        def at(*shape: int, seed: int, dtype: torch.dtype = BF16) -> Tensor:
+            count = torch.Size(shape).numel()
+            return random(count + 8, seed=seed + 10 * repeat, dtype=dtype)[offset:offset + count].view(shape)
+
+        x, w, a, b = at(m, i, seed=0), at(j, i, seed=1), at(r, i, seed=2), at(j, r, seed=3, dtype=torch.float32)
+        s, dy, draw = at(m, r, seed=4), at(m, j, seed=5), draw_of(1, p, first_row)
+        found = [ops.down(x, a, draw, p), ops.linear(x, w, None, s, b, 1.5), *ops.up_grads(dy, b, s, 1.5),
+                 ops.a_grads(x, s, a, draw, p, torch.float32), ops.input_grad([dy], [w], s, a, draw, p)]
+        rounded = b.to(BF16).double()
+        expected = [reference.down(*wide(x, a), draw, p), reference.linear(*wide(x, w), None, s.double(), rounded, 1.5),
+                    *reference.up_grads(dy.double(), rounded, s.double(), 1.5), reference.a_grads(*wide(x, s, a), draw, p),
+                    reference.input_grad(wide(dy), wide(w), *wide(s, a), draw, p)]
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert error(one, other) < 5e-3, (number, offset, first_row)
+        for gradient in (found[3], found[4]):
+            assert gradient.dtype == torch.float32 and torch.equal(gradient, gradient.to(BF16).float()), "rounded as products are"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("graph", ["fused", "f1+b1", "f3+b3", "f2+b5"])
 def test_autograd_with_the_same_masks(kernels_on: None, graph: str, p: float) -> None:
     m, i, outputs, r = 515, 384, (384, 128, 128), 16
