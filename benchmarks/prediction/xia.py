@@ -11,7 +11,7 @@ set and GPU, and ours, a step's overhead and the padded tokens at the GPU's rate
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import floor, log
@@ -111,8 +111,8 @@ def their_errors(found: Sequence[Measured], constants: Sequence[float]) -> list[
             for terms, p in zip(logarithm(found), found)]
 
 
-def their_left_out(found: Sequence[Measured]) -> list[float]:
-    return [their_errors(found, their_fit([*found[:index], *found[index + 1:]]))[index] for index in range(len(found))]
+def their_left_out(found: Sequence[Measured], indices: Iterable[int]) -> list[float]:
+    return [their_errors(found, their_fit([*found[:index], *found[index + 1:]]))[index] for index in indices]
 
 
 def their_batch(model: str, gpu_gb: float, row_tokens: float, sparsity: float) -> int:
@@ -130,10 +130,11 @@ def fits() -> list[dict[str, Any]]:
 
 def _compared(name: str, found: list[Measured]) -> dict[str, Any]:
     ours, theirs = padded(found), their_fit(found)
-    constants = fit(ours)
+    constants, left_out = fit(ours), left_out_errors(ours)
     return {"set": name, "points": len(found), "constants": constants, "their_constants": theirs,
             "theirs": root_mean_square(their_errors(found, theirs)), "ours": root_mean_square(ours.errors(constants)),
-            "theirs_left_out": root_mean_square(their_left_out(found)), "ours_left_out": root_mean_square(left_out_errors(ours)),
+            "left_out": len(left_out), "theirs_left_out": root_mean_square(their_left_out(found, left_out)),
+            "ours_left_out": root_mean_square([*left_out.values()]),
             "rows_per_s": [{**asdict(p), "theirs": p.rows_per_s + error, "ours": rate}
                            for p, rate, error in zip(found, ours.rates(constants), their_errors(found, theirs))]}
 

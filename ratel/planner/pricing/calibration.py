@@ -83,4 +83,4 @@ def calibrate(works: Sequence[StepWork], seconds: Sequence[float]) -> Calibratio
                          remedy="Measure steps that computation binds, with batches or lengths that differ by a factor of two and more")
     errors = left_out_errors(points)
     return Calibration(overhead_s=overhead_s, gpu_flops=1 / flop_s, num_points=len(works),
-                       error=root_mean_square(errors) if errors else None)
+                       error=root_mean_square([*errors.values()]) if errors else None)

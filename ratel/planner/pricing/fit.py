@@ -56,16 +56,16 @@ def fit(points: Points) -> tuple[float, ...]:
     return constants
 
 
-def left_out_errors(points: Points) -> list[float]:
-    """The error of each point's rate, predicted from all the others; of those that the others can
+def left_out_errors(points: Points) -> dict[int, float]:
+    """By point the error of its rate, predicted from all the others; of those that the others can
     predict. The only point with all experts in use is not one of them."""
-    errors = []
+    errors = {}
     for index in range(len(points.seconds)):
         try:
             constants = fit(points.without(index))
         except UndeterminedError:
             continue
-        errors.append(points.errors(constants)[index])
+        errors[index] = points.errors(constants)[index]
     return errors
 
 
