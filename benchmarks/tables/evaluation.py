@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.report import RESULTS, ROOT
-from benchmarks.tables import durability, exactness, parts, plots, prediction, runlora, size, speed
+from benchmarks.tables import durability, exactness, parts, plots, prediction, runlora, size, speed, tuning_costs
 from benchmarks.tables.source import source
 from benchmarks.tables.target_tables import INTRODUCTIONS, LINES, TITLES
 
@@ -50,7 +50,8 @@ QUESTIONS: dict[str, dict[str, Section]] = {
         "largest": Section("Large", size.largest_lines), "max": Section("Largest that fits", size.max_lines)},
     "How well is it predicted?": {
         "reality": Section("Predicted and measured", prediction.reality_lines),
-        "pays": Section("What planning is worth", prediction.pays_lines), "paper": Section("Predicted", prediction.paper_lines)},
+        "pays": Section("What planning is worth", prediction.pays_lines), "paper": Section("Predicted", prediction.paper_lines),
+        "xia": Section("What fine-tuning costs", tuning_costs.xia_lines)},
     "How durable is it?": {
         "durable": Section("Durability", durability.durable_lines),
         "kills": Section("Kills", partial(durability.ordeal_lines, "kills")),
@@ -70,6 +71,7 @@ SECTIONS = {kind: section for kinds in QUESTIONS.values() for kind, section in k
 
 PLOTS: dict[str, tuple[str, Callable[[Any], Callable[[Any], None]]]] = {
     "curve": ("Tokens per second over batch sizes", plots.curve), "max": ("The largest that fits", plots.largest),
+    "xia": ("Rows per second over batches, Mixtral on an A40", tuning_costs.xia_curves),
     "states": ("Evaluation loss", plots.states), "runlora": ("Forward and backward beside peft", runlora.savings)}
 """Beside the results that they show, under the same name."""
 
