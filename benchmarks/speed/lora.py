@@ -11,6 +11,8 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from benchmarks.harness.jobs import run_within
 from benchmarks.harness.report import Clock, Report
 from benchmarks.harness.systems import Job, read_model
@@ -62,7 +64,8 @@ def jobs(args: argparse.Namespace) -> dict[str, Job]:
 
 def main() -> None:
     args = parse()
-    report, clock = Report(args.json, model=args.model, rank=RANK, dropout=DROPOUT), Clock(args.budget_s)
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    report, clock = Report(args.json, gpu=gpu, torch=torch.__version__, model=args.model, rank=RANK, dropout=DROPOUT), Clock(args.budget_s)
     for name, job in jobs(args).items():
         for result in run_within(clock, job, args.limit_s):
             report.add({"system": name, "gpu_memory": job.gpu_memory, **result})

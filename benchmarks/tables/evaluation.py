@@ -45,7 +45,7 @@ def _target(kind: str) -> Section:
 QUESTIONS: dict[str, dict[str, Section]] = {
     "How fast is a step?": {
         "compare": _target("compare"), "step": Section("Steps", speed.step_lines),
-        **{kind: _target(kind) for kind in ("ssd", "dram47", "curve", "shapes", "sustained", "startup", "change")}},
+        **{kind: _target(kind) for kind in ("ssd", "dram47", "curve", "shapes", "sustained", "startup", "adapted", "change")}},
     "How large can it be?": {
         "largest": Section("Large", size.largest_lines), "max": Section("Largest that fits", size.max_lines)},
     "How well is it predicted?": {

@@ -30,6 +30,9 @@ INTRODUCTIONS = {
                "disk's rate for comparison.",
     "change": "Two checkouts in turns on one machine, each figure the median of processes of their own. A start is from the "
               "command to the first line of metrics.jsonl, files in memory.",
+    "adapted": "Frozen: forward, and backward to the inputs, with each layer run twice unless said otherwise; nothing is "
+               "trained. Plain: adapters by plain PyTorch in the compute type, as peft computes them, and AdamW. Both have "
+               "all in GPU memory. Ratel keeps to the limit and has fp32 masters of the adapters.",
     "launches": "Python and launches, forward and backward, of a block so narrow that its kernels take next to no time.",
 }
 
@@ -216,8 +219,23 @@ def _change(content: Content) -> list[str]:
     return _table(f"work | processes of each | {before}, s | {after}, s | ratio", rows)
 
 
+def _adapted(content: Content) -> list[str]:
+    def row(p: Point) -> list[str]:
+        if "error" in p:
+            return _failed({**p, "name": p["system"]})
+        limit = p["gpu_memory"] or "none"
+        peak = f"{p['gpu_peak_bytes'] / 2**30:.0f}" if p.get("gpu_peak_bytes") else ""
+        return [p["system"], limit, f"{p['batch_size']} x {p['seq_len']}", f"{p['step_s']:.3f}", f"{p['tokens_per_s']:,.0f}", peak,
+                _of_bound(p) if "fraction_of_bound" in p else ""]
+
+    model = content["model"] if isinstance(content["model"], str) else "a configuration of its own"
+    return [f"{model}, rank {content['rank']} on all linears, dropout {content['dropout']}.", "",
+            *_table("system | GPU limit | batch | s/step | tok/s | GPU peak, GiB | of bound", list(map(row, content["points"])))]
+
+
 LINES: dict[str, Callable[[Content], list[str]]] = {
     "change": _change, "compare": _compare, "ssd": _ssd, "dram47": _dram47, "curve": _curve, "shapes": _shapes, "sustained": _sustained,
-    "startup": _startup, "launches": _launches}
+    "startup": _startup, "launches": _launches, "adapted": _adapted}
 TITLES = {"change": "Before and after a change", "compare": "Beside other systems", "ssd": "States on SSD", "dram47": "With ZeRO-Infinity's DRAM",
-          "curve": "Over batch sizes", "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start", "launches": "What the CPU does"}
+          "curve": "Over batch sizes", "shapes": "Other shapes", "sustained": "Many steps", "startup": "Start", "launches": "What the CPU does",
+          "adapted": "Adapters beside the frozen model"}
