@@ -20,6 +20,7 @@ from ratel.runtime.states.saver import Saver
 from ratel.store.host_cache import HostCache, HostSlot
 from ratel.store.versions import Versions
 from tests.support.families import batches, build
+from tests.support.sessions import assert_same
 
 HELD_OPEN_S = 0.3
 
@@ -213,6 +214,22 @@ def test_a_copy_in_dram_goes_when_the_next_reader_finds_the_same_on_ssd(optimize
             session.step(batch)
             session.commit(wait=True)
     assert not differing and len(last_holds) > 4 * len(session.plan.spec.units)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("optimizer", ["eager", "speculative"])
+def test_weights_are_let_go_when_they_are_on_ssd(optimizer: str, ssd_dir: Path) -> None:
+    """Nothing but weights is on SSD, which is so slow that reads overtake writes: no write of a
+    moment before it keeps the DRAM copy until then."""
+    places = {"tier": "dram"}, {"placement": {"*": {"hi": "ssd", "lo": "dram", "m": "dram", "v": "dram", "g": "dram"}},
+                                "ssd_bandwidth": 2e6, "buffers": Buffers(weight_slots=1, host_weight_slots=3)}
+    results = []
+    for options in places:
+        with Session(build("llama"), device="cpu", lr=1e-2, micro_batch=4, max_grad_norm=0.0 if optimizer == "eager" else 0.5,
+                     optimizer=optimizer, ssd=[ssd_dir], **options) as session:
+            losses = [session.step(batch).loss for batch in batches("llama", 4)]
+            results.append((losses, session.state_dict()))
+    assert_same(*results)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

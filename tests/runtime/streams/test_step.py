@@ -100,7 +100,12 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_had_been_drawn(call: Cal
 def test_an_evaluation_keeps_nothing_for_a_backward_that_does_not_come(tier: str, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[int, int]] = []
     save_input = Activations.save_input
-    monkeypatch.setattr(Activations, "save_input", lambda self, block, micro, hidden: saved.append((block, micro)) or save_input(self, block, micro, hidden))
+
+    def noted(self: Activations, block: int, micro: int, hidden: Tensor) -> None:
+        saved.append((block, micro))
+        save_input(self, block, micro, hidden)
+
+    monkeypatch.setattr(Activations, "save_input", noted)
     (batch,) = batches("llama", 1)
     with open_session(ssd_dir, checkpoint_tier=tier) as session:
         session.step(batch)
@@ -113,7 +118,8 @@ def test_an_evaluation_keeps_nothing_for_a_backward_that_does_not_come(tier: str
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [dict(placement=MIXED, checkpoint_tier="dram"), dict(tier="dram", activations="ssd", checkpoint_tier="ssd")])
+@pytest.mark.parametrize("options", [dict(placement=MIXED, checkpoint_tier="dram"),
+                                     dict(tier="dram", activations="ssd", checkpoint_tier="ssd")])
 def test_no_copy_makes_the_main_thread_wait(options: dict, ssd_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a copy that is not told so waits for all that its stream has to do before it."""
     blocking: list[str] = []
@@ -148,3 +154,13 @@ def test_a_trace_counts_the_bytes_of_weights_that_go_down(ssd_dir: Path) -> None
         sizes = {unit.name: 2 * unit.num_elements for unit in session.plan.spec.units}
     found = {(span.name, span.num_bytes) for span in spans if span.lane == "h2d" and span.name in sizes}
     assert len(found) >= 4 and found == {(name, sizes[name]) for name, _ in found}
+
+
+def test_gradients_take_the_memory_that_the_plan_says(ssd_dir: Path) -> None:
+    with open_session(ssd_dir, tier="dram") as session:
+        session.step(batches("llama", 1)[0])
+        plan, gradients = session.plan, session._machinery.gradients
+        sums = {cls: total.nbytes for cls, total in gradients._acc.items()}
+        slots = {cls: {slot.buffer.nbytes for slot in pool._free} for cls, pool in gradients._pools.items()}
+    assert sums and sums == {cls: plan.max_bytes(cls, "acc") for cls in plan.accumulators}
+    assert slots == {cls: {plan.max_bytes(cls, "grads")} for cls in slots}
