@@ -9,6 +9,7 @@ import pytest
 
 import ratel
 from ratel import cli
+from ratel.planner.formats import FORMATS
 
 pytestmark = pytest.mark.unit
 SMALL = ["--model", "llama-160m", "--batch-size", "8", "--seq-len", "128", "--dtype", "bf16"]
@@ -72,7 +73,7 @@ def test_the_text_says_what_people_ask(capsys: pytest.CaptureFixture[str], data:
     for words in ("300 texts", "cheapest: ", "fastest: ", "price: a40 $0.79/h as of 2024-08, CUDO Compute", "rests on", "data sheet", "paper",
                   "padding", "largest", "bf16", "exact", "note: h100: DRAM: 90% of"):
         assert words in text, words
-    assert sum(line.startswith(("a40 ", "a100-80 ", "h100 ")) for line in text.splitlines()) == 3 * 2 * 2
+    assert sum(line.startswith(("a40 ", "a100-80 ", "h100 ")) for line in text.splitlines()) == 3 * 2 * len(FORMATS)
 
 
 def test_a_table_and_a_machine_s_part_of_its_host_are_obeyed(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
@@ -137,3 +138,12 @@ def test_an_adapter_stands_beside_the_whole_model(capsys: pytest.CaptureFixture[
     assert adapter["trains"] == "rank 8" and whole == alone and whole["trains"] == "all"
     planned = ratel.plan("llama-160m", hardware="h100", batch_size=8, seq_len=128, dtype="bf16", lora=8, advice=False)
     assert adapter["step"]["seconds"] == planned.prediction.step_s
+
+
+def test_a_model_that_cannot_keep_documents_apart_has_rows_of_one(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    config = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    alone, padded = costs_of(capsys, data, "--model", str(tmp_path), "--gpu", "a40", "--states", "exact")
+    assert [alone["epoch"]["form"], padded["epoch"]["form"]] == ["alone", "padded"]
+    assert alone["epoch"]["rows"] == padded["epoch"]["rows"] == 300 and alone["epoch"]["row_tokens"] == 128
+    assert alone["epoch"]["padding"] > padded["epoch"]["padding"] > 0

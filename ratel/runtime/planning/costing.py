@@ -10,6 +10,7 @@ from typing import Any
 from ratel.config import ADAPTERS, TrainConfig, option_of, options_of
 from ratel.data.review.lengths import TextLengths
 from ratel.errors import RatelError
+from ratel.planner.block_profile import BlockProfile
 from ratel.planner.forecast.cost import predict
 from ratel.planner.plan import Plan
 from ratel.planner.pricing.calibration import Calibration, Measured, calibrate, step_work
@@ -70,8 +71,9 @@ def without_adapter(config: TrainConfig) -> TrainConfig:
 
 
 def _machine(config: TrainConfig, rented: Rented) -> Machine:
-    asked = replace(config, hardware=AUTO if rented.machine == THIS else rented.machine, dram=config.dram or rented.dram)
-    return machine_for(asked, ssds=rented.ssds)
+    is_this = rented.machine == THIS
+    asked = replace(config, hardware=AUTO if is_this else rented.machine, dram=config.dram or rented.dram)
+    return machine_for(asked, ssds=None if is_this or config.ssd else rented.ssds)
 
 
 class _Coster:
@@ -152,7 +154,17 @@ class _Coster:
         """Placed for the longest rows, it has batches that are as wide as they are on average."""
         seq_len = max(_LEAST_LENGTH, round(epoch.row_tokens))
         facts = self._planner.facts(plan.work.micro_rows, seq_len)
-        return replace(plan, work=replace(plan.work, seq_len=seq_len, hidden_bytes=facts.hidden_bytes), profiles=facts.profiles)
+        profiles = tuple(_with_inner_of(narrow, wide, seq_len / plan.work.seq_len) for narrow, wide in zip(facts.profiles, plan.profiles))
+        return replace(plan, work=replace(plan.work, seq_len=seq_len, hidden_bytes=facts.hidden_bytes), profiles=profiles)
+
+
+def _with_inner_of(narrow: BlockProfile, wide: BlockProfile, share: float) -> BlockProfile:
+    """What a plan keeps has the names of the width it was made for. A block that goes through its
+    tokens one by one has as many operations as tokens, and other names for each width."""
+    if [inner.name for inner in narrow.inner] == [inner.name for inner in wide.inner]:
+        return narrow
+    return replace(narrow, inner=tuple(replace(inner, row_bytes=round(share * inner.row_bytes), row_flops=share * inner.row_flops)
+                                       for inner in wide.inner))
 
 
 def _trained(config: TrainConfig) -> str:
