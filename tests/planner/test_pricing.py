@@ -212,3 +212,11 @@ def test_the_text_names_the_cheapest_the_fastest_and_every_price() -> None:
                   "energy: h100 at most 0.0 kWh", "does not fit", "note: something", "note: padded rows are as wide as"):
         assert words in text, words
     assert text.startswith("trains all, batch 32:\n")
+
+
+@pytest.mark.parametrize("faster", ["gpu_flops", "gpu_bps", "h2d_bps", "adam_params_per_s", "dram_bps"])
+def test_more_of_a_machine_never_costs_more_hours(faster: str) -> None:
+    plan, hardware = make_plan(gpt_spec(10, 512), "dram"), load_hardware("a40")
+    seconds = [predict(plan, replace(hardware, **{faster: times * getattr(hardware, faster)})).step_s for times in (1, 2, 8)]
+    hours = [cost(step=replace(cost().step, seconds=each)).hours for each in seconds]
+    assert hours == sorted(hours, reverse=True)
