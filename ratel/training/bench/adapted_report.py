@@ -50,7 +50,7 @@ def _megabytes(num_bytes: int | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+    return "" if value is None else f"{round(value, 1) + 0.0:.1f}"  # no -0.0
 
 
 def write_csv(points: Sequence[Point], out: str) -> Path:
