@@ -3,7 +3,7 @@ against the kernel."""
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import nvme_ds
 import ratel.runtime.session.training_step
 from ratel.hardware.storage import supports_direct
 from ratel.memory import jitter
-from ratel.planner.formats import EXACT
+from ratel.planner.formats import EXACT, FORMATS
 from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Plan
 from ratel.planner.shape import ModelSpec, ParamSpec, StageSpec, lay_out
@@ -25,6 +25,7 @@ from ratel.runtime.streams.activations import Activations
 from ratel.runtime.streams.gradients import Gradients
 from ratel.runtime.streams.weights import WeightSource
 from tests.support.families import batches, build, llama, loss_fn_of
+from tests.support.plans import gpt_spec, make_plan
 
 STEPS = 3
 ONE_EACH = Buffers(weight_slots=1, grad_slots=1, host_weight_slots=1, host_grad_slots=1, ring_slots=1,
@@ -77,6 +78,14 @@ def test_a_deep_model_moves_what_the_table_says(placement: dict, read: float, wr
     where."""
     found = per_parameter(deep_plan(placement, optimizer=optimizer))
     assert found == pytest.approx((read, written, 4, 2), rel=0.005)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("states", "most"), [("exact", 26), ("bf16", 18), ("8bit", 14.25)])
+def test_fewer_bytes_of_states_are_fewer_bytes_moved(states: str, most: float) -> None:
+    """With all states on SSD, and gradients in DRAM."""
+    plan = replace(make_plan(gpt_spec(40, 1024), STATES_ON_SSD, optimizer="deferred"), formats=FORMATS[states]["bf16"])
+    assert 0.96 * most < step_traffic(plan).ssd_bytes / plan.spec.num_params <= most
 
 
 @pytest.mark.unit
@@ -208,6 +217,9 @@ CASES = {
     "inner activations on ssd": dict(tier="dram", activations="ssd", buffers=ONE_EACH),
     "inner activations anywhere": dict(tier="gpu", checkpoint_tier="ssd", micro_batch=1, activations={
         "*": {"mlp.*": "ssd", "sdpa": "gpu", "self_attn.?_proj": "dram"}, "block.2": "recompute", "block.3": "ssd"}),
+    "bf16 moments": dict(tier="ssd", states="bf16"),
+    "8-bit moments": dict(tier="ssd", states="8bit"),
+    "8-bit moments, speculative": dict(placement=STATES_ON_SSD, states="8bit", **SPECULATIVE),
     "fp32": dict(tier="ssd", dtype="fp32"),
     "fp32, mixed": dict(placement=MIXED, dtype="fp32", checkpoint_tier="ssd"),
 }

@@ -24,7 +24,7 @@ from ratel.errors import RatelError
 from ratel.memory.jobs import Crew, crew
 from ratel.models.checkpoints.other_state import unpack
 from ratel.ownership.stamps import belongs_to
-from ratel.planner.formats import Encoding, StateFormats
+from ratel.planner.formats import FP32, Encoding, StateFormats
 from ratel.planner.shape import ModelSpec
 from ratel.planner.slot_layout import first_grain, num_grains, pieces
 from ratel.reading import descriptor_of
@@ -140,8 +140,7 @@ class SavedState:
         if not changed:
             return None
         before, after = (f"{table.name} ({table.encoding(changed[0]).name})" for table in (self._formats, formats))
-        narrower = formats.encoding(changed[0]).bits < self._formats.encoding(changed[0]).bits
-        lost = ("they are rounded, and what is rounded off is lost" if narrower else
+        lost = ("they are rounded, and what is rounded off is lost" if formats.encoding(changed[0]) != FP32 else
                 "no bit is lost, and what rounding took from them before does not come back")
         return f"the moments in {self.path} go on from {before} as {after}: {lost}; weights stay exact"
 

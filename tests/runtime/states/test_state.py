@@ -13,6 +13,7 @@ from ratel.errors import RatelError
 from ratel.runtime.session.session import Session
 from ratel.runtime.states import durable_files
 from ratel.runtime.states.saved_state import SavedState
+from ratel.store.encodings import to_fp32
 from tests.support.families import batches
 from tests.support.sessions import flip, open_session
 
@@ -173,10 +174,11 @@ def test_what_others_put_into_the_directory_stays(ssd_dir: Path, tmp_path: Path)
             assert session.step(batches("patches", 1)[0]).step == 2
 
 
+@pytest.mark.parametrize("states", ["exact", "bf16", "8bit"])
 @pytest.mark.parametrize("kind", ["a copy", "commits on three directories"])
-def test_a_reader_of_its_own(kind: str, ssd_dir: Path, tmp_path: Path) -> None:
+def test_a_reader_of_its_own(kind: str, states: str, ssd_dir: Path, tmp_path: Path) -> None:
     in_place = dict(ssd=[ssd_dir / name for name in "abc"], durable="step", commits=tmp_path / "state")
-    with open_on_ssd("llama", ssd_dir, **({} if kind == "a copy" else in_place)) as session:
+    with open_on_ssd("llama", ssd_dir, states=states, **({} if kind == "a copy" else in_place)) as session:
         for batch in batches("llama", 3):
             session.step(batch)
             if session.plan.commits:
@@ -184,16 +186,30 @@ def test_a_reader_of_its_own(kind: str, ssd_dir: Path, tmp_path: Path) -> None:
         if kind == "a copy":
             session.save(tmp_path / "state")
         session.wait_saved()
-        expected = session.state_dict()
+        expected = session.state_dict() | {
+            f"{unit.name}.{plane}": to_fp32(session.read_state(unit, plane), session.plan.formats.encoding(plane))
+            for unit in session.plan.spec.units for plane in "mv"}
     found = read_by_the_page(tmp_path / "state")
     assert found.keys() == expected.keys()
     for name, values in found.items():
         assert np.array_equal(values, expected[name].numpy()), name
 
 
+WEIGHT_KINDS = {"hi": np.dtype("<u2"), "lo": np.dtype("<i2")}
+MOMENT_KINDS = {"exact": dict.fromkeys("mv", np.dtype("<f4")), "bf16": dict.fromkeys("mv", np.dtype("<u2")),
+                "8bit": {plane: np.dtype([("codes", code, 128), ("step", "<f4")]) for plane, code in (("m", "i1"), ("v", "u1"))}}
+
+
+def moment(plane: str, stored: np.ndarray) -> np.ndarray:
+    if stored.dtype.fields is not None:
+        values = (stored["codes"].astype(np.float32) * stored["step"][:, None]).ravel()
+        return values * values if plane == "v" else values
+    return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored
+
+
 def read_by_the_page(path: Path) -> dict[str, np.ndarray]:
-    """All masters, written from docs/state_format.md alone: numpy, json and zlib, none of our
-    code."""
+    """All masters, and the moments by unit, written from docs/state_format.md alone: numpy, json
+    and zlib, none of our code."""
     manifest = json.loads((path / "manifest.json").read_bytes())
     record = max((whole for name in ("commit-0", "commit-1") if (path / name).exists()
                   and (whole := unpacked((path / name).read_bytes()))), key=lambda pair: pair[0]["sequence"])
@@ -204,14 +220,16 @@ def read_by_the_page(path: Path) -> dict[str, np.ndarray]:
     for unit, places, slot in zip(manifest["model"]["units"], manifest["planes"], head["slots"], strict=True):
         planes = {}
         for name, place in places.items():
-            kind = np.dtype({"hi": "<u2", "lo": "<i2", "m": "<f4", "v": "<f4"}[name])
-            begin = slot * manifest["slot_bytes"] + place["offset"]
-            data = volume[begin : begin + place["num_elements"] * kind.itemsize]
-            planes[name] = np.frombuffer(data, kind)
-            split = min(unit["num_trainable"], place["num_elements"])
+            kind = {**WEIGHT_KINDS, **MOMENT_KINDS[manifest.get("formats", "exact")]}[name]
+            each = 1 if kind.fields is None else 128
+            begin, count, grain = slot * manifest["slot_bytes"] + place["offset"], place["num_elements"] // each, manifest["grain"] // each
+            planes[name] = np.frombuffer(volume[begin : begin + count * kind.itemsize], kind)
+            split = min(unit["num_trainable"], place["num_elements"]) // each
             for part in (planes[name][:split], planes[name][split:]):
-                for at in range(0, len(part), manifest["grain"]):
-                    assert zlib.crc32(part[at : at + manifest["grain"]].tobytes()) == sums.pop(0)
+                for at in range(0, len(part), grain):
+                    assert zlib.crc32(part[at : at + grain].tobytes()) == sums.pop(0)
+            if name in ("m", "v"):
+                masters[f"{unit['name']}.{name}"] = moment(name, planes[name])
         bits = planes["hi"].astype(np.int64) << 16
         if "lo" in planes:
             bits[: len(planes["lo"])] += planes["lo"]
