@@ -15,9 +15,9 @@ from ratel.lora.describe.config import LoraConfig
 from ratel.lora.describe.layers import PREFIX, AdaptedLayer
 from ratel.lora.describe.mistakes import refuse_mistakes
 from ratel.lora.describe.outline import EMBEDDING, outline_of
-from ratel.lora.request import AdapterRequest
 from ratel.lora.describe.targets import Targets, resolve, with_dropout
 from ratel.lora.files import StoredAdapter, named, read_adapter, tensors_of
+from ratel.lora.request import AdapterRequest
 from ratel.lora.values.converted import converted_targets, converted_tensors
 from ratel.lora.values.fingerprint import digest_of, fingerprint
 from ratel.lora.values.initial import LayerTensors, initial, needs_weight, residual
@@ -229,7 +229,8 @@ class Adaptation:
             wanted = {param: name for param in unit.params if (name := self._name_in_file(param, full)) is not None}
             flat = read(unit) if wanted else None
             found |= {name: view(flat, param).clone() for param, name in wanted.items()}
-        return found
+        # What no stage uses is stored as it began, as peft stores it.
+        return found | {stored: self.value(name) for name, stored in self.names.items() if stored not in found}
 
     def _name_in_file(self, param: ParamSpec, full: set[str]) -> str | None:
         if param.name in self.names:

@@ -157,7 +157,8 @@ class Parts:
                                      field="model", value=self.name, remedy="Set requires_grad on some of them")
                 if self._additions is not None:
                     names = [name for name, _ in self.module.named_parameters()]
-                    self._additions.laid_out(layout.spec.units, {names[index] for used in found.used for index in used})
+                    units = [*layout.spec.units, *([layout.unused] if layout.unused is not None else [])]
+                    self._additions.laid_out(units, {names[index] for used in found.used for index in used})
                 self._layout = layout
                 self.stored.laid_out(layout)
                 self._trace = found

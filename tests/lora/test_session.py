@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ratel.errors import RatelError
 from ratel.lora.describe.config import LoraConfig
+from ratel.lora.values.fingerprint import base_fingerprint
+from ratel.models.load import load
 from ratel.runtime.session.session import Session
 from tests.support.families import batches, build, loss_fn_of
 from tests.support.lora import load_in_peft, make, peft_model, peft_tensors
@@ -201,3 +203,15 @@ def test_every_adapter_was_trained(tmp_path: Path) -> None:
         last = written(session, tmp_path / "last")
     assert "base_model.model.lm_head.weight" in last
     assert [name for name in last if torch.equal(first[name], last[name])] == []
+
+
+def test_the_base_has_the_name_that_merging_looks_for(tmp_path: Path) -> None:
+    """Of all of its parameters, those that nothing uses included."""
+    model = make("llama")
+    model.left_over = nn.Linear(5, 5)
+    parts = load(model, dtype=torch.float32, device=torch.device("cpu"))
+    expected = base_fingerprint(parts)
+    parts.close()
+    with session_of(model, LoraConfig(rank=4, init="pissa", full=("lm_head",))) as session:
+        assert session._core.adaptation.fingerprint() == expected
+        assert written(session_started(session), tmp_path / "adapter").keys() >= {"base_model.model.left_over.lora_A.weight"}

@@ -27,8 +27,8 @@ class Additions(Protocol):
         """Put the model's own modules back; nothing where there are none to put back."""
 
     def laid_out(self, units: Sequence[UnitSpec], used: Collection[str]) -> None:
-        """Once it is known which units all parameters are in. ``used``: those that a forward of the
-        model reads. Raises RatelError for a model that does not use what was put into it."""
+        """Once it is known which units all parameters are in, those that no stage uses included.
+        ``used``: the names of those that a forward of the model reads. Raises RatelError for a model that does not use what was put into it."""
 
     def source(self, base: WeightSource) -> WeightSource:
         """Where all weights come from, given where the model's own do."""
