@@ -180,3 +180,9 @@ def test_a_plan_has_the_adapter() -> None:
     adapters = [unit for unit in plan.spec.units if unit.num_trainable]
     assert all(unit.name.endswith(".adapters") and plan.placement(unit).on_gpu for unit in adapters)
     assert plan.profiles[0].backward_flops < 1.2 * plan.profiles[0].forward_flops  # no gradient of a frozen weight
+
+
+def test_a_plan_spares_ssds_where_dram_has_room() -> None:
+    """Activations that return in time from either lie in DRAM: a drive wears."""
+    plan = ratel.plan("llama-8b", lora=16, hardware="4090", batch_size=8).plan
+    assert not {"checkpoints", "inner activations"} & plan.ssd_items.keys() and "inner activations" in plan.dram_items

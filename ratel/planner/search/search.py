@@ -177,8 +177,9 @@ def _lighter(request: Request, plan: Plan) -> Iterator[Plan]:
 
 
 def candidates(request: Request) -> Iterator[Plan]:
-    """Every choice of the grid that fits, filled."""
-    for checkpoints, kept in product(_checkpoint_choices(request), _kept_choices(request)):
+    """Every choice of the grid that fits, filled. Of equal ones the first is taken: that which
+    writes least of what is made anew at every step to SSDs, which wear."""
+    for checkpoints, kept in sorted(product(_checkpoint_choices(request), _kept_choices(request)), key=_num_on_ssd):
         plan = _filled(replace(request, kept=kept), checkpoints)
         if plan is not None:
             yield plan
@@ -224,6 +225,11 @@ def _assigned(profiles: tuple[BlockProfile, ...], items: list[tuple[int, Inner]]
     chosen = {(block, inner.name): tier for (block, inner), tier in zip(items, tiers)}
     return tuple(tuple((inner.name, chosen[block, inner.name]) for inner in profile.inner if (block, inner.name) in chosen)
                  for block, profile in enumerate(profiles))
+
+
+def _num_on_ssd(choice: tuple[tuple[str, ...], tuple]) -> int:
+    checkpoints, kept = choice
+    return checkpoints.count(SSD) + sum(tier == SSD for block in kept for _, tier in block)
 
 
 # --- filling ----------------------------------------------------------------------------------------------------------
