@@ -186,3 +186,16 @@ def test_a_plan_spares_ssds_where_dram_has_room() -> None:
     """Activations that return in time from either lie in DRAM: a drive wears."""
     plan = ratel.plan("llama-8b", lora=16, hardware="4090", batch_size=8).plan
     assert not {"checkpoints", "inner activations"} & plan.ssd_items.keys() and "inner activations" in plan.dram_items
+
+
+def test_a_plan_says_from_how_many_tokens_on_the_base_is_unseen() -> None:
+    """Twice the weights over the link, against 4 operations a parameter and token, and those of the
+    second run that is not spared."""
+    report = ratel.plan("llama-8b", lora=16, hardware="4090", batch_size=8, gpu_memory="8GiB", dram="100GiB", activations="recompute").report
+    machine, plan = report.hardware, report.plan
+    streamed = 2 * sum(2 * unit.num_elements for unit in plan.spec.units if not plan.placement(unit).on_gpu)
+    flops_a_token = 6 * plan.spec.num_params
+    expected = streamed / machine.h2d_bps * machine.gpu_flops / flops_a_token
+    assert 0.7 * expected < report.hiding_tokens < 1.2 * expected
+    assert f"from {report.hiding_tokens:,} tokens a step on" in report.describe()
+    assert ratel.plan("llama-1b", hardware="4090", batch_size=8, gpu_memory="4GiB", dram="64GiB").report.hiding_tokens is None

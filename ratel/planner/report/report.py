@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from ratel.planner.forecast.cost import RESOURCES, Prediction, predict
@@ -12,6 +13,7 @@ from ratel.planner.plan import Plan
 from ratel.planner.report.advice import Gain
 from ratel.planner.report.plan_text import describe_optimizer, describe_plan, plan_to_json
 from ratel.planner.report.state_choices import StateChoice
+from ratel.planner.report.streaming import hiding_tokens
 from ratel.units import format_bytes, format_seconds
 
 SHOWN_SHARE = 0.03
@@ -71,6 +73,13 @@ class Report:
             yield f"while gradients are clipped, {format_seconds(clipped_s)}: no update is made before their norm is known"
         yield (f"bound by: {NAMES[prediction.bound_by]}, busy for {format_seconds(prediction.bound_s)} "
                f"({prediction.bound_s / prediction.step_s:.0%} of the step)")
+        if self.hiding_tokens is not None:
+            yield (f"the frozen weights come under computation from {self.hiding_tokens:,} tokens a step on; here are "
+                   f"{plan.work.rows * plan.work.seq_len:,}")
+
+    @cached_property
+    def hiding_tokens(self) -> int | None:
+        return hiding_tokens(self.plan, self.prediction, self.hardware)
 
     def _memory(self) -> list[str]:
         rows: list[Row] = [("memory", "used", "allowed", "left")]
@@ -136,7 +145,7 @@ class Report:
         return {
             "fits": True, "hardware": self.hardware.to_json(), "step_s": prediction.step_s,
             "clipped_step_s": predict(self.plan.while_clipped, self.hardware).step_s,
-            "tokens_per_s": prediction.tokens_per_s, "bound_by": prediction.bound_by, "bound_s": prediction.bound_s,
+            "tokens_per_s": prediction.tokens_per_s, "hiding_tokens": self.hiding_tokens, "bound_by": prediction.bound_by, "bound_s": prediction.bound_s,
             "forward_s": prediction.forward_s, "backward_s": prediction.backward_s, "busy_s": prediction.busy_s,
             "forward_busy_s": prediction.forward, "backward_busy_s": prediction.backward,
             "memory": {tier: {"used": sum(items.values()), "allowed": allowed, "by_purpose": items}
