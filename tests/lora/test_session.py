@@ -206,7 +206,7 @@ def test_every_adapter_was_trained(tmp_path: Path) -> None:
 
 
 def test_the_base_has_the_name_that_merging_looks_for(tmp_path: Path) -> None:
-    """Of all of its parameters, those that nothing uses included."""
+    """The name is of all of its parameters, those that nothing uses included."""
     model = make("llama")
     model.left_over = nn.Linear(5, 5)
     parts = load(model, dtype=torch.float32, device=torch.device("cpu"))
