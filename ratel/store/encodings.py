@@ -15,6 +15,9 @@ DTYPES = {"bf16": torch.bfloat16, "int16": torch.int16, "fp32": torch.float32, "
 """Those in blocks are bytes: codes, and scales among them."""
 
 BLOCK_BYTES = MOMENT_BLOCK + 4
+RECODED_ELEMENTS = 1 << 18
+"""That go from one encoding to another at once, in whole blocks: what lies between takes some 30
+bytes an element, of which plans know nothing."""
 LARGEST_MOMENT, LARGEST_ROOT = 3.4e38, 1.8e19
 """What the largest numbers of a block are taken to be at most."""
 
@@ -40,6 +43,15 @@ def store_fp32(values: Tensor, encoding: Encoding, out: Tensor) -> None:
         out.copy_(values)
     else:
         codec.encode(values, 0.5, out)
+
+
+def recode(stored: Tensor, own: Encoding, wanted: Encoding, out: Tensor) -> None:
+    """What is stored in one encoding, rounded to nearest, in another."""
+    count = own.count(stored.numel())
+    for begin in range(0, count, RECODED_ELEMENTS):
+        end = min(begin + RECODED_ELEMENTS, count)
+        values = to_fp32(stored[own.place(begin) : own.place(end)], own)
+        store_fp32(values, wanted, out[wanted.place(begin) : wanted.place(end)])
 
 
 def _parts(stored: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ratel import native
 from ratel.memory.arena import keep_mapped
+from ratel.planner.formats import FP32
 from ratel.planner.placement import DRAM, SSD
 from ratel.planner.shape import UnitSpec
 from ratel.planner.slot_layout import pieces
-from ratel.store.encodings import store_fp32, to_fp32
+from ratel.store.encodings import recode
 from ratel.store.plane_io import PlaneIO
 from ratel.store.planes import Store
 from ratel.units import align_up
@@ -81,11 +82,12 @@ class UnitTransfer:
     def write_moment(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
         """Write fp32 numbers (page aligned), which become what the plane is stored as."""
         plane = self._store.plane(unit.index, name)
-        if values.dtype is not plane.dtype:
-            stored = aligned_empty(plane.encoding.place(values.numel()), plane.dtype)
-            store_fp32(values, plane.encoding, stored)
-            values = stored
-        self.write(unit, name, values)
+        if plane.encoding == FP32:
+            self.write(unit, name, values)
+            return
+        for begin, end, stored in self._parts(unit, name):
+            recode(values[begin:end], FP32, plane.encoding, stored)
+            self._move(unit, name, begin, stored, write=True)
 
     def write(self, unit: UnitSpec, name: str, values: torch.Tensor) -> None:
         """``values`` as the plane stores them."""
@@ -103,7 +105,23 @@ class UnitTransfer:
 
     def read_moment(self, unit: UnitSpec, name: str) -> torch.Tensor:
         """The numbers, in fp32."""
-        return to_fp32(self.read(unit, name), self._store.plane(unit.index, name).encoding)
+        plane = self._store.plane(unit.index, name)
+        if plane.encoding == FP32:
+            return self.read(unit, name)
+        values = torch.empty(plane.num_elements, dtype=torch.float32)
+        for begin, end, stored in self._parts(unit, name):
+            self._move(unit, name, begin, stored, write=False)
+            recode(stored, plane.encoding, FP32, values[begin:end])
+        return values
+
+    def _parts(self, unit: UnitSpec, name: str) -> Iterator[tuple[int, int, Tensor]]:
+        """``(begin, end, memory)`` of a plane's pieces: the same memory for all, never that of the
+        whole plane."""
+        plane = self._store.plane(unit.index, name)
+        size = min(PIECE_ELEMENTS, plane.num_elements)
+        memory = aligned_empty(plane.encoding.place(size), plane.dtype)
+        for begin, end in pieces(unit, plane.num_elements, size):
+            yield begin, end, plane.part(0, end - begin, memory)
 
     def recall(self, unit: UnitSpec, name: str) -> None:
         """Bring what is trained of a plane that lives elsewhere from the copy that a commit has

@@ -8,7 +8,8 @@ import torch
 
 from ratel import native
 from ratel.memory import arena
-from ratel.store import transfer
+from ratel.planner.formats import FORMATS
+from ratel.store import encodings, transfer
 from tests.support.stores import FROZEN, GRAIN, PLAIN, Parts, aligned, parts, random_plane, small_spec
 
 pytestmark = pytest.mark.native
@@ -144,6 +145,34 @@ def test_aligned_memory_is_of_the_size_that_was_asked_for() -> None:
     for count in (1, 4096, 5000):
         memory = transfer.aligned_empty(count, torch.float32)
         assert memory.data_ptr() % 4096 == 0 and memory.numel() == count and memory.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tier", ["ssd", "dram", "gpu"])
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_moments_in_fewer_bytes_are_converted_in_pieces(states: str, tier: str, ssd_dir: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans set aside four bytes an element for the numbers, and nothing for a plane beside them."""
+    spec, piece, steps = small_spec((300_000, 0), (5000, 0)), FORMATS[states]["bf16"].page_elements, []
+    store_fp32 = encodings.store_fp32
+    monkeypatch.setattr(transfer, "PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(encodings, "RECODED_ELEMENTS", GRAIN)
+    monkeypatch.setattr(encodings, "store_fp32", lambda values, *rest: (steps.append(values.numel()), store_fp32(values, *rest)))
+    sizes, aligned_empty = [], transfer.aligned_empty
+    monkeypatch.setattr(transfer, "aligned_empty", lambda count, dtype: (sizes.append(count), aligned_empty(count, dtype))[1])
+    with parts(ssd_dir, tier, spec=spec, states=states) as p:
+        for unit in spec.units:
+            for name in ("m", "v"):
+                encoding = p.store.plane(unit.index, name).encoding
+                values = aligned(master_of(unit.num_elements, unit.index).square_() * 1e-4)
+                p.transfer.write_moment(unit, name, values)
+                found = p.transfer.read_moment(unit, name)
+                whole = torch.empty(encoding.place(unit.num_elements), dtype=encodings.DTYPES[encoding.name])
+                store_fp32(values, encoding, whole)
+                assert torch.equal(found, encodings.to_fp32(whole, encoding)) and found.dtype == torch.float32
+                assert max(sizes) <= encoding.place(piece) and max(steps) == GRAIN
+                sizes.clear()
+                assert torch.equal(p.transfer.read(unit, name), whole)
+                sizes.clear()
 
 
 def test_memory_of_a_transfer_that_stalled_is_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:

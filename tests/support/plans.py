@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from ratel.planner.formats import EXACT
+from ratel.planner.formats import FORMATS
 from ratel.planner.machine.hardware import Hardware, Ssd
 from ratel.planner.placement import forced_placements
 from ratel.planner.plan import Plan
@@ -45,11 +45,12 @@ def tied_spec(num_blocks: int, hidden: int, *, frozen: bool = False) -> ModelSpe
 
 
 def make_plan(spec: ModelSpec, placement: dict | str = "dram", *, rows: int = 8, micro_rows: int = 8,
-              seq_len: int = 1024, optimizer: str = "eager", checkpoints: str = "dram", dtype: str = "bf16", **more) -> Plan:
+              seq_len: int = 1024, optimizer: str = "eager", checkpoints: str = "dram", dtype: str = "bf16", states: str = "exact",
+              **more) -> Plan:
     blocks = sum(s.kind == "block" for s in spec.stages)
     work = Work(rows=rows, seq_len=seq_len, micro_rows=micro_rows,
                 hidden_bytes=2 * micro_rows * seq_len * spec.hidden_size)
-    return Plan(spec=spec, formats=EXACT[dtype], optimizer=optimizer, placements=forced_placements(spec, placement),
+    return Plan(spec=spec, formats=FORMATS[states][dtype], optimizer=optimizer, placements=forced_placements(spec, placement),
                 checkpoint_tiers=(checkpoints,) * (blocks - 1) + ("gpu",), work=work, **more)
 
 

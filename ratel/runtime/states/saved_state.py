@@ -32,7 +32,7 @@ from ratel.runtime.states.base import Digests
 from ratel.runtime.states.commits import Folders, located
 from ratel.runtime.states.durable_files import settled
 from ratel.runtime.states.format import DamagedStateError, MissingFileError, describe_model, formats_of, read_commit, read_manifest, read_other_state
-from ratel.store.encodings import DTYPES, store_fp32, to_fp32
+from ratel.store.encodings import DTYPES, recode
 
 MOUNT_IT = "Mount its drive again, or, if it is mounted elsewhere now, name that directory with --ssd"
 _MISSING = "a file that planes of the state are in is not there"
@@ -164,7 +164,7 @@ class SavedState:
             stored = part if wanted == own else torch.empty(own.place(piece[1] - piece[0]), dtype=DTYPES[own.name])
             self._read_piece(descriptors, unit, plane, piece, memoryview(stored.view(torch.uint8).numpy()))
             if stored is not part:
-                store_fp32(to_fp32(stored, own), wanted, part)
+                recode(stored, own, wanted, part)
 
         with self._readers() as (pool, descriptors):
             list(pool.map(fill, self._pieces(unit, plane)))
