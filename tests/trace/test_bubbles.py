@@ -9,6 +9,7 @@ import pytest
 
 from ratel import cli
 from ratel.planner.forecast.cost import predict
+from ratel.planner.formats import FORMATS
 from ratel.planner.machine.hardware import load_hardware
 from ratel.planner.report.utilization import StepReport, busy_seconds, describe, report_step
 from ratel.planner.work import Buffers
@@ -107,6 +108,9 @@ def test_resources_are_held_to_the_measured_rates() -> None:
     dram = int(machine.h2d_bps) + 9 * GIB + 26 * 10**9
     assert found["dram"].num_bytes == dram and found["dram"].fraction(10) == pytest.approx(dram / machine.dram_bps / 10)
     assert report.bound("busy_s") == ("ssd", 5) and report.bound("at_rate_s")[0] == "compute"
+    formats = FORMATS["8bit"]["bf16"]
+    short = report_step(timeline(span("cpu optimizer", 0, 1, num_bytes=int(10**9 * formats.update_bytes))), machine, None, formats)
+    assert short.resources["cpu optimizer"].at_rate_s == pytest.approx(10**9 / (formats.update_speed * machine.adam_params_per_s))
     text = describe(report.to_json())
     assert "bound as it was busy: ssd, 5.000 s, 50.0%" in text and "exposed optimizer: 0.000 s" in text
 

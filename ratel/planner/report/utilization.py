@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ratel.planner.formats import EXACT_UPDATE_BYTES
+from ratel.planner.formats import EXACT, StateFormats
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.machine.pipes import link, ssd_rates
 from ratel.trace.bubbles import Bubbles, find_bubbles
@@ -91,9 +91,10 @@ def _row(name: str, *cells: str) -> str:
     return " ".join([f"{name:<14}", *(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 11, 11, 19, 6)))]).rstrip()
 
 
-def report_step(timeline: Timeline, hardware: Hardware | None, compute_s: float | None) -> StepReport:
+def report_step(timeline: Timeline, hardware: Hardware | None, compute_s: float | None,
+                formats: StateFormats = EXACT["bf16"]) -> StepReport:
     """``compute_s``: of the step's computation at the machine's measured rate
-    (`ratel.planner.forecast.cost.predict`)."""
+    (`ratel.planner.forecast.cost.predict`); ``formats``: of the states that were updated."""
     lanes: dict[str, list[Span]] = {}
     for span in timeline.spans:
         lanes.setdefault(span.lane, []).append(span)
@@ -104,7 +105,7 @@ def report_step(timeline: Timeline, hardware: Hardware | None, compute_s: float 
              ((_READ, (_READ,)), (_WRITE, (_WRITE,)), (_SSD, _OF_SSD))}
     moved[_SSD] = moved[_READ] + moved[_WRITE]
     dram = sum(moved[name] for name in ("h2d", "d2h", _SSD, "cpu optimizer"))
-    rates = _seconds_at_rate(hardware, moved, dram) if hardware is not None else {}
+    rates = _seconds_at_rate(hardware, moved, dram, formats) if hardware is not None else {}
     resources = {name: Attained(busy_s=busy[name], num_bytes=moved.get(name), at_rate_s=rates.get(name))
                  for name in ("compute", "h2d", "d2h", _READ, _WRITE, _SSD, "cpu optimizer")}
     resources["compute"] = Attained(busy_s=busy["compute"], num_bytes=None, at_rate_s=compute_s)
@@ -112,11 +113,12 @@ def report_step(timeline: Timeline, hardware: Hardware | None, compute_s: float 
     return StepReport(step_s=timeline.step_s, resources=resources, bubbles=find_bubbles(timeline))
 
 
-def _seconds_at_rate(hardware: Hardware, moved: dict[str, int], dram: int) -> dict[str, float]:
+def _seconds_at_rate(hardware: Hardware, moved: dict[str, int], dram: int, formats: StateFormats) -> dict[str, float]:
     """Both directions of a pipe share it, as in `ratel.planner.forecast.cost`."""
     h2d_s, d2h_s = link(hardware).seconds(moved["h2d"], moved["d2h"])
+    params = moved["cpu optimizer"] / formats.update_bytes
     seconds = {"h2d": h2d_s, "d2h": d2h_s, "dram": dram / hardware.dram_bps,
-               "cpu optimizer": moved["cpu optimizer"] / EXACT_UPDATE_BYTES / hardware.adam_params_per_s}
+               "cpu optimizer": params / (formats.update_speed * hardware.adam_params_per_s)}
     ssd = ssd_rates(hardware)
     if ssd is None:
         return seconds

@@ -114,7 +114,7 @@ def _summarize(session: Session, bench: StepBench, outs: list[StepResult], start
         "busy_s": busy_s, "bound_s": busy_s[bound_by], "bound_by": bound_by,
         "fraction_of_bound": busy_s[bound_by] / step_s, "start_s": start_s,
         "predicted_s": session.prediction.step_s if session.prediction else None,
-        "traced": report_step(outs[-1].timeline, session.machine, compute_s).to_json(),
+        "traced": report_step(outs[-1].timeline, session.machine, compute_s, session.plan.formats).to_json(),
         "ssd_read_bytes": statistics.median(out.usage.ssd_read_bytes for out in counted),
         "ssd_written_bytes": statistics.median(out.usage.ssd_written_bytes for out in counted),
         "gpu_peak_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
