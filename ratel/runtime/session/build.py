@@ -13,6 +13,7 @@ from ratel.errors import RatelError
 from ratel.models import Parts
 from ratel.optimizer_state.files import MomentFiles
 from ratel.ownership.stamps import belongs_to
+from ratel.planner.formats import StateFormats
 from ratel.planner.machine.stripes import Weights
 from ratel.planner.plan import Plan
 from ratel.runtime.session.machinery import Machinery, can_continue
@@ -96,7 +97,9 @@ def own_stripes(saved: SavedState | None, commits: Path | None, directories: Seq
     return tuple(saved.manifest["pattern"].count(index) for index in range(len(directories)))
 
 
-def own_files(saved: SavedState | None, commits: Path | None) -> tuple[Path, ...]:
-    """The SSD files of such commits: space that is taken, but by this session."""
-    own = saved.files if saved is not None and are_own(saved, commits) else []
+def own_files(saved: SavedState | None, commits: Path | None, formats: StateFormats) -> tuple[Path, ...]:
+    """The SSD files of such commits: space that is taken, but by this session. A session that
+    stores states in another way makes new ones, beside which they stay until its first commit."""
+    goes_on = saved is not None and are_own(saved, commits) and saved.conversion(formats) is None
+    own = saved.files if goes_on else []
     return tuple(path for path in own if path.is_file())

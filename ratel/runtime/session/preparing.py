@@ -8,6 +8,7 @@ import torch
 
 from ratel.errors import RatelError
 from ratel.models import Parts
+from ratel.planner.formats import FORMATS
 from ratel.planner.machine.hardware import Hardware
 from ratel.planner.machine.stripes import Weights
 from ratel.planner.search.micro_batches import Planned
@@ -99,8 +100,9 @@ def _make_plan(core: Core, blocks: BlockRuns, batch: Batch) -> Planned:
 def _plan_striped(core: Core, blocks: BlockRuns, batch: Batch, machine: Hardware | None, stripes: Weights) -> Planned:
     core.machine = None if machine is None else replace(machine, stripes=stripes)
     core.io = replace(core.io, stripes=stripes)
+    formats = FORMATS[core.options.states][core.options.dtype]
     situation = Situation(device=core.device, machine=core.machine, stripes=stripes, micro_before=micro_before(core, batch),
-                          own_files=own_files(core.saved, core.options.commits))
+                          own_files=own_files(core.saved, core.options.commits, formats))
     return make_plan(blocks, batch, core.options, situation)
 
 

@@ -18,6 +18,7 @@ from ratel.native import op_ds
 from ratel.optimizer_state import load_adamw_state
 from ratel.planner.formats import FORMATS
 from ratel.planner.work import Buffers
+from ratel.runtime.session.build import own_files
 from ratel.runtime.states.saved_state import SavedState
 from ratel.store.encodings import DTYPES, store_fp32, to_fp32
 from tests.op_ds.test_8bit_moments import decoded, encoded
@@ -248,6 +249,10 @@ def test_commits_in_place_go_on_in_another_format(ssd_dir: Path, tmp_path: Path)
         session.wait_saved()
         before, was = everything(session), "exact"
     for states in ("bf16", "8bit", "exact", "8bit"):
+        state = SavedState(tmp_path / "commits")
+        for asked, tables in FORMATS.items():
+            free = tuple(state.files) if asked == was else ()
+            assert own_files(state, tmp_path / "commits", tables["bf16"]) == free, "they stay until the first commit"
         with open_session(ssd_dir, states=states, **options) as session:
             session.load(tmp_path / "commits")
             session.prepare(ROWS, 16)
