@@ -41,7 +41,8 @@ def train(model: Any, data: Any = None, *, loss_fn: Callable[[Any, Any], Any] | 
     ``model``: a Hugging Face directory, the name of a preset, a transformers model or
     configuration, or any nn.Module with repeated blocks; the last needs ``loss_fn(model, batch)``,
     which returns the batch's mean loss as a scalar. The trained weights are also put back into a
-    model that was given as an object. ``data``: text files (see docs/data.md) or an iterable of
+    model that was given as an object; with ``lora`` it is given back as it came, and the adapter is
+    in OUT/adapter. ``data``: text files (see docs/data.md) or an iterable of
     batches; without it, the bundled text. ``eval_data``: the same, held out; of batches the first
     one is also evaluated after the first step, so that a mistake in them ends the run there.
     ``config``: a TOML file; ``options``: whatever ``ratel train --help`` lists, with ``_`` for
