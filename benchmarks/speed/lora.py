@@ -68,7 +68,7 @@ def main() -> None:
     report, clock = Report(args.json, gpu=gpu, torch=torch.__version__, model=args.model, rank=RANK, dropout=DROPOUT), Clock(args.budget_s)
     for name, job in jobs(args).items():
         for result in run_within(clock, job, args.limit_s):
-            report.add({"system": name, "gpu_memory": job.gpu_memory, **result})
+            report.add({"name": name, "gpu_memory": job.gpu_memory, **result})
             print(line(name, result), flush=True)
     report.write()
 

@@ -222,14 +222,14 @@ def _change(content: Content) -> list[str]:
 def _adapted(content: Content) -> list[str]:
     def row(p: Point) -> list[str]:
         if "error" in p:
-            return _failed({**p, "name": p["system"]})
-        limit = p["gpu_memory"] or "none"
+            return _failed(p)
+        limit = p.get("gpu_memory") or "none"
         peak = f"{p['gpu_peak_bytes'] / 2**30:.0f}" if p.get("gpu_peak_bytes") else ""
-        return [p["system"], limit, f"{p['batch_size']} x {p['seq_len']}", f"{p['step_s']:.3f}", f"{p['tokens_per_s']:,.0f}", peak,
+        return [p["name"], limit, f"{p['batch_size']} x {p['seq_len']}", f"{p['step_s']:.3f}", f"{p['tokens_per_s']:,.0f}", peak,
                 _of_bound(p) if "fraction_of_bound" in p else ""]
 
-    model = content["model"] if isinstance(content["model"], str) else "a configuration of its own"
-    return [f"{model}, rank {content['rank']} on all linears, dropout {content['dropout']}.", "",
+    model = content.get("model") if isinstance(content.get("model"), str) else "a configuration of its own"
+    return [f"{model}, rank {content.get('rank')} on all linears, dropout {content.get('dropout')}.", "",
             *_table("system | GPU limit | batch | s/step | tok/s | GPU peak, GiB | of bound", list(map(row, content["points"])))]
 
 
