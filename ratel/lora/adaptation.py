@@ -92,10 +92,17 @@ class Adaptation:
              device: torch.device) -> None:
         tensors = {name: placeholder(layer.file_shapes[stored], torch.float32, device)
                    for layer in layers if layer.tied_to is None for name, stored in layer.added.items()}
-        made = adapt_layers(root, layers, tensors, draws=draws, stage=stage, graph=self._graph)
+        # The model's own parents: what stands in one's place by now has its children in a dictionary of its own.
+        split = {layer.name: layer.name.rpartition(".") for layer in layers}
+        places = {name: (own[parent], child) for name, (parent, _, child) in split.items()}
+        try:
+            made = adapt_layers(root, layers, tensors, draws=draws, stage=stage, graph=self._graph)
+        except BaseException:  # some may have been put on
+            for name, (parent, child) in places.items():
+                parent._modules[child] = own[name]
+            raise
         for name, module in {layer.name: made[layer.key] for layer in layers}.items():
-            parent, _, child = name.rpartition(".")
-            self._replaced.append((root.get_submodule(parent), child, own[name], module))
+            self._replaced.append((*places[name], own[name], module))
         self.names |= {name: stored for layer in layers if layer.tied_to is None for name, stored in layer.added.items()}
 
     def take_off(self) -> None:
