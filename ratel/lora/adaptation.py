@@ -37,7 +37,7 @@ class Adaptation:
 
     def __init__(self, request: AdapterRequest, *, seed: int, dtype: torch.dtype) -> None:
         self._config, self._directory, self._graph = request.config, request.directory, request.graph
-        self._field, self._seed, self._dtype = request.field, seed, dtype
+        self._is_new, self._field, self._seed, self._dtype = request.is_new, request.field, seed, dtype
         self._blocks: dict[int, Draws] = {}
         self._around = Draws(seed)
         self._replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
@@ -71,7 +71,8 @@ class Adaptation:
             self.stored, self.targets = stored, with_dropout(stored.targets, self._config.dropout)
         else:
             self.targets = resolve(self._config, outline)
-            refuse_mistakes(self.targets)
+            if self._is_new:
+                refuse_mistakes(self.targets)
         full = {name for module in self.targets.full for name in module.parameters}
         _refuse_one_end(root, full, self._config)
         for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -236,8 +237,13 @@ class Adaptation:
             wanted = {param: name for param in unit.params if (name := self._name_in_file(param, full)) is not None}
             flat = read(unit) if wanted else None
             found |= {name: view(flat, param).clone() for param, name in wanted.items()}
-        # What no stage uses is stored as it began, as peft stores it.
-        return found | {stored: self.value(name) for name, stored in self.names.items() if stored not in found}
+        for unit in (unit for unit in self._units if unit.index < 0):  # what no stage uses is stored as it began, as peft stores it
+            wanted = {param: name for param in unit.params if (name := self._name_in_file(param, full)) is not None}
+            flat = torch.zeros(unit.num_elements if wanted else 0)
+            if wanted:
+                _WithAdapter(self).read(unit, flat)
+            found |= {name: view(flat, param).clone() for param, name in wanted.items()}
+        return found
 
     def _name_in_file(self, param: ParamSpec, full: set[str]) -> str | None:
         if param.name in self.names:

@@ -31,6 +31,9 @@ class AdapterRequest:
     config: LoraConfig
     directory: Path | None = None
     graph: str = "auto"
+    is_new: bool = True
+    """Whether nothing has been trained with this description yet: what it says by mistake is
+    refused then."""
     field: str = field(default="lora", compare=False)
     """What the adapter was given by, for messages."""
 
@@ -66,7 +69,7 @@ def adapter_request(options: CommonOptions) -> AdapterRequest | None:
 def _chosen(options: CommonOptions) -> dict[str, Any]:
     """What is said of the adapter beside what it is."""
     values = {name: getattr(options, option) for name, option in OPTIONS.items() if name != "rank"}
-    chosen = {name: value for name, value in values.items() if value not in (None, False, ()) and value != {}}
+    chosen = {name: value for name, value in values.items() if value is not None and value is not False and value not in ((), {})}
     return {name: names_or_pattern(value) if name in ("targets", "exclude") and isinstance(value, str) else value
             for name, value in chosen.items()}
 

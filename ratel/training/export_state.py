@@ -100,7 +100,7 @@ def _adaptation(saved: SavedState) -> Adaptation | None:
     if described is None:
         return None
     training = saved.training
-    return Adaptation(AdapterRequest(config=of_json(described)), seed=training["seed"], dtype=DTYPES[training["dtype"]])
+    return Adaptation(AdapterRequest(config=of_json(described), is_new=False), seed=training["seed"], dtype=DTYPES[training["dtype"]])
 
 
 def _beside(parts: Parts, saved: SavedState, source: str, options: dict[str, Any], optimizer: bool) -> Callable[[Path], None]:

@@ -63,6 +63,8 @@ def test_objects_of_peft_and_directories_are_taken(tmp_path: Path) -> None:
     found = request(lora=str(written(tmp_path)))
     assert found == AdapterRequest(config=LoraConfig(rank=3, alpha=5, targets=("q_proj",)), directory=tmp_path)
     assert request(lora=str(tmp_path), lora_dropout=0.3).config.dropout == 0.3
+    written(tmp_path, lora_dropout=0.1)
+    assert [request(lora=str(tmp_path), lora_dropout=p).config.dropout for p in (None, 0.0)] == [0.1, 0.0]
 
 
 def test_the_learning_rate_of_adapters() -> None:

@@ -14,6 +14,7 @@ from ratel.lora.describe.config import LoraConfig
 from ratel.lora.values.fingerprint import base_fingerprint
 from ratel.models.load import load
 from ratel.runtime.session.session import Session
+from ratel.training.export_state import export_state
 from tests.support.families import batches, build, loss_fn_of
 from tests.support.lora import load_in_peft, make, peft_model, peft_tensors
 
@@ -215,3 +216,27 @@ def test_the_base_has_the_name_that_merging_looks_for(tmp_path: Path) -> None:
     with session_of(model, LoraConfig(rank=4, init="pissa", full=("lm_head",))) as session:
         assert session._core.adaptation.fingerprint() == expected
         assert written(session_started(session), tmp_path / "adapter").keys() >= {"base_model.model.left_over.lora_A.weight"}
+
+
+def test_a_module_that_nothing_uses_is_stored_as_it_was(tmp_path: Path) -> None:
+    model = make("llama")
+    model.left_over = nn.Linear(5, 5)
+    with session_of(model, LoraConfig(rank=4, full=("left_over",))) as session:
+        session.step(rows_of(1)[0])
+        tensors = written(session, tmp_path / "adapter")
+    assert torch.equal(tensors["base_model.model.left_over.weight"], model.left_over.weight)
+
+
+def test_the_state_of_an_adapter_that_names_what_is_not_there_is_exported(tmp_path: Path) -> None:
+    """peft takes names that fit nothing, and what it has made is gone on with."""
+    model = make("llama")
+    model.save_pretrained(tmp_path / "base")
+    made = peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "query_key_value"]))
+    made.save_pretrained(tmp_path / "peft")
+    with session_of(str(tmp_path / "base"), tmp_path / "peft") as session:
+        session.step(rows_of(1)[0])
+        expected = written(session, tmp_path / "adapter")
+        session.save(tmp_path / "state")
+    export_state(tmp_path / "state", tmp_path / "out", model=str(tmp_path / "base"))
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

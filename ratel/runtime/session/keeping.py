@@ -78,9 +78,9 @@ def _check_adapter(core: Core, saved: SavedState) -> None:
     if ours is None or theirs is None:
         raise RatelError(f"the state was trained {'with an adapter' if ours is None else 'without an adapter'}", field="lora",
                          value="none" if ours is None else f"rank {ours['rank']}", remedy="Say what the run was started with")
-    name = next(name for name in ours if ours[name] != theirs.get(name))
-    raise RatelError(f"the state was trained with {shown(theirs.get(name))} there", field=core.adaptation.config.words[name],
-                     value=shown(ours[name]), remedy="Say what the run was started with")
+    name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
+    raise RatelError(f"the state was trained with {shown(theirs.get(name))} there", field=core.adaptation.config.words.get(name, name),
+                     value=shown(ours.get(name)), remedy="Say what the run was started with")
 
 
 def export(core: Core, path: Path, dtype: str | None, optimizer: bool, beside: Callable[[Path], None] | None) -> Path:
