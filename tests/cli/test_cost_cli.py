@@ -12,7 +12,7 @@ from ratel import cli
 from ratel.planner.formats import FORMATS
 
 pytestmark = pytest.mark.unit
-SMALL = ["--model", "llama-160m", "--batch-size", "8", "--seq-len", "128", "--dtype", "bf16"]
+SMALL = ["--model", "llama-160m", "--batch-size", "8", "--seq-len", "128", "--dtype", "bf16", "--activations", "recompute"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_every_line_is_steps_times_seconds_times_a_price(capsys: pytest.CaptureF
 
 def test_a_packed_step_is_the_planner_s(capsys: pytest.CaptureFixture[str], data: Path) -> None:
     (packed,) = costs_of(capsys, data, "--gpu", "h100", "--states", "bf16", "--rows", "packed")
-    planned = ratel.plan("llama-160m", hardware="h100", batch_size=8, seq_len=128, dtype="bf16", states="bf16", advice=False)
+    planned = ratel.plan("llama-160m", hardware="h100", batch_size=8, seq_len=128, dtype="bf16", states="bf16", activations="recompute",
+                         advice=False)
     assert packed["step"]["seconds"] == planned.prediction.step_s and packed["step"]["bound_by"] == planned.prediction.bound_by
     assert packed["step"]["gpu_bytes"] == planned.plan.gpu_bytes and packed["states"] == "bf16"
 
@@ -105,7 +106,7 @@ def _saturated_s(batch: int, length: int) -> float:
     from ratel.planner.machine.hardware import load_hardware
 
     hardware = replace(load_hardware("h100"), gpu_half_tokens=0, gpu_flops=30e12)
-    return ratel.plan("llama-160m", hardware=hardware, batch_size=batch, seq_len=length, dtype="bf16", advice=False).prediction.step_s
+    return ratel.plan("llama-160m", hardware=hardware, batch_size=batch, seq_len=length, dtype="bf16", activations="recompute", advice=False).prediction.step_s
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -136,7 +137,7 @@ def test_an_adapter_stands_beside_the_whole_model(capsys: pytest.CaptureFixture[
     adapter, whole = costs_of(capsys, data, "--gpu", "h100", "--states", "exact", "--rows", "packed", "--lora", "8")
     (alone,) = costs_of(capsys, data, "--gpu", "h100", "--states", "exact", "--rows", "packed")
     assert adapter["trains"] == "rank 8" and whole == alone and whole["trains"] == "all"
-    planned = ratel.plan("llama-160m", hardware="h100", batch_size=8, seq_len=128, dtype="bf16", lora=8, advice=False)
+    planned = ratel.plan("llama-160m", hardware="h100", batch_size=8, seq_len=128, dtype="bf16", lora=8, activations="recompute", advice=False)
     assert adapter["step"]["seconds"] == planned.prediction.step_s
 
 
