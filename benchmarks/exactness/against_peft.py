@@ -62,9 +62,10 @@ def train_with_peft(model: Path, batches: Sequence[Batch], held_out: Sequence[Ba
 
 
 def _loss(module: Any, batch: Batch) -> tuple[Tensor, int]:
-    """The sum over targets, and their number."""
+    """The sum over targets, and their number. With a cache transformers would not keep documents
+    apart that share a row."""
     inputs = {name: values for name, values in batch.items() if name != "labels"}
-    logits, targets = module(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+    logits, targets = module(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
     return loss, int((targets != -100).sum())
 
