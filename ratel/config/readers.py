@@ -89,8 +89,7 @@ def directories_reader(twice: str) -> Reader:
     stripes on one device."""
 
     def read(value: Any, flag: str) -> tuple[str, ...]:
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-        dirs = tuple(text_option(part.strip() if isinstance(part, str) else part, flag) for part in parts)
+        dirs = names(value, flag)
         if len({os.path.realpath(path) for path in dirs}) < len(dirs):
             raise RatelError(twice, field=flag, value=",".join(dirs))
         return dirs
@@ -100,8 +99,11 @@ def directories_reader(twice: str) -> Reader:
 
 def names(value: Any, flag: str) -> tuple[str, ...]:
     """Names, from ``"a,b"`` or a list."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    return tuple(text_option(part.strip() if isinstance(part, str) else part, flag) for part in parts)
+    return tuple(text_option(part.strip() if isinstance(part, str) else part, flag) for part in _listed(value))
+
+
+def _listed(value: Any) -> "list[Any] | tuple[Any, ...]":
+    return value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
 
 
 def names_or_text(value: Any, flag: str) -> str | tuple[str, ...]:
@@ -123,8 +125,7 @@ def by_pattern(read: Reader) -> Reader:
 
 def layer_numbers(value: Any, flag: str) -> tuple[int, ...]:
     read = number_reader(int, 0)
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    return tuple(read(part, flag) for part in parts)
+    return tuple(read(part, flag) for part in _listed(value))
 
 
 def adapter(value: Any, flag: str) -> "int | str | dict[str, Any]":

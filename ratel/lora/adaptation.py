@@ -19,7 +19,7 @@ from ratel.lora.describe.targets import Targets, resolve, with_dropout
 from ratel.lora.files import StoredAdapter, named, read_adapter, tensors_of
 from ratel.lora.request import AdapterRequest
 from ratel.lora.values.converted import converted_targets, converted_tensors
-from ratel.lora.values.fingerprint import digest_of, fingerprint
+from ratel.lora.values.fingerprint import fingerprint_of_units
 from ratel.lora.values.initial import LayerTensors, initial, needs_weight, residual
 from ratel.models.checkpoints.weights import WeightSource, WithFreshHead, view
 from ratel.models.safetensors.stored_bits import StoredBits
@@ -75,12 +75,9 @@ class Adaptation:
                 refuse_mistakes(self.targets)
         full = {name for module in self.targets.full for name in module.parameters}
         _refuse_one_end(root, full, self._config)
-        for name, parameter in root.named_parameters(remove_duplicate=False):
-            if name not in full:
-                parameter.requires_grad_(False)
-        for name, parameter in root.named_parameters(remove_duplicate=False):
-            if name in full:
-                parameter.requires_grad_(True)
+        trained = {id(parameter) for name, parameter in root.named_parameters(remove_duplicate=False) if name in full}
+        for parameter in root.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
         paths = {name: module for name, module in root.named_modules() if any(module is block for block in blocks)}
         own = dict(root.named_modules())
         for block, layers in _by_block(self.targets.layers, paths).items():
@@ -107,16 +104,18 @@ class Adaptation:
         self.names |= {name: stored for layer in layers if layer.tied_to is None for name, stored in layer.added.items()}
 
     def take_off(self) -> None:
+        self._put_own_back()
+        self._replaced = []
+
+    def _put_own_back(self) -> None:
         for parent, child, module, _ in reversed(self._replaced):
             parent._modules[child] = module
-        self._replaced = []
 
     @contextmanager
     def _off(self) -> Iterator[None]:
         """The model's own modules are in their places inside: whoever initialises a model knows
         them."""
-        for parent, child, module, _ in reversed(self._replaced):
-            parent._modules[child] = module
+        self._put_own_back()
         try:
             yield
         finally:
@@ -143,11 +142,7 @@ class Adaptation:
     def fingerprint(self) -> str:
         """The name of the model by content, without the adapter. Every weight is read, once."""
         if self._fingerprint is None:
-            digests: dict[str, str] = {}
-            for unit in self._units:
-                flat = torch.zeros(unit.num_elements)
-                digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in self.read_base(unit, flat).params}
-            self._fingerprint = fingerprint(digests)
+            self._fingerprint = fingerprint_of_units(self._units, self.read_base)
         return self._fingerprint
 
     def check_base(self) -> None:
@@ -232,18 +227,18 @@ class Adaptation:
         """The adapter's tensors by their names in its file, fp32, without those of tied layers.
         ``read`` gives the fp32 weights of a unit, 1-D in its layout."""
         full = {name for module in self.targets.full if module.tied_to is None for name in module.parameters}
+        unused = [(unit, self._begun_unit) for unit in self._units if unit.index < 0]  # stored as it began, as peft stores it
         found = {}
-        for unit in units:
+        for unit, read_unit in [*((unit, read) for unit in units), *unused]:
             wanted = {param: name for param in unit.params if (name := self._name_in_file(param, full)) is not None}
-            flat = read(unit) if wanted else None
-            found |= {name: view(flat, param).clone() for param, name in wanted.items()}
-        for unit in (unit for unit in self._units if unit.index < 0):  # what no stage uses is stored as it began, as peft stores it
-            wanted = {param: name for param in unit.params if (name := self._name_in_file(param, full)) is not None}
-            flat = torch.zeros(unit.num_elements if wanted else 0)
-            if wanted:
-                _WithAdapter(self).read(unit, flat)
+            flat = read_unit(unit) if wanted else None
             found |= {name: view(flat, param).clone() for param, name in wanted.items()}
         return found
+
+    def _begun_unit(self, unit: UnitSpec) -> Tensor:
+        flat = torch.zeros(unit.num_elements)
+        _WithAdapter(self).read(unit, flat)
+        return flat
 
     def _name_in_file(self, param: ParamSpec, full: set[str]) -> str | None:
         if param.name in self.names:

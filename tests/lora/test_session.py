@@ -1,6 +1,7 @@
 """A session that trains an adapter, against peft with PyTorch's AdamW; and what else must be so of
 it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,20 @@ def peft_of(name: str, directory: Path) -> nn.Module:
     return peft.PeftModel.from_pretrained(make(name), str(directory), is_trainable=True)
 
 
-def train_peft(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, betas=BETAS, eps=EPS, weight_decay=0)
+def train_peft(model: nn.Module, batches: list[dict[str, Tensor]], pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> list[float]:
+    """``pairs``: parameters and others that are the same memory, transposed, and are not updated by
+    themselves; the gradients of both are added."""
+    others = {id(other) for _, other in pairs}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and id(p) not in others], lr=LR, betas=BETAS, eps=EPS,
+                                  weight_decay=0)
     losses = []
     model.eval()
     for batch in batches:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
+        for one, other in pairs:
+            one.grad += other.grad.t()
         optimizer.step()
         losses.append(float(loss))
     return losses

@@ -12,7 +12,7 @@ from ratel.lora.adaptation import Adaptation
 from ratel.lora.describe.config import LoraConfig
 from ratel.lora.request import AdapterRequest
 from ratel.runtime.planning.outline import Outline
-from tests.lora.test_session import BETAS, EPS, LR, peft_of, rows_of, session_of, session_started, train_peft, written
+from tests.lora.test_session import peft_of, rows_of, session_of, session_started, train_peft, written
 from tests.support.lora import make, peft_tensors
 
 pytestmark = pytest.mark.numerics
@@ -36,20 +36,7 @@ def train_tied_peft(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[
     pairs = [(embedding.lora_embedding_A["default"], head.lora_B["default"].weight),
              (embedding.lora_embedding_B["default"], head.lora_A["default"].weight)]
     assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
-    others = {id(other) for _, other in pairs}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and id(p) not in others], lr=LR, betas=BETAS, eps=EPS,
-                                  weight_decay=0)
-    losses = []
-    model.eval()
-    for batch in batches:
-        model.zero_grad()
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        for one, other in pairs:
-            one.grad += other.grad.t()
-        optimizer.step()
-        losses.append(float(loss))
-    return losses
+    return train_peft(model, batches, pairs)
 
 
 @pytest.mark.parametrize("case", CASES)

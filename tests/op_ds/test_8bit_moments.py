@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import op_ds
-from tests.op_ds.test_adamw import ADAM, adversarial_grad, isa, page_aligned, random_grad  # noqa: F401
+from tests.support.adamw import ADAM, adversarial_grad, isa, page_aligned, random_grad  # noqa: F401
 from tests.op_ds.test_bf16_moments import defined_draws
 
 pytestmark = pytest.mark.native

@@ -6,7 +6,7 @@ bf16, in however many files it lies. Each parameter has a digest of its own firs
 in any order and on any thread, as weights come in.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ratel.models import Parts
 from ratel.models.checkpoints.weights import view
+from ratel.planner.shape import UnitSpec
 
 _PIECE_ELEMENTS = 1 << 22
 
@@ -41,11 +42,21 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def base_fingerprint(parts: Parts) -> str:
-    """A model's, from where its weights come from. Every weight is read once, and one unit is in
-    memory at a time."""
-    digests = {}
-    for unit in [*parts.spec.units, *([parts.unused] if parts.unused is not None else [])]:
-        flat = torch.empty(unit.num_elements, dtype=torch.float32)
-        parts.stored.read_unit(unit, flat)
-        digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in unit.params}
+    """A model's, from where its weights come from."""
+
+    def read(unit: UnitSpec, out: Tensor) -> UnitSpec:
+        parts.stored.read_unit(unit, out)
+        return unit
+
+    return fingerprint_of_units([*parts.spec.units, *([parts.unused] if parts.unused is not None else [])], read)
+
+
+def fingerprint_of_units(units: Iterable[UnitSpec], read: Callable[[UnitSpec, Tensor], UnitSpec]) -> str:
+    """``read`` writes a unit's weights into zeros (fp32, 1-D in its layout), and returns the unit
+    with the parameters that count. Every weight is read once, and one unit is in memory at a
+    time."""
+    digests: dict[str, str] = {}
+    for unit in units:
+        flat = torch.zeros(unit.num_elements)
+        digests |= {param.name: digest_of(param.shape, [view(flat, param)]) for param in read(unit, flat).params}
     return fingerprint(digests)
