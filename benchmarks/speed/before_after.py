@@ -49,6 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--dram", default="100GiB")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cases", default="", help="only the steps whose name holds this, such as 'batch 32'")
     parser.add_argument("--no-starts", action="store_true", help="leave out the start")
     parser.add_argument("--no-ssd-steps", action="store_true", help="leave out steps with states on SSD")
     parser.add_argument("--budget-s", type=float, default=550)
@@ -149,6 +150,8 @@ def measure_steps(args: argparse.Namespace, report: Report, clock: Clock, root: 
     if not args.no_ssd_steps:
         cases["batch 8, states on SSD"] = ["--batch-size", "8", "--max-grad-norm", "1e9", "--ssd", str(states), *budgets(args, "16GiB")]
     for case, flags in cases.items():
+        if args.cases not in case:
+            continue
         for number in range(1 if "SSD" in case else args.repeats):
             for name in in_turn(number):
                 shutil.rmtree(states, ignore_errors=True)
